@@ -1,0 +1,279 @@
+"""SparsityCallback: prune while the Hugging Face Trainer fine-tunes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from .config import SparsityConfig
+from .errors import RecipeError
+from .optimizer import announce_optimizer, check_optimizer, group_scores
+from .pruner import Plan, Pruner
+
+logger = logging.get_logger(__name__)
+
+SHORT_RAMP = 1000
+"""Learned scores start from nothing. With the ramp over before so many steps, movement was at chance in our trials."""
+
+
+class SparsityCallback(TrainerCallback):
+    """Make the model of a Trainer sparse while it is fine-tuned.
+
+    Masks are put on when the Trainer is made, renewed after every optimizer step, and made permanent when training
+    ends; from then on `save_model` and `save_pretrained` write packed weights. Checkpoints written on the way load with
+    `from_pretrained` (masked) and resume. `load_best_model_at_end` chooses among checkpoints at the final sparsity
+    only.
+
+    Args:
+        config: what is asked for, a `SparsityConfig` or a mapping with its keys.
+
+    Raises:
+        RecipeError: before the first step, if the config does not fit the model, the training arguments or the number
+            of steps.
+
+    Example:
+        >>> from hf_sparse import SparsityCallback, SparsityConfig
+        >>> callback = SparsityCallback(SparsityConfig(sparsity=0.9, scorer="movement"))
+        >>> # trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[callback])
+    """
+
+    def __init__(self, config: SparsityConfig | Mapping[str, Any]) -> None:
+        self.config = config if isinstance(config, SparsityConfig) else SparsityConfig.from_dict(config)
+        self.pruner: Pruner | None = None
+        self._model: nn.Module | None = None
+        self._hook: Any = None
+        self._divide_penalty = 1.0
+        self._penalty_trained: bool | None = None
+        self._finished = False
+        announce_optimizer()
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the masks on: before the optimizer, before the wrap for several processes, before a resume loads."""
+        self._attach(kwargs["model"], args)
+
+    def before_optimizer(self, trainer: Trainer) -> None:
+        """Put the masks on a model that is new since (`model_init`, or a callback added later)."""
+        if self._finished and trainer.model is self._model:
+            raise RecipeError(
+                "this SparsityCallback has finished its run and its masks are permanent. To prune the model further, "
+                "make a new Trainer with a new SparsityCallback"
+            )
+        self._attach(trainer.model, trainer.args)
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise RecipeError("SparsityCallback does not work with DeepSpeed or FSDP yet; use DDP (torchrun) instead")
+        if trainer.args.n_gpu > 1:
+            raise RecipeError(
+                "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"
+            )
+        assert self.pruner is not None
+        if self.pruner.has_penalty and trainer.compute_loss_func is not None:
+            raise RecipeError(_no_penalty(self.pruner, "compute_loss_func replaces the model's own loss"))
+
+    def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Give learned scores their parameter group, and speak before the loggers do."""
+        assert self.pruner is not None
+        group_scores(optimizer, self.pruner)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)  # what `on_log` adds is then seen by TensorBoard, Weights & Biases and all others
+
+    def _attach(self, model: Any, args: TrainingArguments) -> None:
+        if model is self._model:
+            return
+        check_optimizer(str(getattr(args.optim, "value", args.optim)))
+        pruner = Pruner(model, self.config)
+        if pruner.has_penalty and args.label_smoothing_factor:
+            why = f"label_smoothing_factor={args.label_smoothing_factor} replaces the model's own loss"
+            raise RecipeError(_no_penalty(pruner, why))
+        self.pruner, self._model, self._finished, self._penalty_trained = pruner.attach(), model, False, None
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = model.register_forward_hook(self._add_penalty, with_kwargs=True) if pruner.has_penalty else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the schedules against the real number of steps, and make the first masks."""
+        pruner = self._pruner(kwargs.get("model"))
+        self._check_scores_are_trained(kwargs.get("optimizer"), pruner)
+        for plan in pruner.plans:
+            _check_schedule(plan, state.max_steps)
+        if args.load_best_model_at_end:
+            _check_best_model(pruner, args, state)
+        self._divide_penalty = float(args.gradient_accumulation_steps)
+        if args.average_tokens_across_devices:
+            self._divide_penalty *= args.world_size
+        if state.global_step == 0:  # a resumed run has its masks from the checkpoint
+            pruner.step(0.0, step=0)
+        self._forget_early_best(state)
+
+    def _check_scores_are_trained(self, optimizer: Any, pruner: Pruner) -> None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [u.name for u in pruner.units if u.masked.scores is not None and id(u.masked.scores) not in trained]
+        if missing:
+            raise RecipeError(
+                f"the movement scores of {len(missing)} weights (first: {missing[0]}) are not in the optimizer. A "
+                "Trainer that overrides create_optimizer has to call super().create_optimizer()"
+            )
+
+    # -- during training ---------------------------------------------------------------------------------------------
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget a best checkpoint that is not at the final sparsity."""
+        self._forget_early_best(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the gradients to the scorers that look at them."""
+        pruner = self._pruner(kwargs.get("model"))
+        pruner.observe()
+        if pruner.has_penalty and not self._penalty_trained:
+            raise RecipeError(
+                _no_penalty(
+                    pruner, "the loss that this Trainer trains on does not contain the `loss` of the model's outputs"
+                )
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Renew the masks for the next step, for evaluation and for the checkpoint of this one."""
+        self._pruner(kwargs.get("model")).step(state.global_step / state.max_steps, step=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add sparsity, threshold, penalty and norms to what the Trainer logs."""
+        logs = kwargs.get("logs")
+        if self.pruner is None or not self.pruner.attached or not logs:
+            return
+        if "loss" in logs:
+            own = self.pruner.logs()
+        elif any(key.startswith("eval_") for key in logs):
+            own = {"eval_sparsity": self.pruner.logs()["sparsity"]}
+        else:
+            return
+        logs.update(own)
+        if state.log_history:
+            state.log_history[-1].update(own)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget a best checkpoint that is not at the final sparsity."""
+        self._forget_early_best(state)
+
+    def _forget_early_best(self, state: TrainerState) -> None:
+        if self.pruner is None or not state.max_steps:
+            return
+        progress = state.global_step / state.max_steps
+        if not all(plan.schedule.reached(progress) for plan in self.pruner.plans):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _add_penalty(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if self.pruner is None or not self.pruner.attached or not (model.training and torch.is_grad_enabled()):
+            return outputs
+        penalty = self.pruner.penalty()
+        if kwargs.get("num_items_in_batch") is not None:
+            # The Trainer then sums the losses of the accumulated batches (and processes) instead of averaging them.
+            penalty = penalty / self._divide_penalty
+        if self._penalty_trained is None:
+            self._penalty_trained = False
+            penalty.register_hook(self._note_penalty) if penalty.requires_grad else None
+        return _with_loss(outputs, penalty, self.pruner)
+
+    def _note_penalty(self, gradient: Tensor) -> None:
+        self._penalty_trained = True
+
+    # -- after the last step -----------------------------------------------------------------------------------------
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the zeros permanent and take masks and scores off."""
+        pruner = self._pruner(kwargs.get("model"))
+        progress = state.global_step / state.max_steps
+        if all(plan.schedule.reached(progress) for plan in pruner.plans):
+            pruner.finish()
+        else:
+            logger.warning(
+                f"training was stopped at step {state.global_step} of {state.max_steps}, before the schedule reached "
+                f"the sparsity that was asked; the model is at {pruner.logs()['sparsity']:.4f}"
+            )
+        pruner.bake()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._finished = True
+
+    def _pruner(self, model: nn.Module | None) -> Pruner:
+        if self.pruner is None or not self.pruner.attached:
+            raise RecipeError("SparsityCallback has no masks on the model: give it to the Trainer when you make it")
+        return self.pruner
+
+
+def _no_penalty(pruner: Pruner, why: str) -> str:
+    name = next(plan.scorer.name for plan in pruner.plans if plan.scorer.penalized)
+    return (
+        f"scorer '{name}' adds a term to the loss, but {why}, so the term would be lost. Train without that, or use "
+        "scorer 'movement', which needs no term"
+    )
+
+
+def _with_loss(outputs: Any, penalty: Tensor, pruner: Pruner) -> Any:
+    """Return the outputs of a model with the penalty added to their loss."""
+    if isinstance(outputs, dict):
+        if outputs.get("loss") is None:
+            raise RecipeError(_no_penalty(pruner, "the model returned no loss (are there labels in the batch?)"))
+        outputs["loss"] = outputs["loss"] + penalty.to(outputs["loss"])
+        return outputs
+    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+        return (outputs[0] + penalty.to(outputs[0]), *outputs[1:])
+    raise RecipeError(_no_penalty(pruner, "the model returned no loss (are there labels in the batch?)"))
+
+
+def _check_schedule(plan: Plan, steps: int) -> None:
+    """Raise `RecipeError` if the schedule cannot be followed in this many steps; warn where learning will suffer."""
+    schedule = plan.schedule
+    ramp = int(schedule.end * steps) - int(schedule.begin * steps)
+    if schedule.end > schedule.begin and ramp < 1:
+        raise RecipeError(
+            f"schedule '{schedule.name}' rises from {schedule.begin:g} to {schedule.end:g} of the training, which is "
+            f"less than one of its {steps} steps. Train longer, widen the ramp, or use schedule 'constant'"
+        )
+    if schedule.every > max(1, ramp):
+        raise RecipeError(
+            f"schedule '{schedule.name}' renews the masks every {schedule.every} steps, but its ramp has {ramp} of the "
+            f"{steps} steps of this training, so it would be jumped over. Lower 'every'"
+        )
+    last = math.ceil(schedule.end * steps)
+    if plan.scorer.learned and plan.sparsity > 0 and last < SHORT_RAMP:
+        logger.warning(
+            f"scorer '{plan.scorer.name}' learns its scores from zero, and this schedule ends its ramp at step {last} "
+            f"of {steps}. With fewer than about {SHORT_RAMP} steps the scores are mostly noise at high sparsity and "
+            "accuracy collapses; train longer, or use scorer 'magnitude'"
+        )
+
+
+def _check_best_model(pruner: Pruner, args: TrainingArguments, state: TrainerState) -> None:
+    """Raise `RecipeError` if no evaluation happens at the final sparsity, so that no best model could be chosen."""
+    end = max(plan.schedule.end for plan in pruner.plans)
+    by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
+    # transformers evaluates after the very last step whatever the interval is, but never before eval_delay.
+    if args.eval_delay > (state.max_steps if by_steps else state.num_train_epochs):
+        raise RecipeError(
+            f"load_best_model_at_end needs an evaluation at the final sparsity, which holds from step "
+            f"{math.ceil(end * state.max_steps)} of {state.max_steps} on, but eval_delay={args.eval_delay} puts the "
+            "first one behind the end of training. Lower eval_delay"
+        )

@@ -1,0 +1,104 @@
+"""The command line: hf-sparse train | prune | inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, SparsityError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except SparsityError as error:
+        print(f"hf-sparse: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-sparse: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-sparse", description="Train, prune and look at sparse transformers.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="fine-tune the model of a recipe, sparse or dense")
+    train.add_argument("recipe", help="YAML file, see recipes/")
+    train.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="change a value of the recipe, as in sparsity.groups.0.sparsity=0.97; may be repeated",
+    )
+    train.add_argument("--output", metavar="DIR", help="output folder; by default training.output_dir, or runs/RECIPE")
+    train.set_defaults(command=_train)
+
+    prune = commands.add_parser("prune", help="remove weights of a model in one shot, without training")
+    prune.add_argument("model", help="folder or Hub name")
+    prune.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
+    prune.add_argument("--sparsity", type=float, metavar="S", help="fraction of weights removed, as in 0.5")
+    prune.add_argument("--scorer", type=_spec, help="how important a weight is (magnitude)")
+    prune.add_argument("--pattern", type=_spec, help='which weights go together (element); "2:4" needs no --sparsity')
+    prune.add_argument("--selection", type=_spec, help="compared with whom (uniform, global, threshold)")
+    prune.add_argument("--targets", action="append", metavar="GLOB", help="names of layers; may be repeated")
+    prune.add_argument("--exclude", action="append", metavar="GLOB", help="layers left dense; may be repeated")
+    prune.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    prune.set_defaults(command=_prune)
+
+    inspect = commands.add_parser("inspect", help="show what a file holds, from the file alone")
+    inspect.add_argument("path", help="safetensors file, or a folder with some")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _spec(text: str) -> Any:
+    """A part of a recipe on the command line: a name, or a YAML mapping as in '{name: block, rows: 32, cols: 32}'."""
+    import yaml
+
+    from .recipe_text import parse_yaml
+
+    try:
+        return parse_yaml(text) if text.startswith("{") else text
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {error}") from error
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .recipe import Recipe
+    from .run import run
+
+    overrides = list(options.overrides)
+    if options.output is not None:
+        overrides.append(f"training.output_dir={json.dumps(options.output)}")
+    result = run(Recipe.load(options.recipe, overrides))
+    print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from .prune import prune
+
+    keys = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude")
+    group = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    output = Path(options.output)
+    if output.resolve() == Path(options.model).resolve():
+        raise RecipeError(f"--output {output} is the folder of the dense model, which would be lost; choose another")
+    print(f"{prune(options.model, group, output, revision=options.revision)}\n\nSaved in {output}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    inspection = inspect(options.path)
+    print(json.dumps(inspection.to_dict(), indent=2) if options.json else inspection)

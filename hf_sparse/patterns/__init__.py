@@ -1,0 +1,9 @@
+"""Patterns: which entries of a weight form a group. A new pattern is one file here and one line below."""
+
+from .base import Pattern
+from .block import Block
+from .element import Element
+from .lines import Column, Row
+from .nm import NM
+
+__all__ = ["NM", "Block", "Column", "Element", "Pattern", "Row"]

@@ -1,0 +1,303 @@
+"""Pruner: the verbs. It owns no loop and no optimizer, so the Trainer and your own accelerate loop can both use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from .errors import PatternError, RecipeError, SparsityError
+from .masking import MaskedWeight, attach_mask, bake_mask, check_free
+from .patterns import Pattern
+from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
+from .schedules import Schedule
+from .scorers import Scorer
+from .selection import Selection, Uniform
+from .targets import match_layers
+from .units import Unit
+from .zeros import free_zeros, keep_zeros
+
+after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
+"""Called with every model that is given masks. The Hugging Face floor hangs itself in here to prepare saving."""
+
+
+@dataclasses.dataclass
+class Plan:
+    """One group of the config, resolved against a model."""
+
+    config: GroupConfig
+    scorer: Scorer
+    pattern: Pattern
+    selection: Selection
+    schedule: Schedule
+    sparsity: float
+    layers: dict[str, nn.Linear]
+    units: list[Unit] = dataclasses.field(default_factory=list)
+
+    def sparsity_at(self, progress: float) -> float:
+        """Return the scheduled sparsity; for a selection with a value, the scheduled share of that value."""
+        return self.schedule(progress, self.sparsity)
+
+    def level(self, progress: float) -> float:
+        """Return the scheduled sparsity as a share of the final one."""
+        return self.sparsity_at(progress) / self.sparsity if self.sparsity else 1.0
+
+    def due(self, progress: float, step: int | None) -> bool:
+        """Return whether the masks are to be renewed: every `every` steps, where the ramp ends, and at the end."""
+        if step is None or step % self.schedule.every == 0 or progress >= 1.0:
+            return True
+        before = progress * (step - 1) / step
+        return self.schedule.reached(progress) and not self.schedule.reached(before)
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """The learned scores of all units, for the penalty."""
+        return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
+
+
+def _plan(model: nn.Module, group: GroupConfig) -> Plan:
+    scorer, pattern = SCORERS.build(group.scorer), PATTERNS.build(group.pattern)
+    own = pattern.own_selection()
+    if own is not None and group.selection is not None:
+        raise PatternError(
+            f"pattern {pattern} compares neighbours only, with a selection of its own; leave selection "
+            f"{group.selection!r} out"
+        )
+    chosen = SELECTIONS.build(group.selection) if group.selection is not None else None
+    selection = own or chosen or scorer.own_selection() or Uniform()
+    sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
+    layers = match_layers(model, group.targets, group.exclude)
+    for name, layer in layers.items():
+        pattern.check(tuple(layer.weight.shape), f"{name}.weight")
+    # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
+    final = 1.0 if sparsity is None else float(sparsity)
+    return Plan(group, scorer, pattern, selection, SCHEDULES.build(group.schedule), final, layers)
+
+
+def _check_disjoint(plans: list[Plan]) -> None:
+    owner: dict[str, int] = {}
+    for index, plan in enumerate(plans):
+        for name in plan.layers:
+            if name in owner:
+                raise RecipeError(
+                    f"'{name}' is in group {owner[name]} and in group {index}, but a weight has one mask. Exclude it "
+                    "from one of them"
+                )
+            owner[name] = index
+
+
+class Pruner:
+    """Put masks on a model, renew them as training goes on, and make them permanent.
+
+    Args:
+        model: any `nn.Module` with linear layers.
+        config: what is asked for.
+
+    Raises:
+        RecipeError: if a target matches nothing, a weight is in two groups, or a pattern does not fit; the model is
+            then untouched.
+
+    Example:
+        >>> import torch
+        >>> from hf_sparse import Pruner, SparsityConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> config = SparsityConfig(targets="*", sparsity=0.5, scorer="movement", schedule="constant")
+        >>> pruner = Pruner(model, config).attach()
+        >>> optimizer = torch.optim.AdamW(pruner.parameter_groups(), lr=1e-3)
+        >>> pruner.step(progress=0.0)
+        >>> for step in range(4):
+        ...     loss = model(torch.ones(1, 8)).sum() + pruner.penalty()
+        ...     loss.backward()
+        ...     pruner.observe()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     pruner.step(progress=(step + 1) / 4)
+        >>> _ = pruner.bake()
+        >>> int((model[0].weight == 0).sum())
+        32
+    """
+
+    def __init__(self, model: nn.Module, config: SparsityConfig) -> None:
+        self.model = model
+        self.config = config
+        self.plans = [_plan(model, group) for group in config.groups]
+        _check_disjoint(self.plans)
+        self.attached = False
+
+    def attach(self) -> Pruner:
+        """Put a mask that keeps everything on each weight, and scores beside it where the method learns them.
+
+        Call it before the optimizer is made and before the model is wrapped (DDP, FSDP).
+
+        Raises:
+            RecipeError: if a weight has a mask or another parametrisation, is on the meta device, or is frozen though
+                the scorer needs its gradient; the model is then untouched.
+        """
+        for plan in self.plans:
+            for name, layer in plan.layers.items():
+                check_free(layer, f"{name}.weight")
+                if plan.scorer.observes and not layer.weight.requires_grad:
+                    raise RecipeError(
+                        f"scorer '{plan.scorer.name}' looks at gradients, but '{name}.weight' is frozen "
+                        "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
+                    )
+        for plan in self.plans:
+            free_zeros(plan.layers.values())  # of an earlier pruning: from here on the masks decide
+            weights = [layer.weight for layer in plan.layers.values()]
+            shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
+            for name, layer in plan.layers.items():
+                masked = MaskedWeight(
+                    layer.weight,
+                    plan.pattern,
+                    learned=plan.scorer.learned,
+                    observes=plan.scorer.observes,
+                    shared=shared,
+                )
+                attach_mask(layer, masked, f"{name}.weight")
+                plan.units.append(Unit(f"{name}.weight", layer, masked, plan.pattern))
+        setattr(self.model, WEIGHTS_ATTRIBUTE, tuple(unit.name for unit in self.units))
+        self.attached = True
+        for prepare in after_attach:
+            prepare(self.model, self.config)
+        return self
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units of all groups."""
+        return [unit for plan in self.plans for unit in plan.units]
+
+    @torch.no_grad()
+    def step(self, progress: float, step: int | None = None) -> None:
+        """Recompute every mask for this point of training.
+
+        Args:
+            progress: fraction of training done, in [0, 1].
+            step: optimizer steps done; with it, groups whose schedule says `every: n` are renewed every n steps only.
+
+        Raises:
+            RecipeError: if progress is no fraction (a step number, a percentage).
+            SparsityError: before `attach`, or if there are NaN among the scores.
+        """
+        self._must_be_attached()
+        if not 0.0 <= progress <= 1.0:
+            raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
+        for plan in self.plans:
+            if not plan.due(progress, step):
+                continue
+            scores = [unit.group_scores(plan.scorer) for unit in plan.units]
+            kept = plan.selection.select(scores, plan.sparsity_at(progress))
+            for unit, groups in zip(plan.units, kept, strict=True):
+                unit.keep(groups)
+            plan.scorer.adapt(plan.selection.threshold, plan.level(progress))
+
+    def observe(self) -> None:
+        """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step."""
+        self._must_be_attached()
+        with torch.no_grad():
+            for plan in self.plans:
+                if plan.scorer.observes:
+                    for unit in plan.units:
+                        unit.observe(plan.scorer)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any group adds a term to the loss."""
+        return any(plan.scorer.penalized for plan in self.plans)
+
+    def penalty(self) -> Tensor:
+        """Return what is to be added to the loss: a scalar, 0 for methods without a loss term."""
+        self._must_be_attached()
+        terms = [plan.scorer.penalty(plan.scores) for plan in self.plans if plan.scorer.penalized]
+        device = next(self.model.parameters()).device
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+
+    def score_groups(self) -> list[dict[str, object]]:
+        """Return optimizer groups for the learned scores: their learning rate, and no weight decay."""
+        rates: dict[float, list[nn.Parameter]] = {}
+        for plan in self.plans:
+            for unit in plan.units:
+                if unit.masked.scores is not None:
+                    rates.setdefault(plan.scorer.learning_rate, []).append(unit.masked.scores)
+        return [{"params": scores, "lr": rate, "weight_decay": 0.0} for rate, scores in rates.items()]
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return optimizer groups for the whole model: its own parameters, then `score_groups`."""
+        groups = self.score_groups()
+        learned = {id(parameter) for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
+        own = [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
+        return [{"params": own}, *groups]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Check that what was asked for was reached.
+
+        Raises:
+            SparsityError: before `attach`, or if a group is less sparse than asked: the run ended before its schedule.
+        """
+        self._must_be_attached()
+        for plan in self.plans:
+            if plan.selection.decides_sparsity:
+                continue
+            pooled = [unit.pattern.pool(unit.masked.mask.float()) for unit in plan.units]
+            groups = sum(mask.numel() for mask in pooled)
+            kept = sum(int(torch.count_nonzero(mask)) for mask in pooled)
+            allowed = len(plan.units) + int((1.0 - plan.sparsity) * groups + 1e-6)
+            if kept > allowed:
+                raise SparsityError(
+                    f"asked for sparsity {plan.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
+                    "not renewed at the end of the schedule. Call step(progress=1.0) before bake()"
+                )
+
+    @torch.no_grad()
+    def bake(self) -> nn.Module:
+        """Make the zeros part of the weights, take masks and scores off, and return the model, plain again.
+
+        In training that follows, the zeros stay zero, with an optimizer that is new: one that has trained these weights
+        before remembers their momentum and moves them once more.
+        """
+        self._must_be_attached()
+        for unit in self.units:
+            bake_mask(unit.module)
+        keep_zeros(unit.module for unit in self.units)
+        for plan in self.plans:
+            plan.units = []
+        self.attached = False
+        return self.model
+
+    def summary(self) -> Summary:
+        """Return how sparse the model is now, per weight and in total."""
+        return summarize(self.model)
+
+    def logs(self) -> dict[str, float]:
+        """Return numbers for a training log: sparsity in total and per group, thresholds, penalty, norms of scores.
+
+        Raises:
+            SparsityError: before `attach`.
+        """
+        self._must_be_attached()
+        out: dict[str, float] = {}
+        zeros = total = 0
+        for index, plan in enumerate(self.plans):
+            tail = f"_{index}" if len(self.plans) > 1 else ""
+            masks = [unit.masked.mask for unit in plan.units]
+            size = sum(mask.numel() for mask in masks)
+            removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
+            zeros, total = zeros + removed, total + size
+            if tail:
+                out[f"sparsity{tail}"] = removed / size
+            for key, value in plan.scorer.logs(plan.selection.threshold).items():
+                out[key + tail] = value
+            if plan.scores:
+                squares = sum(float(score.detach().double().square().sum()) for score in plan.scores)
+                out[f"score_norm{tail}"] = squares**0.5
+            if plan.scorer.penalized:
+                with torch.no_grad():
+                    out[f"penalty{tail}"] = float(plan.scorer.penalty(plan.scores))
+        return {"sparsity": zeros / total, **out}
+
+    def _must_be_attached(self) -> None:
+        if not self.attached:
+            raise SparsityError("this Pruner has no masks on its model: call attach() first (bake() takes them off)")

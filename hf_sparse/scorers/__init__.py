@@ -1,0 +1,9 @@
+"""Scorers: how important a weight is. A new scorer is one file here and one line below."""
+
+from .base import Scorer
+from .gradient import Gradient, Taylor
+from .magnitude import Magnitude
+from .movement import Movement, SoftMovement
+from .random import Random
+
+__all__ = ["Gradient", "Magnitude", "Movement", "Random", "Scorer", "SoftMovement", "Taylor"]

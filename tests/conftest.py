@@ -1,0 +1,35 @@
+"""What all tests share: no network, few threads, one seed, and a reason for every skipped GPU test."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported anywhere: it reads these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+SLOW_TIMEOUT = 1200
+"""Seconds that a slow test may take; the others have the limit of pyproject.toml."""
+
+# The same examples in every run, and no deadline: a shared machine is no stopwatch.
+hypothesis.settings.register_profile("hf_sparse", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("hf_sparse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    torch.manual_seed(0)

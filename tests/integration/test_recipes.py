@@ -1,0 +1,238 @@
+"""Recipes from YAML to the files of a run, on a model and texts made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_sparse import CheckpointError, RecipeError, summarize
+from hf_sparse.cli import main
+from hf_sparse.inspection import inspect
+from hf_sparse.recipe import Recipe
+from hf_sparse.run import run
+from tests.tiny import save_bert, write_sentences
+
+SHIPPED = Path(__file__).parent.parent.parent / "recipes"
+TRAINING = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-2,
+    "logging_steps": 4,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Keep what `datasets` writes out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe, its model and its data, and return its path."""
+    save_bert(tmp_path / "bert")
+    write_sentences(tmp_path / "train.jsonl", slice(0, 18))
+    write_sentences(tmp_path / "validation.jsonl", slice(18, None))
+
+    def write(**sections):
+        data = {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": 8}
+        path = tmp_path / "recipe.yaml"
+        made = {"model": "bert", "data": data, "training": TRAINING, **sections}
+        path.write_text(yaml.safe_dump(made))
+        return path
+
+    return write
+
+
+def train(path, *overrides, output):
+    return run(Recipe.load(path, [*overrides, f"training.output_dir={output}"]))
+
+
+def test_train_writes_model_recipe_state_metrics_and_report(recipe, tmp_path, capsys):
+    path = recipe(sparsity={"sparsity": 0.75, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}})
+    assert main(["train", str(path), "--output", str(tmp_path / "out"), "--set", "seed=3"]) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "report.md", "trainer_state.json"}
+    assert expected | {"all_results.json", "eval_results.json", "train_results.json"} <= names
+
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert 0.0 <= results["eval_accuracy"] <= 1.0
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert logged[0]["sparsity"] > 0
+    resolved = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert resolved["seed"] == 3
+    assert resolved["sparsity"]["groups"][0]["schedule"]["end"] == 0.5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| sparsity of the targeted weights | 75.0000% |" in report
+    assert "18 training texts, 6 validation texts" in report
+    assert "75.00%" in capsys.readouterr().out
+
+
+def test_trained_model_loads_as_sparse_as_asked_and_exactly(recipe, tmp_path):
+    path = recipe(sparsity={"sparsity": 0.75, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}})
+    result = train(path, output=tmp_path / "out")
+    assert result.summary.sparsity == 0.75
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert summarize(model).sparsity == 0.75
+    listed = {tensor.name: tensor for tensor in inspect(tmp_path / "out").weights}
+    assert {name: tensor.nonzeros for name, tensor in listed.items()} == {
+        weight.name: weight.nonzeros for weight in result.summary.weights
+    }
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("the film is great", return_tensors="pt")
+    assert torch.isfinite(model(**tokens).logits).all()
+
+
+def test_resolved_recipe_repeats_the_run_to_the_last_bit(recipe, tmp_path):
+    path = recipe(sparsity={"sparsity": 0.5, "scorer": "movement", "schedule": {"name": "linear", "every": 2}})
+    train(path, output=tmp_path / "one")
+    train(tmp_path / "one" / "recipe.yaml", output=tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_methods_start_from_the_same_head_and_see_the_same_batches(recipe, tmp_path, monkeypatch):
+    heads: list[torch.Tensor] = []
+    batches: list[list[list[int]]] = []
+    forward = torch.nn.Embedding.forward
+
+    def watched(self, ids):
+        if self.num_embeddings == 17 and torch.is_grad_enabled():
+            batches[-1].append(ids.tolist())
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
+    loaded = AutoModelForSequenceClassification.from_pretrained
+
+    def load(*args, **kwargs):
+        model = loaded(*args, **kwargs)
+        heads.append(model.classifier.weight.detach().clone())
+        return model
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
+    path = recipe(sparsity={"sparsity": 0.5, "scorer": "soft_movement", "schedule": "linear"})
+    for index, override in enumerate(("sparsity=null", "sparsity.scorer=magnitude", "sparsity.scorer=soft_movement")):
+        batches.append([])
+        train(path, override, output=tmp_path / f"out{index}")
+    assert len(batches[0]) == 12
+    assert batches[0] == batches[1] == batches[2]
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], heads[2])
+
+
+def test_null_sparsity_trains_dense_and_learns_the_texts(recipe, tmp_path):
+    path = recipe(sparsity={"sparsity": 0.9})
+    overrides = ("sparsity=null", "training.max_steps=60", "training.learning_rate=3e-3")
+    result = train(path, *overrides, output=tmp_path / "out")
+    assert result.metrics["eval_accuracy"] == 1.0
+    assert not inspect(tmp_path / "out").packed
+    assert "No manifest" in str(inspect(tmp_path / "out"))
+
+
+def test_frozen_parameters_do_not_change(recipe, tmp_path):
+    result = train(recipe(freeze=["*embeddings*", "*.layer.0.*"]), output=tmp_path / "out")
+    assert result.output == tmp_path / "out"
+    before = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert").state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert not {name for name in changed if "embeddings" in name or ".layer.0." in name}
+    assert {name for name in changed if ".layer.1." in name}
+
+
+def test_regression_is_trained_on_numbers(recipe, tmp_path):
+    path = recipe(model={"name": "bert", "num_labels": 1}, metric=["pearson", "spearman"])
+    result = train(path, output=tmp_path / "out")
+    assert {"eval_pearson", "eval_spearman"} <= set(result.metrics)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == "regression"
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").classifier.out_features == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"freeze": ["*embedings*"]}, r"freeze: '\*embedings\*' matches no parameter"),
+        (
+            {"data": {"train": "train.jsonl", "validation": "validation.jsonl"}},
+            "max_length is 128, .* at most 16 tokens",
+        ),
+        ({"model": {"name": "bert", "num_labels": 3}}, "num_labels is 3, but the training texts have 2 classes: 0, 1"),
+        ({"model": "missing"}, "cannot load the tokenizer of model 'missing'"),
+        ({"sparsity": {"sparsity": 0.5, "targets": "*.quarry"}}, r"'\*\.quarry' matches no linear layer"),
+        ({"sparsity": {"sparsity": 0.5, "pattern": {"name": "block", "rows": 5, "cols": 5}}}, "block"),
+        ({"sparsity": {"sparsity": 0.5, "schedule": {"name": "cubic", "every": 500}}}, "every 500 steps"),
+        ({"training": {**TRAINING, "eval_strategy": "sometimes"}}, "refused by transformers"),
+    ],
+)
+def test_recipe_that_does_not_fit_is_refused_before_training(recipe, tmp_path, sections, reason):
+    with pytest.raises(RecipeError, match=reason):
+        train(recipe(**sections), output=tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_inspect_refuses_a_folder_with_a_missing_shard(recipe, tmp_path):
+    path = recipe(sparsity={"sparsity": 0.75, "schedule": "constant"})
+    train(path, output=tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    whole = inspect(tmp_path / "shards")
+    assert [(t.name, t.nonzeros) for t in sorted(whole.weights, key=lambda t: t.name)] == [
+        (t.name, t.nonzeros) for t in sorted(inspect(tmp_path / "out").weights, key=lambda t: t.name)
+    ]
+    alone = inspect(shards[0])
+    assert 0 < len(alone.tensors) < len(whole.tensors)
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match="is a shard missing"):
+        inspect(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_path, path):
+    recipe()
+    overrides = {
+        "model.name": tmp_path / "bert",
+        "data": f"{{train: {tmp_path}/train.jsonl, validation: {tmp_path}/validation.jsonl, max_length: 8}}",
+        "training.max_steps": 40,
+        "training.logging_steps": 10,
+        "training.eval_strategy": "no",
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+    }
+    if "block" in path.stem:
+        overrides["sparsity.groups.0.pattern"] = "{name: block, rows: 8, cols: 8}"
+    made = Recipe.load(path, [f"{key}={value}" for key, value in overrides.items()])
+    result = train(path, *(f"{key}={value}" for key, value in overrides.items()), output=tmp_path / "out")
+    if made.sparsity is None:
+        assert result.summary.sparsity == 0.0
+        return
+    if "hybrid" not in path.stem:
+        asked = made.sparsity.groups[0].sparsity or 0.5
+        assert result.summary.sparsity == pytest.approx(asked, abs=1e-3)
+    else:
+        _check_hybrid(tmp_path / "out")
+
+
+def _check_hybrid(folder):
+    """Blocks of 8 in the attention, rows of the first and columns of the second feed-forward matrix: 30 % kept of each.
+
+    That is 4 of 16 blocks, and 19 of 64 rows or columns.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for layer in model.bert.encoder.layer:
+        for linear in (layer.attention.self.query, layer.attention.self.value, layer.attention.output.dense):
+            blocks = linear.weight.unfold(0, 8, 8).unfold(1, 8, 8).ne(0).sum((-1, -2))
+            assert sorted(blocks.flatten().tolist()) == [0] * 12 + [64] * 4
+        assert sorted(layer.intermediate.dense.weight.ne(0).sum(1).tolist()) == [0] * 45 + [32] * 19
+        assert sorted(layer.output.dense.weight.ne(0).sum(0).tolist()) == [0] * 45 + [32] * 19

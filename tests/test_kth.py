@@ -1,0 +1,158 @@
+"""Selection without sorting is selection with sorting: the same entries, for every layout of scores."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_sparse import SparsityError, kth
+from hf_sparse.kth import _on_device, keep_highest, kth_highest
+
+
+def by_sorting(scores: list[Tensor], keep: int) -> list[Tensor]:
+    flat = torch.cat([tensor.reshape(-1) for tensor in scores])
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.sort(descending=True, stable=True).indices[:keep]] = True
+    parts = mask.split([tensor.numel() for tensor in scores])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, scores, strict=True)]
+
+
+def check(scores: list[Tensor], keep: int) -> None:
+    masks, _ = keep_highest(scores, keep)
+    for ours, theirs in zip(masks, by_sorting(scores, keep), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+FEW_VALUES = st.sampled_from([-float("inf"), -1.0, -0.0, 0.0, 0.5, 2.0, float("inf")])
+ROWS = st.lists(st.lists(FEW_VALUES | st.floats(width=32, allow_nan=False), min_size=1, max_size=30), max_size=4)
+
+
+@given(st.lists(st.lists(FEW_VALUES, min_size=1, max_size=30), min_size=1, max_size=4), st.data())
+def test_small_scores_with_many_ties(rows: list[list[float]], data: st.DataObject) -> None:
+    scores = [torch.tensor(row) for row in rows]
+    check(scores, data.draw(st.integers(0, sum(map(len, rows)))))
+
+
+@given(ROWS.filter(bool), st.integers(1, 40), st.data())
+def test_any_sample_of_any_scores_leads_to_the_same(rows: list[list[float]], sample: int, data: st.DataObject) -> None:
+    scores = [torch.tensor(row) for row in rows]
+    with mock.patch.multiple(kth, _SMALL=1, _SAMPLE=sample):  # so that few scores take the way of many
+        check(scores, data.draw(st.integers(0, sum(map(len, rows)))))
+
+
+BRACKETS = [(5.0, 6.0), (-6.0, -5.0), (1.0, -1.0), (float("inf"),) * 2, (-float("inf"),) * 2, (0.0, 0.0), (0.0, 0.1)]
+
+
+@pytest.mark.parametrize("bracket", BRACKETS)
+@pytest.mark.parametrize("keep", [1, 2, 20_000, 39_999])
+def test_sample_that_misses_the_cut_is_noticed(bracket: tuple[float, float], keep: int) -> None:
+    scores = normal(40_000)
+    with mock.patch.object(kth, "_bracket", return_value=bracket):
+        check([scores], keep)
+
+
+@pytest.mark.parametrize("size", [(1 << 15) - 1, 1 << 15, (1 << 15) + 1])
+@pytest.mark.parametrize("keep", [1, 2, 3_277, -2, -1])
+def test_scores_around_the_size_where_sampling_begins(size: int, keep: int) -> None:
+    check([(normal(size) * 100).round()], keep % size)
+
+
+def normal(n: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(0))
+
+
+LAYOUTS = {
+    "normal": normal,
+    "constant": lambda n: torch.full((n,), 3.0),
+    "two values": lambda n: (normal(n) > 0).float(),
+    "rising": lambda n: torch.arange(n, dtype=torch.float32),
+    "falling": lambda n: -torch.arange(n, dtype=torch.float32),
+    "outliers": lambda n: torch.where(torch.arange(n) % 1000 == 0, normal(n) * 1e30, normal(n) * 1e-30),
+    "tie at the cut": lambda n: torch.where(torch.arange(n) % 3 == 0, 0.0, normal(n)),
+    "infinities": lambda n: torch.where(torch.arange(n) % 5 == 0, float("inf"), normal(n)),
+    "minus infinities": lambda n: torch.where(torch.arange(n) % 5 < 4, -float("inf"), normal(n)),
+    "zeros of both signs": lambda n: torch.where(torch.arange(n) % 2 == 0, -0.0, normal(n).clamp(max=0.0)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.03, 0.1, 0.5, 0.97, 1.0])
+def test_large_scores_are_selected_as_by_sorting(layout: str, share: float) -> None:
+    scores = LAYOUTS[layout](100_003)
+    keep = min(max(int(share * scores.numel()), 1 if share else 0), scores.numel())
+    check([scores], keep)
+    check([scores[:60_000].view(300, 200), scores[60_000:]], keep)  # and over several weights together
+
+
+def test_thousand_random_cases_against_a_full_sort() -> None:
+    generator = np.random.Generator(np.random.PCG64(1))
+    for _ in range(1000):
+        values = generator.normal(size=generator.integers(1, 2000)).astype(np.float32)
+        k = int(generator.integers(1, values.size + 1))
+        assert kth_highest([values], k) == np.sort(values)[::-1][k - 1]
+
+
+def test_other_devices_select_the_same() -> None:
+    for layout in LAYOUTS.values():
+        scores = layout(5_000)
+        masks, cut = _on_device([scores[:2_000], scores[2_000:]], 500)
+        expected, same_cut = keep_highest([scores[:2_000], scores[2_000:]], 500)
+        assert cut == same_cut
+        assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
+
+
+def test_the_random_state_of_training_is_left_alone() -> None:
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+    keep_highest([normal(50_000)], 100)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()  # type: ignore[index]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scores_of_other_types_and_of_several_are_selected_by_value(dtype: torch.dtype) -> None:
+    rough = normal(300).to(dtype)
+    masks, cut = keep_highest([rough, normal(300)], 100)
+    expected = by_sorting([rough.float(), normal(300)], 100)
+    assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
+    assert cut == min(float(rough[masks[0]].min()), float(normal(300)[masks[1]].min()))
+
+
+def test_scores_need_not_be_contiguous_and_may_be_parameters() -> None:
+    scores = torch.nn.Parameter(torch.tensor([[1.0, 4.0], [3.0, 2.0], [5.0, 0.0]]))
+    masks, _ = keep_highest([scores.t()], 3)
+    assert masks[0].tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_nothing_and_everything_can_be_kept() -> None:
+    scores = [torch.zeros(2, 2), torch.zeros(3)]
+    for keep, kept in ((0, False), (7, True), (9, True)):
+        masks, cut = keep_highest(scores, keep)
+        assert [mask.tolist() for mask in masks] == [[[kept] * 2] * 2, [kept] * 3]
+        assert cut is None
+
+
+@pytest.mark.parametrize("k", [0, 4, -1])
+def test_rank_that_is_none_is_an_error(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k={k} is not between 1 and 3"):
+        kth_highest([np.array([1.0, 2.0, 3.0])], k)
+
+
+@pytest.mark.parametrize("others", [0.0, float("inf"), -float("inf")])
+def test_nan_does_not_hide_behind_ties(others: float) -> None:
+    with pytest.raises(SparsityError, match="NaN among the scores"):
+        keep_highest([torch.tensor([float("nan"), others, others, others])], 2)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_nan_is_an_error(size: int, share: float) -> None:
+    scores = normal(size)
+    scores[size // 3] = float("nan")
+    with pytest.raises(SparsityError, match="NaN among the scores"):
+        keep_highest([scores], max(1, int(share * size)))
