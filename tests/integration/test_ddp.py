@@ -50,13 +50,15 @@ def worker(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_both_ranks_make_the_same_masks_at_every_step(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    # Standalone: torchrun's own store finds a free port. (With --master-port 0 both ranks wait for a port 0 for ever.)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     code = "import sys, pathlib; from tests.integration.test_ddp import worker; worker(pathlib.Path(sys.argv[1]))"
     script = tmp_path / "worker.py"
     script.write_text(code)
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, str(script), str(tmp_path)], cwd=root, env=environment, capture_output=True, text=True)
+    command = [*run, str(script), str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for name in SCORERS:
