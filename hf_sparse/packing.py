@@ -62,7 +62,7 @@ def pack_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dic
     for key, tensor in sorted(stored.items()):
         name = wanted.get(id(tensor))
         if tensor.is_meta:
-            tensor = load_offloaded_parameter(model, offloaded[id(tensor)])  # noqa: PLW2901
+            tensor = load_offloaded_parameter(model, offloaded[id(tensor)])
         codec = "dense" if name is None else "bitmask" if f"{name}_kept" in training else "auto"
         entries[key], parts = encode(tensor, codec)
         tensors.update({key + suffix: part for suffix, part in parts.items()})
