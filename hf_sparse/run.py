@@ -17,10 +17,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -68,20 +71,22 @@ def run(recipe: Recipe) -> RunResult:
         RecipeError: before any training, for whatever does not fit together.
     """
     arguments = recipe.training_arguments()
-    compute_metrics = build_metrics(recipe.metric, recipe.model.regression)
-    texts = load_texts(recipe.data, recipe.model.regression)
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
+    texts = load_texts(recipe.data, recipe.model.predicts)
     _check_length(recipe.data.max_length, tokenizer)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
     freeze(model, recipe.freeze)
 
-    train, validation = texts.tokenized(tokenizer, recipe.data.max_length)
+    train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     timer = StepTimer()
-    trainer = Trainer(
+    writes = recipe.model.predicts == "text"
+    collator = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
+    trainer = (Seq2SeqTrainer if writes else Trainer)(
         model=model,
         args=arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -107,14 +112,19 @@ def run(recipe: Recipe) -> RunResult:
 
 
 def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
-    """Load a pretrained model with a head for the classes of the texts, or for one number.
+    """Load a pretrained model that writes texts, or one with a head for the classes of the texts or for one number.
 
     Raises:
         RecipeError: if it cannot be loaded, or is asked for another number of classes than the texts have.
         CheckpointError: if it is packed, and damaged.
     """
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if not section.regression:
+    factory: Any = AutoModelForSequenceClassification
+    head: dict[str, Any] = {}
+    if section.predicts == "text":
+        factory = AutoModelForSeq2SeqLM
+    elif section.predicts == "number":
+        head = {"num_labels": 1, "problem_type": "regression"}
+    else:
         if section.num_labels not in (None, len(texts.names)):
             raise RecipeError(
                 f"model.num_labels is {section.num_labels}, but the training texts have {len(texts.names)} classes: "
@@ -122,15 +132,14 @@ def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
             )
         head = {"id2label": dict(enumerate(texts.names)), "label2id": {name: i for i, name in enumerate(texts.names)}}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            section.name, revision=section.revision or "main", **head
-        )
+        model: PreTrainedModel = factory.from_pretrained(section.name, revision=section.revision or "main", **head)
     except SparsityError:
         raise
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"cannot load model '{section.name}' (neither a folder, nor to be had from the Hub?): {error}"
         ) from error
+    return model
 
 
 def freeze(model: nn.Module, globs: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ def write(folder, **sections):
 def test_recipe_has_defaults_for_all_but_model_and_data():
     assert recipe() == Recipe(
         model=ModelSection("bert", "sequence-classification", None, None),
-        data=DataSection("t.jsonl", "v.jsonl", None, None, "text", "label", 128, None, None),
+        data=DataSection("t.jsonl", "v.jsonl", None, None, "text", "label", 128, None, None, None),
         metric=("accuracy",),
         freeze=(),
         sparsity=None,
@@ -60,7 +60,12 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ({"date": {}}, "the recipe has no key 'date'; did you mean 'data'"),
         ({"model": {"name": "bert", "tusk": "x"}}, "the model section has no key 'tusk'; did you mean 'task'"),
         ({"model": {"task": "sequence-classification"}}, "the model section has no 'name'"),
-        ({"model": {"name": "bert", "task": "chess"}}, "model.task is one of sequence-classification, not 'chess'"),
+        (
+            {"model": {"name": "bert", "task": "chess"}},
+            "model.task is one of sequence-classification, seq2seq, not 'chess'",
+        ),
+        ({"model": {"name": "t5", "task": "seq2seq", "num_labels": 3}}, "model.task seq2seq writes texts"),
+        ({"training": {"generation_num_beams": 4}}, "the training section has no key 'generation_num_beams'"),
         ({"model": {"name": "bert", "num_labels": 0}}, "model.num_labels is a whole number above 0, not 0"),
         ({"model": 3}, "the model section is a mapping"),
         ({"model": None}, "the recipe has no 'model' section"),
