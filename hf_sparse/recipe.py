@@ -6,6 +6,7 @@ data: {train: train.jsonl, validation: dev.jsonl, text: sentence, label: label, 
 metric: accuracy
 freeze: ["*embeddings*"]                                    # shell globs over parameter names
 sparsity: {sparsity: 0.9, scorer: movement}                 # left out or null: dense fine-tuning
+distillation: {teacher: self, temperature: 2.0}             # left out or null: no teacher
 training: {max_steps: 1400, learning_rate: 1.0e-4}          # any field of transformers' TrainingArguments
 seed: 0
 ```
@@ -28,7 +29,7 @@ import torch
 import yaml
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, DistillationConfig, GroupConfig, SparsityConfig
 from .errors import RecipeError
 from .metrics import DEFAULT, Predicts, check_metrics
 from .recipe_text import dump_yaml, override, parse_yaml
@@ -145,6 +146,7 @@ class Recipe:
         metric: names, see `hf_sparse.metrics`.
         freeze: shell globs over parameter names that are not trained.
         sparsity: `SparsityConfig`; None fine-tunes dense.
+        distillation: `DistillationConfig`; None learns from the labels alone.
         training: fields of `transformers.TrainingArguments`.
         seed: of the task head, the data order and dropout.
 
@@ -161,7 +163,7 @@ class Recipe:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: the recipe has no key 'date'; did you mean 'data'? Known keys: model, data, \
-metric, freeze, sparsity, training, seed.
+metric, freeze, sparsity, distillation, training, seed.
     """
 
     model: ModelSection
@@ -169,6 +171,7 @@ metric, freeze, sparsity, training, seed.
     metric: tuple[str, ...] = ("accuracy",)
     freeze: tuple[str, ...] = ()
     sparsity: SparsityConfig | None = None
+    distillation: DistillationConfig | None = None
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -195,6 +198,7 @@ metric, freeze, sparsity, training, seed.
             metric=check_metrics(_words(data.get("metric", DEFAULT[section.predicts]), "metric")),
             freeze=_words(data.get("freeze") or (), "freeze"),
             sparsity=None if data.get("sparsity") is None else SparsityConfig.from_dict(data["sparsity"]),
+            distillation=_distillation(data.get("distillation"), data.get("sparsity")),
             training=check_training(data.get("training") or {}, TASKS[section.task]),
             seed=seed,
         )
@@ -225,7 +229,11 @@ metric, freeze, sparsity, training, seed.
             train, validation = (_locate_file(getattr(data, key), folder, key) for key in ("train", "validation"))
             data = dataclasses.replace(data, train=train, validation=validation)
         name = _locate(self.model.name, folder) or self.model.name
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, name=name), data=data)
+        taught = self.distillation
+        if taught is not None and taught.teacher != "self":
+            taught = dataclasses.replace(taught, teacher=_locate(taught.teacher, folder) or taught.teacher)
+        model = dataclasses.replace(self.model, name=name)
+        return dataclasses.replace(self, model=model, data=data, distillation=taught)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain YAML types with every value written out, also those left at their default."""
@@ -235,6 +243,7 @@ metric, freeze, sparsity, training, seed.
             "metric": _one_or_list(self.metric),
             "freeze": list(self.freeze),
             "sparsity": None if self.sparsity is None else {"groups": [_resolved(g) for g in self.sparsity.groups]},
+            "distillation": None if self.distillation is None else _spelled_distillation(self.distillation),
             "training": dict(self.training),
             "seed": self.seed,
         }
@@ -295,6 +304,18 @@ def _check_kind(value: Any, hint: Any, where: str) -> None:
         raise RecipeError(f"{where} is a whole number, not {value!r}")
     if allowed == {float} and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise RecipeError(f"{where} is a number, not {value!r}")
+
+
+def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
+    if section is None:
+        return None
+    if sparsity is None:
+        raise RecipeError("the recipe has a 'distillation' section but no 'sparsity': there is no student to be pruned")
+    return DistillationConfig.from_dict(section)
+
+
+def _spelled_distillation(config: DistillationConfig) -> dict[str, Any]:
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _resolved(group: GroupConfig) -> dict[str, Any]:

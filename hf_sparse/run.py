@@ -81,6 +81,9 @@ def run(recipe: Recipe) -> RunResult:
 
     train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     timer = StepTimer()
+    callbacks: list[TrainerCallback] = [timer]
+    if recipe.sparsity is not None:
+        callbacks.append(SparsityCallback(recipe.sparsity, distillation=recipe.distillation))
     writes = recipe.model.predicts == "text"
     collator = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
     trainer = (Seq2SeqTrainer if writes else Trainer)(
@@ -91,7 +94,7 @@ def run(recipe: Recipe) -> RunResult:
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        callbacks=[timer] if recipe.sparsity is None else [timer, SparsityCallback(recipe.sparsity)],
+        callbacks=callbacks,
     )
     output = Path(arguments.output_dir or ".")
     if trainer.is_world_process_zero():

@@ -15,6 +15,7 @@ import hf_sparse
 PUBLIC = [
     "BackendError",
     "CheckpointError",
+    "DistillationConfig",
     "GroupConfig",
     "PatternError",
     "Pruner",

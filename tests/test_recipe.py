@@ -49,6 +49,7 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         metric=("accuracy",),
         freeze=(),
         sparsity=None,
+        distillation=None,
         training={},
         seed=0,
     )
@@ -82,6 +83,8 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ({"sparsity": {"sparsty": 0.9}}, "a group has no key 'sparsty'; did you mean 'sparsity'"),
         ({"sparsity": {"sparsity": 1.0}}, "below 1, but 1.0 was asked"),
         ({"sparsity": 0.9}, "a sparsity section is a mapping"),
+        ({"sparsity": {"sparsity": 0.5}, "distillation": {"techer": "x"}}, "no key 'techer'; did you mean 'teacher'"),
+        ({"distillation": {"teacher": "self"}}, "there is no student to be pruned"),
         (
             {"training": {"lerning_rate": 1.0}},
             "the training section has no key 'lerning_rate'; did you mean 'learning_rate'",
