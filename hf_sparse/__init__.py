@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
 from .callback import SparsityCallback
+from .checkpoint import last_checkpoint
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .oneshot import sparsify
@@ -27,6 +28,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "last_checkpoint",
     "sparsify",
     "summarize",
 ]

@@ -23,6 +23,7 @@ from .errors import RecipeError, SparsityError
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
 from .pruner import Plan, Pruner
+from .ranks import check_same_masks
 from .teacher import make_distiller
 
 logger = logging.get_logger(__name__)
@@ -44,6 +45,7 @@ class SparsityCallback(TrainerCallback):
         teacher: what to learn from beside the labels: "self" for a frozen copy of the model as it is before pruning, a
             folder or Hub name, or a module. None = nothing, unless `distillation` is given.
         distillation: how, a `DistillationConfig` or a mapping with its keys.
+        check_masks_every: optimizer steps between two proofs that all processes hold the same masks; 0 = never.
 
     Raises:
         RecipeError: before the first step, if the config does not fit the model, the training arguments or the number
@@ -60,7 +62,11 @@ class SparsityCallback(TrainerCallback):
         config: SparsityConfig | Mapping[str, Any],
         teacher: str | nn.Module | None = None,
         distillation: DistillationConfig | Mapping[str, Any] | None = None,
+        check_masks_every: int = 100,
     ) -> None:
+        if isinstance(check_masks_every, bool) or not isinstance(check_masks_every, int) or check_masks_every < 0:
+            raise RecipeError(f"check_masks_every is a whole number of steps from 0 on, not {check_masks_every!r}")
+        self.check_masks_every = check_masks_every
         self.config = config if isinstance(config, SparsityConfig) else SparsityConfig.from_dict(config)
         self.distillation = _distillation(teacher, distillation)
         self.pruner: Pruner | None = None
@@ -166,7 +172,11 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Renew the masks for the next step, for evaluation and for the checkpoint of this one."""
-        self._pruner(kwargs.get("model")).step(state.global_step / state.max_steps, step=state.global_step)
+        pruner = self._pruner(kwargs.get("model"))
+        pruner.step(state.global_step / state.max_steps, step=state.global_step)
+        last = state.global_step == state.max_steps
+        if self.check_masks_every and (last or state.global_step % self.check_masks_every == 0):
+            check_same_masks((unit.masked.mask for unit in pruner.units), f"step {state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add sparsity, threshold, penalty and norms to what the Trainer logs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import statistics
@@ -30,12 +31,15 @@ from transformers import (
 )
 
 from .callback import SparsityCallback
+from .checkpoint import last_checkpoint
 from .data import LabelledTexts, load_texts, load_tokenizer
 from .errors import RecipeError, SparsityError
 from .inspection import Inspection, inspect
 from .metrics import build_metrics
 from .recipe import ModelSection, Recipe
 from .report import Summary, summarize
+
+logger = logging.getLogger(__name__)
 
 NOT_MEASURED = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 """What an evaluation returns beside the metrics."""
@@ -61,8 +65,11 @@ class RunResult:
     seconds_per_step: float
 
 
-def run(recipe: Recipe) -> RunResult:
+def run(recipe: Recipe, resume: bool = False) -> RunResult:
     """Train the model of a recipe, measure it on the validation texts, and write everything into its output folder.
+
+    Args:
+        resume: go on from the last complete checkpoint in the output folder, if there is one.
 
     The folder gets the model and tokenizer, `recipe.yaml` as resolved, `trainer_state.json`, `train_results.json`,
     `eval_results.json`, `all_results.json` and `report.md`.
@@ -100,7 +107,11 @@ def run(recipe: Recipe) -> RunResult:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / "recipe.yaml")
-    trained = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    checkpoint = arguments.resume_from_checkpoint
+    if resume:
+        checkpoint = last_checkpoint(output, arguments.world_size)
+        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)

@@ -25,6 +25,7 @@ PUBLIC = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "last_checkpoint",
     "sparsify",
     "summarize",
 ]

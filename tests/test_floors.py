@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "errors registry config manifest",
     1: "scorers patterns selection schedules losses kth codecs",
-    2: "architectures targets masking zeros units pruner compaction distillation report",
+    2: "architectures targets masking zeros units pruner compaction distillation ranks report",
     3: "files kernels runtime",
     4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot loading "
     "teacher loss_terms",
