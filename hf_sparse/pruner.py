@@ -46,10 +46,15 @@ class Plan:
         return self.sparsity_at(progress) / self.sparsity if self.sparsity else 1.0
 
     def due(self, progress: float, step: int | None) -> bool:
-        """Return whether the masks are to be renewed: every `every` steps, where the ramp ends, and at the end."""
-        if step is None or step % self.schedule.every == 0 or progress >= 1.0:
+        """Return whether the masks are to be renewed: every `every` steps, where the ramp or their freedom ends."""
+        if step is None:
             return True
-        before = progress * (step - 1) / step
+        before = progress * (step - 1) / step if step else 0.0
+        if self.schedule.frozen(progress):
+            # The first step behind that moment may have skipped it.
+            return not self.schedule.frozen(before)
+        if step % self.schedule.every == 0 or progress >= 1.0:
+            return True
         return self.schedule.reached(progress) and not self.schedule.reached(before)
 
     @property

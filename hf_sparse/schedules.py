@@ -18,12 +18,15 @@ class Schedule:
         end: progress from which on the final sparsity holds.
         initial: sparsity before the ramp.
         every: optimizer steps between two renewals of the masks; 1 is the papers' choice, more costs less time.
+        freeze: progress from which on the masks stay as they are, so that the weights that are left settle; None = they
+            go on changing at the final sparsity until training ends.
     """
 
     begin: float = 0.15
     end: float = 0.8
     initial: float = 0.0
     every: int = 1
+    freeze: float | None = None
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -38,8 +41,24 @@ class Schedule:
             )
         if not 0.0 <= self.initial < 1.0:
             raise RecipeError(f"schedule '{self.name}': initial={self.initial} is no sparsity in [0, 1)")
+        self._check_freeze()
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise RecipeError(f"schedule '{self.name}': every={self.every!r} is no number of steps")
+
+    def _check_freeze(self) -> None:
+        if self.freeze is None:
+            return
+        if isinstance(self.freeze, bool) or not isinstance(self.freeze, (int, float)):
+            raise RecipeError(f"schedule '{self.name}': freeze is a number, not {self.freeze!r}")
+        if not self.end <= self.freeze < 1.0:
+            raise RecipeError(
+                f"schedule '{self.name}' fixes the masks from freeze={self.freeze} on, but they reach the final sparsity "
+                f"at end={self.end}; freeze is a fraction of the training from there to below 1"
+            )
+
+    def frozen(self, progress: float) -> bool:
+        """Return whether the masks are to stay as they are at `progress`."""
+        return self.freeze is not None and progress > self.freeze
 
     def ramp(self, x: float) -> float:
         """Return the share of the way from initial to final after the share x of the ramp, both in [0, 1]."""

@@ -92,6 +92,27 @@ def test_masks_are_renewed_every_n_steps_and_where_the_ramp_ends(tmp_path: Path)
     assert logged == [0.0] * 3 + [at_four] * 4 + [at_eight] * 3 + [0.8] * 10
 
 
+def test_masks_stay_as_they_are_once_frozen_and_scores_do_not_matter_any_more(tmp_path: Path) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            layers = [masked_weight(module) for module in model.modules()]
+            seen.append([masked.mask.clone() for masked in layers if masked is not None])
+
+    schedule = {"name": "cubic", "begin": 0.0, "end": 0.5, "freeze": 0.72, "every": 4}
+    sparse_trainer(
+        tmp_path, SparsityConfig(sparsity=0.8, scorer="movement", schedule=schedule), callbacks=[Watch()]
+    ).train()
+
+    def same(first: int, second: int) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(seen[first - 1], seen[second - 1], strict=True))
+
+    assert not same(10, 12)  # the final sparsity is reached, and the masks go on changing
+    assert not same(14, 15)  # renewed once more as they are fixed: 0.72 of 20 steps is between steps 14 and 15
+    assert all(same(15, step) for step in range(16, 21))
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_model_init_and_a_callback_added_late_work_too(late: bool, tmp_path: Path) -> None:
     callback = SparsityCallback(SparsityConfig(sparsity=0.9, scorer="movement", schedule=RAMP))

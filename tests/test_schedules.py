@@ -66,6 +66,9 @@ def test_schedule_without_a_ramp_jumps(name: str) -> None:
         ({"every": 0}, "every=0 is no number of steps"),
         ({"every": 2.0}, "every=2.0 is no number of steps"),
         ({"every": True}, "every=True is no number of steps"),
+        ({"freeze": 0.7}, r"freeze=0\.7 on, but they reach the final sparsity at end=0\.8"),
+        ({"freeze": 1.0}, r"freeze=1\.0 on"),
+        ({"freeze": "0.9"}, "freeze is a number, not '0.9'"),
     ],
 )
 def test_schedule_refuses_what_it_cannot_follow(options: dict[str, Any], message: str) -> None:
