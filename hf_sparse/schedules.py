@@ -52,8 +52,8 @@ class Schedule:
             raise RecipeError(f"schedule '{self.name}': freeze is a number, not {self.freeze!r}")
         if not self.end <= self.freeze < 1.0:
             raise RecipeError(
-                f"schedule '{self.name}' fixes the masks from freeze={self.freeze} on, but they reach the final sparsity "
-                f"at end={self.end}; freeze is a fraction of the training from there to below 1"
+                f"schedule '{self.name}' fixes the masks from freeze={self.freeze} on, but they reach the final "
+                f"sparsity at end={self.end}; freeze is a fraction of the training from there to below 1"
             )
 
     def frozen(self, progress: float) -> bool:
