@@ -25,7 +25,7 @@ from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
 from .oneshot import sparsify
-from .packing import pack_state, save_packed, save_plain
+from .packing import FORMATS, pack_state, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
 from .zeros import free_zeros, keep_zeros
 
@@ -127,6 +127,7 @@ class SparseQuantizer(HfQuantizer):
         self.manifest = quantization_config.manifest
         self.failures: list[CheckpointError] = []
         self.given_state: dict[str, Tensor] | None = None
+        self.codec = FORMATS["packed"]
         if not self.pre_quantized and quantization_config.intent is None:
             raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
 
@@ -197,7 +198,7 @@ class SparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
         state = model.state_dict() if self.given_state is None else self.given_state
-        tensors, manifest = pack_state(model, state)
+        tensors, manifest = pack_state(model, state, self.codec)
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)
         return tensors, {MANIFEST_KEY: manifest.to_json()}
 

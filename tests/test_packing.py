@@ -70,7 +70,7 @@ def test_dense_format_is_read_by_anyone(saved: Path, tmp_path: Path) -> None:
 def test_unknown_format_is_an_error_and_writes_nothing(saved: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(saved)
     before = weights(saved)
-    with pytest.raises(RecipeError, match="format is 'packed' or 'dense', not 'zip'"):
+    with pytest.raises(RecipeError, match="format is 'packed', 'smallest', 'dense', not 'zip'"):
         loaded.save_pretrained(saved, format="zip")
     assert weights(saved) == before
 
