@@ -116,7 +116,7 @@ def convert(
     if source.is_file():
         return _convert_file(source, output, spec)
     config = _read_config(source / "config.json")
-    method = _method(config)
+    method = _method(config) if config else None
     with staged(output, writes=True) as folder:
         done = _convert(files, method, Path(folder), spec, limit)
         if config:
@@ -129,6 +129,7 @@ def convert(
 def _convert_file(source: Path, output: Path, spec: Spec) -> Conversion:
     if output.is_dir():
         raise RecipeError(f"{source} is a file, so the output should be one, and {output} is a folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(output) as temporary, tempfile.TemporaryDirectory(dir=output.parent, prefix=".saving-") as folder:
         done = _convert([source], None, Path(folder), spec, math.inf)
         os.replace(Path(folder) / SINGLE, temporary)

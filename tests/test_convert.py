@@ -95,6 +95,17 @@ def test_small_files_are_copied_and_pickles_are_not(dense, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "packed")("the film is great")["input_ids"]
 
 
+def test_old_names_that_transformers_renames_still_load(dense, tmp_path):
+    file = dense / "model.safetensors"
+    new, old = ("LayerNorm.weight", "LayerNorm.bias"), ("LayerNorm.gamma", "LayerNorm.beta")
+    tensors = {key.replace(new[0], old[0]).replace(new[1], old[1]): part for key, part in load_plain(file).items()}
+    tensors = {key: part + 0.5 if "LayerNorm" in key else part for key, part in tensors.items()}
+    save_plain(tensors, file, metadata={"format": "pt"})
+    convert(dense, tmp_path / "packed")
+    assert_same_bits(state(tmp_path / "packed"), state(dense))
+    assert state(dense)["bert.embeddings.LayerNorm.weight"].unique().tolist() == [1.5]
+
+
 def test_a_tensor_with_the_name_of_a_part_keeps_its_name(tmp_path):
     eye = torch.eye(64)
     (tmp_path / "in").mkdir()
@@ -210,7 +221,7 @@ def test_compression_config_of_older_versions_is_read(tmp_path):
         ({"quant_method": "gptq", "bits": 4}, r"quantized \(gptq\)"),
         ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "marlin-24"}}, "'marlin-24'"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}, "not only sparse"),
-        ({"quant_method": "hf_sparse"}, "has no manifest"),
+        ({"quant_method": "hf_sparse"}, "has no hf_sparse manifest"),
         ([1], "should be a mapping"),
     ],
 )
