@@ -170,8 +170,8 @@ class SparseQuantizer(HfQuantizer):
         if self.manifest is None:
             raise CheckpointError("the checkpoint has no manifest, neither in config.json nor in its files")
         entry = self.manifest.tensors.get(_key_in(self.manifest, name, model))
-        # Old names (LayerNorm.gamma) are renamed on the way here. What arrives whole under a name that is not listed is a
-        # dense tensor that has been verified under its own: packed ones have several parts and another shape.
+        # Old names (LayerNorm.gamma) are renamed on the way here. What arrives whole under a name that is not listed is
+        # a dense tensor that has been verified under its own: packed ones have several parts and another shape.
         renamed = self.checked and parts.keys() == {""}
         if entry is None and not renamed:
             raise CheckpointError(f"the manifest does not list '{name}'")
