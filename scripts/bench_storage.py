@@ -270,9 +270,13 @@ def loading(args: argparse.Namespace, folder: Path) -> None:
             columns = in_turns(actions, args.rounds, LOADING.read)
             for profile, column in zip(PROFILES[1:], columns[1:], strict=True):
                 print(f"{cache:<5}{what:<16}{profile:<9}{ratio([columns[0], column], limit)}")
-    print(f"pages of the dense file in memory after dropping: {share_in_memory(folder / 'dense'):.1%}", end="")
-    drop(folder / "models" / "dense")
-    print(f", {share_in_memory(folder / 'dense'):.1%} (0 % is a cold cache; disks may have caches of their own)\n")
+    print("Pages of the files in memory, warm and after dropping (0 % is cold; a disk may have a cache of its own)")
+    for profile in PROFILES:
+        path = folder / "models" / profile
+        warm = share_in_memory(path)
+        drop(path)
+        print(f"     {'':<16}{profile:<9}{warm:6.1%} and {share_in_memory(path):.1%}")
+    print()
 
 
 PROFILES = ("dense", "packed", "smallest")
