@@ -222,8 +222,9 @@ def _convert(files: Sequence[Path], method: str | None, folder: Path, spec: Spec
             kind, waiting = METHOD, _compressed(shards)
         else:
             kind, waiting = "dense", (_Waiting(key, partial(shards.get, key), None) for key in shards.headers)
-        taken = set(shards.headers) if kind == "dense" else set()
-        for key, read, packed, target in sorted(waiting):
+        pending = sorted(waiting)
+        taken = {tensor.key for tensor in pending}
+        for key, read, packed, target in pending:
             tensor = read()
             if packed is None:
                 packed = spec != "dense" and _is_sparse(key, tensor)
@@ -282,10 +283,14 @@ def _copy_small(source: Path, folder: Path) -> tuple[str, ...]:
     """Copy tokenizer, texts and other small files; return the names of what stayed behind."""
     left = []
     weights = {file.name for file in weight_files(source)}
+    # A link out of the folder could put anything into a checkpoint that is going to be published. The links of the
+    # cache of the Hub lead to its blobs.
+    known = {source.resolve(), (source.resolve() / ".." / ".." / "blobs").resolve()}
     for path in sorted(path for path in source.iterdir() if path.is_file() and path.name not in weights):
         if (folder / path.name).exists() or path.name.endswith(".index.json"):
             continue
-        if path.suffix in _COPIED and path.stat().st_size <= _COPIED_BYTES:
+        small = path.suffix in _COPIED and path.stat().st_size <= _COPIED_BYTES
+        if small and path.resolve().parent in known:
             shutil.copyfile(path, folder / path.name)
         else:
             left.append(path.name)

@@ -95,6 +95,26 @@ def test_small_files_are_copied_and_pickles_are_not(dense, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "packed")("the film is great")["input_ids"]
 
 
+def test_links_out_of_the_folder_are_not_followed(dense, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (dense / "vocab.txt").unlink(missing_ok=True)
+    (dense / "vocab.txt").symlink_to(tmp_path / "secret.txt")
+    done = convert(dense, tmp_path / "out")
+    assert set(done.left) == {"training_args.bin", "vocab.txt"}
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+
+
+def test_snapshot_in_the_cache_of_the_hub_is_read(dense, tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123"
+    shutil.copytree(dense, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    convert(snapshot, tmp_path / "out")
+    convert(dense, tmp_path / "expected")
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
 def test_old_names_that_transformers_renames_still_load(dense, tmp_path):
     file = dense / "model.safetensors"
     new, old = ("LayerNorm.weight", "LayerNorm.bias"), ("LayerNorm.gamma", "LayerNorm.beta")
@@ -110,10 +130,15 @@ def test_a_tensor_with_the_name_of_a_part_keeps_its_name(tmp_path):
     eye = torch.eye(64)
     (tmp_path / "in").mkdir()
     save_plain({"a.weight": eye, "a.weight_mask": torch.ones(2)}, tmp_path / "in" / "model.safetensors")
-    convert(tmp_path / "in", tmp_path / "out", codec="bitmask")
-    loaded = load_file(tmp_path / "out" / "model.safetensors")
-    assert loaded["a.weight"].equal(eye)
-    assert loaded["a.weight_mask"].equal(torch.ones(2))
+    convert(tmp_path / "in", tmp_path / "out", codec="csr")
+    convert(tmp_path / "out", tmp_path / "again", codec="bitmask")
+    for name, codec in (("out", "csr"), ("again", "dense")):
+        loaded = load_file(tmp_path / name / "model.safetensors")
+        assert loaded["a.weight"].equal(eye)
+        assert loaded["a.weight_mask"].equal(torch.ones(2))
+        manifest = read_manifest(tmp_path / name / "model.safetensors")
+        assert manifest is not None
+        assert manifest.tensors["a.weight"].codec == codec
 
 
 # -- from packed -----------------------------------------------------------------------------------------------------
