@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | inspect."""
+"""The command line: hf-sparse train | prune | convert | inspect."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     prune.set_defaults(command=_prune)
 
+    convert = commands.add_parser("convert", help="store a checkpoint in another way: packed, dense, in other shards")
+    convert.add_argument("source", help="folder, or one safetensors file; dense, packed or compressed-tensors < 0.15")
+    convert.add_argument("output", help="folder (or file) that is written")
+    convert.add_argument("--format", default="packed", help="packed (default), smallest or dense")
+    convert.add_argument("--codec", type=_spec, help="one codec for all weights, instead of the smallest of each")
+    convert.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (2GB)")
+    convert.set_defaults(command=_convert)
+
     inspect = commands.add_parser("inspect", help="show what a file holds, from the file alone")
     inspect.add_argument("path", help="safetensors file, or a folder with some")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -98,6 +106,13 @@ def _prune(options: argparse.Namespace) -> None:
     if output.resolve() == Path(options.model).resolve():
         raise RecipeError(f"--output {output} is the folder of the dense model, which would be lost; choose another")
     print(f"{prune(options.model, group, output, revision=options.revision)}\n\nSaved in {output}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    done = convert(options.source, options.output, options.format, options.codec, options.max_shard_size)
+    print(f"{done}\n\nSaved in {options.output}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

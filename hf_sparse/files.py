@@ -39,13 +39,18 @@ class Stored(NamedTuple):
 
 
 @contextlib.contextmanager
-def _opened(path: PathLike) -> Iterator[Any]:
-    """Open a file; what safetensors finds wrong with it becomes a `CheckpointError` that names the file."""
+def reading(path: PathLike) -> Iterator[None]:
+    """Turn what safetensors and the system find wrong with a file into a `CheckpointError` that names it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: PathLike) -> Iterator[Any]:
+    with reading(path), safe_open(path, framework="pt") as file:
+        yield file
 
 
 def read_header(path: PathLike) -> tuple[dict[str, str], dict[str, Stored]]:

@@ -32,12 +32,18 @@ from .manifest import Manifest, TensorEntry
 from .masking import STATE_SUFFIXES
 from .report import WEIGHTS_ATTRIBUTE
 
+FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
+"""What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
 
-def pack_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Manifest]:
+
+def pack_state(
+    model: PreTrainedModel, state: Mapping[str, Tensor], codec: str = "auto"
+) -> tuple[dict[str, Tensor], Manifest]:
     """Pack the weights that were asked to be sparse, and list every tensor in a manifest.
 
     Args:
         state: of the model, with the keys that `masking` gives masked weights.
+        codec: of the weights that are not in training, see `codecs.encode`.
 
     Returns:
         The tensors to write, under the names of the checkpoint format of the model, and the manifest.
@@ -63,8 +69,8 @@ def pack_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> tuple[dic
         name = wanted.get(id(tensor))
         if tensor.is_meta:
             tensor = load_offloaded_parameter(model, offloaded[id(tensor)])
-        codec = "dense" if name is None else "bitmask" if f"{name}_kept" in training else "auto"
-        entries[key], parts = encode(tensor, codec)
+        chosen = "dense" if name is None else "bitmask" if f"{name}_kept" in training else codec
+        entries[key], parts = encode(tensor, chosen)
         tensors.update({key + suffix: part for suffix, part in parts.items()})
         if name is None:
             continue
@@ -121,26 +127,27 @@ def _save_pretrained(
     leaves the old one whole.
 
     Args:
-        format: "packed" for small files that need `import hf_sparse` before `from_pretrained`, "dense" for files with
-            plain zeros that any tool reads.
+        format: "packed" for small files that need `import hf_sparse` before `from_pretrained`, "smallest" for still
+            smaller ones whose values are coded too and take longer to read, "dense" for files with plain zeros that any
+            tool reads.
 
     Raises:
         RecipeError: for another format.
     """
-    if format not in ("packed", "dense"):
-        raise RecipeError(f"format is 'packed' or 'dense', not {format!r}")
+    if format not in FORMATS:
+        raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", Path(save_directory).name)
     save = type(self).save_pretrained
-    with _staged(save_directory, is_main_process) as directory:
-        if format == "packed":
+    with staged(save_directory, is_main_process) as directory:
+        if format != "dense":
             quantizer: Any = self.hf_quantizer
-            quantizer.given_state = state_dict
+            quantizer.given_state, quantizer.codec = state_dict, FORMATS[format]
             try:
                 # The names are reverted before packing (`pack_state`), so not a second time.
                 save(self, directory, is_main_process, None, save_original_format=False, **kwargs)
             finally:
-                quantizer.given_state = None
+                quantizer.given_state, quantizer.codec = None, FORMATS["packed"]
         else:
             with _unmarked(self):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)
@@ -157,11 +164,11 @@ def _unmarked(model: PreTrainedModel) -> Iterator[None]:
         model.hf_quantizer, model.config.quantization_config = quantizer, config
 
 
-_WEIGHTS = re.compile(r"model(?P<variant>\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(?P<index>\.[\w-]+)?\.json)?")
+WEIGHTS = re.compile(r"model(?P<variant>\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(?P<index>\.[\w-]+)?\.json)?")
 
 
 @contextlib.contextmanager
-def _staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
+def staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
     """Yield a directory to write into, whose files replace those of `directory` one by one at the end."""
     if not writes:
         yield os.fspath(directory)
@@ -183,7 +190,7 @@ def _staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
             path.replace(final / path.name)
-        if any(_WEIGHTS.fullmatch(path.name) for path in fresh):
+        if any(WEIGHTS.fullmatch(path.name) for path in fresh):
             _remove_stale(final, {path.name for path in fresh})
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -191,8 +198,8 @@ def _staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
 
 def _remove_stale(directory: Path, fresh: set[str]) -> None:
     """Remove weights of an earlier save with another number of shards: `from_pretrained` might prefer them."""
-    variants = {match["variant"] or match["index"] for name in fresh if (match := _WEIGHTS.fullmatch(name))}
+    variants = {match["variant"] or match["index"] for name in fresh if (match := WEIGHTS.fullmatch(name))}
     for path in directory.iterdir():
-        match = _WEIGHTS.fullmatch(path.name)
+        match = WEIGHTS.fullmatch(path.name)
         if match and (match["variant"] or match["index"]) in variants and path.name not in fresh:
             path.unlink()

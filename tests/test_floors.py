@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "errors registry config manifest",
     1: "scorers patterns selection schedules losses kth codecs",
-    2: "architectures targets masking zeros units pruner compaction distillation ranks report",
-    3: "files kernels runtime",
-    4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot loading "
-    "teacher loss_terms",
-    5: "recipe recipe_text data metrics text_metrics prune run cli __main__",
+    2: "architectures compaction distillation masking pruner ranks report targets units zeros",
+    3: "compressed_tensors files kernels runtime shards",
+    4: "callback checkpoint convert inspection loading loss_terms model_card oneshot optimizer packing "
+    "quantizer saving teacher",
+    5: "__main__ cli data metrics prune recipe recipe_text run text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

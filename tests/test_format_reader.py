@@ -2,22 +2,42 @@
 
 import ast
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 from hf_sparse.codecs import CODECS, DTYPE_NAMES, Source, pack
 from hf_sparse.codecs.base import as_bytes
-from hf_sparse.files import MANIFEST_KEY, load_file, save_file
+from hf_sparse.files import MANIFEST_KEY, check_files, load_file, save_file
 from hf_sparse.manifest import Manifest
 from scripts import read_packed as reader
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = Path(__file__).parent / "fixtures" / "format-1" / "every_codec.safetensors"
 """Written by `write_fixture` when the format was settled. Never write it anew: the point is that it is old."""
+
+
+MODEL = FIXTURE.parent / "model"
+"""A BERT of one layer in two shards, as `save_pretrained` of hf_sparse 0.1.0 wrote it. Never write it anew either."""
+
+CRC32 = {
+    "embeddings.word_embeddings.weight": "e079b5cd",
+    "embeddings.position_embeddings.weight": "60a5d737",
+    "embeddings.token_type_embeddings.weight": "b7571f16",
+    "encoder.layer.0.attention.self.query.weight": "24ebf73b",
+    "encoder.layer.0.attention.self.key.weight": "03ba48ad",
+    "encoder.layer.0.attention.self.value.weight": "d39120ce",
+    "encoder.layer.0.attention.output.dense.weight": "46eaf819",
+    "encoder.layer.0.intermediate.dense.weight": "69b1c517",
+    "encoder.layer.0.output.dense.weight": "5603e170",
+    "pooler.dense.weight": "7b8f99e4",
+}
+"""Of the bytes of its matrices; its norms are all ones, and its biases all zeros."""
 
 
 def pattern(dtype, shape=(6, 2, 5)):
@@ -110,6 +130,25 @@ def test_file_of_format_1_is_read_for_ever():
     assert all(loaded[key].dtype == tensor.dtype for key, tensor in tensors.items())
     assert_same(loaded, tensors)
     assert_same(reader.read(FIXTURE), tensors)
+
+
+def test_model_of_format_1_is_read_for_ever():
+    state = AutoModel.from_pretrained(MODEL).state_dict()
+    digests = {key: f"{zlib.crc32(as_bytes(tensor).data):08x}" for key, tensor in state.items() if tensor.ndim > 1}
+    assert digests == CRC32
+    vectors = {key: tensor.unique().tolist() for key, tensor in state.items() if tensor.ndim == 1}
+    assert vectors == {key: [1.0 if key.endswith("LayerNorm.weight") else 0.0] for key in vectors}
+    assert len(state) == 23
+    assert state["encoder.layer.0.attention.self.query.weight"].count_nonzero() == 32 * 32 / 2
+    assert_same(reader.read(*sorted(MODEL.glob("*.safetensors"))), state)
+
+
+def test_model_of_format_1_still_knows_what_it_was_asked_to_be():
+    model = AutoModel.from_pretrained(MODEL)
+    manifest = check_files(sorted(MODEL.glob("*.safetensors")))
+    assert set(manifest.targets) == {key for key in CRC32 if key.startswith("encoder")}
+    assert {manifest.tensors[key].codec for key in manifest.targets} == {"bitmask", "deflate", "gap", "block"}
+    assert [group.sparsity for group in model.config.quantization_config.intent.groups] == [0.5, None, 0.75, 0.9]
 
 
 def test_specification_names_every_codec_part_and_type():

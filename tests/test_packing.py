@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import AutoModel, AutoModelForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
+from hf_sparse.files import check_files
 
+from .tiny import config
 from .training import RAMP, Rows, bert, sparse_trainer
 
 
@@ -67,10 +69,38 @@ def test_dense_format_is_read_by_anyone(saved: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "packed") == weights(saved)
 
 
+def test_smallest_format_codes_the_values_too_and_loads_the_same(tmp_path: Path) -> None:
+    # Wide enough for a code of the values to pay, and in half precision, where it pays most.
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    model = sparsify(BertModel(config(**sizes)).half(), SparsityConfig(sparsity=0.8))
+    model.save_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "smallest", format="smallest")
+    packed, smallest = (check_files(tmp_path / name / "model.safetensors") for name in ("packed", "smallest"))
+    assert {smallest.tensors[key].codec for key in smallest.targets} == {"planes"}
+    assert "planes" not in {entry.codec for entry in packed.tensors.values()}
+    assert smallest.targets == packed.targets
+    assert len(weights(tmp_path / "smallest")) < len(weights(tmp_path / "packed"))
+    loaded = AutoModel.from_pretrained(tmp_path / "smallest")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    loaded.save_pretrained(tmp_path / "again")  # nobody asked for the smallest now
+    assert weights(tmp_path / "again") == weights(tmp_path / "packed")
+
+
+def test_smallest_format_leaves_a_model_in_training_as_it_is(tmp_path: Path) -> None:
+    trainer = sparse_trainer(tmp_path, SparsityConfig(sparsity=0.9, scorer="movement", schedule=RAMP))
+    trainer.create_optimizer()
+    trainer.callback_handler.callbacks[0].pruner.step(1.0)
+    for name in ("packed", "smallest"):
+        trainer.model.save_pretrained(tmp_path / name, format=name)
+    assert any(name.endswith("_hidden") for name in load_file(tmp_path / "smallest" / "model.safetensors"))
+    assert weights(tmp_path / "smallest") == weights(tmp_path / "packed")
+
+
 def test_unknown_format_is_an_error_and_writes_nothing(saved: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(saved)
     before = weights(saved)
-    with pytest.raises(RecipeError, match="format is 'packed' or 'dense', not 'zip'"):
+    with pytest.raises(RecipeError, match="format is 'packed', 'smallest', 'dense', not 'zip'"):
         loaded.save_pretrained(saved, format="zip")
     assert weights(saved) == before
 

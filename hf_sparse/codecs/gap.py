@@ -42,8 +42,12 @@ def _index(gaps: Array, count: int, total: int) -> Array:
     placed = gaps != _SKIP
     if np.count_nonzero(placed) != count or not placed[-1:].all():
         raise CheckpointError(f"the gaps do not place exactly {count} values")
-    ends = np.cumsum(gaps, dtype=np.int64)
-    index = ends + np.arange(count) if count == len(gaps) else ends[placed] + np.arange(count)
+    # A value is one step behind the zeros before it, and a skip is no value: 255 at most in both, so a byte still. Cast
+    # first: a sum that casts as it goes takes eight times as long.
+    index = np.cumsum((gaps + placed).astype(np.int64))
+    index -= 1
+    if count != len(gaps):
+        index = index[placed]
     if count and index[-1] >= total:
         raise CheckpointError(f"the gaps lead behind the last of {total}")
     return index
