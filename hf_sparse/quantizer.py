@@ -6,77 +6,29 @@ is loaded exactly, into plain dense weights with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import AutoHfQuantizer, HfQuantizer, register_quantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import pruner
 from .codecs import SUFFIXES, decode
 from .config import SparsityConfig
-from .errors import CheckpointError, RecipeError
+from .errors import BackendError, CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
-from .oneshot import sparsify
+from .oneshot import prune_further, sparsify
 from .packing import pack_state, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
+from .sparse_config import METHOD, SparseConfig
 from .zeros import free_zeros, keep_zeros
 
-METHOD = "hf_sparse"
-
 logger = logging.get_logger(__name__)
-
-
-@register_quantization_config(METHOD)
-class SparseConfig(QuantizationConfigMixin):
-    """Say how a model is sparse, as `quantization_config` of `from_pretrained` and in `config.json`.
-
-    Args:
-        intent: a `SparsityConfig` or its `to_dict()`; instead of it, its keywords can be given.
-        manifest: what the checkpoint contains; written by saving, never by hand.
-        **sparsity: the keywords of `SparsityConfig`.
-
-    Raises:
-        RecipeError: as `SparsityConfig`.
-
-    Example:
-        >>> from hf_sparse import SparseConfig
-        >>> SparseConfig(sparsity=0.5, scorer="magnitude", pattern="2:4").to_dict()["intent"]
-        {'groups': [{'pattern': '2:4', 'sparsity': 0.5}]}
-    """
-
-    def __init__(
-        self,
-        intent: SparsityConfig | Mapping[str, Any] | None = None,
-        manifest: Manifest | Mapping[str, Any] | None = None,
-        quant_method: str = METHOD,
-        **sparsity: Any,
-    ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        if sparsity and intent is not None:
-            raise RecipeError(f"give either intent or its keywords, not both: {', '.join(sorted(sparsity))}")
-        if sparsity:
-            intent = SparsityConfig(**sparsity)
-        elif isinstance(intent, Mapping):
-            intent = SparsityConfig.from_dict(intent)
-        self.intent = intent
-        self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        out: dict[str, Any] = {"quant_method": METHOD}
-        if self.intent is not None:
-            out["intent"] = self.intent.to_dict()
-        if self.manifest is not None:
-            out["manifest"] = self.manifest.to_dict()
-        return out
 
 
 class Unpack(ConversionOps):
@@ -110,7 +62,11 @@ class Unpack(ConversionOps):
             self.hf_quantizer.failures.append(error)
             reference = model.get_parameter_or_buffer(full_layer_name)
             weight = torch.zeros(reference.shape, dtype=reference.dtype, device=parts[""].device)
-        return {target_patterns[0]: weight if self.dtype is None else weight.to(self.dtype)}
+        weight = weight if self.dtype is None else weight.to(self.dtype)
+        second = self.hf_quantizer.second
+        if second is not None and second.param_needs_quantization(model, full_layer_name):
+            return second.get_quantize_ops().convert({full_layer_name: weight}, model=model)
+        return {target_patterns[0]: weight}
 
 
 @register_quantizer(METHOD)
@@ -127,8 +83,36 @@ class SparseQuantizer(HfQuantizer):
         self.manifest = quantization_config.manifest
         self.failures: list[CheckpointError] = []
         self.given_state: dict[str, Tensor] | None = None
+        self.second = _second_quantizer(quantization_config, self.pre_quantized)
         if not self.pre_quantized and quantization_config.intent is None:
             raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
+
+    # -- what a second quantization has to say while the load is planned ---------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Let bitsandbytes check device and device map, if the weights go on to it."""
+        if self.second is not None:
+            self.second.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Let bitsandbytes choose its device, if the weights go on to it."""
+        return device_map if self.second is None else self.second.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Let bitsandbytes reserve what it needs, if the weights go on to it."""
+        return max_memory if self.second is None else self.second.adjust_max_memory(max_memory)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return bytes per entry in memory: decoded, in the dtype of the model, or quantized a second time."""
+        if self.second is None:
+            return super().param_element_size(model, param_name, param)
+        return self.second.param_element_size(model, param_name, param)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Tell which weights are quantized a second time, and so have another shape in memory."""
+        return self.second is not None and self.second.param_needs_quantization(model, param_name, **kwargs)
+
+    # -- loading -----------------------------------------------------------------------------------------------------
 
     def get_load_operations(self) -> dict[str, Any]:
         """Name the op that `from_pretrained` runs on each weight."""
@@ -148,6 +132,9 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        _refuse_shards(model)
+        if self.second is not None:
+            self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if self.pre_quantized and checkpoint_files:
             # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
             # save, if a save was killed between replacing the weights and replacing the config.
@@ -190,8 +177,13 @@ class SparseQuantizer(HfQuantizer):
         assert self.manifest is not None
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
         setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
+        if self.second is not None:
+            return _hand_over(model, self.second)
         keep_zeros(_layers(model))
         save_packed(model)
+        asked = self.quantization_config.prune_to
+        if asked is not None and asked != self.quantization_config.intent:
+            prune_further(model, asked)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -227,6 +219,38 @@ class SparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Nothing is left in the forward pass that a compiler would mind."""
         return True
+
+
+def _second_quantizer(config: SparseConfig, packed: bool) -> HfQuantizer | None:
+    if config.quantization_config is None:
+        return None
+    if config.prune_to is not None or not packed:
+        raise RecipeError(
+            "SparseConfig with quantization_config quantizes a checkpoint that is packed already, and prunes nothing. "
+            "Prune first and save, then load what you saved with SparseConfig(quantization_config=...) alone"
+        )
+    return AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=False)
+
+
+def _hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
+    """Make the model one of the second quantizer, which saves, dequantizes and loads it from now on."""
+    loaded = cast(Any, model)
+    loaded.hf_quantizer = second
+    loaded.quantization_method = second.quantization_config.quant_method
+    model.config.quantization_config = second.quantization_config
+    return second._process_model_after_weight_loading(model)
+
+
+def _refuse_shards(model: PreTrainedModel) -> None:
+    """Raise if transformers would cut the tensors of the file into one piece per process."""
+    asked = getattr(model.config, "distributed_config", None)
+    sizes = {name: getattr(asked, f"{name}_size", None) for name in ("tp", "fsdp", "dp", "ep", "pp")}
+    parallel = [f"{name}_size={size}" for name, size in sizes.items() if (size or 1) > 1]
+    if parallel:
+        raise BackendError(
+            f"a packed checkpoint cannot be loaded into shards ({', '.join(parallel)}): transformers cuts the tensors "
+            "of the file before they are decoded. Save it with format='dense' and load that with tp_plan"
+        )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
