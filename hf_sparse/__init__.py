@@ -5,7 +5,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 __version__ = "0.1.0"
 
-from . import patterns, quantizer, schedules, scorers, selection  # noqa: F401  they fill the registries
+from . import adapters, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
 from .callback import SparsityCallback
 from .config import GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError

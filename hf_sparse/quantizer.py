@@ -188,6 +188,8 @@ class SparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters, and nothing else
+            return (model.state_dict() if self.given_state is None else self.given_state), {}
         state = model.state_dict() if self.given_state is None else self.given_state
         tensors, manifest = pack_state(model, state)
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)

@@ -132,7 +132,10 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         >>> summarize(model).sparsity
         0.75
     """
+    parameters_of = model
     if names is None:
+        # A wrapper (DDP, an adapter of PEFT) may hand attributes on, but the names are those inside it.
+        model = next((module for module in model.modules() if WEIGHTS_ATTRIBUTE in vars(module)), model)
         names = getattr(model, WEIGHTS_ATTRIBUTE, None)
     if names is None:
         names = [f"{name}.weight" for name in block_layers(model)]
@@ -147,7 +150,7 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         nonzeros = int(torch.count_nonzero(weight))
         packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
         reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
-    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(model)))
+    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(parameters_of)))
 
 
 def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:

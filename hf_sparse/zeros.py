@@ -45,6 +45,11 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
             setattr(layer, _KEEPS, False)
 
 
+def keeps_zeros(layer: nn.Module) -> bool:
+    """Return whether the zeros of this layer stay zero."""
+    return bool(vars(layer).get(_KEEPS, False))
+
+
 class _Armed:
     """Know which parameter has the hook. Copies and pickles know of none, because theirs has none."""
 
