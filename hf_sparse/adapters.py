@@ -2,10 +2,10 @@
 
 PEFT merges by adding to `base_layer.weight` in place. No hook of torch sees that, and PEFT offers none; but it gives
 each layer that it adapts to a new module under the name `base_layer`, and the whole model to a new one under the name
-`model`. torch calls a global hook whenever a module is given to another. The one here gives the new module a `merge`, an
-`unmerge` and a `merge_and_unload` of its own, which call those of its class and put the zeros back. So nothing of PEFT
-is changed for other models, every kind of adapter that merges (LoRA, DoRA, LoHa, IA3, ...) is covered, and all that this
-relies on are public names. PEFT is not imported, and need not be installed.
+`model`. torch calls a global hook whenever a module is given to another. The one here gives the new module a `merge`,
+an `unmerge` and a `merge_and_unload` of its own, which call those of its class and put the zeros back. So nothing of
+PEFT is changed for other models, every kind of adapter that merges (LoRA, DoRA, LoHa, IA3, ...) is covered, and all
+that this relies on are public names. PEFT is not imported, and need not be installed.
 
 Which weights are zero is noted when PEFT takes the layer, in one bit per weight: some adapters (PiSSA, OLoRA) change
 the weights before they train, and a weight that is kept can become zero by chance.
