@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from transformers import (
 from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map, load_offloaded_parameter
 from transformers.modeling_utils import get_total_byte_count
 
-from hf_sparse import RecipeError, SparseConfig, SparsityConfig, SparsityError, sparsify, summarize
+from hf_sparse import CheckpointError, RecipeError, SparseConfig, SparsityConfig, SparsityError, sparsify, summarize
 from hf_sparse.quantizer import SparseQuantizer
 
 from . import tiny
@@ -177,6 +179,30 @@ def test_tied_weights_survive_offloading(make: Any, tmp_path: Path) -> None:
     assert torch.equal(placed(ids, **inputs).logits, plain(ids, **inputs).logits)
     placed.save_pretrained(tmp_path / "again")
     assert content(tmp_path / "again") == content(tmp_path / "packed")
+
+
+def test_damaged_weight_is_an_error_where_it_would_be_offloaded(packed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed, tmp_path / "damaged")
+    path = folder / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(whole[:8], "little")
+    key = "bert.encoder.layer.1.output.dense.weight"
+    whole[start + json.loads(whole[8:start])[key]["data_offsets"][0]] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=key):
+        load(folder, device_map={"": "disk"}, offload_folder=str(tmp_path / "offload"))
+
+
+def test_weights_that_stay_in_fp32_do_so(tmp_path: Path) -> None:
+    model = sparsify(tied_t5(), SparsityConfig(sparsity=0.5))
+    model.save_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "dense", format="dense")
+    plain, found = (
+        T5ForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.float16) for name in ("dense", "packed")
+    )
+    assert_same(found, plain)
+    assert found.get_parameter("encoder.block.0.layer.1.DenseReluDense.wo.weight").dtype == torch.float32
+    assert found.get_parameter("encoder.block.0.layer.1.DenseReluDense.wi.weight").dtype == torch.float16
 
 
 # -- honest sizes ----------------------------------------------------------------------------------------------------

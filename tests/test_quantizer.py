@@ -127,6 +127,23 @@ def test_loaded_model_can_be_pruned_further(packed: Path, tmp_path: Path) -> Non
     assert summarize(load(tmp_path / "further")).sparsity == pytest.approx(0.95, abs=1e-3)
 
 
+def test_head_for_another_task_is_made_anew_as_with_a_dense_file(
+    original: tuple[BertForSequenceClassification, Path],
+) -> None:
+    model, folder = original
+    loaded = load(folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (3, 32)
+    assert torch.equal(loaded.state_dict()[QUERY], model.state_dict()[QUERY])
+    assert summarize(loaded).nonzeros == summarize(model).nonzeros
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folder, num_labels=3)
+
+
+def test_packed_weight_of_another_shape_is_an_error(packed: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has shape \(64, 32\) in the checkpoint, .* has \(128, 32\)"):
+        load(packed, intermediate_size=128, ignore_mismatched_sizes=True)
+
+
 # -- intent on a dense model -----------------------------------------------------------------------------------------
 
 

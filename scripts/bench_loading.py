@@ -1,0 +1,120 @@
+"""What `from_pretrained` of a packed model costs in memory and time, against the dense one.
+
+    python scripts/bench_loading.py                          # BERT-base at 90 %, fp32, five rounds, about two minutes
+    python scripts/bench_loading.py --layers 2 --rounds 1    # a first impression
+
+Each load runs in a process of its own, dense and packed in turns, and ends with reading every weight once: files are
+mapped into memory, so a dense model that nobody has used yet is not in memory at all. The peak is how far the resident
+memory of the process rose above where it was before the load, as the kernel counts it (Linux). Before that, a tiny
+model is loaded, so that what is imported on the way is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+from hf_sparse import SparsityConfig, sparsify
+
+TINY: dict[str, Any] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 8,
+}
+
+
+def memory(key: str) -> int:
+    """Return a line of the kernel about this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
+
+
+def measure(folder: Path, tiny: Path) -> None:
+    """Load in this process, and print what it took as JSON."""
+    torch.set_num_threads(1)
+    transformers.BertModel.from_pretrained(tiny)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, start = memory("VmRSS"), time.perf_counter()
+    model = transformers.BertModel.from_pretrained(folder)
+    loaded = time.perf_counter() - start
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    used, peak = time.perf_counter() - start, memory("VmHWM") - before
+    print(json.dumps({"peak": peak, "loaded": loaded, "used": used}))
+
+
+def once(folder: Path, tiny: Path) -> dict[str, float]:
+    """Measure one load in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(folder), str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def quoted(values: list[float], digits: int = 1) -> str:
+    """Return the median with the least and the greatest."""
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def main() -> None:
+    """Make the models, load them in turns, and print peaks and limits."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(*options.measure)
+        return
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = SparsityConfig(sparsity=options.sparsity)
+        sparsify(transformers.BertModel(transformers.BertConfig(**TINY)), config).save_pretrained(folder / "tiny")
+        model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=options.layers))
+        sparsify(model.to(getattr(torch, options.dtype)), config)
+        model.save_pretrained(folder / "packed")
+        model.save_pretrained(folder / "dense", format="dense")
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        largest = max(parameter.nbytes for parameter in model.parameters())
+        file = (folder / "packed" / "model.safetensors").stat().st_size
+        del model
+        found: dict[str, list[dict[str, float]]] = {"dense": [], "packed": []}
+        for _ in range(options.rounds):
+            for which, runs in found.items():
+                runs.append(once(folder / which, folder / "tiny"))
+    peaks = {which: [run["peak"] / 1e6 for run in runs] for which, runs in found.items()}
+    print(f"model {size / 1e6:.1f} MB, largest tensor {largest / 1e6:.1f} MB, packed file {file / 1e6:.1f} MB")
+    for which, values in peaks.items():
+        print(
+            f"peak of loading {which:>6}: {quoted(values)} MB, {statistics.median(values) * 1e6 / size:.3f} x the model"
+        )
+    differences = [packed - dense for packed, dense in zip(peaks["packed"], peaks["dense"], strict=True)]
+    print(f"packed minus dense: {quoted(differences)} MB")
+    limit = (size + largest + file) / 1e6
+    print(f"limit, model + largest tensor + mapped packed file: {limit:.1f} MB: ", end="")
+    print("holds" if max(peaks["packed"]) <= limit else "DOES NOT HOLD")
+    for key, what in (("loaded", "from_pretrained alone"), ("used", "from_pretrained and reading all weights once")):
+        ratios = [p[key] / d[key] for p, d in zip(found["packed"], found["dense"], strict=True)]
+        print(f"time of {what}, packed / dense: {quoted(ratios, 2)}")
+
+
+if __name__ == "__main__":
+    main()
