@@ -129,15 +129,25 @@ def _unmerge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _merge_and_unload(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    _warn_of_quantized(tuner.model)
     model = type(tuner).merge_and_unload(tuner, *args, **kwargs)
     _log(merged_update(model))
     return model
 
 
 def _merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+    _warn_of_quantized(tuner.model)
     result = type(tuner).merge_adapter(tuner, *args, **kwargs)
     _log(merged_update(tuner.model))
     return result
+
+
+def _warn_of_quantized(model: Any) -> None:
+    if getattr(model, "quantization_method", None) == "bitsandbytes":
+        logger.warning(
+            "merging adapters into a model that bitsandbytes has quantized fills its zeros. To keep them, load the "
+            "packed model without quantization_config and merge into that"
+        )
 
 
 def _log(update: MergedUpdate) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
 from . import pruner
@@ -25,6 +25,7 @@ from .masking import STATE_SUFFIXES
 from .oneshot import prune_further, sparsify
 from .packing import pack_state, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
+from .requantize import check_one_device, hand_over, quantize, second_quantizer
 from .sparse_config import METHOD, SparseConfig
 from .zeros import free_zeros, keep_zeros
 
@@ -83,8 +84,10 @@ class SparseQuantizer(HfQuantizer):
         self.manifest = quantization_config.manifest
         self.failures: list[CheckpointError] = []
         self.given_state: dict[str, Tensor] | None = None
-        self.second = _second_quantizer(quantization_config, self.pre_quantized)
-        if not self.pre_quantized and quantization_config.intent is None:
+        self.second = second_quantizer(quantization_config)
+        self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
+        self.device_map: Any = None
+        if not self.pre_quantized and self.prune_to is None:
             raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
 
     # -- what a second quantization has to say while the load is planned ---------------------------------------------
@@ -92,6 +95,8 @@ class SparseQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Let bitsandbytes check device and device map, if the weights go on to it."""
         if self.second is not None:
+            if self.prune_to is not None:
+                check_one_device(kwargs.get("device_map"))
             self.second.validate_environment(*args, **kwargs)
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -133,7 +138,8 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         _refuse_shards(model)
-        if self.second is not None:
+        self.device_map = kwargs.get("device_map")
+        if self.second is not None and self.prune_to is None:
             self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if self.pre_quantized and checkpoint_files:
             # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
@@ -171,30 +177,38 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
-        if not self.pre_quantized:
-            assert self.quantization_config.intent is not None
-            sparsify(model, self.quantization_config.intent)
+        if self.pre_quantized:
+            self._settle(model)
+        if self.prune_to is not None and not (self.pre_quantized and self.prune_to == self.quantization_config.intent):
+            (prune_further if self.pre_quantized else sparsify)(model, self.prune_to)
+        if self.second is None:
             return model
+        if self.prune_to is not None:
+            quantize(model, self.second, self.device_map)
+        return hand_over(model, self.second)
+
+    def _settle(self, model: PreTrainedModel) -> None:
+        """Make a model that was packed keep its zeros, and pack again when it is saved."""
         # Our op decodes and has no reverse; saving packs by `get_state_dict_and_metadata` instead.
         loaded = cast(Any, model)
         loaded._weight_conversions = [c for c in loaded._weight_conversions or () if not _is_ours(c)]
         assert self.manifest is not None
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
         setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
-        if self.second is not None:
-            return _hand_over(model, self.second)
-        keep_zeros(_layers(model))
-        save_packed(model)
-        asked = self.quantization_config.prune_to
-        if asked is not None and asked != self.quantization_config.intent:
-            prune_further(model, asked)
-        return model
+        if self.second is None or self.prune_to is not None:
+            keep_zeros(_layers(model))
+            save_packed(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters, and nothing else
             return (model.state_dict() if self.given_state is None else self.given_state), {}
         state = model.state_dict() if self.given_state is None else self.given_state
+        if any(key.endswith(".base_layer.weight") for key in state):
+            raise RecipeError(
+                "the model is wrapped in adapters, and would be saved under names that nothing can load. Save the "
+                "adapters (PeftModel.save_pretrained), or the model that merge_and_unload() or unload() returns"
+            )
         tensors, manifest = pack_state(model, state)
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)
         return tensors, {MANIFEST_KEY: manifest.to_json()}
@@ -225,26 +239,6 @@ class SparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Nothing is left in the forward pass that a compiler would mind."""
         return True
-
-
-def _second_quantizer(config: SparseConfig, packed: bool) -> HfQuantizer | None:
-    if config.quantization_config is None:
-        return None
-    if config.prune_to is not None or not packed:
-        raise RecipeError(
-            "SparseConfig with quantization_config quantizes a checkpoint that is packed already, and prunes nothing. "
-            "Prune first and save, then load what you saved with SparseConfig(quantization_config=...) alone"
-        )
-    return AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=False)
-
-
-def _hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
-    """Make the model one of the second quantizer, which saves, dequantizes and loads it from now on."""
-    loaded = cast(Any, model)
-    loaded.hf_quantizer = second
-    loaded.quantization_method = second.quantization_config.quant_method
-    model.config.quantization_config = second.quantization_config
-    return second._process_model_after_weight_loading(model)
 
 
 def _refuse_shards(model: PreTrainedModel) -> None:

@@ -31,8 +31,8 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
         intent: a `SparsityConfig` or its `to_dict()`; instead of it, its keywords can be given.
         manifest: what the checkpoint contains; written by saving, never by hand.
-        quantization_config: a `BitsAndBytesConfig`: the weights of a packed checkpoint are decoded and then quantized.
-            Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
+        quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if that is asked for, and then
+            quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
         **sparsity: the keywords of `SparsityConfig`.
 
     Raises:

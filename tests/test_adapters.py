@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer
 
-from hf_sparse import SparsityConfig, sparsify, summarize
+from hf_sparse import RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
 from hf_sparse.adapters import merged_update
 
 from .training import Rows, arguments, bert
@@ -200,6 +200,21 @@ def test_lost_update_is_logged_and_reported(folders: tuple[Path, Path], caplog: 
 def test_model_without_merged_adapters_lost_nothing() -> None:
     update = merged_update(torch.nn.Sequential())
     assert (update.norm, update.lost, update.lost_fraction, update.layers) == (0.0, 0.0, 0.0, {})
+
+
+def test_merging_into_a_quantized_model_warns(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    config = SparseConfig(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    adapted(load(folders[0], quantization_config=config), ADAPTERS["lora"]).merge_and_unload()
+    assert "bitsandbytes has quantized fills its zeros" in caplog.text
+
+
+def test_saving_a_model_that_is_wrapped_in_adapters_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    wrapped = adapted(load(folders[0]), ADAPTERS["lora"])
+    with pytest.raises(RecipeError, match="wrapped in adapters"):
+        wrapped.base_model.model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").iterdir())
+    wrapped.unload().save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (folders[0] / "model.safetensors").read_bytes()
 
 
 # -- models that are not ours ----------------------------------------------------------------------------------------

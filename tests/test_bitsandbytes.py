@@ -155,11 +155,34 @@ def test_quantized_model_cannot_be_pruned_or_trained(name: str, folders: tuple[P
         Trainer(model, arguments(tmp_path), train_dataset=Rows())
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["packed", "dense"])
-def test_pruning_and_quantizing_in_one_load_is_refused(which: int, folders: tuple[Path, Path]) -> None:
-    config = SparseConfig(sparsity=0.95, quantization_config=second("int8"))
-    with pytest.raises(RecipeError, match=r"Prune first and save, then load .*alone"):
-        load(folders[which], config)
+@pytest.mark.parametrize("which", ["packed", "dense", "never sparse"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pruning_and_quantizing_in_one_load_is_one_after_the_other(
+    name: str, which: str, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    start = {"packed": folders[0], "dense": folders[1], "never sparse": tmp_path / "start"}[which]
+    if which == "never sparse":
+        bert().save_pretrained(start)
+    load(start, SparseConfig(sparsity=0.95)).save_pretrained(tmp_path / "pruned", format="dense")
+    expected = load(tmp_path / "pruned", second(name))
+    found = load(start, SparseConfig(sparsity=0.95, quantization_config=second(name)))
+    assert_same(found, expected)
+    assert not any(module.training for module in found.modules())
+    found.save_pretrained(tmp_path / "found")
+    expected.save_pretrained(tmp_path / "expected")
+    assert content(tmp_path / "found") == content(tmp_path / "expected")
+    assert_same(load(tmp_path / "found"), found)
+    ids = Rows(4).ids
+    assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_pruning_and_quantizing_over_several_devices_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config = SparseConfig(
+        sparsity=0.95, quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
+    )
+    places = {"bert": "cpu", "classifier": "disk"}
+    with pytest.raises(RecipeError, match="needs the whole model on one device"):
+        load(folders[1], config, device_map=places, offload_folder=str(tmp_path))
 
 
 def test_second_quantization_by_others_is_refused() -> None:

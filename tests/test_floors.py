@@ -15,7 +15,8 @@ FLOORS = {
     1: "scorers patterns selection schedules losses kth codecs",
     2: "architectures targets masking zeros units pruner compaction distillation report",
     3: "files kernels runtime",
-    4: "adapters sparse_config quantizer callback packing saving checkpoint optimizer model_card inspection oneshot",
+    4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot"
+    " sparse_config requantize adapters",
     5: "recipe recipe_text data metrics prune run cli __main__",
     6: "__init__",
 }
