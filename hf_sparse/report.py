@@ -154,13 +154,18 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
 
 
 def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
-    weight: Tensor = getattr(module, name.rpartition(".")[2]).detach()
+    attribute = name.rpartition(".")[2]
+    weight: Tensor = getattr(module, attribute).detach()
     if weight.is_meta:
         found = [stored for read in read_offloaded if (stored := read(model, name)) is not None]
         if not found:
             raise SparsityError(f"'{name}' is on the meta device and offloaded nowhere, so it has no values to count")
         weight = found[0].detach()
-    if isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features):
+    if (
+        attribute == "weight"
+        and isinstance(module, nn.Linear)
+        and weight.shape != (module.out_features, module.in_features)
+    ):
         raise SparsityError(
             f"'{name}' is quantized: it holds {tuple(weight.shape)} {weight.dtype} for a weight of "
             f"{(module.out_features, module.in_features)}, whose zeros cannot be counted. Call model.dequantize() first"
