@@ -87,6 +87,18 @@ def test_packed_checkpoint_quantizes_to_what_the_dense_one_does(
     assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "auto", "max_memory": {"cpu": 60_000}}])
+def test_device_map_is_that_of_bitsandbytes(
+    options: dict[str, Any], folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = load(
+        folders[0], SparseConfig(quantization_config=second("nf4")), offload_folder=str(tmp_path / "found"), **options
+    )
+    expected = load(folders[1], second("nf4"), offload_folder=str(tmp_path / "expected"), **options)
+    assert getattr(found, "hf_device_map", None) == getattr(expected, "hf_device_map", None)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_zeros_are_zeros_after_dequantization(name: str, folders: tuple[Path, Path]) -> None:
     sparse = load(folders[0]).state_dict()
