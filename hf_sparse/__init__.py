@@ -5,15 +5,15 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 __version__ = "0.1.0"
 
-from . import patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
+from . import adapters, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .oneshot import sparsify
 from .pruner import Pruner
-from .quantizer import SparseConfig
 from .report import Summary, summarize
+from .sparse_config import SparseConfig
 
 __all__ = [
     "BackendError",

@@ -36,10 +36,10 @@ from .manifest import Manifest, TensorEntry
 from .masking import STATE_SUFFIXES
 from .packing import FORMATS as PROFILES
 from .packing import staged
-from .quantizer import METHOD as OURS
-from .quantizer import SparseConfig
 from .registry import Spec
 from .shards import SINGLE, Shards, ShardWriter, opened, weight_files
+from .sparse_config import METHOD as OURS
+from .sparse_config import SparseConfig
 
 SHARD_SIZE = "2GB"
 MIN_ZEROS = 0.1

@@ -140,7 +140,7 @@ def hidden(module: nn.Module) -> nn.Parameter:
 
 
 def check_free(module: nn.Module, where: str) -> None:
-    """Raise `RecipeError` if `module.weight` cannot be given a mask: it has one, or it is not in memory."""
+    """Raise `RecipeError` if `module.weight` cannot be given a mask: it has one, is not in memory, or is quantized."""
     if parametrize.is_parametrized(module, "weight"):
         raise RecipeError(
             f"'{where}' already has a mask or another parametrisation. One callback or Pruner at a time: bake the "
@@ -148,6 +148,13 @@ def check_free(module: nn.Module, where: str) -> None:
         )
     if isinstance(module.weight, Tensor) and module.weight.is_meta:
         raise RecipeError(f"'{where}' is not in memory (meta device), so it cannot be pruned. Load the model first")
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else weight.shape
+    if not weight.is_floating_point() or weight.shape != shape:
+        raise RecipeError(
+            f"'{where}' is quantized ({weight.dtype}), so it cannot be pruned. Load the model without quantization"
+        )
 
 
 def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from .config import SparsityConfig
 from .errors import RecipeError, SparsityError
 from .pruner import Pruner
+from .report import WEIGHTS_ATTRIBUTE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,4 +48,36 @@ def sparsify(model: M, config: SparsityConfig) -> M:
         raise
     finally:
         pruner.bake()
+    return model
+
+
+def prune_further(model: M, config: SparsityConfig) -> M:
+    """Prune a model that is sparse already, as `sparsify` does.
+
+    Raises:
+        RecipeError: if the model is sparser than what is asked for, since what was removed cannot be brought back; and
+            as `sparsify`.
+
+    Example:
+        >>> import torch, hf_sparse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = sparsify(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.75))
+        >>> prune_further(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.5))
+        Traceback (most recent call last):
+            ...
+        hf_sparse.errors.RecipeError: sparsity 0.5 was asked for, but the model is at 0.7500 already, ...
+    """
+    for plan in Pruner(model, config).plans:
+        alive = [plan.pattern.pool((layer.weight != 0).float()) > 0 for layer in plan.layers.values()]
+        groups, kept = sum(mask.numel() for mask in alive), sum(int(mask.sum()) for mask in alive)
+        # Where the pattern or the selection decides, anything that is sparser fulfils it too.
+        if plan.config.sparsity is not None and kept + len(alive) < (1 - plan.sparsity) * groups:
+            raise RecipeError(
+                f"sparsity {plan.sparsity:g} was asked for, but the model is at {1 - kept / groups:.4f} already, and "
+                "what was removed cannot be brought back. Ask for more, or load the dense model"
+            )
+    before = getattr(model, WEIGHTS_ATTRIBUTE, ())
+    sparsify(model, config)
+    # What is sparse from before and no target this time stays packed when saved.
+    setattr(model, WEIGHTS_ATTRIBUTE, tuple(dict.fromkeys((*before, *getattr(model, WEIGHTS_ATTRIBUTE)))))
     return model

@@ -15,15 +15,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from . import report
 from .codecs import encode
 from .codecs.base import pack_bits
 from .errors import RecipeError, SparsityError
@@ -52,7 +53,7 @@ def pack_state(
     plain = {key: tensor for key, tensor in state.items() if key not in training}
     for ignored in model._keys_to_ignore_on_save or ():
         plain.pop(ignored, None)
-    plain = remove_tied_weights_from_state_dict(plain, model)
+    plain = _untied(remove_tied_weights_from_state_dict(plain, model), model)
     wanted = {id(plain[name]): name for name in getattr(model, WEIGHTS_ATTRIBUTE, ()) if name in plain}
     # Weights that are offloaded are read one at a time, below; only where stored tensors are computed from several of
     # memory (experts that are merged, say) all have to be there at once.
@@ -79,6 +80,16 @@ def pack_state(
             entries[key + suffix], dense = encode(part, "dense")
             tensors[key + suffix] = dense[""]
     return tensors, Manifest(entries, targets=tuple(targets))
+
+
+def _untied(plain: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Drop tied weights that transformers missed: each forward pass makes the offloaded ones other objects."""
+    for twin, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if twin in plain and kept in plain and (plain[twin].is_meta or plain[kept].is_meta):
+            values = [load_offloaded_parameter(model, k) if plain[k].is_meta else plain[k] for k in (twin, kept)]
+            if torch.equal(values[0].cpu(), values[1].cpu()):
+                plain.pop(twin)
+    return plain
 
 
 def _owner(key: str) -> str:
@@ -203,3 +214,13 @@ def _remove_stale(directory: Path, fresh: set[str]) -> None:
         match = WEIGHTS.fullmatch(path.name)
         if match and (match["variant"] or match["index"]) in variants and path.name not in fresh:
             path.unlink()
+
+
+def _read_offloaded(model: nn.Module, name: str) -> Tensor | None:
+    try:
+        return load_offloaded_parameter(cast(PreTrainedModel, model), name)  # any module that accelerate dispatched
+    except ValueError:  # nothing has offloaded it
+        return None
+
+
+report.read_offloaded.append(_read_offloaded)

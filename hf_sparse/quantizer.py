@@ -6,77 +6,30 @@ is loaded exactly, into plain dense weights with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import pruner
 from .codecs import SUFFIXES, decode
 from .config import SparsityConfig
-from .errors import CheckpointError, RecipeError
+from .errors import BackendError, CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
-from .oneshot import sparsify
+from .oneshot import prune_further, sparsify
 from .packing import FORMATS, pack_state, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
+from .requantize import check_one_device, hand_over, quantize, second_quantizer
+from .sparse_config import METHOD, SparseConfig
 from .zeros import free_zeros, keep_zeros
 
-METHOD = "hf_sparse"
-
 logger = logging.get_logger(__name__)
-
-
-@register_quantization_config(METHOD)
-class SparseConfig(QuantizationConfigMixin):
-    """Say how a model is sparse, as `quantization_config` of `from_pretrained` and in `config.json`.
-
-    Args:
-        intent: a `SparsityConfig` or its `to_dict()`; instead of it, its keywords can be given.
-        manifest: what the checkpoint contains; written by saving, never by hand.
-        **sparsity: the keywords of `SparsityConfig`.
-
-    Raises:
-        RecipeError: as `SparsityConfig`.
-
-    Example:
-        >>> from hf_sparse import SparseConfig
-        >>> SparseConfig(sparsity=0.5, scorer="magnitude", pattern="2:4").to_dict()["intent"]
-        {'groups': [{'pattern': '2:4', 'sparsity': 0.5}]}
-    """
-
-    def __init__(
-        self,
-        intent: SparsityConfig | Mapping[str, Any] | None = None,
-        manifest: Manifest | Mapping[str, Any] | None = None,
-        quant_method: str = METHOD,
-        **sparsity: Any,
-    ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        if sparsity and intent is not None:
-            raise RecipeError(f"give either intent or its keywords, not both: {', '.join(sorted(sparsity))}")
-        if sparsity:
-            intent = SparsityConfig(**sparsity)
-        elif isinstance(intent, Mapping):
-            intent = SparsityConfig.from_dict(intent)
-        self.intent = intent
-        self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        out: dict[str, Any] = {"quant_method": METHOD}
-        if self.intent is not None:
-            out["intent"] = self.intent.to_dict()
-        if self.manifest is not None:
-            out["manifest"] = self.manifest.to_dict()
-        return out
 
 
 class Unpack(ConversionOps):
@@ -110,7 +63,11 @@ class Unpack(ConversionOps):
             self.hf_quantizer.failures.append(error)
             reference = model.get_parameter_or_buffer(full_layer_name)
             weight = torch.zeros(reference.shape, dtype=reference.dtype, device=parts[""].device)
-        return {target_patterns[0]: weight if self.dtype is None else weight.to(self.dtype)}
+        weight = weight if self.dtype is None else weight.to(self.dtype)
+        second = self.hf_quantizer.second
+        if second is not None and second.param_needs_quantization(model, full_layer_name):
+            return second.get_quantize_ops().convert({full_layer_name: weight}, model=model)
+        return {target_patterns[0]: weight}
 
 
 @register_quantizer(METHOD)
@@ -129,8 +86,40 @@ class SparseQuantizer(HfQuantizer):
         self.checked = False
         self.given_state: dict[str, Tensor] | None = None
         self.codec = FORMATS["packed"]
-        if not self.pre_quantized and quantization_config.intent is None:
+        self.second = second_quantizer(quantization_config)
+        self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
+        self.device_map: Any = None
+        if not self.pre_quantized and self.prune_to is None:
             raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
+
+    # -- what a second quantization has to say while the load is planned ---------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Let bitsandbytes check device and device map, if the weights go on to it."""
+        if self.second is not None:
+            if self.prune_to is not None:
+                check_one_device(kwargs.get("device_map"))
+            self.second.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Let bitsandbytes choose its device, if the weights go on to it."""
+        return device_map if self.second is None else self.second.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Let bitsandbytes reserve what it needs, if the weights go on to it."""
+        return max_memory if self.second is None else self.second.adjust_max_memory(max_memory)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return bytes per entry in memory: decoded, in the dtype of the model, or quantized a second time."""
+        if self.second is None:
+            return super().param_element_size(model, param_name, param)
+        return self.second.param_element_size(model, param_name, param)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Tell which weights are quantized a second time, and so have another shape in memory."""
+        return self.second is not None and self.second.param_needs_quantization(model, param_name, **kwargs)
+
+    # -- loading -----------------------------------------------------------------------------------------------------
 
     def get_load_operations(self) -> dict[str, Any]:
         """Name the op that `from_pretrained` runs on each weight."""
@@ -150,6 +139,10 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        _refuse_shards(model)
+        self.device_map = kwargs.get("device_map")
+        if self.second is not None and self.prune_to is None:
+            self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if self.pre_quantized and checkpoint_files:
             # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
             # save, if a save was killed between replacing the weights and replacing the config.
@@ -176,33 +169,52 @@ class SparseQuantizer(HfQuantizer):
         if entry is None and not renamed:
             raise CheckpointError(f"the manifest does not list '{name}'")
         weight = parts[""] if entry is None or entry.codec == "dense" else decode(entry, parts, name)
-        if weight.shape != model.get_parameter_or_buffer(name).shape:
+        expected = model.get_parameter_or_buffer(name).shape
+        # transformers judges dense weights (a head for another task, with ignore_mismatched_sizes), but looks at no
+        # weight that is quantized on the way.
+        judged = weight is parts[""] and not self.param_needs_quantization(model, name)
+        if weight.shape != expected and not judged:
             raise CheckpointError(
                 f"'{name}' has shape {tuple(weight.shape)} in the checkpoint, but the model built from config.json has "
-                f"{tuple(model.get_parameter_or_buffer(name).shape)}"
+                f"{tuple(expected)}"
             )
         return weight
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failures:
             raise self.failures[0]
-        if not self.pre_quantized:
-            assert self.quantization_config.intent is not None
-            sparsify(model, self.quantization_config.intent)
+        if self.pre_quantized:
+            self._settle(model)
+        if self.prune_to is not None and not (self.pre_quantized and self.prune_to == self.quantization_config.intent):
+            (prune_further if self.pre_quantized else sparsify)(model, self.prune_to)
+        if self.second is None:
             return model
+        if self.prune_to is not None:
+            quantize(model, self.second, self.device_map)
+        return hand_over(model, self.second)
+
+    def _settle(self, model: PreTrainedModel) -> None:
+        """Make a model that was packed keep its zeros, and pack again when it is saved."""
         # Our op decodes and has no reverse; saving packs by `get_state_dict_and_metadata` instead.
         loaded = cast(Any, model)
         loaded._weight_conversions = [c for c in loaded._weight_conversions or () if not _is_ours(c)]
         assert self.manifest is not None
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
         setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
-        keep_zeros(_layers(model))
-        save_packed(model)
-        return model
+        if self.second is None or self.prune_to is not None:
+            keep_zeros(_layers(model))
+            save_packed(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters, and nothing else
+            return (model.state_dict() if self.given_state is None else self.given_state), {}
         state = model.state_dict() if self.given_state is None else self.given_state
+        if any(key.endswith(".base_layer.weight") for key in state):
+            raise RecipeError(
+                "the model is wrapped in adapters, and would be saved under names that nothing can load. Save the "
+                "adapters (PeftModel.save_pretrained), or the model that merge_and_unload() or unload() returns"
+            )
         tensors, manifest = pack_state(model, state, self.codec)
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)
         return tensors, {MANIFEST_KEY: manifest.to_json()}
@@ -233,6 +245,18 @@ class SparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Nothing is left in the forward pass that a compiler would mind."""
         return True
+
+
+def _refuse_shards(model: PreTrainedModel) -> None:
+    """Raise if transformers would cut the tensors of the file into one piece per process."""
+    asked = getattr(model.config, "distributed_config", None)
+    sizes = {name: getattr(asked, f"{name}_size", None) for name in ("tp", "fsdp", "dp", "ep", "pp")}
+    parallel = [f"{name}_size={size}" for name, size in sizes.items() if (size or 1) > 1]
+    if parallel:
+        raise BackendError(
+            f"a packed checkpoint cannot be loaded into shards ({', '.join(parallel)}): transformers cuts the tensors "
+            "of the file before they are decoded. Save it with format='dense' and load that with tp_plan"
+        )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

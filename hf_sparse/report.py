@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SparsityError
 from .masking import MaskedWeight
@@ -15,6 +15,9 @@ from .targets import block_layers
 
 WEIGHTS_ATTRIBUTE = "hf_sparse_weights"
 """Attribute of a model with the names of the weights that were asked to be sparse."""
+
+read_offloaded: list[Callable[[nn.Module, str], Tensor | None]] = []
+"""Asked for a weight that is on the meta device. The Hugging Face floor reads here what accelerate has offloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,8 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
             pruned, the default targets.
 
     Raises:
-        SparsityError: if a name is no weight of the model.
+        SparsityError: if a name is no weight of the model, or the weight has no values that could be counted: it is on
+            the meta device, or quantized to fewer bits than a byte.
 
     Example:
         >>> import torch, hf_sparse
@@ -128,7 +132,10 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         >>> summarize(model).sparsity
         0.75
     """
+    parameters_of = model
     if names is None:
+        # A wrapper (DDP, an adapter of PEFT) may hand attributes on, but the names are those inside it.
+        model = next((module for module in model.modules() if WEIGHTS_ATTRIBUTE in vars(module)), model)
         names = getattr(model, WEIGHTS_ATTRIBUTE, None)
     if names is None:
         names = [f"{name}.weight" for name in block_layers(model)]
@@ -138,12 +145,32 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         path, _, attribute = name.rpartition(".")
         if path not in modules or not isinstance(getattr(modules[path], attribute, None), torch.Tensor):
             raise SparsityError(f"the model has no weight '{name}'")
-        weight = getattr(modules[path], attribute).detach()
+        weight = _values(model, modules[path], name)
         parameters, size = weight.numel(), weight.element_size()
         nonzeros = int(torch.count_nonzero(weight))
         packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
         reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
-    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(model)))
+    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(parameters_of)))
+
+
+def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
+    attribute = name.rpartition(".")[2]
+    weight: Tensor = getattr(module, attribute).detach()
+    if weight.is_meta:
+        found = [stored for read in read_offloaded if (stored := read(model, name)) is not None]
+        if not found:
+            raise SparsityError(f"'{name}' is on the meta device and offloaded nowhere, so it has no values to count")
+        weight = found[0].detach()
+    if (
+        attribute == "weight"
+        and isinstance(module, nn.Linear)
+        and weight.shape != (module.out_features, module.in_features)
+    ):
+        raise SparsityError(
+            f"'{name}' is quantized: it holds {tuple(weight.shape)} {weight.dtype} for a weight of "
+            f"{(module.out_features, module.in_features)}, whose zeros cannot be counted. Call model.dequantize() first"
+        )
+    return weight
 
 
 def _own_parameters(model: nn.Module) -> list[nn.Parameter]:

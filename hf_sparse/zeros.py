@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import RecipeError
+
 _KEEPS = "hf_sparse_keeps_zeros"
 _ARMED = "hf_sparse_armed"
 
@@ -43,6 +45,11 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
             setattr(layer, _KEEPS, False)
 
 
+def keeps_zeros(layer: nn.Module) -> bool:
+    """Return whether the zeros of this layer stay zero."""
+    return bool(vars(layer).get(_KEEPS, False))
+
+
 class _Armed:
     """Know which parameter has the hook. Copies and pickles know of none, because theirs has none."""
 
@@ -55,7 +62,15 @@ class _Armed:
 
 def _arm(layer: nn.Module, _: Any) -> None:
     weight = layer._parameters.get("weight")
-    if weight is None or not getattr(layer, _KEEPS) or not weight.requires_grad or weight.is_meta:
+    if weight is None or not getattr(layer, _KEEPS) or not weight.requires_grad:
+        return
+    if weight.is_meta:
+        if layer.training and torch.is_grad_enabled():
+            # accelerate brings it in for the forward pass only, as another tensor, whose gradient is thrown away.
+            raise RecipeError(
+                "a layer whose weight is offloaded cannot train: its gradient would be lost. Load the model onto one "
+                "device (without device_map) to train it, or call eval() and torch.no_grad() for inference"
+            )
         return
     armed: _Armed | None = getattr(layer, _ARMED, None)
     if armed is not None and armed.weight() is weight:

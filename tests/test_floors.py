@@ -15,8 +15,8 @@ FLOORS = {
     1: "scorers patterns selection schedules losses kth codecs",
     2: "architectures compaction distillation masking pruner ranks report targets units zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "callback checkpoint convert inspection loading loss_terms model_card oneshot optimizer packing "
-    "quantizer saving teacher",
+    4: "adapters callback checkpoint convert inspection loading loss_terms model_card oneshot optimizer "
+    "packing quantizer requantize saving sparse_config teacher",
     5: "__main__ cli data metrics prune recipe recipe_text run text_metrics",
     6: "__init__",
 }

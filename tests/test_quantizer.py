@@ -15,9 +15,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    Trainer,
+)
+from transformers.distributed import DistributedConfig
 
-from hf_sparse import CheckpointError, RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
+from hf_sparse import BackendError, CheckpointError, RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
 
 from .training import Rows, arguments, bert, sparse_trainer
 
@@ -120,6 +127,23 @@ def test_loaded_model_can_be_pruned_further(packed: Path, tmp_path: Path) -> Non
     assert summarize(load(tmp_path / "further")).sparsity == pytest.approx(0.95, abs=1e-3)
 
 
+def test_head_for_another_task_is_made_anew_as_with_a_dense_file(
+    original: tuple[BertForSequenceClassification, Path],
+) -> None:
+    model, folder = original
+    loaded = load(folder, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded.classifier.weight.shape == (3, 32)
+    assert torch.equal(loaded.state_dict()[QUERY], model.state_dict()[QUERY])
+    assert summarize(loaded).nonzeros == summarize(model).nonzeros
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folder, num_labels=3)
+
+
+def test_packed_weight_of_another_shape_is_an_error(packed: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has shape \(64, 32\) in the checkpoint, .* has \(128, 32\)"):
+        load(packed, intermediate_size=128, ignore_mismatched_sizes=True)
+
+
 # -- intent on a dense model -----------------------------------------------------------------------------------------
 
 
@@ -146,6 +170,47 @@ def test_sparse_config_with_a_scorer_that_needs_training_is_an_error(tmp_path: P
     bert().save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="scorer 'movement' learns from training"):
         load(tmp_path, quantization_config=SparseConfig(sparsity=0.5, scorer="movement"))
+
+
+def test_sparse_config_prunes_a_packed_model_further(packed: Path, tmp_path: Path) -> None:
+    before = load(packed).state_dict()
+    model = load(packed, quantization_config=SparseConfig(sparsity=0.95))
+    assert summarize(model).sparsity == pytest.approx(0.95, abs=1e-3)
+    weight = model.state_dict()[QUERY]
+    kept = before[QUERY].abs().flatten().topk(51).indices  # floor((1 - 0.95) * 1,024)
+    assert torch.equal(weight, torch.zeros(1024).index_copy_(0, kept, before[QUERY].flatten()[kept]).view(32, 32))
+    model.save_pretrained(tmp_path / "further")
+    config = json.loads((tmp_path / "further" / "config.json").read_text())["quantization_config"]
+    assert config["intent"] == {"groups": [{"sparsity": 0.95}]}
+    assert torch.equal(load(tmp_path / "further").state_dict()[QUERY], weight)
+
+
+def test_pruning_some_weights_further_leaves_the_others_packed(packed: Path, tmp_path: Path) -> None:
+    model = load(packed, quantization_config=SparseConfig(sparsity=0.99, targets="*.query"))
+    model.save_pretrained(tmp_path / "further")
+    summary = summarize(load(tmp_path / "further"))
+    assert [round(weight.sparsity, 2) for weight in summary.weights].count(0.99) == 2
+    assert len(summary.weights) == 12
+
+
+@pytest.mark.parametrize("asked", [{"sparsity": 0.9}, {}])
+def test_sparse_config_that_asks_for_what_is_there_changes_nothing(asked: dict[str, Any], packed: Path) -> None:
+    model, expected = load(packed, quantization_config=SparseConfig(**asked)), load(packed)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_sparse_config_that_asks_for_less_than_is_there_is_an_error(packed: Path) -> None:
+    with pytest.raises(RecipeError, match=r"sparsity 0\.5 was asked for, but the model is at 0\.90"):
+        load(packed, quantization_config=SparseConfig(sparsity=0.5))
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2, "tp_plan": "auto"}, {"fsdp_size": 2}])
+def test_loading_into_shards_is_refused(sizes: dict[str, Any], packed: Path) -> None:
+    config = AutoConfig.from_pretrained(packed)
+    config.distributed_config = DistributedConfig(**sizes)  # what from_pretrained does with tp_plan
+    with pytest.raises(BackendError, match=r"cannot be loaded into shards .*format='dense'"):
+        load(packed, config=config)
 
 
 def test_sparse_config_round_trips(original: tuple[BertForSequenceClassification, Path]) -> None:

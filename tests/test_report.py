@@ -29,6 +29,11 @@ def test_summary_counts_by_hand() -> None:
     assert summary.model_parameters == 20 + 2 + 6
 
 
+def test_summary_of_a_wrapped_model_is_that_of_the_model() -> None:
+    model = pruned()
+    assert summarize(nn.DataParallel(model)) == summarize(model)
+
+
 def test_summary_prints_a_table() -> None:
     assert str(summarize(pruned())) == (
         "weight                 shape   sparsity      nonzeros      packed\n"

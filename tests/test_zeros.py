@@ -52,6 +52,24 @@ def test_loaded_model_keeps_its_zeros_in_a_plain_trainer(optim: str, packed: Pat
     assert summarize(again).nonzeros == summarize(model).nonzeros
 
 
+LIVES: dict[str, dict[str, Any]] = {
+    "gradient accumulation": {"gradient_accumulation_steps": 3},
+    "bf16 autocast": {"bf16": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "clipping, warm-up, label smoothing": {"max_grad_norm": 0.1, "warmup_steps": 2, "label_smoothing_factor": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("life", LIVES)
+def test_zeros_stay_whatever_the_trainer_is_told(life: str, dtype: torch.dtype, packed: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(packed, dtype=dtype)
+    zeros = {weight.name: model.get_parameter(weight.name) == 0 for weight in summarize(model).weights}
+    fine_tune(model, tmp_path / "runs", weight_decay=0.1, learning_rate=0.01, **LIVES[life])
+    for name, removed in zeros.items():
+        assert torch.all(model.get_parameter(name)[removed] == 0), name
+
+
 def pickled(model: Any) -> Any:
     file = io.BytesIO()
     torch.save(model, file)

@@ -1,0 +1,95 @@
+"""SparseConfig: what transformers keeps as the `quantization_config` of a sparse model.
+
+A checkpoint has one, and `from_pretrained` may be given another. transformers then keeps that of the checkpoint, except
+for the attributes that classes on a list of its own name in `get_loading_attributes`. `SparseConfig` puts itself on
+that list: the manifest comes from the checkpoint, and further pruning or a second quantization from the caller. (Should
+the list be gone one day, transformers warns that it uses the config of the checkpoint, and a test here fails.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import auto, register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import SparsityConfig
+from .errors import RecipeError
+from .manifest import Manifest
+
+METHOD = "hf_sparse"
+
+
+@register_quantization_config(METHOD)
+class SparseConfig(QuantizationConfigMixin):
+    """Say how a model is sparse, as `quantization_config` of `from_pretrained` and in `config.json`.
+
+    Given for a checkpoint that is packed already, it prunes it further, once it is loaded.
+
+    Args:
+        intent: a `SparsityConfig` or its `to_dict()`; instead of it, its keywords can be given.
+        manifest: what the checkpoint contains; written by saving, never by hand.
+        quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if that is asked for, and then
+            quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
+        **sparsity: the keywords of `SparsityConfig`.
+
+    Raises:
+        RecipeError: as `SparsityConfig`, or for a second quantization by anything but bitsandbytes.
+
+    Example:
+        >>> from hf_sparse import SparseConfig
+        >>> SparseConfig(sparsity=0.5, scorer="magnitude", pattern="2:4").to_dict()["intent"]
+        {'groups': [{'pattern': '2:4', 'sparsity': 0.5}]}
+    """
+
+    def __init__(
+        self,
+        intent: SparsityConfig | Mapping[str, Any] | None = None,
+        manifest: Manifest | Mapping[str, Any] | None = None,
+        quantization_config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
+        quant_method: str = METHOD,
+        **sparsity: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        if sparsity and intent is not None:
+            raise RecipeError(f"give either intent or its keywords, not both: {', '.join(sorted(sparsity))}")
+        if sparsity:
+            intent = SparsityConfig(**sparsity)
+        elif isinstance(intent, Mapping):
+            intent = SparsityConfig.from_dict(intent)
+        self.intent = intent
+        self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
+        self.quantization_config = _bitsandbytes(quantization_config)
+        self.prune_to: SparsityConfig | None = None
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what counts of a config that is given for a checkpoint with one of its own."""
+        return {"prune_to": self.intent, "quantization_config": self.quantization_config}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        out: dict[str, Any] = {"quant_method": METHOD}
+        if self.intent is not None:
+            out["intent"] = self.intent.to_dict()
+        if self.manifest is not None:
+            out["manifest"] = self.manifest.to_dict()
+        if self.quantization_config is not None:
+            out["quantization_config"] = self.quantization_config.to_dict()
+        return out
+
+
+def _bitsandbytes(config: BitsAndBytesConfig | Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
+    if isinstance(config, Mapping) and (config.get("load_in_8bit") or config.get("load_in_4bit")):
+        return BitsAndBytesConfig.from_dict(dict(config))
+    if config is None or isinstance(config, BitsAndBytesConfig):
+        return config
+    raise RecipeError(
+        f"quantization_config of SparseConfig is a BitsAndBytesConfig, not {type(config).__name__}: sparse weights can "
+        "be quantized by bitsandbytes only"
+    )
+
+
+_LIST = "LOADING_ATTRIBUTES_CONFIG_TYPES"
+setattr(auto, _LIST, (*getattr(auto, _LIST, ()), SparseConfig))
