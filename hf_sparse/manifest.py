@@ -118,8 +118,10 @@ class TensorEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; options are left out when there are none."""
-        out = dataclasses.asdict(self) | {"shape": list(self.shape)}
-        return out if out["options"] else {key: value for key, value in out.items() if key != "options"}
+        # By hand: `dataclasses.asdict` copies deeply, and saving a model calls this several times for every tensor.
+        out: dict[str, Any] = {"codec": self.codec, "shape": list(self.shape), "dtype": self.dtype}
+        out |= {"nonzeros": self.nonzeros, "checksum": self.checksum}
+        return out | {"options": dict(self.options)} if self.options else out
 
     @classmethod
     def from_dict(cls, data: Any) -> TensorEntry:

@@ -4,7 +4,7 @@ hf_sparse does not need that package, and it was given up, so it gets an environ
 
     python3.11 -m venv /somewhere/legacy
     /somewhere/legacy/bin/pip install torch==2.13.0
-    /somewhere/legacy/bin/pip install "compressed-tensors<0.15" transformers==4.57.6 safetensors==0.8.0
+    /somewhere/legacy/bin/pip install "compressed-tensors<0.15" transformers==4.57.6 safetensors==0.8.0 psutil
     /somewhere/legacy/bin/python scripts/make_compressed_tensors_fixture.py tests/fixtures/compressed-tensors-0.14
 
 Below OUTPUT it writes `sparse-bitmask` (two shards) and `sparse-24-bitmask`, and under `dense-bitmask` and `dense-24`
