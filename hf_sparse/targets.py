@@ -45,9 +45,16 @@ def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Seque
         exclude: globs of what to leave out.
 
     Raises:
-        RecipeError: if nothing is left, or a glob matches nothing, with a list of what could have matched.
+        RecipeError: if nothing is left, or a glob matches nothing, with a list of what could have matched; if adapters
+            are on the model, which would be pruned too, and undone when they are merged.
     """
     every = prunable_layers(model)
+    wrapped = next((name for name in every if name.rpartition(".")[2] == "base_layer"), None)
+    if wrapped is not None:
+        raise RecipeError(
+            f"'{wrapped.removesuffix('.base_layer')}' is wrapped in adapters. Prune the model first and put adapters "
+            "on then, or merge them first: merge_and_unload()"
+        )
     layers = block_layers(model) if targets is None else {}
     for glob in targets or ():
         found = {name: module for name, module in every.items() if _matches(name, glob)}

@@ -208,6 +208,13 @@ def test_merging_into_a_quantized_model_warns(folders: tuple[Path, Path], caplog
     assert "bitsandbytes has quantized fills its zeros" in caplog.text
 
 
+def test_pruning_a_model_that_is_wrapped_in_adapters_is_an_error(folders: tuple[Path, Path]) -> None:
+    wrapped = adapted(load(folders[0]), ADAPTERS["lora"])
+    with pytest.raises(RecipeError, match=r"query' is wrapped in adapters.*merge_and_unload"):
+        sparsify(wrapped, SparsityConfig(sparsity=0.95))
+    assert summarize(sparsify(wrapped.merge_and_unload(), SparsityConfig(sparsity=0.95))).sparsity > 0.949
+
+
 def test_saving_a_model_that_is_wrapped_in_adapters_is_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
     wrapped = adapted(load(folders[0]), ADAPTERS["lora"])
     with pytest.raises(RecipeError, match="wrapped in adapters"):

@@ -193,4 +193,5 @@ def test_module_runs_as_a_program():
         [sys.executable, "-m", "hf_sparse", "inspect", "nowhere"], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.strip() == "hf-sparse: CheckpointError: there is no file or folder nowhere"
+    # The last line: bitsandbytes, which transformers imports where peft is installed, may have had something to say.
+    assert done.stderr.splitlines()[-1] == "hf-sparse: CheckpointError: there is no file or folder nowhere"
