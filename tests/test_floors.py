@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
-    0: "errors registry config manifest",
+    0: "errors registry config edits manifest",
     1: "scorers patterns selection schedules losses kth codecs",
-    2: "architectures targets masking zeros units pruner compaction distillation report",
+    2: "architectures targets masking zeros units pruner compaction importance distillation report",
     3: "files kernels runtime",
     4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot",
     5: "recipe recipe_text data metrics prune run cli __main__",
