@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 
 from . import patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
 from .callback import SparsityCallback
-from .config import GroupConfig, SparsityConfig
+from .checkpoint import last_checkpoint
+from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .oneshot import sparsify
 from .pruner import Pruner
@@ -17,6 +18,7 @@ from .report import Summary, summarize
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "DistillationConfig",
     "GroupConfig",
     "PatternError",
     "Pruner",
@@ -26,6 +28,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "last_checkpoint",
     "sparsify",
     "summarize",
 ]

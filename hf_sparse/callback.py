@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -17,10 +18,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .config import SparsityConfig
-from .errors import RecipeError
+from .config import DistillationConfig, SparsityConfig
+from .errors import RecipeError, SparsityError
+from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
 from .pruner import Plan, Pruner
+from .ranks import check_same_masks
+from .teacher import make_distiller
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +42,10 @@ class SparsityCallback(TrainerCallback):
 
     Args:
         config: what is asked for, a `SparsityConfig` or a mapping with its keys.
+        teacher: what to learn from beside the labels: "self" for a frozen copy of the model as it is before pruning, a
+            folder or Hub name, or a module. None = nothing, unless `distillation` is given.
+        distillation: how, a `DistillationConfig` or a mapping with its keys.
+        check_masks_every: optimizer steps between two proofs that all processes hold the same masks; 0 = never.
 
     Raises:
         RecipeError: before the first step, if the config does not fit the model, the training arguments or the number
@@ -49,13 +57,22 @@ class SparsityCallback(TrainerCallback):
         >>> # trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[callback])
     """
 
-    def __init__(self, config: SparsityConfig | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: SparsityConfig | Mapping[str, Any],
+        teacher: str | nn.Module | None = None,
+        distillation: DistillationConfig | Mapping[str, Any] | None = None,
+        check_masks_every: int = 100,
+    ) -> None:
+        if isinstance(check_masks_every, bool) or not isinstance(check_masks_every, int) or check_masks_every < 0:
+            raise RecipeError(f"check_masks_every is a whole number of steps from 0 on, not {check_masks_every!r}")
+        self.check_masks_every = check_masks_every
         self.config = config if isinstance(config, SparsityConfig) else SparsityConfig.from_dict(config)
+        self.distillation = _distillation(teacher, distillation)
         self.pruner: Pruner | None = None
+        self._teacher = teacher if isinstance(teacher, nn.Module) else None
         self._model: nn.Module | None = None
-        self._hook: Any = None
-        self._divide_penalty = 1.0
-        self._penalty_trained: bool | None = None
+        self._terms: LossTerms | None = None
         self._finished = False
         announce_optimizer()
 
@@ -79,9 +96,8 @@ class SparsityCallback(TrainerCallback):
             raise RecipeError(
                 "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"
             )
-        assert self.pruner is not None
-        if self.pruner.has_penalty and trainer.compute_loss_func is not None:
-            raise RecipeError(_no_penalty(self.pruner, "compute_loss_func replaces the model's own loss"))
+        assert self._terms is not None
+        self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
 
     def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Give learned scores their parameter group, and speak before the loggers do."""
@@ -96,13 +112,19 @@ class SparsityCallback(TrainerCallback):
             return
         check_optimizer(str(getattr(args.optim, "value", args.optim)))
         pruner = Pruner(model, self.config)
-        if pruner.has_penalty and args.label_smoothing_factor:
-            why = f"label_smoothing_factor={args.label_smoothing_factor} replaces the model's own loss"
-            raise RecipeError(_no_penalty(pruner, why))
-        self.pruner, self._model, self._finished, self._penalty_trained = pruner.attach(), model, False, None
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = model.register_forward_hook(self._add_penalty, with_kwargs=True) if pruner.has_penalty else None
+        # The teacher first: "self" is a copy of the model without masks.
+        distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
+        terms = LossTerms(model, pruner, distiller)
+        try:
+            smoothing = args.label_smoothing_factor
+            terms.refuse_if(smoothing, f"label_smoothing_factor={smoothing} replaces the model's own loss")
+            pruner.attach()
+        except SparsityError:
+            terms.remove()
+            raise
+        if self._terms is not None:
+            self._terms.remove()
+        self.pruner, self._model, self._terms, self._finished = pruner, model, terms, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,9 +136,10 @@ class SparsityCallback(TrainerCallback):
             _check_schedule(plan, state.max_steps)
         if args.load_best_model_at_end:
             _check_best_model(pruner, args, state)
-        self._divide_penalty = float(args.gradient_accumulation_steps)
+        assert self._terms is not None
+        self._terms.batches = float(args.gradient_accumulation_steps)
         if args.average_tokens_across_devices:
-            self._divide_penalty *= args.world_size
+            self._terms.batches *= args.world_size
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)
         self._forget_early_best(state)
@@ -144,16 +167,16 @@ class SparsityCallback(TrainerCallback):
         """Show the gradients to the scorers that look at them."""
         pruner = self._pruner(kwargs.get("model"))
         pruner.observe()
-        if pruner.has_penalty and not self._penalty_trained:
-            raise RecipeError(
-                _no_penalty(
-                    pruner, "the loss that this Trainer trains on does not contain the `loss` of the model's outputs"
-                )
-            )
+        assert self._terms is not None
+        self._terms.check_trained()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Renew the masks for the next step, for evaluation and for the checkpoint of this one."""
-        self._pruner(kwargs.get("model")).step(state.global_step / state.max_steps, step=state.global_step)
+        pruner = self._pruner(kwargs.get("model"))
+        pruner.step(state.global_step / state.max_steps, step=state.global_step)
+        last = state.global_step == state.max_steps
+        if self.check_masks_every and (last or state.global_step % self.check_masks_every == 0):
+            check_same_masks((unit.masked.mask for unit in pruner.units), f"step {state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add sparsity, threshold, penalty and norms to what the Trainer logs."""
@@ -161,7 +184,7 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not self.pruner.attached or not logs:
             return
         if "loss" in logs:
-            own = self.pruner.logs()
+            own = self.pruner.logs() | (self._terms.logs() if self._terms is not None else {})
         elif any(key.startswith("eval_") for key in logs):
             own = {"eval_sparsity": self.pruner.logs()["sparsity"]}
         else:
@@ -181,21 +204,6 @@ class SparsityCallback(TrainerCallback):
         if not all(plan.schedule.reached(progress) for plan in self.pruner.plans):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def _add_penalty(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-        if self.pruner is None or not self.pruner.attached or not (model.training and torch.is_grad_enabled()):
-            return outputs
-        penalty = self.pruner.penalty()
-        if kwargs.get("num_items_in_batch") is not None:
-            # The Trainer then sums the losses of the accumulated batches (and processes) instead of averaging them.
-            penalty = penalty / self._divide_penalty
-        if self._penalty_trained is None:
-            self._penalty_trained = False
-            penalty.register_hook(self._note_penalty) if penalty.requires_grad else None
-        return _with_loss(outputs, penalty, self.pruner)
-
-    def _note_penalty(self, gradient: Tensor) -> None:
-        self._penalty_trained = True
-
     # -- after the last step -----------------------------------------------------------------------------------------
 
     def on_train_end(
@@ -212,9 +220,8 @@ class SparsityCallback(TrainerCallback):
                 f"the sparsity that was asked; the model is at {pruner.logs()['sparsity']:.4f}"
             )
         pruner.bake()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if self._terms is not None:
+            self._terms.remove()
         self._finished = True
 
     def _pruner(self, model: nn.Module | None) -> Pruner:
@@ -223,24 +230,16 @@ class SparsityCallback(TrainerCallback):
         return self.pruner
 
 
-def _no_penalty(pruner: Pruner, why: str) -> str:
-    name = next(plan.scorer.name for plan in pruner.plans if plan.scorer.penalized)
-    return (
-        f"scorer '{name}' adds a term to the loss, but {why}, so the term would be lost. Train without that, or use "
-        "scorer 'movement', which needs no term"
-    )
-
-
-def _with_loss(outputs: Any, penalty: Tensor, pruner: Pruner) -> Any:
-    """Return the outputs of a model with the penalty added to their loss."""
-    if isinstance(outputs, dict):
-        if outputs.get("loss") is None:
-            raise RecipeError(_no_penalty(pruner, "the model returned no loss (are there labels in the batch?)"))
-        outputs["loss"] = outputs["loss"] + penalty.to(outputs["loss"])
-        return outputs
-    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
-        return (outputs[0] + penalty.to(outputs[0]), *outputs[1:])
-    raise RecipeError(_no_penalty(pruner, "the model returned no loss (are there labels in the batch?)"))
+def _distillation(
+    teacher: str | nn.Module | None, distillation: DistillationConfig | Mapping[str, Any] | None
+) -> DistillationConfig | None:
+    """Return what is asked of a teacher, or None if none is wanted."""
+    if distillation is None and teacher is None:
+        return None
+    made = distillation if isinstance(distillation, DistillationConfig) else None
+    if made is None:
+        made = DistillationConfig.from_dict(distillation or {})  # type: ignore[arg-type]
+    return dataclasses.replace(made, teacher=teacher) if isinstance(teacher, str) else made
 
 
 def _check_schedule(plan: Plan, steps: int) -> None:

@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         help="change a value of the recipe, as in sparsity.groups.0.sparsity=0.97; may be repeated",
     )
     train.add_argument("--output", metavar="DIR", help="output folder; by default training.output_dir, or runs/RECIPE")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last complete checkpoint in the output folder"
+    )
     train.set_defaults(command=_train)
 
     prune = commands.add_parser("prune", help="remove weights of a model in one shot, without training")
@@ -82,7 +85,7 @@ def _train(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
     if options.output is not None:
         overrides.append(f"training.output_dir={json.dumps(options.output)}")
-    result = run(Recipe.load(options.recipe, overrides))
+    result = run(Recipe.load(options.recipe, overrides), resume=options.resume)
     print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import RecipeError
+from .metrics import Predicts
 from .recipe import DataSection
 from .registry import nearest
 
@@ -22,11 +23,11 @@ SUBSET_SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with their labels as numbers.
+    """Texts with their labels as numbers, or with the texts to be written.
 
     Args:
         train, validation: datasets with the text columns and "labels".
-        names: the name of each class; empty for regression.
+        names: the name of each class; empty where the labels are no classes.
         text_columns: the one or two columns that make one input.
     """
 
@@ -35,21 +36,30 @@ class LabelledTexts:
     names: tuple[str, ...]
     text_columns: tuple[str, ...]
 
-    def tokenized(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Dataset]:
-        """Return train and validation with token ids in place of texts, cut at `max_length` and not padded."""
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, max_target_length: int | None = None
+    ) -> tuple[Dataset, Dataset]:
+        """Return train and validation with token ids in place of texts, cut at the lengths and not padded."""
+        to_be_written = isinstance(self.train[0]["labels"], str)
 
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [batch[column] for column in self.text_columns]
-            return dict(tokenizer(*texts, truncation=True, max_length=max_length))
+            tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+            if to_be_written:
+                written = tokenizer(
+                    text_target=batch["labels"], truncation=True, max_length=max_target_length or max_length
+                )
+                tokens["labels"] = written["input_ids"]
+            return tokens
 
-        columns = list(self.text_columns)
+        columns = [*self.text_columns, *(["labels"] if to_be_written else [])]
         return (
             self.train.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the training texts"),
             self.validation.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the validation texts"),
         )
 
 
-def load_texts(section: DataSection, regression: bool = False) -> LabelledTexts:
+def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTexts:
     """Read the texts and labels that a recipe names.
 
     Classes are numbered in the order of the dataset's own class names where it has them, else of the sorted labels of
@@ -62,8 +72,10 @@ def load_texts(section: DataSection, regression: bool = False) -> LabelledTexts:
     train = _columns(_read(section, "train"), section, "train")
     validation = _columns(_read(section, "validation"), section, "validation")
     names: tuple[str, ...] = ()
-    if regression:
+    if predicts == "number":
         train, validation = _as_numbers(train, "train"), _as_numbers(validation, "validation")
+    elif predicts == "text":
+        train, validation = _as_texts(train, "train"), _as_texts(validation, "validation")
     else:
         classes, names = _classes(train)
         train, validation = _as_classes(train, classes, "train"), _as_classes(validation, classes, "validation")
@@ -173,6 +185,12 @@ def _as_numbers(dataset: Dataset, split: str) -> Dataset:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise RecipeError(f"data.{split}: row {row} has label {value!r}, but a regression needs numbers")
     return _with_labels(dataset, [float(value) for value in labels], datasets.Value("float32"))
+
+
+def _as_texts(dataset: Dataset, split: str) -> Dataset:
+    if not isinstance(dataset[0]["labels"], str):
+        raise RecipeError(f"data.{split}: row 0 has label {dataset[0]['labels']!r}, but task seq2seq writes texts")
+    return dataset
 
 
 def _with_labels(dataset: Dataset, labels: list[Any], kind: Any) -> Dataset:

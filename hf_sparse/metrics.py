@@ -7,13 +7,17 @@ Hub and runs it: name only metrics you trust. `evaluate/accuracy` is the same nu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from .errors import RecipeError
 from .registry import nearest
+from .text_metrics import exact_match, wer
+
+Predicts = Literal["class", "number", "text"]
+"""What comes out of the model."""
 
 Array = np.ndarray[Any, Any]
 
@@ -94,13 +98,18 @@ def _ranks(values: Array) -> Array:
     return (last - (size - 1) / 2)[group]
 
 
-LOCAL: Mapping[str, Callable[[Array, Array], float]] = {
+LOCAL: Mapping[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews_correlation": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "exact_match": exact_match,
+    "wer": wer,
 }
+KINDS: Mapping[str, Predicts] = {"pearson": "number", "spearman": "number", "exact_match": "text", "wer": "text"}
+"""What the metrics apply to; the others are of classes."""
+DEFAULT: Mapping[Predicts, str] = {"class": "accuracy", "number": "pearson", "text": "exact_match"}
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "matthews": ("matthews_correlation",),
     "pearsonr": ("pearson",),
@@ -112,8 +121,6 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     **{f"glue/{task}": ("accuracy",) for task in ("sst2", "mnli", "qnli", "rte", "wnli")},
 }
 EVALUATE = "evaluate/"
-CORRELATIONS = ("pearson", "spearman")
-"""The metrics of numbers; the others are of classes."""
 
 
 def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
@@ -139,36 +146,48 @@ def check_metrics(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def build_metrics(names: Sequence[str], regression: bool) -> Callable[[EvalPrediction], dict[str, float]]:
+def build_metrics(
+    names: Sequence[str], predicts: Predicts, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return the `compute_metrics` of a Trainer.
 
     Args:
         names: as `check_metrics` returns them.
-        regression: whether the model predicts a number; else the class with the highest logit is its prediction.
+        predicts: of classes, the one with the highest logit is the prediction; of texts, the generated ids are.
+        tokenizer: which turns ids into texts; only for texts.
 
     Raises:
-        RecipeError: for a metric of classes in a regression or the reverse, or one that `evaluate` cannot load.
+        RecipeError: for a metric of another kind of prediction, or one that `evaluate` cannot load.
     """
     for name in names:
-        if name in LOCAL and (name in CORRELATIONS) != regression:
-            kind, fitting = ("one number", CORRELATIONS) if regression else ("a class", set(LOCAL) - set(CORRELATIONS))
+        if name in LOCAL and KINDS.get(name, "class") != predicts:
+            kind = {"class": "a class", "number": "one number", "text": "a text"}[predicts]
+            fitting = [other for other in LOCAL if KINDS.get(other, "class") == predicts]
             raise RecipeError(f"the model predicts {kind}, so metric '{name}' does not apply; use {_or(fitting)}")
     loaded = {name: LOCAL[name] if name in LOCAL else _from_evaluate(name) for name in names}
 
+    def texts(ids: Array) -> list[str]:
+        assert tokenizer is not None
+        padded = np.where(ids < 0, tokenizer.pad_token_id, ids)  # the Trainer fills up with -100
+        return list(tokenizer.batch_decode(padded, skip_special_tokens=True))
+
     def compute(output: EvalPrediction) -> dict[str, float]:
         references: Any = output.label_ids
-        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        predictions = logits.reshape(-1) if regression else logits.argmax(axis=-1)
+        predictions: Any = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        if predicts == "text":
+            predictions, references = texts(predictions), texts(references)
+        else:
+            predictions = predictions.reshape(-1) if predicts == "number" else predictions.argmax(axis=-1)
         results: dict[str, float] = {}
         for name, metric in loaded.items():
-            value = metric(predictions, references)
+            value: Any = metric(predictions, references)
             results.update(value if isinstance(value, dict) else {name: value})
         return results
 
     return compute
 
 
-def _from_evaluate(name: str) -> Callable[[Array, Array], dict[str, float]]:
+def _from_evaluate(name: str) -> Callable[[Any, Any], dict[str, float]]:
     try:
         import evaluate
 

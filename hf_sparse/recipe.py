@@ -6,7 +6,8 @@ data: {train: train.jsonl, validation: dev.jsonl, text: sentence, label: label, 
 metric: accuracy
 freeze: ["*embeddings*"]                                    # shell globs over parameter names
 sparsity: {sparsity: 0.9, scorer: movement}                 # left out or null: dense fine-tuning
-training: {max_steps: 1400, learning_rate: 1.0e-4}          # any field of transformers.TrainingArguments
+distillation: {teacher: self, temperature: 2.0}             # left out or null: no teacher
+training: {max_steps: 1400, learning_rate: 1.0e-4}          # any field of transformers' TrainingArguments
 seed: 0
 ```
 
@@ -26,15 +27,19 @@ from typing import Any, Self
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, DistillationConfig, GroupConfig, SparsityConfig
 from .errors import RecipeError
-from .metrics import check_metrics
+from .metrics import DEFAULT, Predicts, check_metrics
 from .recipe_text import dump_yaml, override, parse_yaml
 from .registry import Registry, Spec, check_keys
 
-TASKS = ("sequence-classification",)
+TASKS: dict[str, type[TrainingArguments]] = {
+    "sequence-classification": TrainingArguments,
+    "seq2seq": Seq2SeqTrainingArguments,
+}
+"""What a model can be fine-tuned for, and the arguments of its Trainer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +48,13 @@ class ModelSection:
 
     Args:
         name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
-        task: "sequence-classification".
+        task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which write a text.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
     """
 
     name: str
-    task: str = TASKS[0]
+    task: str = "sequence-classification"
     num_labels: int | None = None
     revision: str | None = None
 
@@ -58,13 +63,17 @@ class ModelSection:
         if self.task not in TASKS:
             raise RecipeError(f"model.task is one of {', '.join(TASKS)}, not {self.task!r}")
         _check_count(self.num_labels, "model.num_labels")
+        if self.task == "seq2seq" and self.num_labels is not None:
+            raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq writes texts")
         if self.revision is not None:
             _check_text(self.revision, "model.revision")
 
     @property
-    def regression(self) -> bool:
-        """Return whether the model predicts one number instead of a class."""
-        return self.num_labels == 1
+    def predicts(self) -> Predicts:
+        """Return what comes out of the model: a class, one number (regression), or a text."""
+        if self.task == "seq2seq":
+            return "text"
+        return "number" if self.num_labels == 1 else "class"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +86,9 @@ class DataSection:
         name: dataset on the Hub; None for local files.
         config: configuration of that dataset ("sst2" of "glue").
         text: column with the text, or two columns for pairs.
-        label: column with the label: whole numbers, strings, or fractions for regression.
+        label: column with the label: whole numbers, strings, fractions for regression, or the text to be written.
         max_length: tokens kept of each text.
+        max_target_length: tokens kept of a text to be written; None = `max_length`.
         train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.
     """
 
@@ -89,6 +99,7 @@ class DataSection:
     text: str | Sequence[str] = "text"
     label: str = "label"
     max_length: int = 128
+    max_target_length: int | None = None
     train_samples: int | None = None
     validation_samples: int | None = None
 
@@ -102,7 +113,7 @@ class DataSection:
             raise RecipeError(f"data.text is a column name or a list of two, not {self.text!r}")
         if self.max_length is None:
             raise RecipeError("data.max_length is a whole number of tokens, not null")
-        for key in ("max_length", "train_samples", "validation_samples"):
+        for key in ("max_length", "max_target_length", "train_samples", "validation_samples"):
             _check_count(getattr(self, key), f"data.{key}")
         self._check_source()
 
@@ -135,6 +146,7 @@ class Recipe:
         metric: names, see `hf_sparse.metrics`.
         freeze: shell globs over parameter names that are not trained.
         sparsity: `SparsityConfig`; None fine-tunes dense.
+        distillation: `DistillationConfig`; None learns from the labels alone.
         training: fields of `transformers.TrainingArguments`.
         seed: of the task head, the data order and dropout.
 
@@ -151,7 +163,7 @@ class Recipe:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: the recipe has no key 'date'; did you mean 'data'? Known keys: model, data, \
-metric, freeze, sparsity, training, seed.
+metric, freeze, sparsity, distillation, training, seed.
     """
 
     model: ModelSection
@@ -159,6 +171,7 @@ metric, freeze, sparsity, training, seed.
     metric: tuple[str, ...] = ("accuracy",)
     freeze: tuple[str, ...] = ()
     sparsity: SparsityConfig | None = None
+    distillation: DistillationConfig | None = None
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -178,13 +191,15 @@ metric, freeze, sparsity, training, seed.
         seed = data.get("seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise RecipeError(f"seed is a whole number from 0 to 2**32 - 1, not {seed!r}")
+        section = _section(ModelSection, model, "the model section")
         return cls(
-            model=_section(ModelSection, model, "the model section"),
+            model=section,
             data=_section(DataSection, data["data"], "the data section"),
-            metric=check_metrics(_words(data.get("metric", "accuracy"), "metric")),
+            metric=check_metrics(_words(data.get("metric", DEFAULT[section.predicts]), "metric")),
             freeze=_words(data.get("freeze") or (), "freeze"),
             sparsity=None if data.get("sparsity") is None else SparsityConfig.from_dict(data["sparsity"]),
-            training=check_training(data.get("training") or {}),
+            distillation=_distillation(data.get("distillation"), data.get("sparsity")),
+            training=check_training(data.get("training") or {}, TASKS[section.task]),
             seed=seed,
         )
 
@@ -214,7 +229,11 @@ metric, freeze, sparsity, training, seed.
             train, validation = (_locate_file(getattr(data, key), folder, key) for key in ("train", "validation"))
             data = dataclasses.replace(data, train=train, validation=validation)
         name = _locate(self.model.name, folder) or self.model.name
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, name=name), data=data)
+        taught = self.distillation
+        if taught is not None and taught.teacher != "self":
+            taught = dataclasses.replace(taught, teacher=_locate(taught.teacher, folder) or taught.teacher)
+        model = dataclasses.replace(self.model, name=name)
+        return dataclasses.replace(self, model=model, data=data, distillation=taught)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain YAML types with every value written out, also those left at their default."""
@@ -224,6 +243,7 @@ metric, freeze, sparsity, training, seed.
             "metric": _one_or_list(self.metric),
             "freeze": list(self.freeze),
             "sparsity": None if self.sparsity is None else {"groups": [_resolved(g) for g in self.sparsity.groups]},
+            "distillation": None if self.distillation is None else _spelled_distillation(self.distillation),
             "training": dict(self.training),
             "seed": self.seed,
         }
@@ -246,25 +266,27 @@ metric, freeze, sparsity, training, seed.
             # True, as transformers has it, makes every data loader warn where there is no accelerator.
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
+        if self.model.predicts == "text":
+            defaults["predict_with_generate"] = True  # the metrics are of texts, not of next tokens
         try:
-            return TrainingArguments(seed=self.seed, **{**defaults, **self.training})
+            return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
         except (TypeError, ValueError, ImportError) as error:
             raise RecipeError(f"the training section is refused by transformers: {error}") from error
 
 
-def check_training(training: Any) -> dict[str, Any]:
-    """Return the training section, its keys and the kinds of its values checked against `TrainingArguments`.
+def check_training(training: Any, arguments: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:
+    """Return the training section, its keys and the kinds of its values checked against the arguments of a Trainer.
 
     Raises:
         RecipeError: for an unknown field (naming the nearest one) or a value of the wrong kind.
     """
     _check_mapping(training, "the training section")
-    check_keys(training, [field.name for field in dataclasses.fields(TrainingArguments)], "the training section")
+    check_keys(training, [field.name for field in dataclasses.fields(arguments)], "the training section")
     if "seed" in training:
         raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
     if "hub_token" in training:
         raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = typing.get_type_hints(arguments)
     for key, value in training.items():
         _check_kind(value, hints[key], f"training.{key}")
     return dict(training)
@@ -282,6 +304,18 @@ def _check_kind(value: Any, hint: Any, where: str) -> None:
         raise RecipeError(f"{where} is a whole number, not {value!r}")
     if allowed == {float} and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise RecipeError(f"{where} is a number, not {value!r}")
+
+
+def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
+    if section is None:
+        return None
+    if sparsity is None:
+        raise RecipeError("the recipe has a 'distillation' section but no 'sparsity': there is no student to be pruned")
+    return DistillationConfig.from_dict(section)
+
+
+def _spelled_distillation(config: DistillationConfig) -> dict[str, Any]:
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _resolved(group: GroupConfig) -> dict[str, Any]:

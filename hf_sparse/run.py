@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import statistics
@@ -17,22 +18,28 @@ import torch
 import transformers
 from torch import nn
 from transformers import (
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
     Trainer,
     TrainerCallback,
     set_seed,
 )
 
 from .callback import SparsityCallback
+from .checkpoint import last_checkpoint
 from .data import LabelledTexts, load_texts, load_tokenizer
 from .errors import RecipeError, SparsityError
 from .inspection import Inspection, inspect
 from .metrics import build_metrics
 from .recipe import ModelSection, Recipe
 from .report import Summary, summarize
+
+logger = logging.getLogger(__name__)
 
 NOT_MEASURED = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 """What an evaluation returns beside the metrics."""
@@ -58,8 +65,11 @@ class RunResult:
     seconds_per_step: float
 
 
-def run(recipe: Recipe) -> RunResult:
+def run(recipe: Recipe, resume: bool = False) -> RunResult:
     """Train the model of a recipe, measure it on the validation texts, and write everything into its output folder.
+
+    Args:
+        resume: go on from the last complete checkpoint in the output folder, if there is one.
 
     The folder gets the model and tokenizer, `recipe.yaml` as resolved, `trainer_state.json`, `train_results.json`,
     `eval_results.json`, `all_results.json` and `report.md`.
@@ -68,31 +78,40 @@ def run(recipe: Recipe) -> RunResult:
         RecipeError: before any training, for whatever does not fit together.
     """
     arguments = recipe.training_arguments()
-    compute_metrics = build_metrics(recipe.metric, recipe.model.regression)
-    texts = load_texts(recipe.data, recipe.model.regression)
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
+    texts = load_texts(recipe.data, recipe.model.predicts)
     _check_length(recipe.data.max_length, tokenizer)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
     freeze(model, recipe.freeze)
 
-    train, validation = texts.tokenized(tokenizer, recipe.data.max_length)
+    train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     timer = StepTimer()
-    trainer = Trainer(
+    callbacks: list[TrainerCallback] = [timer]
+    if recipe.sparsity is not None:
+        callbacks.append(SparsityCallback(recipe.sparsity, distillation=recipe.distillation))
+    writes = recipe.model.predicts == "text"
+    collator = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
+    trainer = (Seq2SeqTrainer if writes else Trainer)(
         model=model,
         args=arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        callbacks=[timer] if recipe.sparsity is None else [timer, SparsityCallback(recipe.sparsity)],
+        callbacks=callbacks,
     )
     output = Path(arguments.output_dir or ".")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / "recipe.yaml")
-    trained = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    checkpoint = arguments.resume_from_checkpoint
+    if resume:
+        checkpoint = last_checkpoint(output, arguments.world_size)
+        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output))
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
@@ -107,14 +126,19 @@ def run(recipe: Recipe) -> RunResult:
 
 
 def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
-    """Load a pretrained model with a head for the classes of the texts, or for one number.
+    """Load a pretrained model that writes texts, or one with a head for the classes of the texts or for one number.
 
     Raises:
         RecipeError: if it cannot be loaded, or is asked for another number of classes than the texts have.
         CheckpointError: if it is packed, and damaged.
     """
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if not section.regression:
+    factory: Any = AutoModelForSequenceClassification
+    head: dict[str, Any] = {}
+    if section.predicts == "text":
+        factory = AutoModelForSeq2SeqLM
+    elif section.predicts == "number":
+        head = {"num_labels": 1, "problem_type": "regression"}
+    else:
         if section.num_labels not in (None, len(texts.names)):
             raise RecipeError(
                 f"model.num_labels is {section.num_labels}, but the training texts have {len(texts.names)} classes: "
@@ -122,15 +146,14 @@ def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
             )
         head = {"id2label": dict(enumerate(texts.names)), "label2id": {name: i for i, name in enumerate(texts.names)}}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            section.name, revision=section.revision or "main", **head
-        )
+        model: PreTrainedModel = factory.from_pretrained(section.name, revision=section.revision or "main", **head)
     except SparsityError:
         raise
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"cannot load model '{section.name}' (neither a folder, nor to be had from the Hub?): {error}"
         ) from error
+    return model
 
 
 def freeze(model: nn.Module, globs: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def evaluate(model: Any, recipe: Recipe, folder: Path) -> tuple[np.ndarray, dict
                 disable_tqdm=not sys.stderr.isatty(),
             ),
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=build_metrics(recipe.metric, recipe.model.regression),
+            compute_metrics=build_metrics(recipe.metric, recipe.model.predicts),
         )
         trainer.remove_callback(PrinterCallback)
         result = trainer.predict(validation, metric_key_prefix="eval")

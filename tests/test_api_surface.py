@@ -15,6 +15,7 @@ import hf_sparse
 PUBLIC = [
     "BackendError",
     "CheckpointError",
+    "DistillationConfig",
     "GroupConfig",
     "PatternError",
     "Pruner",
@@ -24,6 +25,7 @@ PUBLIC = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "last_checkpoint",
     "sparsify",
     "summarize",
 ]

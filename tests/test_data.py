@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from transformers import ByT5Tokenizer
 
 from hf_sparse.data import load_texts, load_tokenizer
 from hf_sparse.errors import RecipeError
@@ -55,7 +56,7 @@ def test_load_texts_takes_whole_numbers_written_as_floats_for_classes(section):
 
 
 def test_load_texts_keeps_numbers_as_they_are_for_regression(section):
-    texts = load_texts(section(with_labels(5, 2.5), with_labels(0)), regression=True)
+    texts = load_texts(section(with_labels(5, 2.5), with_labels(0)), predicts="number")
     assert texts.names == ()
     assert list(texts.train["labels"]) == [5.0, 2.5]
     assert texts.train.features["labels"].dtype == "float32"
@@ -123,7 +124,7 @@ def test_load_texts_refuses(section, train, keys, reason):
 
 def test_load_texts_refuses_words_as_labels_of_a_regression(section):
     with pytest.raises(RecipeError, match="row 0 has label 'pos', but a regression needs numbers"):
-        load_texts(section(), regression=True)
+        load_texts(section(), predicts="number")
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.jsonl", "{broken"), ("a.parquet", "no parquet"), ("a.csv", "")])
@@ -145,6 +146,19 @@ def test_tokenized_has_ids_and_labels_only_and_cuts_long_texts(section, tmp_path
     train, _ = load_texts(section()).tokenized(tokenizer, max_length=4)
     assert set(train.column_names) == {"labels", "input_ids", "token_type_ids", "attention_mask"}
     assert tokenizer.convert_ids_to_tokens(train[0]["input_ids"]) == ["[CLS]", "the", "film", "[SEP]"]
+
+
+def test_tokenized_cuts_texts_to_be_written_at_a_length_of_their_own(section):
+    rows = [{"text": "cat", "label": "K AE T"}, {"text": "dog", "label": "D AO G"}]
+    train, validation = load_texts(section(rows, rows), predicts="text").tokenized(ByT5Tokenizer(), 3, 5)
+    assert set(train.column_names) == {"labels", "input_ids", "attention_mask"}
+    assert ByT5Tokenizer().decode(validation[0]["labels"]) == "K AE</s>"
+    assert ByT5Tokenizer().decode(train[1]["input_ids"]) == "do</s>"
+
+
+def test_load_texts_refuses_numbers_as_texts_to_be_written(section):
+    with pytest.raises(RecipeError, match="row 0 has label 1, but task seq2seq writes texts"):
+        load_texts(section(with_labels(1), with_labels(1)), predicts="text")
 
 
 def test_tokenized_joins_two_columns_as_a_pair(section, tmp_path):

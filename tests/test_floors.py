@@ -12,11 +12,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "errors registry config edits manifest",
-    1: "scorers patterns selection schedules losses kth codecs",
-    2: "architectures targets masking zeros units pruner compaction importance distillation report",
+    1: "scorers patterns selection budget latency schedules losses kth codecs",
+    2: "architectures targets masking zeros units pruner compaction importance distillation ranks report",
     3: "files kernels runtime",
-    4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot",
-    5: "recipe recipe_text data metrics prune run cli __main__",
+    4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot loading "
+    "teacher loss_terms",
+    5: "recipe recipe_text data metrics text_metrics prune run cli __main__",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

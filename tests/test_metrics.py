@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import EvalPrediction
+from transformers import ByT5Tokenizer, EvalPrediction
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.metrics import ALIASES, LOCAL, accuracy, build_metrics, check_metrics, f1, matthews, pearson, spearman
+from hf_sparse.text_metrics import wer
 
 # Nine texts: 3 true positives, 1 false positive, 2 false negatives, 3 true negatives.
 GUESSED = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0])
@@ -65,27 +66,52 @@ def test_spearman_is_minus_1_for_reversed_order():
 
 
 def test_build_metrics_takes_the_class_of_the_highest_logit():
-    compute = build_metrics(["accuracy", "f1"], regression=False)
+    compute = build_metrics(["accuracy", "f1"], predicts="class")
     logits = np.array([[0.1, 2.0], [3.0, -1.0], [0.0, 0.5]])
     assert compute(EvalPrediction(logits, np.array([1, 0, 0]))) == {"accuracy": 2 / 3, "f1": 2 / 3}
 
 
 def test_build_metrics_takes_the_first_of_several_outputs():
-    compute = build_metrics(["accuracy"], regression=False)
+    compute = build_metrics(["accuracy"], predicts="class")
     outputs: Any = (np.array([[0.0, 1.0]]), np.zeros((1, 7, 3)))
     assert compute(EvalPrediction(outputs, np.array([1]))) == {"accuracy": 1.0}
 
 
 def test_build_metrics_flattens_the_numbers_of_a_regression():
-    compute = build_metrics(["pearson", "spearman"], regression=True)
+    compute = build_metrics(["pearson", "spearman"], predicts="number")
     result = compute(EvalPrediction(np.array([[1.0], [2.0], [3.0]]), np.array([2.0, 4.0, 6.0])))
     assert result == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
 
 
-@pytest.mark.parametrize(("name", "regression"), [("accuracy", True), ("pearson", False)])
-def test_build_metrics_refuses_a_metric_of_the_other_kind(name, regression):
+@pytest.mark.parametrize(
+    ("found", "wanted", "edits"),
+    [
+        ("a b c", "a b c", 0),
+        ("", "a b c", 3),
+        ("a b c", "", 3),
+        ("a x c", "a b c", 1),
+        ("b c d e", "a b c d", 2),
+        ("a b", "b a", 2),
+        ("K AE T S", "K AH T", 2),
+    ],
+)
+def test_wer_counts_the_least_number_of_edits(found, wanted, edits):
+    assert wer([found, "z"], [wanted, "z"]) == edits / (len(wanted.split()) + 1)
+
+
+def test_build_metrics_decodes_generated_ids_and_their_filling():
+    tokenizer: Any = ByT5Tokenizer()
+    ids = [tokenizer("K AE T")["input_ids"], [*tokenizer("D AO")["input_ids"], -100, -100]]
+    found = [[0, *ids[0]], [0, *tokenizer("D OW")["input_ids"], 0]]  # generation begins with the padding token
+    compute = build_metrics(["wer", "exact_match"], "text", tokenizer)
+    rows = [np.array([row + [-100] * (9 - len(row)) for row in side]) for side in (found, ids)]
+    assert compute(EvalPrediction(*rows)) == {"wer": 1 / 5, "exact_match": 1 / 2}
+
+
+@pytest.mark.parametrize(("name", "predicts"), [("accuracy", "number"), ("pearson", "class"), ("f1", "text")])
+def test_build_metrics_refuses_a_metric_of_another_kind(name, predicts):
     with pytest.raises(RecipeError, match=f"metric '{name}' does not apply"):
-        build_metrics([name], regression)
+        build_metrics([name], predicts)
 
 
 def test_check_metrics_names_the_nearest_when_unknown():
@@ -111,7 +137,7 @@ def test_build_metrics_asks_evaluate_for_a_prefixed_name(monkeypatch):
         )
 
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
-    compute = build_metrics(check_metrics(["evaluate/glue/mrpc", "accuracy"]), regression=False)
+    compute = build_metrics(check_metrics(["evaluate/glue/mrpc", "accuracy"]), predicts="class")
     output = EvalPrediction(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]))
     assert compute(output) == {"same": 1.0, "accuracy": 0.5}
 
@@ -122,4 +148,4 @@ def test_build_metrics_says_what_works_without_when_evaluate_cannot_load(monkeyp
 
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
     with pytest.raises(RecipeError, match=r"(?s)no network.*Known without it: accuracy"):
-        build_metrics(["evaluate/rouge"], regression=False)
+        build_metrics(["evaluate/rouge"], predicts="class")

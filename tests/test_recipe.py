@@ -45,10 +45,11 @@ def write(folder, **sections):
 def test_recipe_has_defaults_for_all_but_model_and_data():
     assert recipe() == Recipe(
         model=ModelSection("bert", "sequence-classification", None, None),
-        data=DataSection("t.jsonl", "v.jsonl", None, None, "text", "label", 128, None, None),
+        data=DataSection("t.jsonl", "v.jsonl", None, None, "text", "label", 128, None, None, None),
         metric=("accuracy",),
         freeze=(),
         sparsity=None,
+        distillation=None,
         training={},
         seed=0,
     )
@@ -60,7 +61,12 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ({"date": {}}, "the recipe has no key 'date'; did you mean 'data'"),
         ({"model": {"name": "bert", "tusk": "x"}}, "the model section has no key 'tusk'; did you mean 'task'"),
         ({"model": {"task": "sequence-classification"}}, "the model section has no 'name'"),
-        ({"model": {"name": "bert", "task": "chess"}}, "model.task is one of sequence-classification, not 'chess'"),
+        (
+            {"model": {"name": "bert", "task": "chess"}},
+            "model.task is one of sequence-classification, seq2seq, not 'chess'",
+        ),
+        ({"model": {"name": "t5", "task": "seq2seq", "num_labels": 3}}, "model.task seq2seq writes texts"),
+        ({"training": {"generation_num_beams": 4}}, "the training section has no key 'generation_num_beams'"),
         ({"model": {"name": "bert", "num_labels": 0}}, "model.num_labels is a whole number above 0, not 0"),
         ({"model": 3}, "the model section is a mapping"),
         ({"model": None}, "the recipe has no 'model' section"),
@@ -77,6 +83,8 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ({"sparsity": {"sparsty": 0.9}}, "a group has no key 'sparsty'; did you mean 'sparsity'"),
         ({"sparsity": {"sparsity": 1.0}}, "below 1, but 1.0 was asked"),
         ({"sparsity": 0.9}, "a sparsity section is a mapping"),
+        ({"sparsity": {"sparsity": 0.5}, "distillation": {"techer": "x"}}, "no key 'techer'; did you mean 'teacher'"),
+        ({"distillation": {"teacher": "self"}}, "there is no student to be pruned"),
         (
             {"training": {"lerning_rate": 1.0}},
             "the training section has no key 'lerning_rate'; did you mean 'learning_rate'",

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    ByT5Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 GOOD, BAD = ("great", "fine", "lovely"), ("awful", "poor", "dull")
 NOUNS = ("film", "plot", "cast", "end")
@@ -43,6 +51,32 @@ def save_bert(folder: Path, head: bool = False) -> Path:
     made.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def save_t5(folder: Path) -> Path:
+    """Write a gated T5 with random weights and a tokenizer of bytes."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 384,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+    }
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_spellings(path: Path, words: str) -> Path:
+    """Write words and their letters with spaces between, as JSON lines with the columns source and target."""
+    rows = [json.dumps({"source": word, "target": " ".join(word)}) for word in words.split()]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
 def sentences() -> list[tuple[str, int]]:

@@ -9,14 +9,14 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_sparse import CheckpointError, RecipeError, summarize
 from hf_sparse.cli import main
 from hf_sparse.inspection import inspect
 from hf_sparse.recipe import Recipe
 from hf_sparse.run import run
-from tests.tiny import save_bert, write_sentences
+from tests.tiny import save_bert, save_t5, write_sentences, write_spellings
 
 SHIPPED = Path(__file__).parent.parent.parent / "recipes"
 TRAINING = {
@@ -158,6 +158,30 @@ def test_regression_is_trained_on_numbers(recipe, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").classifier.out_features == 1
 
 
+def test_encoder_decoder_is_pruned_while_it_learns_to_write(recipe, tmp_path):
+    save_t5(tmp_path / "t5")
+    write_spellings(tmp_path / "words.jsonl", "cat dog cow hen pig ant bee fly")
+    write_spellings(tmp_path / "held_out.jsonl", "dog bat")
+    path = recipe(
+        model={"name": "t5", "task": "seq2seq"},
+        data={
+            "train": "words.jsonl", "validation": "held_out.jsonl", "text": "source", "label": "target",
+            "max_length": 8, "max_target_length": 12,
+        },
+        metric=["wer", "exact_match"],
+        sparsity={"sparsity": 0.5, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}},
+        training={**TRAINING, "max_steps": 120, "learning_rate": 1e-2, "generation_max_length": 12},
+    )  # fmt: skip
+    result = train(path, output=tmp_path / "out")
+    assert result.metrics["eval_wer"] < 0.5  # "dog" was trained on
+    assert result.metrics["eval_exact_match"] in (0.0, 0.5, 1.0)
+    assert result.summary.sparsity == pytest.approx(0.5, abs=1e-3)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    written = loaded.generate(**tokenizer("dog", return_tensors="pt"), max_length=12)
+    assert tokenizer.decode(written[0], skip_special_tokens=True) == "d o g"
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
@@ -201,9 +225,16 @@ def test_inspect_refuses_a_folder_with_a_missing_shard(recipe, tmp_path):
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_path, path):
     recipe()
+    writes = "task: seq2seq" in path.read_text(encoding="utf-8")
+    if writes:
+        save_t5(tmp_path / "t5")
+        write_spellings(tmp_path / "train.jsonl", "cat dog cow hen")
+        write_spellings(tmp_path / "validation.jsonl", "ant bee")
+    columns = ", text: source, label: target" if writes else ""
+    files = f"train: {tmp_path}/train.jsonl, validation: {tmp_path}/validation.jsonl"
     overrides = {
-        "model.name": tmp_path / "bert",
-        "data": f"{{train: {tmp_path}/train.jsonl, validation: {tmp_path}/validation.jsonl, max_length: 8}}",
+        "model.name": tmp_path / ("t5" if writes else "bert"),
+        "data": f"{{{files}, max_length: 8{columns}}}",
         "training.max_steps": 40,
         "training.logging_steps": 10,
         "training.eval_strategy": "no",

@@ -1,0 +1,79 @@
+"""A training that others kill: started by test_killed as a program of its own.
+
+    python -m tests.integration.killed_worker OUTPUT SCORER MOMENT
+
+MOMENT is "never", "optimizer-N" (dies when the model of checkpoint N is written and its optimizer is not) or
+"weights-N" (dies between writing the weights of checkpoint N and putting them in place). Resumes what it finds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_sparse import SparsityConfig, last_checkpoint, packing
+
+from ..training import sparse_trainer
+
+STEPS = 40
+SCHEDULE = {"name": "cubic", "begin": 0.1, "end": 0.8, "every": 3}
+
+
+def die() -> None:
+    """End at once: no cleaning up, no flushing."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Progress(TrainerCallback):
+    """Tell the parent which step was done, slowly enough for it to choose one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            print(state.global_step, flush=True)  # noqa: T201  the parent reads it
+
+
+def arm(moment: str, trainer: Any) -> None:
+    """Make the process die at a moment of saving."""
+    kind, _, step = moment.partition("-")
+    original = Trainer._save_optimizer_and_scheduler
+    module: Any = packing
+    settle = module.settle_header
+
+    def save(self: Trainer, output_dir: str) -> None:
+        if output_dir.endswith(f"checkpoint-{step}"):
+            die()
+        original(self, output_dir)
+
+    def half(path: Any) -> None:
+        if trainer.state.global_step == int(step):
+            die()
+        settle(path)
+
+    if kind == "optimizer":
+        Trainer._save_optimizer_and_scheduler = save  # type: ignore[method-assign]
+    elif kind == "weights":
+        module.settle_header = half
+
+
+def main(output: Path, scorer: str, moment: str) -> None:
+    """Train to the end, unless killed, and save what came out."""
+    config = SparsityConfig(sparsity=0.9, scorer=scorer, schedule=SCHEDULE)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    options: dict[str, Any] = {"ddp_backend": "gloo"} if processes > 1 else {}
+    trainer = sparse_trainer(
+        output, config, callbacks=[Progress()], save_strategy="steps", save_steps=5, max_steps=STEPS, **options
+    )
+    arm(moment, trainer)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output, processes))
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), output / "final.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
