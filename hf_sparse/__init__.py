@@ -5,7 +5,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 __version__ = "0.1.0"
 
-from . import patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
+from . import budget, patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .config import DistillationConfig, GroupConfig, SparsityConfig

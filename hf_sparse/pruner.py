@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .budget import Budget, Costs
 from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from .errors import PatternError, RecipeError, SparsityError
 from .masking import check_free
-from .patterns import Pattern
+from .patterns import Pattern, Structure
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
 from .schedules import Schedule
 from .scorers import Scorer
@@ -74,9 +76,33 @@ def _plan(model: nn.Module, group: GroupConfig) -> Plan:
     selection = own or chosen or scorer.own_selection() or Uniform()
     sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
     shares = find_shares(model, pattern, group.targets, group.exclude)
+    if isinstance(selection, Budget):
+        selection.prepare(_costs(pattern, shares))
     # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
     final = 1.0 if sparsity is None else float(sparsity)
     return Plan(group, scorer, pattern, selection, SCHEDULES.build(group.schedule), final, shares)
+
+
+def _costs(pattern: Pattern, shares: list[list[Share]]) -> list[Costs]:
+    """Return what the groups of each unit cost.
+
+    Raises:
+        PatternError: if removing a group makes no layer smaller.
+    """
+    if not isinstance(pattern, Structure):
+        raise PatternError(
+            "selection 'budget' counts what is left when heads, neurons or sub-blocks are cut out, but pattern "
+            f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron' or 'layer', "
+            "or ask for a sparsity"
+        )
+    costs = []
+    for output, *inputs in shares:
+        width, rows = output.layer.out_features, output.layer.in_features
+        (groups,) = output.pattern.groups_shape((width, rows))
+        # Three layers go into an attention, and one or two into a feed-forward part.
+        kind: Literal["attention", "feed_forward"] = "attention" if len(inputs) == 3 else "feed_forward"
+        costs.append(Costs(kind, width, groups, rows // groups, len(inputs)))
+    return costs
 
 
 def _check_disjoint(plans: list[Plan]) -> None:
@@ -285,7 +311,7 @@ class Pruner:
             zeros, total = zeros + removed, total + size
             if tail:
                 out[f"sparsity{tail}"] = removed / size
-            for key, value in plan.scorer.logs(plan.selection.threshold).items():
+            for key, value in (plan.scorer.logs(plan.selection.threshold) | plan.selection.logs()).items():
                 out[key + tail] = value
             if plan.scores:
                 squares = sum(float(score.detach().double().square().sum()) for score in plan.scores)

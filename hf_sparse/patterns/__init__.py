@@ -5,7 +5,7 @@ from .block import Block
 from .element import Element
 from .lines import Column, Row
 from .nm import NM
-from .structures import Head, Layer, Lines, Neuron, Structure
+from .structures import Head, HeadNeuron, Layer, Lines, Neuron, Structure
 
 __all__ = [
     "NM",
@@ -13,6 +13,7 @@ __all__ = [
     "Column",
     "Element",
     "Head",
+    "HeadNeuron",
     "Layer",
     "Lines",
     "Neuron",

@@ -100,6 +100,14 @@ class Neuron(Structure):
     kinds = ("feed_forward",)
 
 
+@PATTERNS.register("head+neuron")
+@dataclasses.dataclass(frozen=True)
+class HeadNeuron(Structure):
+    """Heads of all attentions and neurons of all feed-forward parts, which share one selection: a budget, above all."""
+
+    kinds = ("attention", "feed_forward")
+
+
 @PATTERNS.register("layer")
 @dataclasses.dataclass(frozen=True)
 class Layer(Structure):

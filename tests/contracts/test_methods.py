@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_sparse import PatternError, Pruner, SparsityConfig, summarize
+from hf_sparse.budget import Budget, Costs
 from hf_sparse.config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
 
 SHAPE = (64, 96)
@@ -106,13 +107,22 @@ def test_every_pattern_but_element_refuses_what_is_no_matrix(pattern: str) -> No
 @pytest.mark.parametrize("selection", list(SELECTIONS))
 def test_every_selection_keeps_the_count_and_the_best(selection: str) -> None:
     scores = [torch.rand(40, 10), torch.rand(30, 20)]
-    kept = SELECTIONS.build(selection).select(scores, 0.9)
+
+    def select() -> list[torch.Tensor]:
+        made = SELECTIONS.build(selection)
+        if not isinstance(made, Budget):
+            return made.select(scores, 0.9)
+        # Every group costs the same here, so a tenth of the cost is a tenth of the groups.
+        made = Budget(of="parameters", remaining=0.1)
+        made.prepare([Costs("feed_forward", 1, tensor.numel(), 1, 1) for tensor in scores])
+        return made.select(scores, 1.0)
+
+    kept = select()
     assert [mask.shape for mask in kept] == [tensor.shape for tensor in scores]
     assert sum(int(mask.sum()) for mask in kept) == 100
     for mask, tensor in zip(kept, scores, strict=True):
         assert float(tensor[mask].min()) >= float(tensor[~mask].max())
-    again = SELECTIONS.build(selection).select(scores, 0.9)
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, select(), strict=True))
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))

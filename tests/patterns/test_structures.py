@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_lines_are_rows_or_columns() -> None:
 
 @pytest.mark.parametrize("pattern", STRUCTURES)
 def test_structure_is_no_pattern_of_one_weight(pattern: str) -> None:
-    with pytest.raises(PatternError, match=rf"pattern {pattern} is no pattern of one weight alone"):
+    with pytest.raises(PatternError, match=rf"pattern {re.escape(pattern)} is no pattern of one weight alone"):
         PATTERNS.build(pattern).check((4, 4), "x.weight")
 
 
@@ -231,18 +232,20 @@ def test_training_reaches_the_fraction_of_groups_and_goes_on_from_a_state_dict(
         return model, pruner
 
     model, pruner = run(False)
+    # Groups of different sizes compete there, so that the fraction of weights is not that of groups.
+    tolerance = {"layer": 0.13, "head+neuron": 0.2}.get(pattern, 1e-6)
     kept = sum(int(unit.kept().sum()) for unit in pruner.units)
     groups = sum(unit.kept().numel() for unit in pruner.units)
     assert kept == int(0.25 * groups)
     pruner.finish()
-    assert pruner.logs()["sparsity"] == pytest.approx(0.75, abs=0.13 if pattern == "layer" else 1e-6)
+    assert pruner.logs()["sparsity"] == pytest.approx(0.75, abs=tolerance)
     resumed, _ = run(True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     names = set(structures.build(family).state_dict())
     pruner.bake()
     assert set(model.state_dict()) == names
-    assert summarize(model).sparsity == pytest.approx(0.75, abs=0.13 if pattern == "layer" else 1e-6)
+    assert summarize(model).sparsity == pytest.approx(0.75, abs=tolerance)
 
 
 def test_layers_compete_over_the_whole_model() -> None:
