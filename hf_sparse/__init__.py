@@ -5,7 +5,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 
 __version__ = "0.1.0"
 
-from . import adapters, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
+from . import adapters, budget, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .config import DistillationConfig, GroupConfig, SparsityConfig

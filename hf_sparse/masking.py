@@ -31,20 +31,23 @@ STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_l
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward `W * M`; backward `dL/dW = dL/dW' * M` and `dL/dS = dL/dW' * W`, pooled to the groups of S."""
+    """Forward `W * M`; backward `dL/dW = dL/dW' * M` and `dL/dS = dL/dW' * W`, pooled to the groups of S.
+
+    Without a mask (None), `W * 1`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(weight, mask)
         ctx.pattern = pattern
         ctx.dtype = scores.dtype
-        return torch.where(mask, weight, 0.0)
+        return _masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, mask = ctx.saved_tensors
-        for_weight = torch.where(mask, gradient, 0.0) if ctx.needs_input_grad[0] else None
+        for_weight = _masked(gradient, mask) if ctx.needs_input_grad[0] else None
         for_scores = None
         if ctx.needs_input_grad[1]:
             for_scores = ctx.pattern.pool(gradient * weight, "sum").to(ctx.dtype)
@@ -55,21 +58,31 @@ class _Watched(torch.autograd.Function):
     """Forward `W * M`; backward `dL/dW = dL/dW' * M`, with the dense `dL/dW'` handed to the mask on the way."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, owner: MaskedWeight) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, owner: MaskedWeight) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.owner = owner
-        return torch.where(mask, weight, 0.0)
+        return _masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         (mask,) = ctx.saved_tensors
         ctx.owner.gather(gradient)
-        return torch.where(mask, gradient, 0.0), None, None
+        return _masked(gradient, mask), None, None
+
+
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    # Not `weight * mask`: that makes -0.0 of negative weights and NaN of infinite ones.
+    return weight.view_as(weight) if mask is None else torch.where(mask, weight, 0.0)
 
 
 class MaskedWeight(nn.Module):
     """The parametrisation: `W -> W * M`, with exact zeros where `M` is False.
+
+    Several weights can share one mask: a head is rows of three weights and columns of a fourth, its exit. Then a
+    removed group is masked at the exit alone while gradients flow; nothing of it gets out, so the model computes the
+    same, but the gradient of what *would* come out still reaches the score and the group can come back. With its rows
+    zero as well, that gradient would be zero for ever. All else (evaluation, state dicts, `bake`) sees all the zeros.
 
     Args:
         weight: the weight it will be put on; only its shape, dtype and device are read.
@@ -77,6 +90,8 @@ class MaskedWeight(nn.Module):
         learned: whether to own scores, one parameter per group, started at 0.
         observes: whether to gather the dense gradient for a scorer that looks at it.
         shared: tensors of the method that all its masks share and that have to be in a checkpoint.
+        exit: the mask of the weight by which the groups leave, if this is another weight of the same groups. It owns
+            the scores.
     """
 
     mask: Tensor
@@ -91,15 +106,17 @@ class MaskedWeight(nn.Module):
         learned: bool = False,
         observes: bool = False,
         shared: dict[str, Tensor] | None = None,
+        exit: MaskedWeight | None = None,  # noqa: A002  what it is
     ) -> None:
         super().__init__()
         self.pattern = pattern
+        self._exit = (exit,)  # in a tuple, so that it is no submodule of this one too
         self.shared = shared or {}
         self.gathered: Tensor | None = None
         self.observes = observes
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         scores = None
-        if learned:
+        if learned and exit is None:
             shape = pattern.groups_shape(tuple(weight.shape))
             scores = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_parameter("scores", scores)
@@ -107,12 +124,14 @@ class MaskedWeight(nn.Module):
         self.register_buffer("importance", importance)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.scores is not None:
-            return _StraightThrough.apply(weight, self.scores, self.mask, self.pattern)  # type: ignore[no-untyped-call]
+        (leader,) = self._exit
+        scores = self.scores if leader is None else leader.scores
+        mask = self.mask if leader is None or not torch.is_grad_enabled() else None
+        if scores is not None:
+            return _StraightThrough.apply(weight, scores, mask, self.pattern)  # type: ignore[no-untyped-call]
         if self.observes and weight.requires_grad and torch.is_grad_enabled():
-            return _Watched.apply(weight, self.mask, self)  # type: ignore[no-untyped-call]
-        # Not `weight * mask`: that makes -0.0 of negative weights and NaN of infinite ones.
-        return torch.where(self.mask, weight, 0.0)
+            return _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
+        return _masked(weight, mask)
 
     def gather(self, gradient: Tensor) -> None:
         """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation)."""
@@ -122,7 +141,7 @@ class MaskedWeight(nn.Module):
             self.gathered += gradient.detach()
 
     def extra_repr(self) -> str:
-        return f"pattern={self.pattern}, learned={self.scores is not None}"
+        return f"pattern={self.pattern}, learned={self.scores is not None}, exit={self._exit[0] is None}"
 
 
 def masked_weight(module: nn.Module) -> MaskedWeight | None:

@@ -44,7 +44,7 @@ def sparsify(model: M, config: SparsityConfig) -> M:
         pruner.step(progress=1.0)
     except SparsityError:
         for unit in pruner.units:
-            unit.masked.mask.fill_(True)
+            unit.keep_all()
         raise
     finally:
         pruner.bake()

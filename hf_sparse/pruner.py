@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .budget import Budget, Costs
 from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from .errors import PatternError, RecipeError, SparsityError
-from .masking import MaskedWeight, attach_mask, bake_mask, check_free
-from .patterns import Pattern
+from .masking import check_free
+from .patterns import Pattern, Structure
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
 from .schedules import Schedule
 from .scorers import Scorer
 from .selection import Selection, Uniform
-from .targets import match_layers
-from .units import Unit
+from .units import Share, Unit, attach_unit, find_shares
 from .zeros import free_zeros, keep_zeros
 
 after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
@@ -34,7 +35,7 @@ class Plan:
     selection: Selection
     schedule: Schedule
     sparsity: float
-    layers: dict[str, nn.Linear]
+    shares: list[list[Share]]
     units: list[Unit] = dataclasses.field(default_factory=list)
 
     def sparsity_at(self, progress: float) -> float:
@@ -58,6 +59,11 @@ class Plan:
         return self.schedule.reached(progress) and not self.schedule.reached(before)
 
     @property
+    def layers(self) -> dict[str, nn.Linear]:
+        """Every layer with a weight in this plan, by name."""
+        return {share.name: share.layer for unit in self.shares for share in unit}
+
+    @property
     def scores(self) -> list[Tensor]:
         """The learned scores of all units, for the penalty."""
         return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
@@ -68,18 +74,40 @@ def _plan(model: nn.Module, group: GroupConfig) -> Plan:
     own = pattern.own_selection()
     if own is not None and group.selection is not None:
         raise PatternError(
-            f"pattern {pattern} compares neighbours only, with a selection of its own; leave selection "
+            f"pattern {pattern} has a selection of its own, the only one that suits it; leave selection "
             f"{group.selection!r} out"
         )
     chosen = SELECTIONS.build(group.selection) if group.selection is not None else None
     selection = own or chosen or scorer.own_selection() or Uniform()
     sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
-    layers = match_layers(model, group.targets, group.exclude)
-    for name, layer in layers.items():
-        pattern.check(tuple(layer.weight.shape), f"{name}.weight")
+    shares = find_shares(model, pattern, group.targets, group.exclude)
+    if isinstance(selection, Budget):
+        selection.prepare(_costs(pattern, shares))
     # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
     final = 1.0 if sparsity is None else float(sparsity)
-    return Plan(group, scorer, pattern, selection, SCHEDULES.build(group.schedule), final, layers)
+    return Plan(group, scorer, pattern, selection, SCHEDULES.build(group.schedule), final, shares)
+
+
+def _costs(pattern: Pattern, shares: list[list[Share]]) -> list[Costs]:
+    """Return what the groups of each unit cost.
+
+    Raises:
+        PatternError: if removing a group makes no layer smaller.
+    """
+    if not isinstance(pattern, Structure):
+        raise PatternError(
+            "selection 'budget' counts what is left when heads, neurons or sub-blocks are cut out, but pattern "
+            f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron' or 'layer', "
+            "or ask for a sparsity"
+        )
+    costs = []
+    for output, *inputs in shares:
+        width, rows = output.layer.out_features, output.layer.in_features
+        (groups,) = output.pattern.groups_shape((width, rows))
+        # Three layers go into an attention, and one or two into a feed-forward part.
+        kind: Literal["attention", "feed_forward"] = "attention" if len(inputs) == 3 else "feed_forward"
+        costs.append(Costs(kind, width, groups, rows // groups, len(inputs)))
+    return costs
 
 
 def _check_disjoint(plans: list[Plan]) -> None:
@@ -153,17 +181,10 @@ class Pruner:
             free_zeros(plan.layers.values())  # of an earlier pruning: from here on the masks decide
             weights = [layer.weight for layer in plan.layers.values()]
             shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
-            for name, layer in plan.layers.items():
-                masked = MaskedWeight(
-                    layer.weight,
-                    plan.pattern,
-                    learned=plan.scorer.learned,
-                    observes=plan.scorer.observes,
-                    shared=shared,
-                )
-                attach_mask(layer, masked, f"{name}.weight")
-                plan.units.append(Unit(f"{name}.weight", layer, masked, plan.pattern))
-        setattr(self.model, WEIGHTS_ATTRIBUTE, tuple(unit.name for unit in self.units))
+            plan.units = [attach_unit(unit, plan.scorer, shared) for unit in plan.shares]
+        names = {member.name for unit in self.units for member in unit.members}
+        order = [f"{name}.weight" for name, _ in self.model.named_modules() if f"{name}.weight" in names]
+        setattr(self.model, WEIGHTS_ATTRIBUTE, tuple(order))
         self.attached = True
         for prepare in after_attach:
             prepare(self.model, self.config)
@@ -246,10 +267,11 @@ class Pruner:
         for plan in self.plans:
             if plan.selection.decides_sparsity:
                 continue
-            pooled = [unit.pattern.pool(unit.masked.mask.float()) for unit in plan.units]
-            groups = sum(mask.numel() for mask in pooled)
-            kept = sum(int(torch.count_nonzero(mask)) for mask in pooled)
-            allowed = len(plan.units) + int((1.0 - plan.sparsity) * groups + 1e-6)
+            masks = [unit.kept() for unit in plan.units]
+            groups = sum(mask.numel() for mask in masks)
+            kept = sum(int(torch.count_nonzero(mask)) for mask in masks)
+            # Each unit may keep one more than its share; where it has but one group, units compete instead.
+            allowed = max(1, int((1.0 - plan.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
             if kept > allowed:
                 raise SparsityError(
                     f"asked for sparsity {plan.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
@@ -264,9 +286,10 @@ class Pruner:
         before remembers their momentum and moves them once more.
         """
         self._must_be_attached()
+        modules = [member.module for unit in self.units for member in unit.members]
         for unit in self.units:
-            bake_mask(unit.module)
-        keep_zeros(unit.module for unit in self.units)
+            unit.bake()
+        keep_zeros(modules)
         for plan in self.plans:
             plan.units = []
         self.attached = False
@@ -287,13 +310,13 @@ class Pruner:
         zeros = total = 0
         for index, plan in enumerate(self.plans):
             tail = f"_{index}" if len(self.plans) > 1 else ""
-            masks = [unit.masked.mask for unit in plan.units]
+            masks = [member.masked.mask for unit in plan.units for member in unit.members]
             size = sum(mask.numel() for mask in masks)
             removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
             zeros, total = zeros + removed, total + size
             if tail:
                 out[f"sparsity{tail}"] = removed / size
-            for key, value in plan.scorer.logs(plan.selection.threshold).items():
+            for key, value in (plan.scorer.logs(plan.selection.threshold) | plan.selection.logs()).items():
                 out[key + tail] = value
             if plan.scores:
                 squares = sum(float(score.detach().double().square().sum()) for score in plan.scores)

@@ -51,6 +51,10 @@ class Selection:
         """
         raise NotImplementedError
 
+    def logs(self) -> dict[str, float]:
+        """Return numbers worth logging about the last selection, beside the threshold."""
+        return {}
+
 
 @SELECTIONS.register("uniform")
 @dataclasses.dataclass

@@ -1,52 +1,178 @@
-"""A unit: weights that share one mask. So far always one weight alone; architectures will add heads and neurons."""
+"""A unit: weights that share one mask. One weight alone, or the weights of all heads or neurons of a sub-block."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .masking import MaskedWeight, hidden
-from .patterns import Pattern
+from .architectures import match_sub_blocks
+from .masking import MaskedWeight, attach_mask, bake_mask, hidden
+from .patterns import Pattern, Structure
 from .scorers import Scorer
+from .targets import match_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One layer whose weight is to be a member of a unit.
+
+    Attributes:
+        name: of the layer in the model.
+        layer: itself.
+        pattern: which entries of its weight belong to a group.
+        has_bias: whether its bias belongs to the groups too, one entry with each row.
+    """
+
+    name: str
+    layer: nn.Linear
+    pattern: Pattern
+    has_bias: bool = False
 
 
 @dataclasses.dataclass
-class Unit:
-    """One masked weight of a model.
-
-    Attributes:
-        name: of the weight in the model, `....weight`.
-        module: the layer that has it.
-        masked: the mask on it.
-        pattern: which entries form a group.
-    """
+class Member:
+    """One masked weight of a unit; `name` is of the weight, `masked` the mask on it, the rest as in `Share`."""
 
     name: str
     module: nn.Module
     masked: MaskedWeight
     pattern: Pattern
+    has_bias: bool = False
+
+
+@dataclasses.dataclass
+class Unit:
+    """Weights that share one vector of groups.
+
+    Attributes:
+        members: at least one. The first is where the groups leave (the output layer of an attention), and has the
+            scores if they are learned: one for each group, with the gradient summed over all members.
+    """
+
+    members: list[Member]
+
+    @property
+    def name(self) -> str:
+        """Name of the first weight."""
+        return self.members[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        """Layer of the first weight."""
+        return self.members[0].module
+
+    @property
+    def masked(self) -> MaskedWeight:
+        """Mask of the first weight."""
+        return self.members[0].masked
+
+    @property
+    def pattern(self) -> Pattern:
+        """How the first weight is divided."""
+        return self.members[0].pattern
 
     def group_scores(self, scorer: Scorer) -> Tensor:
-        """Return the score of each group, of the shape `pattern.groups_shape(weight.shape)`."""
+        """Return the score of each group: the learned one, or the mean over all its entries in all members."""
         if self.masked.scores is not None:
             return self.masked.scores.detach()
-        return self.pattern.pool(scorer.element_scores(hidden(self.module).detach(), self.masked.importance))
+        if len(self.members) == 1:
+            return self.pattern.pool(self._element_scores(scorer, self.members[0]))
+        sums = [m.pattern.pool(self._element_scores(scorer, m).float(), "sum") for m in self.members]
+        total = torch.stack(sums).sum(0)
+        return total * (total.numel() / sum(member.masked.mask.numel() for member in self.members))
+
+    @staticmethod
+    def _element_scores(scorer: Scorer, member: Member) -> Tensor:
+        return scorer.element_scores(hidden(member.module).detach(), member.masked.importance)
+
+    def kept(self) -> Tensor:
+        """Return which groups are kept, one bool per group."""
+        return self.pattern.pool(self.masked.mask.float(), "sum") > 0
 
     def keep(self, groups: Tensor) -> None:
         """Keep the groups that are True, remove the others."""
-        self.masked.mask.copy_(self.pattern.expand(groups, tuple(self.masked.mask.shape)))
+        for member in self.members:
+            member.masked.mask.copy_(member.pattern.expand(groups, tuple(member.masked.mask.shape)))
+
+    def keep_all(self) -> None:
+        """Remove nothing."""
+        for member in self.members:
+            member.masked.mask.fill_(True)
 
     def observe(self, scorer: Scorer) -> None:
-        """Show the scorer the gradient gathered since the last optimizer step, averaged over all processes."""
-        gradient, self.masked.gathered = self.masked.gathered, None
-        if gradient is None:
-            return
+        """Show the scorer the gradients gathered since the last optimizer step, averaged over all processes."""
+        gathered = []
+        for member in self.members:
+            gradient, member.masked.gathered = member.masked.gathered, None
+            if gradient is not None:
+                gathered.append((member, gradient))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()
+            for _, gradient in gathered:
+                torch.distributed.all_reduce(gradient)
+                gradient /= torch.distributed.get_world_size()
         # A loss scaler that overflowed skips its step; the scores must not remember it.
-        if bool(torch.isfinite(gradient.sum())):
-            assert self.masked.importance is not None
-            scorer.observe(self.masked.importance, hidden(self.module).detach(), gradient)
+        if all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered):
+            for member, gradient in gathered:
+                assert member.masked.importance is not None
+                scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)
+
+    def bake(self) -> None:
+        """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
+        for member in self.members:
+            bias = member.module.bias
+            if member.has_bias and isinstance(bias, nn.Parameter):
+                # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
+                # before this: behind it the exit is masked.
+                bias.data.masked_fill_(~member.masked.mask.any(1), 0.0)
+            bake_mask(member.module)
+
+
+def find_shares(
+    model: nn.Module, pattern: Pattern, targets: Sequence[str] | None, exclude: Sequence[str]
+) -> list[list[Share]]:
+    """Return the layers of each unit that a pattern makes of the weights that are meant.
+
+    Raises:
+        PatternError: if the pattern does not fit a weight, or needs an architecture that is not known.
+        RecipeError: if targets or exclude match nothing.
+    """
+    if isinstance(pattern, Structure):
+        blocks = match_sub_blocks(model, pattern.kinds, targets, exclude, f"pattern {pattern}")
+        return [
+            [
+                Share(block.output_name, block.output, pattern.part(1, block.size)),
+                *(Share(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
+            ]
+            for block in blocks
+        ]
+    layers = match_layers(model, targets, exclude)
+    for name, layer in layers.items():
+        pattern.check(tuple(layer.weight.shape), f"{name}.weight")
+    return [[Share(name, layer, pattern)] for name, layer in layers.items()]
+
+
+def attach_unit(shares: Sequence[Share], scorer: Scorer, shared: dict[str, Tensor]) -> Unit:
+    """Put masks that keep everything on the weights of a unit.
+
+    Args:
+        shared: see `Scorer.shared_state`.
+
+    Raises:
+        RecipeError: as `attach_mask`.
+    """
+    members: list[Member] = []
+    for share in shares:
+        masked = MaskedWeight(
+            share.layer.weight,
+            share.pattern,
+            learned=scorer.learned,
+            observes=scorer.observes,
+            shared=shared,
+            exit=members[0].masked if members else None,
+        )
+        attach_mask(share.layer, masked, f"{share.name}.weight")
+        members.append(Member(f"{share.name}.weight", share.layer, masked, share.pattern, share.has_bias))
+    return Unit(members)

@@ -19,6 +19,9 @@ SLOW_TIMEOUT = 1200
 hypothesis.settings.register_profile("hf_sparse", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("hf_sparse")
 
+# Models here are tiny: a second thread only waits for the first, and on a busy machine for much longer.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

@@ -5,5 +5,19 @@ from .block import Block
 from .element import Element
 from .lines import Column, Row
 from .nm import NM
+from .structures import Head, HeadNeuron, Layer, Lines, Neuron, Structure
 
-__all__ = ["NM", "Block", "Column", "Element", "Pattern", "Row"]
+__all__ = [
+    "NM",
+    "Block",
+    "Column",
+    "Element",
+    "Head",
+    "HeadNeuron",
+    "Layer",
+    "Lines",
+    "Neuron",
+    "Pattern",
+    "Row",
+    "Structure",
+]

@@ -18,9 +18,11 @@ class Pattern:
 
     Attributes:
         fixed_sparsity: the sparsity that the pattern itself decides (n:m), or None.
+        structural: whether a group goes through several weights, which an architecture has to name.
     """
 
     name: ClassVar[str]
+    structural: ClassVar[bool] = False
 
     @property
     def fixed_sparsity(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_sparse import PatternError, Pruner, SparsityConfig, summarize
+from hf_sparse.budget import Budget, Costs
 from hf_sparse.config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
 
 SHAPE = (64, 96)
@@ -19,10 +21,40 @@ def spec(name: str) -> dict[str, Any]:
     return {"name": name, **OPTIONS.get(name, {})}
 
 
+class T5DenseActDense(nn.Sequential):
+    """Layers with names that an architecture knows."""
+
+    def __init__(self) -> None:
+        names = ("wi", "act", "wo")
+        layers = (nn.Linear(SHAPE[1], SHAPE[0]), nn.ReLU(), nn.Linear(SHAPE[0], 64))
+        super().__init__(OrderedDict(zip(names, layers, strict=True)))
+
+
+class T5Attention(nn.Module):
+    """An attention to one place, with names that an architecture knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(SHAPE[1], SHAPE[0]) for _ in range(3))
+        self.o, self.key_value_proj_dim = nn.Linear(SHAPE[0], SHAPE[1]), 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.sigmoid(self.q(x) * self.k(x)) * self.v(x))
+
+
+def model_for(pattern: str) -> nn.Module:
+    """Return a model whose groups are all equally large, so that a fraction of them is that fraction of the weights."""
+    if not PATTERNS[pattern].structural:
+        return nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0]), nn.ReLU(), nn.Linear(SHAPE[0], 64))
+    return (
+        nn.Sequential(T5DenseActDense()) if pattern == "neuron" else nn.Sequential(*(T5Attention() for _ in range(4)))
+    )
+
+
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 @pytest.mark.parametrize("scorer", list(SCORERS))
 def test_every_scorer_works_with_every_pattern(scorer: str, pattern: str) -> None:
-    model = nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0]), nn.ReLU(), nn.Linear(SHAPE[0], 64))
+    model = model_for(pattern)
     fixed = PATTERNS.build(spec(pattern)).fixed_sparsity
     asked = fixed if fixed is not None else 0.75
     config = SparsityConfig(
@@ -39,16 +71,22 @@ def test_every_scorer_works_with_every_pattern(scorer: str, pattern: str) -> Non
         optimizer.zero_grad()
     pruner.step(1.0)
     for unit in pruner.units:
-        groups = unit.pattern.pool(unit.masked.mask.float())
-        assert set(groups.view(-1).tolist()) <= {0.0, 1.0}  # a group is kept or removed as a whole
+        for member in unit.members:
+            groups = member.pattern.pool(member.masked.mask.float())
+            assert set(groups.view(-1).tolist()) <= {0.0, 1.0}  # a group is kept or removed as a whole
+            assert torch.equal(groups == 1.0, unit.kept())  # in all its members
     pruner.finish()
     pruner.bake()
     assert summarize(model).sparsity == pytest.approx(asked, abs=0.02)
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
-def test_every_pattern_pools_and_expands_consistently(pattern: str) -> None:
-    made = PATTERNS.build(spec(pattern))
+@pytest.mark.parametrize(
+    "made",
+    [PATTERNS.build(spec(name)) for name in PATTERNS if not PATTERNS[name].structural]
+    + [PATTERNS.build(name).part(axis, 8) for name in PATTERNS if PATTERNS[name].structural for axis in (0, 1)],
+    ids=str,
+)
+def test_every_pattern_pools_and_expands_consistently(made: Any) -> None:
     made.check(SHAPE, "weight")
     kept = torch.rand(made.groups_shape(SHAPE)) < 0.5
     mask = made.expand(kept, SHAPE)
@@ -69,13 +107,22 @@ def test_every_pattern_but_element_refuses_what_is_no_matrix(pattern: str) -> No
 @pytest.mark.parametrize("selection", list(SELECTIONS))
 def test_every_selection_keeps_the_count_and_the_best(selection: str) -> None:
     scores = [torch.rand(40, 10), torch.rand(30, 20)]
-    kept = SELECTIONS.build(selection).select(scores, 0.9)
+
+    def select() -> list[torch.Tensor]:
+        made = SELECTIONS.build(selection)
+        if not isinstance(made, Budget):
+            return made.select(scores, 0.9)
+        # Every group costs the same here, so a tenth of the cost is a tenth of the groups.
+        made = Budget(of="parameters", remaining=0.1)
+        made.prepare([Costs("feed_forward", 1, tensor.numel(), 1, 1) for tensor in scores])
+        return made.select(scores, 1.0)
+
+    kept = select()
     assert [mask.shape for mask in kept] == [tensor.shape for tensor in scores]
     assert sum(int(mask.sum()) for mask in kept) == 100
     for mask, tensor in zip(kept, scores, strict=True):
         assert float(tensor[mask].min()) >= float(tensor[~mask].max())
-    again = SELECTIONS.build(selection).select(scores, 0.9)
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, select(), strict=True))
 
 
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
