@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import patterns, schedules, scorers, selection  # noqa: F401  they fill the registries
 from .callback import SparsityCallback
+from .compaction import compact
 from .config import GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .oneshot import sparsify
@@ -26,6 +27,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "compact",
     "sparsify",
     "summarize",
 ]

@@ -17,15 +17,17 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import pruner
+from . import compaction, pruner
 from .codecs import SUFFIXES, decode
+from .compaction import apply_edits
 from .config import SparsityConfig
+from .edits import Edits
 from .errors import CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
 from .oneshot import sparsify
-from .packing import pack_state, save_packed, save_plain
+from .packing import EDITS_KEY, pack_state, refuse_edited, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
 from .zeros import free_zeros, keep_zeros
 
@@ -157,6 +159,9 @@ class SparseQuantizer(HfQuantizer):
                     "config.json describes another save of this checkpoint than its weight files hold (was a save "
                     "interrupted?). The weight files are whole and are loaded; save the model again to mend it"
                 )
+        if self.pre_quantized and self.manifest is not None and EDITS_KEY in self.manifest.extra:
+            # Before the weights arrive and before a device map is made, so that it is made of the real sizes.
+            apply_edits(model, Edits.from_dict(self.manifest.extra[EDITS_KEY]), model.base_model_prefix)
 
     def unpack(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         """Decode a weight of the model from the parts that the checkpoint has for it.
@@ -191,6 +196,9 @@ class SparseQuantizer(HfQuantizer):
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
         setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
         keep_zeros(_layers(model))
+        for parameter in model.parameters():
+            if not parameter.numel():  # left by compaction, which does the same
+                parameter.requires_grad_(False)
         save_packed(model)
         return model
 
@@ -202,6 +210,7 @@ class SparseQuantizer(HfQuantizer):
         return tensors, {MANIFEST_KEY: manifest.to_json()}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        refuse_edited(model, "made a model without marks")
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.
         save_plain(model)
         free_zeros(_layers(model))
@@ -246,8 +255,8 @@ def _key_in(manifest: Manifest, name: str, model: PreTrainedModel) -> str:
     return name
 
 
-def mark_sparse(model: nn.Module, intent: SparsityConfig) -> None:
-    """Prepare a model of transformers that is given masks for saving; other modules are left alone.
+def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:
+    """Prepare a model of transformers that is given masks, or was compacted, for saving; leave other modules alone.
 
     Raises:
         RecipeError: if its weights are quantized, and so are no plain numbers that could be masked.
@@ -266,4 +275,11 @@ def mark_sparse(model: nn.Module, intent: SparsityConfig) -> None:
     save_packed(model)
 
 
+def mark_compacted(model: nn.Module) -> None:
+    """Prepare a compacted model for saving; what it was asked to be is known from the pruning, if that was here."""
+    present = getattr(model, "hf_quantizer", None)
+    mark_sparse(model, present.quantization_config.intent if isinstance(present, SparseQuantizer) else None)
+
+
 pruner.after_attach.append(mark_sparse)
+compaction.after_compact.append(mark_compacted)

@@ -24,6 +24,7 @@ PUBLIC = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "compact",
     "sparsify",
     "summarize",
 ]

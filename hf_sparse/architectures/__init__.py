@@ -65,7 +65,8 @@ def match_sub_blocks(
         PatternError: if no family knows the model.
         RecipeError: if nothing is left, or a glob matches nothing.
     """
-    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds]
+    # One that compaction has left without a head or a neuron has none to remove.
+    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
     listed = f"{wanted} could match: {', '.join(dict.fromkeys(_kind_of_name(block.name) for block in every))}."
     for key, globs in (("targets", targets or ()), ("exclude", exclude)):
         for glob in globs:
@@ -79,12 +80,6 @@ def match_sub_blocks(
     ]
     if not chosen:
         raise RecipeError(f"targets and exclude together leave no {' or '.join(kinds)}. {listed}")
-    for block in chosen:
-        if not block.groups:
-            raise RecipeError(
-                f"'{block.name}' has no {'head' if block.kind == 'attention' else 'neuron'} left to remove; exclude it "
-                f'with exclude: "{block.name}"'
-            )
     return chosen
 
 
