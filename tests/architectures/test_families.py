@@ -143,3 +143,11 @@ def test_sub_block_that_has_lost_everything_is_left_out() -> None:
     assert model.bert.encoder.layer[1].attention.self.num_attention_heads == 2
     sparsify(model, SparsityConfig(scorer="random", sparsity=0.5))  # patterns of one weight leave the empty ones out
     assert summarize(model).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_sub_block_that_shares_a_weight_is_left_out() -> None:
+    model = structures.build("bert")
+    first, second = (layer.intermediate.dense for layer in model.bert.encoder.layer)
+    second.weight = first.weight
+    names = [block.name for block in find_sub_blocks(model, "a test")]
+    assert names == [f"bert.encoder.layer.{index}.attention" for index in range(2)]
