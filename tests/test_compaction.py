@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,7 +246,12 @@ def test_compiler_takes_the_model_in_one_graph(family: str, implementation: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", structures.MAIN)
-def test_inductor_computes_outputs_and_gradients_of_the_masked_model(family: str) -> None:
+def test_inductor_computes_outputs_and_gradients_of_the_masked_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # a run that was killed leaves half a file in the other
     masked, small, chosen = pair(family)
     compiled = torch.compile(small)
     inputs = structures.batch(family)
