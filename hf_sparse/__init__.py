@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from . import adapters, budget, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
+from .compaction import compact
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .oneshot import sparsify
@@ -28,6 +29,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "compact",
     "last_checkpoint",
     "sparsify",
     "summarize",

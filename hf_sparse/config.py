@@ -45,11 +45,12 @@ class GroupConfig:
 
     Args:
         targets: shell globs over module names (`*.attention.*`); None = all linear layers inside the transformer
-            blocks, never embeddings, norms, poolers or task heads.
+            blocks, never embeddings, norms, poolers or task heads. For heads, neurons and layers: over the names of
+            attentions and feed-forward parts, or of any of their layers; None = all.
         exclude: shell globs of what to leave dense.
         scorer: how important a weight is ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random").
         pattern: which weights live or die together ("element", "2:4", "row", "column",
-            `{"name": "block", "rows": 32, "cols": 32}`).
+            `{"name": "block", "rows": 32, "cols": 32}`, and across several weights "head", "neuron", "layer").
         selection: compared with whom ("uniform", "global", "threshold"); None = what suits scorer and pattern.
         sparsity: fraction of the groups removed, in [0, 1); None where the pattern (n:m) or the selection (threshold
             with a value) decides.

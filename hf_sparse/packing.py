@@ -27,6 +27,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from . import report
 from .codecs import encode
 from .codecs.base import pack_bits
+from .compaction import EDITS_ATTRIBUTE
+from .edits import Edits
 from .errors import RecipeError, SparsityError
 from .files import settle_header
 from .manifest import Manifest, TensorEntry
@@ -35,6 +37,9 @@ from .report import WEIGHTS_ATTRIBUTE
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
 """What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
+
+EDITS_KEY = "edits"
+"""Where `extra` of the manifest keeps what was cut out of the model."""
 
 
 def pack_state(
@@ -79,7 +84,9 @@ def pack_state(
         for suffix, part in _training_parts(state, name).items():
             entries[key + suffix], dense = encode(part, "dense")
             tensors[key + suffix] = dense[""]
-    return tensors, Manifest(entries, targets=tuple(targets))
+    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    extra = {EDITS_KEY: edits.to_dict()} if edits else {}
+    return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
 
 
 def _untied(plain: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -143,10 +150,12 @@ def _save_pretrained(
             tool reads.
 
     Raises:
-        RecipeError: for another format.
+        RecipeError: for another format, or "dense" for a compacted model, which no other tool could load.
     """
     if format not in FORMATS:
         raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")
+    if format == "dense":
+        refuse_edited(self, "saved dense")
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", Path(save_directory).name)
     save = type(self).save_pretrained
@@ -162,6 +171,15 @@ def _save_pretrained(
         else:
             with _unmarked(self):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)
+
+
+def refuse_edited(model: PreTrainedModel, what: str) -> None:
+    """Raise `RecipeError` if a model has lost heads or neurons: without our marks nobody could load what it saves."""
+    if getattr(model, EDITS_ATTRIBUTE, None):
+        raise RecipeError(
+            f"a compacted model cannot be {what}: its layers differ in size, which config.json has no words for, so "
+            "no tool could load it. Save it packed (the default), or save it dense before compact()"
+        )
 
 
 @contextlib.contextmanager

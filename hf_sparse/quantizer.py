@@ -15,15 +15,17 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
-from . import pruner
+from . import compaction, pruner
 from .codecs import SUFFIXES, decode
+from .compaction import apply_edits
 from .config import SparsityConfig
+from .edits import Edits
 from .errors import BackendError, CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
 from .oneshot import prune_further, sparsify
-from .packing import FORMATS, pack_state, save_packed, save_plain
+from .packing import EDITS_KEY, FORMATS, pack_state, refuse_edited, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
 from .requantize import check_one_device, hand_over, quantize, second_quantizer
 from .sparse_config import METHOD, SparseConfig
@@ -141,8 +143,6 @@ class SparseQuantizer(HfQuantizer):
     ) -> None:
         _refuse_shards(model)
         self.device_map = kwargs.get("device_map")
-        if self.second is not None and self.prune_to is None:
-            self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         if self.pre_quantized and checkpoint_files:
             # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
             # save, if a save was killed between replacing the weights and replacing the config.
@@ -153,6 +153,11 @@ class SparseQuantizer(HfQuantizer):
                     "config.json describes another save of this checkpoint than its weight files hold (was a save "
                     "interrupted?). The weight files are whole and are loaded; save the model again to mend it"
                 )
+        if self.pre_quantized and self.manifest is not None and EDITS_KEY in self.manifest.extra:
+            # Before the weights arrive and before a device map is made, so that it is made of the real sizes.
+            apply_edits(model, Edits.from_dict(self.manifest.extra[EDITS_KEY]), model.base_model_prefix)
+        if self.second is not None and self.prune_to is None:
+            self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
     def unpack(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         """Decode a weight of the model from the parts that the checkpoint has for it.
@@ -201,6 +206,9 @@ class SparseQuantizer(HfQuantizer):
         assert self.manifest is not None
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
         setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
+        for parameter in model.parameters():
+            if not parameter.numel():  # left by compaction, which does the same
+                parameter.requires_grad_(False)
         if self.second is None or self.prune_to is not None:
             keep_zeros(_layers(model))
             save_packed(model)
@@ -220,6 +228,7 @@ class SparseQuantizer(HfQuantizer):
         return tensors, {MANIFEST_KEY: manifest.to_json()}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        refuse_edited(model, "made a model without marks")
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.
         save_plain(model)
         free_zeros(_layers(model))
@@ -276,8 +285,8 @@ def _key_in(manifest: Manifest, name: str, model: PreTrainedModel) -> str:
     return name
 
 
-def mark_sparse(model: nn.Module, intent: SparsityConfig) -> None:
-    """Prepare a model of transformers that is given masks for saving; other modules are left alone.
+def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:
+    """Prepare a model of transformers that is given masks, or was compacted, for saving; leave other modules alone.
 
     Raises:
         RecipeError: if its weights are quantized, and so are no plain numbers that could be masked.
@@ -296,4 +305,11 @@ def mark_sparse(model: nn.Module, intent: SparsityConfig) -> None:
     save_packed(model)
 
 
+def mark_compacted(model: nn.Module) -> None:
+    """Prepare a compacted model for saving; what it was asked to be is known from the pruning, if that was here."""
+    present = getattr(model, "hf_quantizer", None)
+    mark_sparse(model, present.quantization_config.intent if isinstance(present, SparseQuantizer) else None)
+
+
 pruner.after_attach.append(mark_sparse)
+compaction.after_compact.append(mark_compacted)

@@ -113,6 +113,7 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
+@torch.no_grad()  # with gradients on, the rows of heads in training are masked by their exit alone
 def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
     """Report the sparsity of a model: being pruned, pruned, or loaded.
 

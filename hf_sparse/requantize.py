@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
+from .compaction import EDITS_ATTRIBUTE
 from .errors import RecipeError
 from .packing import save_plain
 from .sparse_config import SparseConfig
@@ -52,7 +53,17 @@ def hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
     """Make the model one of the second quantizer, which saves, dequantizes and loads it from now on."""
     loaded = cast(Any, model)
     save_plain(model)
+    if getattr(model, EDITS_ATTRIBUTE, None):
+        loaded.save_pretrained = _refuse_to_save
     loaded.hf_quantizer = second
     loaded.quantization_method = second.quantization_config.quant_method
     model.config.quantization_config = second.quantization_config
     return second._process_model_after_weight_loading(model)
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Stand in for `save_pretrained` of a model that nothing could load again."""
+    raise RecipeError(
+        "a compacted model that bitsandbytes has quantized cannot be saved: its layers differ in size, which a "
+        "checkpoint of bitsandbytes has no words for. Keep the packed checkpoint and quantize it at each load"
+    )

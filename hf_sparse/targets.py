@@ -11,7 +11,10 @@ from .errors import RecipeError
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear layer by name, but those that share their weight with another module (tied embeddings)."""
+    """Return every linear layer by name, but those that share their weight with another module (tied embeddings).
+
+    Layers that compaction has left empty are none.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -19,7 +22,9 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and owners.get(id(module._parameters.get("weight")), 1) == 1
+        if isinstance(module, nn.Linear)
+        and owners.get(id(module._parameters.get("weight")), 1) == 1
+        and (module.in_features and module.out_features)
     }
 
 

@@ -45,7 +45,6 @@ T5_SIZES: dict[str, Any] = {
     "d_kv": 4,
     "d_ff": 12,
     "num_layers": 2,
-    "num_decoder_layers": 3,
     "num_heads": 4,
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,

@@ -25,6 +25,7 @@ PUBLIC = [
     "SparsityConfig",
     "SparsityError",
     "Summary",
+    "compact",
     "last_checkpoint",
     "sparsify",
     "summarize",

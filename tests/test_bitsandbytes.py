@@ -13,7 +13,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 from transformers.integrations.accelerate import compute_module_sizes
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from hf_sparse import CheckpointError, RecipeError, SparseConfig, SparsityConfig, SparsityError, sparsify, summarize
+from hf_sparse import (
+    CheckpointError,
+    RecipeError,
+    SparseConfig,
+    SparsityConfig,
+    SparsityError,
+    compact,
+    sparsify,
+    summarize,
+)
 from hf_sparse.quantizer import SparseQuantizer
 
 from .training import Rows, arguments, bert
@@ -207,3 +216,20 @@ def test_config_with_a_second_quantization_round_trips() -> None:
     data = json.loads(json.dumps(config.to_dict()))
     assert SparseConfig.from_dict(data).to_dict() == data
     assert data["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_compacted_model_is_quantized_in_its_own_sizes_and_refuses_to_be_saved_so(tmp_path: Path) -> None:
+    groups = [{"pattern": "head", "sparsity": 0.5}, {"pattern": "neuron", "sparsity": 0.5}]
+    model = sparsify(bert(), SparsityConfig(groups=groups)).eval()
+    compact(model)
+    model.save_pretrained(tmp_path / "uneven")
+    config = SparseConfig(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "uneven", quantization_config=config)
+    query = loaded.bert.encoder.layer[0].attention.self.query
+    assert query.weight.dtype == torch.int8
+    assert query.weight.shape == (16, 32)  # two of four heads
+    ids = Rows(4).ids
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits.float(), model(ids).logits, atol=0.05, rtol=0)
+    with pytest.raises(RecipeError, match="compacted model that bitsandbytes has quantized cannot be saved"):
+        loaded.save_pretrained(tmp_path / "quantized")

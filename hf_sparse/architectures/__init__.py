@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -19,14 +20,23 @@ FAMILIES: tuple[Family, ...] = (BERT, DISTILBERT, T5)
 
 
 def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
-    """Return the attention and feed-forward sub-blocks that a family knows, in the order of the model; maybe none."""
+    """Return the attention and feed-forward sub-blocks that a family knows, in the order of the model; maybe none.
+
+    Those that share a weight with another module (an encoder tied to its decoder) are left out: what is removed here
+    would be removed there.
+    """
+    owners = Counter(id(own) for module in model.modules() for own in module.parameters(recurse=False))
     tables: list[Attention | FeedForward] = []
     for family in FAMILIES:
         tables += [*family.attentions, *family.feed_forwards]
     found = []
     for name, module in model.named_modules():
         found += [block for table in tables if (block := table.find(name, module)) is not None]
-    return found
+    return [
+        block
+        for block in found
+        if all(owners[id(own)] == 1 for layer in (*block.inputs.values(), block.output) for own in layer.parameters())
+    ]
 
 
 def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
@@ -65,7 +75,8 @@ def match_sub_blocks(
         PatternError: if no family knows the model.
         RecipeError: if nothing is left, or a glob matches nothing.
     """
-    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds]
+    # One that compaction has left without a head or a neuron has none to remove.
+    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
     listed = f"{wanted} could match: {', '.join(dict.fromkeys(_kind_of_name(block.name) for block in every))}."
     for key, globs in (("targets", targets or ()), ("exclude", exclude)):
         for glob in globs:
@@ -79,12 +90,6 @@ def match_sub_blocks(
     ]
     if not chosen:
         raise RecipeError(f"targets and exclude together leave no {' or '.join(kinds)}. {listed}")
-    for block in chosen:
-        if not block.groups:
-            raise RecipeError(
-                f"'{block.name}' has no {'head' if block.kind == 'attention' else 'neuron'} left to remove; exclude it "
-                f'with exclude: "{block.name}"'
-            )
     return chosen
 
 

@@ -18,7 +18,7 @@ class Headless(Changed):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return nothing for the output layer to add its bias to."""
         fill_cache(self, kwargs.get("past_key_values"), hidden_states, kwargs.get("encoder_hidden_states"))
-        return hidden_states.new_zeros((*hidden_states.shape[:-1], 0)), None
+        return hidden_states[..., :0], None
 
 
 def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:

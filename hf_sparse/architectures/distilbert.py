@@ -17,7 +17,7 @@ class Headless(Changed):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the bias of the output layer."""
-        return self.out_lin(hidden_states.new_zeros((*hidden_states.shape[:-1], 0))), None
+        return self.out_lin(hidden_states[..., :0]), None
 
 
 def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:

@@ -42,7 +42,7 @@ class Uneven(Changed):
             position_bias = self.bias_of_all_heads(hidden_states, key_value_states, past_key_values)
         if not self.runs:
             fill_cache(self, past_key_values, hidden_states, key_value_states)
-            return self.o(hidden_states.new_zeros((*hidden_states.shape[:-1], 0))), position_bias, None
+            return self.o(hidden_states[..., :0]), position_bias, None
         own = [position_bias[:, first:last] for first, last in self.runs]
         output, _, weights = super().forward(  # type: ignore[misc]
             hidden_states,

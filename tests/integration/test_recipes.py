@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_sparse import CheckpointError, RecipeError, summarize
+from hf_sparse import CheckpointError, RecipeError, compact, summarize
 from hf_sparse.cli import main
 from hf_sparse.inspection import inspect
 from hf_sparse.recipe import Recipe
@@ -256,14 +256,20 @@ def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_
 
 
 def _check_hybrid(folder):
-    """Blocks of 8 in the attention, rows of the first and columns of the second feed-forward matrix: 30 % kept of each.
+    """Blocks of 8 in the attention, and neurons: 30 % kept of each over the whole model.
 
-    That is 4 of 16 blocks, and 19 of 64 rows or columns.
+    That is 38 of 2 x 4 x 16 blocks, and 38 of 2 x 64 neurons, whose rows and columns go together.
     """
     model = AutoModelForSequenceClassification.from_pretrained(folder)
+    blocks, neurons = [], []
     for layer in model.bert.encoder.layer:
-        for linear in (layer.attention.self.query, layer.attention.self.value, layer.attention.output.dense):
-            blocks = linear.weight.unfold(0, 8, 8).unfold(1, 8, 8).ne(0).sum((-1, -2))
-            assert sorted(blocks.flatten().tolist()) == [0] * 12 + [64] * 4
-        assert sorted(layer.intermediate.dense.weight.ne(0).sum(1).tolist()) == [0] * 45 + [32] * 19
-        assert sorted(layer.output.dense.weight.ne(0).sum(0).tolist()) == [0] * 45 + [32] * 19
+        own = layer.attention.self
+        for linear in (own.query, own.key, own.value, layer.attention.output.dense):
+            blocks += linear.weight.unfold(0, 8, 8).unfold(1, 8, 8).ne(0).sum((-1, -2)).flatten().tolist()
+        rows = layer.intermediate.dense.weight.ne(0).sum(1).tolist()
+        assert layer.output.dense.weight.ne(0).sum(0).tolist() == rows
+        neurons += rows
+    assert sorted(blocks) == [0] * 90 + [64] * 38
+    assert sorted(neurons) == [0] * 90 + [32] * 38
+    compact(model)
+    assert sum(layer.output.dense.in_features for layer in model.bert.encoder.layer) == 38

@@ -125,6 +125,7 @@ def test_members_are_all_masked_where_no_gradient_flows() -> None:
         assert model.wo.weight.tolist() == [[3.0, 0.0]]
         assert model(torch.ones(1, 1)).item() == 6.0
     assert model(torch.ones(1, 1)).item() == 6.0
+    assert summarize(model, ["wi.weight", "wo.weight"]).sparsity == 0.5
     state = model.state_dict()
     assert state["wi.weight"].tolist() == [[2.0], [0.0]]
     assert state["wi.weight_hidden"].tolist() == [[2.0], [1.0]]
