@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def uneven_bert() -> BertForSequenceClassification:
     """Return a BERT whose layers have different numbers of heads and neurons, cut by hand."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(config(num_labels=3, vocab_size=200))
-    for layer, heads, neurons in zip(model.bert.encoder.layer, HEADS, NEURONS, strict=True):
+    layers: Any = model.bert.encoder.layer
+    for layer, heads, neurons in zip(layers, HEADS, NEURONS, strict=True):
         attention = layer.attention.self
         for name in ("query", "key", "value"):
             keep_rows(getattr(attention, name), 8 * heads)
@@ -134,7 +136,7 @@ def sparse(tmp_path_factory):
 
 def test_command_exports_a_sparse_model_to_torch(sparse, tmp_path, capsys):
     folder = shutil.copytree(sparse, tmp_path / "model")
-    assert main(["export", str(folder), "--to", "torch", "--length", "8"]) == 0
+    assert main(["export", str(folder), "--to", "torch"]) == 0
     text = capsys.readouterr().out
     assert "unstructured zeros do not make this file smaller" in text
     assert text.count("torch.onnx") == 0
@@ -210,12 +212,13 @@ def test_other_runtimes_agree_after_loading(to, tmp_path):
     model = uneven_bert()
     report = export_model(model, to, tmp_path, batch=4, length=12)
     assert report.difference <= 1e-4
-    options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if to == "openvino" else {}
+    options: dict[str, Any] = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if to == "openvino" else {}
     loaded = ExportedModel.from_pretrained(tmp_path, **options)
     for rows, tokens in [(4, 12), (1, 1), (3, 5)]:
         inputs = batch_of(model, rows, tokens)
         assert torch.allclose(loaded(**inputs).logits, logits_of(model, inputs), atol=1e-4)
     assert ("up to 4 rows and 12 tokens" in str(report)) == (to == "executorch")
+    assert ("INFERENCE_PRECISION_HINT=f32" in str(report)) == (to == "openvino")
 
 
 class Wrong:
@@ -310,7 +313,7 @@ def test_export_does_not_overwrite_the_model(sparse, capsys):
 
 
 def test_models_without_one_text_per_row_are_refused():
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     with pytest.raises(RecipeError, match="ViTForImageClassification takes pixel_values"):
         sizes_for(ViTForImageClassification(ViTConfig(image_size=16, **small)), 2, None)
     with pytest.raises(RecipeError, match="BertForMultipleChoice takes several texts per row"):
@@ -318,7 +321,7 @@ def test_models_without_one_text_per_row_are_refused():
 
 
 def test_roberta_takes_two_tokens_less_than_it_has_positions():
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, vocab_size=30, **small))
     sizes = sizes_for(model, 2, None)
     assert sizes.length == 18
