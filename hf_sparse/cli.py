@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | convert | inspect."""
+"""The command line: hf-sparse train | prune | convert | inspect | export."""
 
 from __future__ import annotations
 
@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="safetensors file, or a folder with some")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(command=_inspect)
+
+    export = commands.add_parser("export", help="write a saved model for another runtime, after comparing outputs")
+    export.add_argument("model", metavar="DIR", help="folder or Hub name")
+    export.add_argument("--to", required=True, metavar="RUNTIME", help="onnx, openvino, executorch or torch")
+    export.add_argument("--output", metavar="DIR", help="output folder; by default DIR/RUNTIME")
+    export.add_argument("--batch", type=int, default=2, metavar="N", help="rows to trace with; executorch: at most (2)")
+    export.add_argument("--length", type=int, metavar="N", help="tokens to trace with; executorch: at most (128)")
+    export.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators (that of the exporter)")
+    export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    export.set_defaults(command=_export)
     return parser
 
 
@@ -120,3 +130,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
     inspection = inspect(options.path)
     print(json.dumps(inspection.to_dict(), indent=2) if options.json else inspection)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    keys = ("output", "revision", "batch", "length", "opset")
+    print(export(options.model, options.to, **{key: getattr(options, key) for key in keys}))

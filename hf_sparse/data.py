@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .errors import RecipeError
 from .metrics import Predicts
@@ -80,26 +80,6 @@ def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTe
         classes, names = _classes(train)
         train, validation = _as_classes(train, classes, "train"), _as_classes(validation, classes, "validation")
     return LabelledTexts(train, validation, names, section.text_columns)
-
-
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
-
-    Args:
-        model: folder or Hub name.
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"cannot load the tokenizer of model '{model}': {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # What transformers makes up where there are no files: every text would become a row of [UNK].
-        raise RecipeError(f"model '{model}' has no tokenizer beside it (tokenizer.json, vocab.txt, ...)")
-    return tokenizer
 
 
 def _read(section: DataSection, split: str) -> Dataset:

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import SparsityConfig
-from .data import load_tokenizer
 from .errors import RecipeError
-from .loading import load_whole
+from .loading import load_tokenizer, load_whole
 from .oneshot import sparsify
 from .report import Summary, summarize
 

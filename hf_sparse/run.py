@@ -32,9 +32,10 @@ from transformers import (
 
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
-from .data import LabelledTexts, load_texts, load_tokenizer
+from .data import LabelledTexts, load_texts
 from .errors import RecipeError, SparsityError
 from .inspection import Inspection, inspect
+from .loading import load_tokenizer
 from .metrics import build_metrics
 from .recipe import ModelSection, Recipe
 from .report import Summary, summarize

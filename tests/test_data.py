@@ -6,8 +6,9 @@ import datasets
 import pytest
 from transformers import ByT5Tokenizer
 
-from hf_sparse.data import load_texts, load_tokenizer
+from hf_sparse.data import load_texts
 from hf_sparse.errors import RecipeError
+from hf_sparse.loading import load_tokenizer
 from hf_sparse.recipe import DataSection
 from tests.tiny import config, save_tokenizer
 
