@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | convert | inspect | export."""
+"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export."""
 
 from __future__ import annotations
 
@@ -59,6 +59,25 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     prune.set_defaults(command=_prune)
 
+    compact = commands.add_parser("compact", help="cut removed heads, neurons and sub-blocks out of a saved model")
+    compact.add_argument("model", help="folder or Hub name")
+    compact.add_argument("--output", required=True, metavar="DIR", help="folder for the smaller model")
+    compact.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    compact.set_defaults(command=_compact)
+
+    heads = commands.add_parser("heads", help="measure how important each attention head is for a task")
+    heads.add_argument("model", help="folder or Hub name, with a head for the task")
+    heads.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, tsv or parquet")
+    heads.add_argument("--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs")
+    heads.add_argument("--label", default="label", metavar="COLUMN", help="column with the label, or the text to write")
+    heads.add_argument("--samples", type=int, default=512, metavar="N", help="texts to measure on (512)")
+    heads.add_argument("--batch", type=int, default=16, metavar="N", help="texts at once (16)")
+    heads.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
+    heads.add_argument("--plot", metavar="FILE", help="write a heatmap: png, pdf or svg")
+    heads.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    heads.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    heads.set_defaults(command=_heads)
+
     convert = commands.add_parser("convert", help="store a checkpoint in another way: packed, dense, in other shards")
     convert.add_argument("source", help="folder, or one safetensors file; dense, packed or compressed-tensors < 0.15")
     convert.add_argument("output", help="folder (or file) that is written")
@@ -116,6 +135,33 @@ def _prune(options: argparse.Namespace) -> None:
     if output.resolve() == Path(options.model).resolve():
         raise RecipeError(f"--output {output} is the folder of the dense model, which would be lost; choose another")
     print(f"{prune(options.model, group, output, revision=options.revision)}\n\nSaved in {output}")
+
+
+def _compact(options: argparse.Namespace) -> None:
+    from .prune import compact_saved
+
+    output = Path(options.output)
+    if output.resolve() == Path(options.model).resolve():
+        raise RecipeError(f"--output {output} is the folder of the model as it is, which would be lost; choose another")
+    print(f"{compact_saved(options.model, output, revision=options.revision)}\n\nSaved in {output}")
+
+
+def _heads(options: argparse.Namespace) -> None:
+    from .heads import heads
+    from .recipe import DataSection
+
+    section = DataSection(
+        train=options.data,
+        validation="none",  # nothing is held out: the table is no metric
+        text=options.text or "text",
+        label=options.label,
+        max_length=options.length,
+        train_samples=options.samples,
+    )
+    table = heads(options.model, section, options.batch, options.revision)
+    if options.plot is not None:
+        table.plot(options.plot)
+    print(json.dumps(table.to_dict(), indent=2) if options.json else table)
 
 
 def _convert(options: argparse.Namespace) -> None:

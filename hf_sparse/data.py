@@ -69,8 +69,7 @@ def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTe
         RecipeError: for a file or dataset that cannot be read, a missing column, a missing text or label, labels that
             do not fit the task, or a validation label that no training text has.
     """
-    train = _columns(_read(section, "train"), section, "train")
-    validation = _columns(_read(section, "validation"), section, "validation")
+    train, validation = load_split(section, "train"), load_split(section, "validation")
     names: tuple[str, ...] = ()
     if predicts == "number":
         train, validation = _as_numbers(train, "train"), _as_numbers(validation, "validation")
@@ -80,6 +79,18 @@ def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTe
         classes, names = _classes(train)
         train, validation = _as_classes(train, classes, "train"), _as_classes(validation, classes, "validation")
     return LabelledTexts(train, validation, names, section.text_columns)
+
+
+def load_split(section: DataSection, split: str) -> Dataset:
+    """Read the texts of one split, with "labels" as they are in the data.
+
+    Args:
+        split: "train" or "validation".
+
+    Raises:
+        RecipeError: for a file or dataset that cannot be read, a missing column, or a missing text or label.
+    """
+    return _columns(_read(section, split), section, split)
 
 
 def _read(section: DataSection, split: str) -> Dataset:

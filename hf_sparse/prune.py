@@ -1,4 +1,4 @@
-"""Pruning a saved model in one shot: load, remove, save, without training."""
+"""Pruning or compacting a saved model: load, remove, save, without training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from .compaction import compact
 from .config import SparsityConfig
 from .errors import RecipeError
 from .loading import load_tokenizer, load_whole
@@ -31,9 +34,42 @@ def prune(name: str, group: Mapping[str, Any], output: str | os.PathLike[str], r
     config = SparsityConfig(**group)
     model = load_whole(name, revision)
     sparsify(model, config)
+    _save(model, name, output, revision)
+    return summarize(model)
+
+
+def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "main") -> str:
+    """Load a model, cut out of it what is removed, and save it with its tokenizer.
+
+    Args:
+        name: folder or Hub name.
+        output: folder that is written.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        What is left, as text.
+
+    Raises:
+        RecipeError: if the model cannot be loaded, or has nothing that could be cut out.
+        PatternError: if no architecture knows it.
+    """
+    model = load_whole(name, revision)
+    before = model.num_parameters()
+    edits = compact(model)
+    if model.num_parameters() == before:
+        raise RecipeError(
+            f"'{name}' has no head, neuron or sub-block whose weights are all zero, so there is nothing to cut out. "
+            "Prune it first, with pattern head, neuron or layer"
+        )
+    _save(model, name, output, revision)
+    after = model.num_parameters()
+    left = [f"{where}: {len(cut.kept)} of {cut.before} {kind}" for kind, where, cut in edits]
+    return "\n".join([*left, f"{before:,} parameters before, {after:,} after ({after / before:.1%})"])
+
+
+def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
     model.save_pretrained(output)
     try:
         load_tokenizer(name, revision).save_pretrained(output)
     except RecipeError as error:
         logger.warning("no tokenizer was copied: %s", error)
-    return summarize(model)

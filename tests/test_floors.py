@@ -17,7 +17,7 @@ FLOORS = {
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert export export_inputs inspection loading loss_terms "
     "model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher",
-    5: "__main__ cli data metrics prune recipe recipe_text run text_metrics",
+    5: "__main__ cli data heads metrics prune recipe recipe_text run text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

@@ -1,0 +1,103 @@
+"""`hf-sparse heads` and `compact`: the table is head_importance on the file's texts, the picture and the files are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse.cli import main
+from hf_sparse.heads import HeadTable, heads
+from hf_sparse.importance import head_importance
+from hf_sparse.recipe import DataSection
+
+from . import tiny
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return tiny.save_bert(tmp_path / "bert", head=True)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return tiny.write_sentences(tmp_path / "texts.jsonl")
+
+
+def section(path: Path, **options: Any) -> DataSection:
+    return DataSection(train=str(path), validation="none", max_length=16, **options)
+
+
+def test_table_is_the_importance_of_heads_on_these_texts(saved: Path, texts: Path) -> None:
+    table = heads(str(saved), section(texts), batch=5)
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    words, labels = zip(*tiny.sentences(), strict=True)
+    batch = {**tokenizer(list(words), padding=True, return_tensors="pt"), "labels": torch.tensor(labels)}
+    assert table.samples == 24
+    assert table.names == tuple(f"bert.encoder.layer.{layer}.attention" for layer in range(2))
+    torch.testing.assert_close(table.importance, head_importance(model, [batch]), rtol=1e-4, atol=1e-9)
+
+
+def test_heads_of_a_model_that_writes_texts_are_measured_one_text_at_a_time(tmp_path: Path) -> None:
+    tiny.save_t5(tmp_path / "t5")
+    words = tiny.write_spellings(tmp_path / "words.jsonl", "cat doghouse")
+    table = heads(str(tmp_path / "t5"), section(words, text="source", label="target"))
+    assert table.importance.shape == (2 + 2 * 2, 4)  # two encoder layers; self- and cross-attention of two more
+    assert bool((table.importance > 0).all())
+
+
+def test_command_prints_the_table_and_draws_it(saved: Path, texts: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["heads", str(saved), "--data", str(texts), "--length", "16", "--samples", "10"]
+    assert main([*command, "--plot", str(tmp_path / "heads.png")]) == 0
+    out = capsys.readouterr().out
+    assert "bert.encoder.layer.1.attention" in out
+    assert "1.00 is" in out
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 10
+    assert len(found["importance"]["bert.encoder.layer.0.attention"]) == 4
+
+
+def test_heads_that_are_gone_are_shown_as_such() -> None:
+    table = HeadTable(("a", "b"), torch.tensor([[1.0, float("nan")], [0.5, 0.25]]), 3)
+    assert str(table).splitlines()[1:3] == ["a           1.00     -", "b           0.50  0.25"]
+    assert table.to_dict() == {"samples": 3, "importance": {"a": [1.0, None], "b": [0.5, 0.25]}}
+
+
+def test_label_that_the_model_does_not_know_is_an_error(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"text": "the film is fine", "label": "so-so"}\n')
+    with pytest.raises(RecipeError, match="row 0 of the data has label 'so-so', but the model knows LABEL_0, LABEL_1"):
+        heads(str(saved), section(path))
+
+
+def test_compact_command_writes_the_smaller_model(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    sparsify(
+        model, SparsityConfig(groups=[{"pattern": "head", "sparsity": 0.5}, {"pattern": "neuron", "sparsity": 0.5}])
+    )
+    model.save_pretrained(tmp_path / "sparse")
+    tiny.save_tokenizer(tmp_path / "sparse")
+    assert main(["compact", str(tmp_path / "sparse"), "--output", str(tmp_path / "small")]) == 0
+    out = capsys.readouterr().out
+    assert "bert.encoder.layer.0.attention: 2 of 4 heads" in out
+    assert "bert.encoder.layer.1.intermediate: 32 of 64 neurons" in out
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tmp_path / "small")
+    compact(model)
+    ids = torch.arange(8).view(1, 8)
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_compact_command_refuses_a_model_that_has_nothing_to_cut_out(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["compact", str(saved), "--output", str(tmp_path / "small")]) == 2
+    assert "nothing to cut out" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    assert main(["compact", str(saved), "--output", str(saved)]) == 2
