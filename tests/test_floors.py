@@ -16,7 +16,7 @@ FLOORS = {
     2: "architectures targets masking zeros units pruner compaction distillation ranks report",
     3: "files kernels runtime",
     4: "quantizer callback packing saving checkpoint optimizer model_card inspection oneshot loading "
-    "teacher loss_terms export export_inputs",
+    "teacher loss_terms export export_inputs export_targets",
     5: "recipe recipe_text data metrics text_metrics prune run cli __main__",
     6: "__init__",
 }
