@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", metavar="DIR", help="output folder; by default DIR/RUNTIME")
     export.add_argument("--batch", type=int, default=2, metavar="N", help="rows to trace with; executorch: at most (2)")
     export.add_argument("--length", type=int, metavar="N", help="tokens to trace with; executorch: at most (128)")
+    export.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (as saved)")
     export.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators (that of the exporter)")
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
@@ -181,5 +182,5 @@ def _inspect(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from .export import export
 
-    keys = ("output", "revision", "batch", "length", "opset")
+    keys = ("output", "revision", "dtype", "batch", "length", "opset")
     print(export(options.model, options.to, **{key: getattr(options, key) for key in keys}))

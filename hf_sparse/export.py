@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import io
 import logging
 import os
@@ -25,48 +24,12 @@ from transformers.exporters import ExportedModel
 
 from .errors import BackendError, RecipeError
 from .export_inputs import Sizes, dynamic_sizes, sample, sizes_for
+from .export_targets import TARGETS, Target, require
 from .loading import load_tokenizer, load_whole
 from .masking import masked_weight
 
 logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A runtime to export for: its classes in `transformers.exporters`, and what has to be installed.
-
-    Args:
-        exporter, config: names of classes.
-        needs: packages that are imported.
-        pip: what installs them.
-        bounded: whether the largest batch and length are fixed at export, because memory is planned then.
-        runner: options of its runner for the comparison.
-        note: what whoever runs the file has to know.
-    """
-
-    exporter: str
-    config: str
-    needs: tuple[str, ...] = ()
-    pip: str = ""
-    bounded: bool = False
-    runner: dict[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-
-TARGETS = {
-    "onnx": Target("OnnxExporter", "OnnxConfig", ("onnx", "onnxscript", "onnxruntime"), '"hf_sparse[export]"'),
-    "openvino": Target(
-        "OpenVINOExporter",
-        "OpenVINOConfig",
-        ("openvino",),
-        "openvino",
-        # Asked for, because on CPUs with bfloat16 products OpenVINO uses them by default, and differs by 1e-2.
-        runner={"config": {"INFERENCE_PRECISION_HINT": "f32"}},
-        note="compared with INFERENCE_PRECISION_HINT=f32; without it OpenVINO may compute in bfloat16",
-    ),
-    "executorch": Target("ExecutorchExporter", "ExecutorchConfig", ("executorch",), "executorch", bounded=True),
-    "torch": Target("DynamoExporter", "DynamoConfig"),
-}
 
 TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, as a fraction of the largest output (at least of 1); 1e-4 for other types."""
@@ -133,27 +96,30 @@ def export(
     output: str | os.PathLike[str] | None = None,
     *,
     revision: str = "main",
+    dtype: str | None = None,
     **options: Any,
 ) -> ExportReport:
     """Load a saved model whole, export it, and copy its tokenizer.
 
     Args:
         name: folder or Hub name.
-        to: a key of `TARGETS`.
+        to: the runtime: onnx, openvino, executorch or torch.
         output: folder that is written; by default the folder `to` inside that of the model.
         revision: branch, tag or commit on the Hub.
+        dtype: type of the weights, as "float32"; None = as they were saved.
         **options: as of `export_model`.
 
     Raises:
         BackendError: as `export_model`.
         RecipeError: as `export_model`, and if the model cannot be loaded, or would be overwritten.
     """
-    _require(to)
+    require(to)
     source = Path(name)
     folder = Path(output) if output is not None else source / to if source.is_dir() else Path(f"{source.name}-{to}")
     if folder.resolve() == source.resolve():
         raise RecipeError(f"--output {folder} is the folder of the model, whose config would be lost; choose another")
-    report = export_model(load_whole(name, revision), to, folder, **options)
+    model = load_whole(name, revision, **({} if dtype is None else {"dtype": dtype}))
+    report = export_model(model, to, folder, **options)
     try:
         load_tokenizer(name, revision).save_pretrained(folder)
     except RecipeError as error:
@@ -176,7 +142,7 @@ def export_model(
 
     Args:
         model: with weights as they are to stay; it is left as it was.
-        to: a key of `TARGETS`.
+        to: the runtime: onnx, openvino, executorch or torch.
         output: folder that is written: the program, `export.json` and `config.json`.
         batch: rows of the sample; where the runtime plans its memory (ExecuTorch), the most that will run.
         length: tokens of the sample, and the same; None = 128, or what the model can take.
@@ -186,7 +152,7 @@ def export_model(
         BackendError: if a package is missing, the model cannot be traced, or the outputs differ. Nothing is written.
         RecipeError: if the target is unknown, the model takes no text, is still masked, or a size does not fit.
     """
-    target = _require(to)
+    target = require(to)
     if opset is not None and to != "onnx":
         raise RecipeError(f"opset is for onnx, but the export is to {to}")
     if masked := [path for path, module in model.named_modules() if masked_weight(module) is not None]:
@@ -206,9 +172,9 @@ def export_model(
         except BackendError:
             raise
         except Exception as error:
-            raise BackendError(
-                f"{type(model).__name__} cannot be exported to {to}: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            hint = "" if model.dtype == torch.float32 else f". Its weights are {model.dtype}; try dtype float32"
+            reason = f"{type(error).__name__}: {_first_line(error)}{hint}"
+            raise BackendError(f"{type(model).__name__} cannot be exported to {to}: {reason}") from error
         exported.config = _plain_config(model)
         exported.generation_config = model.generation_config if model.can_generate() else None
         exported.save_pretrained(output)
@@ -226,16 +192,6 @@ def export_model(
         dense_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         bounds=(sizes.batch, sizes.length) if target.bounded else None,
     )
-
-
-def _require(to: str) -> Target:
-    """Return the target if it exists and its packages are there; nothing is imported, some take seconds."""
-    if to not in TARGETS:
-        raise RecipeError(f"cannot export to '{to}'; known are {', '.join(TARGETS)}")
-    target = TARGETS[to]
-    if missing := [name for name in target.needs if importlib.util.find_spec(name) is None]:
-        raise BackendError(f"export to {to} needs {', '.join(missing)}, not installed here: pip install {target.pip}")
-    return target
 
 
 def _compare(model: PreTrainedModel, exported: Any, compared: list[Sizes]) -> tuple[float, float]:

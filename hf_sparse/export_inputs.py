@@ -30,7 +30,12 @@ class Sizes:
         return self.length // 2 + 1
 
     def compared(self, *, bounded: bool) -> list[Sizes]:
-        """Return the sizes to compare outputs at: those of the sample, a single short row, and where free, larger."""
+        """Return the sizes to compare outputs at: those of the sample, a single short row, and where free, larger.
+
+        Example:
+            >>> [(sizes.batch, sizes.length) for sizes in Sizes(2, 8, longest=10).compared(bounded=False)]
+            [(2, 8), (1, 4), (3, 10)]
+        """
         found = [self, Sizes(1, max(1, self.length // 2), self.longest)]
         if not bounded:
             found.append(Sizes(self.batch + 1, min(self.length + 3, self.longest or self.length + 3), self.longest))
@@ -47,6 +52,14 @@ def sizes_for(model: PreTrainedModel, batch: int, length: int | None) -> Sizes:
     if model.main_input_name != "input_ids" or name.endswith("ForMultipleChoice"):
         takes = model.main_input_name if model.main_input_name != "input_ids" else "several texts per row"
         raise RecipeError(f"export is for models that take one row of input_ids per text, but {name} takes {takes}")
+    if (
+        name.endswith("ForSequenceClassification")
+        and "decoder_input_ids" in inspect.signature(model.forward).parameters
+    ):
+        raise RecipeError(
+            f"{name} looks for the end token of every text, so what it computes depends on the tokens and cannot be "
+            "traced; export an encoder with a classification head instead"
+        )
     longest = _longest(model)
     if length is None:
         length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)

@@ -15,9 +15,15 @@ from transformers import (
     BertForMultipleChoice,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraForTokenClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -33,6 +39,13 @@ from tests.tiny import config, save_bert, save_t5
 
 SIZES = [(2, 8), (1, 16), (5, 3), (1, 1)]
 """Rows and tokens; only the first is what was traced."""
+
+NARROW: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+}
 
 HEADS, NEURONS = (3, 1), (40, 7)
 """What is left in each layer of the uneven BERT, of 4 heads and 64 neurons."""
@@ -221,6 +234,25 @@ def test_other_runtimes_agree_after_loading(to, tmp_path):
     assert ("INFERENCE_PRECISION_HINT=f32" in str(report)) == (to == "openvino")
 
 
+SMALL: dict[str, Any] = {"vocab_size": 200, "max_position_embeddings": 40}
+FAMILIES = {
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL, **NARROW)),
+    "distilbert": lambda: DistilBertModel(DistilBertConfig(**SMALL, dim=8, n_layers=1, n_heads=1, hidden_dim=8)),
+    "electra": lambda: ElectraForTokenClassification(ElectraConfig(**SMALL, **NARROW, embedding_size=4)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_of_other_encoders_agrees(tmp_path, family):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    report = export_model(FAMILIES[family](), "onnx", tmp_path)
+    longest = 38 if family == "roberta" else 40
+    assert report.batches == ((2, longest), (1, longest // 2), (3, longest))
+    assert report.difference <= 1e-4
+
+
 class Wrong:
     """An exported model that computes something else."""
 
@@ -312,17 +344,51 @@ def test_export_does_not_overwrite_the_model(sparse, capsys):
     assert "folder of the model, whose config would be lost" in capsys.readouterr().err
 
 
+def test_half_precision_that_a_runtime_lacks_comes_with_the_way_out(tmp_path, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no such Add")
+
+    monkeypatch.setattr("transformers.exporters.DynamoExporter", lambda: SimpleNamespace(export=fail))
+    with pytest.raises(BackendError, match=r"no such Add\. Its weights are torch.bfloat16; try dtype float32"):
+        export_model(uneven_bert().bfloat16(), "torch", tmp_path, length=8)
+
+
+@pytest.mark.parametrize(("asked", "loaded"), [("float32", torch.float32), (None, torch.bfloat16)])
+def test_weights_are_of_the_type_asked_for(tmp_path, monkeypatch, asked, loaded):
+    BertModel(config()).bfloat16().save_pretrained(tmp_path)
+    seen = []
+    monkeypatch.setattr("hf_sparse.export.export_model", lambda model, *_, **__: seen.append(model.dtype))
+    assert main(["export", str(tmp_path), "--to", "torch", *(["--dtype", asked] if asked else [])]) == 0
+    assert seen == [loaded]
+
+
+def test_missing_tokenizer_is_no_error(tmp_path, monkeypatch, caplog):
+    BertModel(config()).save_pretrained(tmp_path)
+    written: dict[str, Any] = {}
+
+    def record(model, to, folder, **options):
+        written.update(options, to=to, folder=folder, kind=type(model))
+        return "report"
+
+    monkeypatch.setattr("hf_sparse.export.export_model", record)
+    report: Any = export(str(tmp_path), "torch", batch=3)
+    assert report == "report"
+    assert written == {"batch": 3, "to": "torch", "folder": tmp_path / "torch", "kind": BertModel}
+    assert "no tokenizer was copied" in caplog.text
+
+
 def test_models_without_one_text_per_row_are_refused():
-    small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     with pytest.raises(RecipeError, match="ViTForImageClassification takes pixel_values"):
-        sizes_for(ViTForImageClassification(ViTConfig(image_size=16, **small)), 2, None)
+        sizes_for(ViTForImageClassification(ViTConfig(image_size=16, **NARROW)), 2, None)
     with pytest.raises(RecipeError, match="BertForMultipleChoice takes several texts per row"):
         sizes_for(BertForMultipleChoice(config()), 2, None)
+    t5 = T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    with pytest.raises(RecipeError, match="T5ForSequenceClassification looks for the end token"):
+        sizes_for(T5ForSequenceClassification(t5), 2, None)
 
 
 def test_roberta_takes_two_tokens_less_than_it_has_positions():
-    small: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, vocab_size=30, **small))
+    model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, vocab_size=30, **NARROW))
     sizes = sizes_for(model, 2, None)
     assert sizes.length == 18
     assert model(**sample(model, sizes)).logits.shape == (2, 2)
