@@ -33,7 +33,8 @@ def compact(model: nn.Module) -> Edits:
     the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
 
     Args:
-        model: of a family that `hf_sparse.architectures` knows; pruned and baked.
+        model: of a family that `hf_sparse.architectures` knows; pruned and baked. The whole of what will be saved, not
+            a part of it.
 
     Returns:
         All that was cut since the model was made, with the numbers that heads and neurons had then.

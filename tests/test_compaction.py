@@ -245,7 +245,7 @@ def test_compiler_takes_the_model_in_one_graph(family: str, implementation: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", structures.MAIN)
+@pytest.mark.parametrize("family", ["bert", "t5-gated"])
 def test_inductor_computes_outputs_and_gradients_of_the_masked_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

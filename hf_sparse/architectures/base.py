@@ -96,6 +96,7 @@ class FeedForward:
         output: path of the second layer.
         activation: path of the function between them, an attribute.
         name: what is added to the name of the module, where it holds more than this sub-block.
+        marks: attributes that tell the class from others that have its name.
     """
 
     classes: frozenset[str]
@@ -103,11 +104,12 @@ class FeedForward:
     output: str
     activation: str
     name: str = ""
+    marks: tuple[str, ...] = ()
 
     def find(self, name: str, module: nn.Module) -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
         inputs = _layers(name, module, self.classes, (*self.inputs, self.output))
-        if inputs is None:
+        if inputs is None or not all(hasattr(module, mark) for mark in self.marks):
             return None
         (output_name, output) = inputs.popitem()
         return SubBlock("feed_forward", _join(name, self.name), inputs, output_name, output, 1, self, module)

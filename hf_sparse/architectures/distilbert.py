@@ -39,5 +39,13 @@ DISTILBERT = Family(
             resize=_resize,
         ),
     ),
-    feed_forwards=(FeedForward(classes=frozenset({"FFN"}), inputs=("lin1",), output="lin2", activation="activation"),),
+    feed_forwards=(
+        FeedForward(
+            classes=frozenset({"FFN"}),
+            inputs=("lin1",),
+            output="lin2",
+            activation="activation",
+            marks=("activation", "ff_chunk", "chunk_size_feed_forward"),
+        ),
+    ),
 )

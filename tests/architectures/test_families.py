@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -116,15 +117,17 @@ def test_model_that_no_family_knows_is_pruned_by_patterns_of_one_weight(pattern:
 
 def test_class_of_the_same_name_that_is_built_otherwise_is_left_alone() -> None:
     class FFN(nn.Module):
-        def __init__(self, width: int) -> None:
+        def __init__(self, width: int, **others: Any) -> None:
             super().__init__()
             self.lin1, self.lin2 = nn.Linear(4, 8), nn.Linear(width, 4)
+            vars(self).update(others)
 
     class BertAttention(nn.Module):
         pass
 
-    assert known_sub_blocks(nn.ModuleList([FFN(8)]))[0].name == "0"
-    assert known_sub_blocks(nn.ModuleList([FFN(6), BertAttention()])) == []
+    marks: dict[str, Any] = {"activation": torch.relu, "ff_chunk": None, "chunk_size_feed_forward": 0}
+    assert known_sub_blocks(nn.ModuleList([FFN(8, **marks)]))[0].name == "0"
+    assert known_sub_blocks(nn.ModuleList([FFN(8), FFN(6, **marks), BertAttention()])) == []
 
 
 def test_names_of_families_are_different() -> None:
