@@ -11,6 +11,7 @@ from .checkpoint import last_checkpoint
 from .compaction import compact
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
+from .filling import fill
 from .oneshot import sparsify
 from .pruner import Pruner
 from .report import Summary, summarize
@@ -30,6 +31,7 @@ __all__ = [
     "SparsityError",
     "Summary",
     "compact",
+    "fill",
     "last_checkpoint",
     "sparsify",
     "summarize",

@@ -51,15 +51,19 @@ class ModelSection:
         task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which write a text.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
+        fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
     """
 
     name: str
     task: str = "sequence-classification"
     num_labels: int | None = None
     revision: str | None = None
+    fill: bool = False
 
     def __post_init__(self) -> None:
         _check_text(self.name, "model.name")
+        if not isinstance(self.fill, bool):
+            raise RecipeError(f"model.fill is true or false, not {self.fill!r}")
         if self.task not in TASKS:
             raise RecipeError(f"model.task is one of {', '.join(TASKS)}, not {self.task!r}")
         _check_count(self.num_labels, "model.num_labels")

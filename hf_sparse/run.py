@@ -34,6 +34,7 @@ from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .data import LabelledTexts, load_texts
 from .errors import RecipeError, SparsityError
+from .filling import fill
 from .inspection import Inspection, inspect
 from .loading import load_tokenizer
 from .metrics import build_metrics
@@ -85,6 +86,8 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     _check_length(recipe.data.max_length, tokenizer)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
+    if recipe.model.fill:
+        fill(model)
     freeze(model, recipe.freeze)
 
     train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)

@@ -30,7 +30,7 @@ def make(folder: Path, seed: int = 0) -> int:
         "num_heads": 6,
         "relative_attention_max_distance": 64,
         "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.1,
+        "dropout_rate": 0.0,
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
     model = T5ForConditionalGeneration(T5Config(**sizes))

@@ -26,6 +26,7 @@ PUBLIC = [
     "SparsityError",
     "Summary",
     "compact",
+    "fill",
     "last_checkpoint",
     "sparsify",
     "summarize",
