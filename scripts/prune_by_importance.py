@@ -1,0 +1,58 @@
+"""Remove the least important heads of a fine-tuned model (Michel et al. 2019) and its smallest neurons, in one shot.
+
+    python scripts/prune_by_importance.py runs/sst2_dense runs/small --data data/sst2/train.jsonl --text sentence
+
+The baseline that pruning during fine-tuning is compared with: importance from a pass over training texts, magnitude for
+neurons, the same share of every layer, everything cut out. Fine-tune the result with `hf-sparse train` and a dense recipe
+whose model is the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import hf_sparse
+from hf_sparse.architectures import find_sub_blocks
+from hf_sparse.heads import heads
+from hf_sparse.loading import load_tokenizer, load_whole
+from hf_sparse.recipe import DataSection
+
+
+def main() -> None:
+    """Prune, compact and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--text", default="text")
+    parser.add_argument("--label", default="label")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--gone", type=float, default=0.5)
+    options = parser.parse_args()
+
+    section = DataSection(
+        train=options.data, validation="none", text=options.text, label=options.label, train_samples=options.samples
+    )
+    table = heads(options.model, section)
+    print(table)
+    model = load_whole(options.model)
+    attentions = [block for block in find_sub_blocks(model, "this script") if block.kind == "attention"]
+    for block, importance in zip(attentions, table.importance, strict=True):
+        for head in importance.argsort()[: int(options.gone * block.groups)].tolist():
+            with torch.no_grad():
+                block.output.weight[:, head * block.size : (head + 1) * block.size] = 0.0
+    hf_sparse.sparsify(model, hf_sparse.SparsityConfig(pattern="neuron", sparsity=options.gone))
+    hf_sparse.compact(model)
+    model.save_pretrained(options.output)
+    load_tokenizer(options.model).save_pretrained(options.output)
+    print(f"{model.num_parameters():,} parameters in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
