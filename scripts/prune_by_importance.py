@@ -3,8 +3,8 @@
     python scripts/prune_by_importance.py runs/sst2_dense runs/small --data data/sst2/train.jsonl --text sentence
 
 The baseline that pruning during fine-tuning is compared with: importance from a pass over training texts, magnitude for
-neurons, the same share of every layer, everything cut out. Fine-tune the result with `hf-sparse train` and a dense recipe
-whose model is the output folder.
+neurons, the same share of every layer, everything cut out. Fine-tune the result with `hf-sparse train` and a recipe
+without sparsity whose model is the output folder.
 """
 
 from __future__ import annotations
