@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from hf_sparse import CheckpointError
 from hf_sparse.edits import MAX_GROUPS, Cut, Edits
 
-GOOD: dict[str, Any] = {"heads": {"layer.0.attention": {"of": 12, "kept": "0900"}}}
+GOOD: dict[str, Any] = {"heads": {"layer.0.attention": {"of": 12, "kept": "0900"}}, "checksum": "crc32:5a0ffe6b"}
+GOOD_CUTS = {"layer.0.attention": Cut(12, (0, 3))}
 
 
 def test_bitmask_counts_from_the_least_significant_bit_of_the_first_byte() -> None:
     assert Cut(12, (0, 3, 9)).to_dict() == {"of": 12, "kept": "0902"}
-    assert Edits.from_dict(GOOD).heads == {"layer.0.attention": Cut(12, (0, 3))}
-    assert Edits.from_dict({"neurons": {"x": {"of": 8, "kept": "00"}}}).neurons == {"x": Cut(8, ())}
+    assert Edits.from_dict(GOOD).heads == GOOD_CUTS
+    assert Edits(GOOD_CUTS).to_dict() == GOOD
+    assert Edits({}, {"x": Cut(8, ())}).to_dict()["neurons"] == {"x": {"of": 8, "kept": "00"}}
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
@@ -46,7 +48,7 @@ def with_cut(**change: Any) -> dict[str, Any]:
     [
         ([], "edits is a mapping"),
         (None, "edits is a mapping"),
-        ({"layers": {}}, "no other keys than heads, neurons"),
+        ({"layers": {}}, "no other keys than heads, neurons, checksum"),
         ({"heads": []}, "heads of the edits is a mapping"),
         ({"heads": {"../x": {"of": 8, "kept": "00"}}}, "is no name of a module"),
         ({"heads": {"a" * 501: {"of": 8, "kept": "00"}}}, "is no name of a module"),
@@ -67,6 +69,12 @@ def with_cut(**change: Any) -> dict[str, Any]:
         (with_cut(kept="090A"), "'kept' is a bitmask of 12 flags"),
         (with_cut(kept=900), "'kept' is a bitmask of 12 flags"),
         (with_cut(kept="0910"), "bits behind the end of its 12 flags"),
+        (with_cut(), "the checksum of the edits"),
+        ({"checksum": "crc32:00000000"}, "the checksum of the edits"),
+        ({**GOOD, "checksum": 1}, "the checksum of the edits"),
+        ({**GOOD, "checksum": None}, "the checksum of the edits"),
+        ({**GOOD, "heads": {"layer.0.attention": {"of": 12, "kept": "0500"}}}, "the checksum of the edits"),
+        ({**GOOD, "heads": {"layer.1.attention": {"of": 12, "kept": "0900"}}}, "the checksum of the edits"),
     ],
 )
 def test_anything_else_is_refused(data: Any, message: str) -> None:

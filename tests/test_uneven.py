@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,7 @@ def test_edits_are_in_the_header_and_in_the_config(small: Path) -> None:
     expected = {
         "heads": {"bert.encoder.layer.0.attention": {"of": 4, "kept": "06"}},
         "neurons": {"bert.encoder.layer.1.intermediate": {"of": 12, "kept": "0800"}},
+        "checksum": "crc32:7b7e8a3d",
     }
     with safe_open(small / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["hf_sparse"])["extra"]["edits"] == expected
@@ -308,6 +310,27 @@ def test_edits_are_in_the_header_and_in_the_config(small: Path) -> None:
 
 
 ATTENTION, INTERMEDIATE = "bert.encoder.layer.0.attention", "bert.encoder.layer.1.intermediate"
+
+
+def change_edits(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Rewrite the edits of a checkpoint as one would who knows the format, with their checksum."""
+
+    def rewrite(manifest: dict[str, Any]) -> None:
+        edits = manifest["extra"]["edits"]
+        del edits["checksum"]
+        change(edits)
+        cuts = [(kind, *cut) for kind in ("heads", "neurons") for cut in edits.get(kind, {}).items()]
+        lines = sorted(f"{kind} {name} {cut['of']} {cut['kept']}\n" for kind, name, cut in cuts)
+        if lines:
+            edits["checksum"] = f"crc32:{zlib.crc32(''.join(lines).encode()):08x}"
+
+    change_header(folder, rewrite)
+
+
+def test_heads_of_other_numbers_but_the_same_shapes_are_refused(small: Path) -> None:
+    change_header(small, lambda manifest: manifest["extra"]["edits"]["heads"][ATTENTION].update(kept="05"))
+    with pytest.raises(CheckpointError, match="the checksum of the edits"):
+        AutoModelForSequenceClassification.from_pretrained(small)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +347,7 @@ ATTENTION, INTERMEDIATE = "bert.encoder.layer.0.attention", "bert.encoder.layer.
     ],
 )
 def test_edits_that_cannot_be_right_are_refused(small: Path, change: Callable[[Any], Any], message: str | None) -> None:
-    change_header(small, lambda manifest: change(manifest["extra"]["edits"]))
+    change_edits(small, change)
     if message is None:  # a part that this model does not have
         AutoModelForSequenceClassification.from_pretrained(small)
         return
@@ -335,13 +358,13 @@ def test_edits_that_cannot_be_right_are_refused(small: Path, change: Callable[[A
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m: m.pop("extra"),
-        lambda m: m["extra"]["edits"]["heads"][ATTENTION].update(kept="07"),
-        lambda m: m["extra"]["edits"].pop("neurons"),
+        lambda e: e.clear(),
+        lambda e: e["heads"][ATTENTION].update(kept="07"),
+        lambda e: e.pop("neurons"),
     ],
 )
 def test_edits_of_other_shapes_than_the_tensors_are_refused(small: Path, change: Callable[[Any], Any]) -> None:
-    change_header(small, change)
+    change_edits(small, change)
     with pytest.raises((CheckpointError, RuntimeError), match=r"shape|size mismatch|mismatched"):
         AutoModelForSequenceClassification.from_pretrained(small)
 
