@@ -68,9 +68,8 @@ def main() -> None:
     for name, model, own in zip(options.models, loaded, ratios, strict=True):
         low, middle, high = statistics.quantiles(own, n=4)
         size = sum(inspect(name).files.values()) / 1e6
-        print(
-            f"{Path(name).name:<24}{middle:6.2f} [{low:.2f}, {high:.2f}]{model.num_parameters():>13,} parameters{size:9.2f} MB"
-        )
+        sizes = f"{model.num_parameters():>13,} parameters{size:9.2f} MB"
+        print(f"{Path(name).name:<24}{middle:6.2f} [{low:.2f}, {high:.2f}]{sizes}")
 
 
 if __name__ == "__main__":
