@@ -9,7 +9,8 @@ from . import adapters, budget, patterns, quantizer, schedules, scorers, selecti
 from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .compaction import compact
-from .config import DistillationConfig, GroupConfig, SparsityConfig
+from .config import GroupConfig, SparsityConfig
+from .distillation_config import DistillationConfig
 from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
 from .filling import fill
 from .oneshot import sparsify

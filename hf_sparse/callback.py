@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .config import DistillationConfig, SparsityConfig
+from .config import SparsityConfig
+from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores

@@ -149,7 +149,7 @@ def _compact(options: argparse.Namespace) -> None:
 
 def _heads(options: argparse.Namespace) -> None:
     from .heads import heads
-    from .recipe import DataSection
+    from .recipe_sections import DataSection
 
     section = DataSection(
         train=options.data,

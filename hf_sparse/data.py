@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import RecipeError
 from .metrics import Predicts
-from .recipe import DataSection
+from .recipe_sections import DataSection
 from .registry import nearest
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

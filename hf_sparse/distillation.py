@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import DistillationConfig
+from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
 from .losses import masked_mse, match_layers, soft_target_kl
 

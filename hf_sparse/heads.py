@@ -18,7 +18,7 @@ from .data import load_split
 from .errors import BackendError, RecipeError
 from .importance import head_importance
 from .loading import load_tokenizer, load_whole
-from .recipe import DataSection
+from .recipe_sections import DataSection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ from .filling import fill
 from .inspection import Inspection, inspect
 from .loading import load_tokenizer
 from .metrics import build_metrics
-from .recipe import ModelSection, Recipe
+from .recipe import Recipe
+from .recipe_sections import ModelSection
 from .report import Summary, summarize
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .config import DistillationConfig
 from .distillation import Distiller, fixed_pairs
+from .distillation_config import DistillationConfig
 from .errors import RecipeError
 from .loading import load_whole
 

@@ -21,7 +21,7 @@ import hf_sparse
 from hf_sparse.architectures import find_sub_blocks
 from hf_sparse.heads import heads
 from hf_sparse.loading import load_tokenizer, load_whole
-from hf_sparse.recipe import DataSection
+from hf_sparse.recipe_sections import DataSection
 
 
 def main() -> None:

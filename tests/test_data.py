@@ -9,7 +9,7 @@ from transformers import ByT5Tokenizer
 from hf_sparse.data import load_texts
 from hf_sparse.errors import RecipeError
 from hf_sparse.loading import load_tokenizer
-from hf_sparse.recipe import DataSection
+from hf_sparse.recipe_sections import DataSection
 from tests.tiny import config, save_tokenizer
 
 ROWS = [{"text": "the film is fine", "label": "pos"}, {"text": "the plot is dull", "label": "neg"}]

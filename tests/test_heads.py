@@ -14,7 +14,7 @@ from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.cli import main
 from hf_sparse.heads import HeadTable, heads
 from hf_sparse.importance import head_importance
-from hf_sparse.recipe import DataSection
+from hf_sparse.recipe_sections import DataSection
 
 from . import tiny
 

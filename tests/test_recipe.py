@@ -10,7 +10,8 @@ import yaml
 import hf_sparse  # noqa: F401 - fills the registries
 from hf_sparse.config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, SparsityConfig
 from hf_sparse.errors import RecipeError
-from hf_sparse.recipe import DataSection, ModelSection, Recipe
+from hf_sparse.recipe import Recipe
+from hf_sparse.recipe_sections import DataSection, ModelSection
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 REGISTRIES: dict[str, Any] = {
