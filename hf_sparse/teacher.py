@@ -27,17 +27,13 @@ def make_distiller(student: PreTrainedModel, config: DistillationConfig, teacher
         RecipeError: if the teacher cannot be loaded, or cannot teach this student.
     """
     if teacher is None:
-        teacher = _copied(student) if config.teacher == "self" else _loaded(config)
+        teacher = copy.deepcopy(student) if config.teacher == "self" else _loaded(config)
     _check(student, teacher, config)
     writes = bool(getattr(student.config, "is_encoder_decoder", False))
     # As the Trainer decides it: decoder-only models are trained on the next label.
     shifts = LOSS_MAPPING.get(str(getattr(student, "loss_type", None))) is ForCausalLMLoss and not writes
     decoder_inputs = getattr(student, "prepare_decoder_input_ids_from_labels", None) if writes else None
     return Distiller(teacher, config, shifts_labels=shifts, decoder_inputs=decoder_inputs)
-
-
-def _copied(student: PreTrainedModel) -> nn.Module:
-    return copy.deepcopy(student)
 
 
 def _loaded(config: DistillationConfig) -> PreTrainedModel:
