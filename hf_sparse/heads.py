@@ -94,22 +94,17 @@ def heads(name: str, section: DataSection, batch: int = 16, revision: str = "mai
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        RecipeError: if model or data cannot be loaded, or a label is none of the model's.
+        RecipeError: if model or data cannot be loaded, a label is none of the model's, or batch is below 1.
         PatternError: if no architecture knows the model.
     """
+    if batch < 1:
+        raise RecipeError(f"batch is a whole number of texts above 0, not {batch}")
     model = load_whole(name, revision)
     blocks = [block for block in find_sub_blocks(model, "head importance") if block.kind == "attention"]
     tokenizer = load_tokenizer(name, revision)
     rows = load_split(section, "train")
-    batches = tqdm(
-        _batches(model, tokenizer, rows, section, batch), desc="Head importance", total=_count(model, rows, batch)
-    )
-    found = head_importance(model, batches)
+    found = head_importance(model, _batches(model, tokenizer, rows, section, batch))
     return HeadTable(tuple(block.name for block in blocks), found, len(rows))
-
-
-def _count(model: PreTrainedModel, rows: Dataset, batch: int) -> int:
-    return -(-len(rows) // (1 if model.config.is_encoder_decoder else batch))
 
 
 def _batches(
@@ -118,7 +113,7 @@ def _batches(
     writes = bool(model.config.is_encoder_decoder)
     collate = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
     size = 1 if writes else batch
-    for start in range(0, len(rows), size):
+    for start in tqdm(range(0, len(rows), size), desc="Head importance"):
         texts = rows[start : start + size]
         tokens = tokenizer(
             *(texts[column] for column in section.text_columns), truncation=True, max_length=section.max_length

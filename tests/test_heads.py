@@ -78,6 +78,11 @@ def test_label_that_the_model_does_not_know_is_an_error(saved: Path, tmp_path: P
         heads(str(saved), section(path))
 
 
+def test_no_texts_at_once_is_an_error(saved: Path, texts: Path) -> None:
+    with pytest.raises(RecipeError, match="batch is a whole number of texts above 0, not 0"):
+        heads(str(saved), section(texts), batch=0)
+
+
 def test_compact_command_writes_the_smaller_model(saved: Path, tmp_path: Path, capsys: Any) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(saved)
     sparsify(
