@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from hf_sparse import SparsityConfig, last_checkpoint, packing
 
 from ..training import sparse_trainer
+from .ranks import leave
 
 STEPS = 40
 SCHEDULE = {"name": "cubic", "begin": 0.1, "end": 0.8, "every": 3}
@@ -73,6 +74,7 @@ def main(output: Path, scorer: str, moment: str) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(output, processes))
     if trainer.is_world_process_zero():
         torch.save(trainer.model.state_dict(), output / "final.pt")
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hf_sparse import SparsityCallback, SparsityConfig, SparsityError, summarize
 from hf_sparse.masking import MaskedWeight
 
 from ..training import RAMP, Rows, arguments, bert, sparse_trainer
+from .ranks import on_ranks
 
 METHODS: dict[str, dict[str, Any]] = {
     "movement": {"scorer": "movement"},
@@ -98,23 +97,9 @@ def strayed(folder: Path) -> None:
         (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def on_two_ranks(what: str, folder: Path) -> None:
-    """Run a function of this module on two ranks."""
-    # Standalone: torchrun's own store finds a free port. (With --master-port 0 both ranks wait for a port 0 for ever.)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code = f"import sys, pathlib; from tests.integration.test_ddp import {what}; {what}(pathlib.Path(sys.argv[1]))"
-    script = folder / "worker.py"
-    script.write_text(code)
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*run, str(script), str(folder)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 def test_both_ranks_make_the_same_masks_at_every_step(tmp_path: Path) -> None:
-    on_two_ranks("worker", tmp_path)
+    on_ranks(__name__, "worker", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     for name in METHODS:
         assert len(first[name]["hashes"]) == 20
@@ -126,7 +111,7 @@ def test_both_ranks_make_the_same_masks_at_every_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path: Path) -> None:
-    on_two_ranks("half_batches", tmp_path)
+    on_ranks(__name__, "half_batches", tmp_path)
     halves = torch.load(tmp_path / "half.pt", weights_only=True)
     whole = movement_run(tmp_path / "whole", BATCH).state_dict()
     assert whole.keys() == halves.keys()
@@ -138,7 +123,7 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_ranks_whose_masks_differ_stop_with_an_error_on_both(tmp_path: Path) -> None:
-    on_two_ranks("strayed", tmp_path)
+    on_ranks(__name__, "strayed", tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert "at step 10 the masks of process 1 differ from those of process 0" in found["error"]

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from .ranks import ROOT, TORCHRUN
+
 WORKER = "tests.integration.killed_worker"
-PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SECONDS = 300
 
 
 def start(output: Path, scorer: str, moment: str = "never", pair: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, *(PAIR if pair else []), "-m", WORKER, str(output), scorer, moment]
+    command = [sys.executable, *([*TORCHRUN, "2"] if pair else []), "-m", WORKER, str(output), scorer, moment]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

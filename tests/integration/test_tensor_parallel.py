@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import BackendError, SparsityConfig, sparsify
+
+from .ranks import on_ranks
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -44,15 +44,7 @@ def test_tensor_parallel_load_is_refused_and_a_dense_file_is_the_way(tmp_path: P
     )
     sparsify(model, SparsityConfig(sparsity=0.9)).save_pretrained(tmp_path / "packed")
     model.save_pretrained(tmp_path / "dense", format="dense")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "worker.py"
-    code = "from tests.integration.test_tensor_parallel import worker; worker(pathlib.Path(sys.argv[1]))"
-    script.write_text(f"import pathlib, sys; {code}")
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*run, str(script), str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(__name__, "worker", tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert "cannot be loaded into shards (tp_size=2)" in found["packed"]
