@@ -113,6 +113,12 @@ class SparsityCallback(TrainerCallback):
             return
         check_optimizer(str(getattr(args.optim, "value", args.optim)))
         pruner = Pruner(model, self.config)
+        measuring = next((plan.scorer.name for plan in pruner.plans if plan.scorer.measures), None)
+        if measuring is not None:
+            raise RecipeError(
+                f"scorer '{measuring}' measures a model on data before it is pruned, and never in training. Prune with "
+                "sparsify(model, config, batches) or `hf-sparse prune --data`, then fine-tune; or use 'taylor' here"
+            )
         # The teacher first: "self" is a copy of the model without masks.
         distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
         terms = LossTerms(model, pruner, distiller)

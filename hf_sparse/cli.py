@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, SparsityError
+
+if TYPE_CHECKING:
+    from .recipe_sections import DataSection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--targets", action="append", metavar="GLOB", help="names of layers; may be repeated")
     prune.add_argument("--exclude", action="append", metavar="GLOB", help="layers left dense; may be repeated")
     prune.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    _add_data(prune, required=False)
     prune.set_defaults(command=_prune)
 
     compact = commands.add_parser("compact", help="cut removed heads, neurons and sub-blocks out of a saved model")
@@ -67,12 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     heads = commands.add_parser("heads", help="measure how important each attention head is for a task")
     heads.add_argument("model", help="folder or Hub name, with a head for the task")
-    heads.add_argument("--data", required=True, metavar="FILE", help="json, jsonl, csv, tsv or parquet")
-    heads.add_argument("--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs")
-    heads.add_argument("--label", default="label", metavar="COLUMN", help="column with the label, or the text to write")
-    heads.add_argument("--samples", type=int, default=512, metavar="N", help="texts to measure on (512)")
-    heads.add_argument("--batch", type=int, default=16, metavar="N", help="texts at once (16)")
-    heads.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
+    _add_data(heads, required=True)
     heads.add_argument("--plot", metavar="FILE", help="write a heatmap: png, pdf or svg")
     heads.add_argument("--json", action="store_true", help="print JSON instead of a table")
     heads.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
@@ -102,6 +101,34 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Texts with labels to look at, without training."""
+    use = "" if required else "; for scorers gradient, taylor and head_importance"
+    parser.add_argument("--data", required=required, metavar="FILE", help=f"json, jsonl, csv, tsv or parquet{use}")
+    parser.add_argument(
+        "--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs"
+    )
+    parser.add_argument(
+        "--label", default="label", metavar="COLUMN", help="column with the label, or the text to write"
+    )
+    parser.add_argument("--samples", type=int, default=512, metavar="N", help="texts to measure on (512)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts at once (16)")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
+
+
+def _section(options: argparse.Namespace) -> DataSection:
+    from .recipe_sections import DataSection
+
+    return DataSection(
+        train=options.data,
+        validation="none",  # nothing is held out: what is measured is no metric
+        text=options.text or "text",
+        label=options.label,
+        max_length=options.length,
+        train_samples=options.samples,
+    )
 
 
 def _spec(text: str) -> Any:
@@ -135,7 +162,9 @@ def _prune(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.resolve() == Path(options.model).resolve():
         raise RecipeError(f"--output {output} is the folder of the dense model, which would be lost; choose another")
-    print(f"{prune(options.model, group, output, revision=options.revision)}\n\nSaved in {output}")
+    section = _section(options) if options.data is not None else None
+    summary = prune(options.model, group, output, options.revision, section, options.batch)
+    print(f"{summary}\n\nSaved in {output}")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -149,17 +178,8 @@ def _compact(options: argparse.Namespace) -> None:
 
 def _heads(options: argparse.Namespace) -> None:
     from .heads import heads
-    from .recipe_sections import DataSection
 
-    section = DataSection(
-        train=options.data,
-        validation="none",  # nothing is held out: the table is no metric
-        text=options.text or "text",
-        label=options.label,
-        max_length=options.length,
-        train_samples=options.samples,
-    )
-    table = heads(options.model, section, options.batch, options.revision)
+    table = heads(options.model, _section(options), options.batch, options.revision)
     if options.plot is not None:
         table.plot(options.plot)
     print(json.dumps(table.to_dict(), indent=2) if options.json else table)

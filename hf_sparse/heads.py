@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import find_sub_blocks
 from .data import load_split
 from .errors import BackendError, RecipeError
 from .importance import head_importance
+from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
 from .recipe_sections import DataSection
 
@@ -97,47 +95,11 @@ def heads(name: str, section: DataSection, batch: int = 16, revision: str = "mai
         RecipeError: if model or data cannot be loaded, a label is none of the model's, or batch is below 1.
         PatternError: if no architecture knows the model.
     """
-    if batch < 1:
-        raise RecipeError(f"batch is a whole number of texts above 0, not {batch}")
     model = load_whole(name, revision)
     blocks = [block for block in find_sub_blocks(model, "head importance") if block.kind == "attention"]
     tokenizer = load_tokenizer(name, revision)
     rows = load_split(section, "train")
-    found = head_importance(model, _batches(model, tokenizer, rows, section, batch))
+    found = head_importance(
+        model, tqdm(LabelledBatches(model, tokenizer, rows, section, batch), desc="Head importance")
+    )
     return HeadTable(tuple(block.name for block in blocks), found, len(rows))
-
-
-def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, section: DataSection, batch: int
-) -> Iterator[dict[str, Any]]:
-    writes = bool(model.config.is_encoder_decoder)
-    collate = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
-    size = 1 if writes else batch
-    for start in tqdm(range(0, len(rows), size), desc="Head importance"):
-        texts = rows[start : start + size]
-        tokens = tokenizer(
-            *(texts[column] for column in section.text_columns), truncation=True, max_length=section.max_length
-        )
-        if writes:
-            written = [str(text) for text in texts["labels"]]
-            length = section.max_target_length or section.max_length
-            labels: Any = tokenizer(text_target=written, truncation=True, max_length=length)["input_ids"]
-        else:
-            labels = [_label(model, value, start + place) for place, value in enumerate(texts["labels"])]
-        features = [
-            {**{key: values[place] for key, values in tokens.items()}, "labels": labels[place]}
-            for place in range(len(labels))
-        ]
-        yield {key: value.to(model.device) for key, value in collate(features).items() if isinstance(value, Tensor)}
-
-
-def _label(model: PreTrainedModel, value: Any, row: int) -> int | float:
-    """Return a label as the model counts it."""
-    if model.config.num_labels == 1 and isinstance(value, (int, float)):
-        return float(value)
-    known: dict[str, Any] = dict(model.config.label2id or {})
-    if str(value) in known:
-        return int(known[str(value)])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < int(model.config.num_labels or 0):
-        return value
-    raise RecipeError(f"row {row} of the data has label {value!r}, but the model knows {', '.join(map(str, known))}")

@@ -45,20 +45,25 @@ def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> T
 
     Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", section 4.1 and equation 2.
     """
+    found = head_sensitivity(model, batches)
+    return _table(model, [block for block, _ in found], {block.name: values for block, values in found})
+
+
+def head_sensitivity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[tuple[SubBlock, Tensor]]:
+    """Return each attention with the mean of `|dL/dxi|` for each head it has now, see `head_importance`."""
     blocks = [block for block in find_sub_blocks(model, "head importance") if block.kind == "attention"]
     gates = [_Gate(block) for block in blocks if block.groups]
     hooks = [gate.block.output.register_forward_pre_hook(gate) for gate in gates]
-    sums = [torch.zeros(gate.block.groups, dtype=torch.float64) for gate in gates]
+    sums = {block.name: torch.zeros(block.groups, dtype=torch.float64) for block in blocks}
     training, samples = model.training, 0
     model.eval()
     try:
         for batch in batches:
             size = _batch_size(batch)
-            gradients = _gradients(model, batch, gates)
-            for total, gradient in zip(sums, gradients, strict=True):
+            for gate, gradient in zip(gates, _gradients(model, batch, gates), strict=True):
                 # A sample may be several rows (the choices of a question), and its loss is a share of the mean.
                 rows = gradient.double().view(size, -1, gradient.shape[-1]).sum(1) * size
-                total += rows.abs().sum(0).cpu()
+                sums[gate.block.name] += rows.abs().sum(0).cpu()
             samples += size
     finally:
         model.train(training)
@@ -66,7 +71,7 @@ def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> T
             hook.remove()
     if not samples:
         raise SparsityError("head importance needs data, and there was no batch")
-    return _table(model, blocks, {gate.block.name: total / samples for gate, total in zip(gates, sums, strict=True)})
+    return [(block, sums[block.name] / samples) for block in blocks]
 
 
 class _Gate:
@@ -96,18 +101,26 @@ def _gradients(model: nn.Module, batch: Mapping[str, Any], gates: list[_Gate]) -
     for gate in gates:
         gate.ones = None
     with torch.enable_grad():
-        outputs = model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if loss is None:
-            raise SparsityError(
-                "the model returned no loss, which head importance is about; are there labels in the batch?"
-            )
+        loss = loss_of(model, batch, "head importance")
         used = [gate.ones for gate in gates if gate.ones is not None]
         if len(used) < len(gates):
             raise SparsityError(
                 f"'{next(g for g in gates if g.ones is None).block.name}' took no part in the forward pass"
             )
         return torch.autograd.grad(loss, used)
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any], who: str) -> Tensor:
+    """Return the loss of a batch.
+
+    Raises:
+        SparsityError: if the model returns none.
+    """
+    outputs = model(**batch)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is None:
+        raise SparsityError(f"the model returned no loss, which {who} is about; are there labels in the batch?")
+    return loss
 
 
 def _table(model: nn.Module, blocks: list[SubBlock], found: Mapping[str, Tensor]) -> Tensor:

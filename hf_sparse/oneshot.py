@@ -1,29 +1,33 @@
-"""One-shot pruning: no training, no data."""
+"""One-shot pruning: no training, and data only where the method looks at it."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .config import SparsityConfig
-from .errors import RecipeError, SparsityError
+from .errors import RecipeError
 from .pruner import Pruner
 from .report import WEIGHTS_ATTRIBUTE
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def sparsify(model: M, config: SparsityConfig) -> M:
+def sparsify(model: M, config: SparsityConfig, batches: Iterable[Mapping[str, Any]] | None = None) -> M:
     """Prune a model in place to its final sparsity, at once, and return it.
 
     Args:
         model: any module with linear layers; a model of transformers saves packed from then on.
         config: what is asked for; schedules do not matter.
+        batches: keyword arguments of the model, with labels, for the scorers that look at data: gradient, taylor,
+            head_importance (see `Pruner.measure`). Use training data.
 
     Raises:
-        RecipeError: for scorers that need training or gradients, and as `Pruner`.
-        SparsityError: if there are NaN among the weights; the model is then as it was.
+        RecipeError: for scorers that learn from training, for those that look at data if there are no batches, for
+            batches that no scorer looks at, and as `Pruner`.
+        SparsityError: if there are NaN among the weights; the model is then as it was. As `Pruner.measure`.
 
     Example:
         >>> import torch, hf_sparse
@@ -34,15 +38,25 @@ def sparsify(model: M, config: SparsityConfig) -> M:
     """
     pruner = Pruner(model, config)
     for plan in pruner.plans:
-        if plan.scorer.learned or plan.scorer.observes:
+        name, looks = plan.scorer.name, plan.scorer.observes or plan.scorer.measures
+        if plan.scorer.learned:
             raise RecipeError(
-                f"scorer '{plan.scorer.name}' learns from training, so it cannot prune in one shot. Use 'magnitude' "
-                "here, or SparsityCallback with a Trainer"
+                f"scorer '{name}' learns from training, so it cannot prune in one shot. Use 'magnitude' here, or "
+                "SparsityCallback with a Trainer"
             )
+        if looks and batches is None:
+            raise RecipeError(
+                f"scorer '{name}' looks at data. Give sparsify some batches with labels (hf-sparse prune: --data), or "
+                "use 'magnitude', which needs none"
+            )
+    if batches is not None and not any(plan.scorer.observes or plan.scorer.measures for plan in pruner.plans):
+        raise RecipeError("there are batches, but no scorer looks at data: gradient, taylor and head_importance do")
     pruner.attach()
     try:
+        if batches is not None:
+            pruner.measure(batches)
         pruner.step(progress=1.0)
-    except SparsityError:
+    except BaseException:
         for unit in pruner.units:
             unit.keep_all()
         raise

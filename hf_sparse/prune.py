@@ -7,19 +7,30 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .compaction import compact
 from .config import SparsityConfig
+from .data import load_split
 from .errors import RecipeError
+from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
 from .oneshot import sparsify
+from .recipe_sections import DataSection
 from .report import Summary, summarize
 
 logger = logging.getLogger(__name__)
 
 
-def prune(name: str, group: Mapping[str, Any], output: str | os.PathLike[str], revision: str = "main") -> Summary:
+def prune(
+    name: str,
+    group: Mapping[str, Any],
+    output: str | os.PathLike[str],
+    revision: str = "main",
+    section: DataSection | None = None,
+    batch: int = 16,
+) -> Summary:
     """Load a model, prune it, and save it packed with its tokenizer.
 
     Args:
@@ -27,13 +38,19 @@ def prune(name: str, group: Mapping[str, Any], output: str | os.PathLike[str], r
         group: the keys of one group, see `GroupConfig`.
         output: folder that is written.
         revision: branch, tag or commit on the Hub.
+        section: whose training texts are shown to scorers that look at data (gradient, taylor, head_importance).
+        batch: texts at once.
 
     Raises:
-        RecipeError: if the model cannot be loaded, or cannot be pruned as asked.
+        RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
     """
     config = SparsityConfig(**group)
     model = load_whole(name, revision)
-    sparsify(model, config)
+    batches = None
+    if section is not None:
+        rows = load_split(section, "train")
+        batches = tqdm(LabelledBatches(model, load_tokenizer(name, revision), rows, section, batch), desc="Looking")
+    sparsify(model, config, batches)
     _save(model, name, output, revision)
     return summarize(model)
 

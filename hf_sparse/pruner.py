@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .budget import Budget, Costs
 from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from .errors import PatternError, RecipeError, SparsityError
 from .masking import check_free
+from .measuring import measure_heads, observe_batches
 from .patterns import Pattern, Structure
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
 from .schedules import Schedule
@@ -227,6 +228,29 @@ class Pruner:
                 if plan.scorer.observes:
                     for unit in plan.units:
                         unit.observe(plan.scorer)
+
+    def measure(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Show data to the scorers that look at gradients or measure heads, without training; then call `step`.
+
+        The model runs as in evaluation, and its `grad` is left alone. A plain iterator is read once, and kept in memory
+        if both kinds of scorers need it.
+
+        Args:
+            batches: keyword arguments of the model, with labels; tensors on its device.
+
+        Raises:
+            SparsityError: before `attach`, if there is no batch, or the model returns no loss.
+            PatternError: if heads are to be measured in a group that has none.
+        """
+        self._must_be_attached()
+        observing = [(plan.scorer, unit) for plan in self.plans if plan.scorer.observes for unit in plan.units]
+        measuring = [(plan.scorer, unit) for plan in self.plans if plan.scorer.measures for unit in plan.units]
+        if observing and measuring:
+            batches = list(batches)
+        if observing:
+            observe_batches(self.model, observing, batches)
+        if measuring:
+            measure_heads(self.model, measuring, batches)
 
     @property
     def has_penalty(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .architectures import match_sub_blocks
+from .errors import SparsityError
 from .masking import MaskedWeight, attach_mask, bake_mask, hidden
 from .patterns import Pattern, Structure
 from .scorers import Scorer
@@ -50,9 +52,11 @@ class Unit:
     Attributes:
         members: at least one. The first is where the groups leave (the output layer of an attention), and has the
             scores if they are learned: one for each group, with the gradient summed over all members.
+        measured: the score of each group from a pass over data, for scorers that `measures`.
     """
 
     members: list[Member]
+    measured: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -78,6 +82,12 @@ class Unit:
         """Return the score of each group: the learned one, or the mean over all its entries in all members."""
         if self.masked.scores is not None:
             return self.masked.scores.detach()
+        if scorer.measures:
+            if self.measured is None:
+                raise SparsityError(
+                    f"scorer '{scorer.name}' has seen no data: call Pruner.measure(batches), or sparsify with batches"
+                )
+            return self.measured
         if len(self.members) == 1:
             return self.pattern.pool(self._element_scores(scorer, self.members[0]))
         sums = [m.pattern.pool(self._element_scores(scorer, m).float(), "sum") for m in self.members]
@@ -87,6 +97,11 @@ class Unit:
     @staticmethod
     def _element_scores(scorer: Scorer, member: Member) -> Tensor:
         return scorer.element_scores(hidden(member.module).detach(), member.masked.importance)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return math.prod(self.pattern.groups_shape(tuple(self.masked.mask.shape)))
 
     def kept(self) -> Tensor:
         """Return which groups are kept, one bool per group."""

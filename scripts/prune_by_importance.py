@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-
 import hf_sparse
-from hf_sparse.architectures import find_sub_blocks
-from hf_sparse.heads import heads
+from hf_sparse.data import load_split
+from hf_sparse.labelled import LabelledBatches
 from hf_sparse.loading import load_tokenizer, load_whole
 from hf_sparse.recipe_sections import DataSection
 
@@ -39,18 +38,16 @@ def main() -> None:
     section = DataSection(
         train=options.data, validation="none", text=options.text, label=options.label, train_samples=options.samples
     )
-    table = heads(options.model, section)
-    print(table)
-    model = load_whole(options.model)
-    attentions = [block for block in find_sub_blocks(model, "this script") if block.kind == "attention"]
-    for block, importance in zip(attentions, table.importance, strict=True):
-        for head in importance.argsort()[: int(options.gone * block.groups)].tolist():
-            with torch.no_grad():
-                block.output.weight[:, head * block.size : (head + 1) * block.size] = 0.0
-    hf_sparse.sparsify(model, hf_sparse.SparsityConfig(pattern="neuron", sparsity=options.gone))
+    model, tokenizer = load_whole(options.model), load_tokenizer(options.model)
+    groups: list[Any] = [
+        {"pattern": "head", "scorer": "head_importance", "sparsity": options.gone},
+        {"pattern": "neuron", "scorer": "magnitude", "sparsity": options.gone},
+    ]
+    batches = LabelledBatches(model, tokenizer, load_split(section, "train"), section)
+    hf_sparse.sparsify(model, hf_sparse.SparsityConfig(groups=groups), batches)
     hf_sparse.compact(model)
     model.save_pretrained(options.output)
-    load_tokenizer(options.model).save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
     print(f"{model.num_parameters():,} parameters in {options.output}")
 
 

@@ -43,12 +43,25 @@ def test_sparsify_prunes_every_group_in_its_own_way() -> None:
     assert (model[2].weight != 0).view(-1, 4).sum(1).tolist() == [2] * 32
 
 
-@pytest.mark.parametrize("scorer", ["movement", "soft_movement", "gradient", "taylor"])
+@pytest.mark.parametrize("scorer", ["movement", "soft_movement"])
 def test_sparsify_refuses_scorers_that_learn_and_leaves_the_model(scorer: str) -> None:
     model = two_layers()
     with pytest.raises(RecipeError, match=f"scorer '{scorer}' learns from training, so it cannot prune in one shot"):
         sparsify(model, SparsityConfig(targets="*", sparsity=0.5, scorer=scorer))
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("scorer", ["gradient", "taylor", "head_importance"])
+def test_sparsify_refuses_scorers_that_look_at_data_without_data(scorer: str) -> None:
+    model = two_layers()
+    with pytest.raises(RecipeError, match=f"scorer '{scorer}' looks at data"):
+        sparsify(model, SparsityConfig(targets="*", sparsity=0.5, scorer=scorer))
+    assert type(model[0]) is nn.Linear
+
+
+def test_sparsify_refuses_data_that_nothing_looks_at() -> None:
+    with pytest.raises(RecipeError, match="no scorer looks at data"):
+        sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5), [{"x": torch.ones(1)}])
 
 
 @pytest.mark.parametrize("pattern", ["element", "2:4"])

@@ -2,8 +2,9 @@
 
 from .base import Scorer
 from .gradient import Gradient, Taylor
+from .head_importance import HeadImportance
 from .magnitude import Magnitude
 from .movement import Movement, SoftMovement
 from .random import Random
 
-__all__ = ["Gradient", "Magnitude", "Movement", "Random", "Scorer", "SoftMovement", "Taylor"]
+__all__ = ["Gradient", "HeadImportance", "Magnitude", "Movement", "Random", "Scorer", "SoftMovement", "Taylor"]

@@ -22,6 +22,7 @@ class Scorer:
         learned: the scores are parameters, one per group, trained with the model (movement).
         observes: the scorer looks at the gradient of every step (`observe`) and keeps a tensor like the weight.
         penalized: the method adds a term to the loss (`penalty`).
+        measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
         learning_rate: of learned scores; their parameter group has no weight decay.
     """
 
@@ -29,6 +30,7 @@ class Scorer:
     learned: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     penalized: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     learning_rate: float = 0.0
 
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
