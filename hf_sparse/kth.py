@@ -8,7 +8,7 @@ other devices a stable sort is fast enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from .errors import SparsityError
 
 _SAMPLE = 1 << 14
 _SMALL = 1 << 15
+_ALL = (float("-inf"), float("inf"))
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -68,30 +69,8 @@ def refuse_nan(scores: Sequence[Tensor]) -> None:
         )
 
 
-def kth_highest(arrays: Sequence[Array], k: int) -> float:
-    """Return the k-th highest value over all arrays together.
-
-    Args:
-        arrays: 1-D floats.
-        k: rank, from 1 (the maximum) to the number of values.
-
-    Example:
-        >>> kth_highest([np.array([3.0, 1.0]), np.array([2.0])], 2)
-        2.0
-    """
-    total = sum(array.size for array in arrays)
-    if not 1 <= k <= total:
-        raise ValueError(f"k={k} is not between 1 and {total}")
-    if total > _SMALL:
-        low, high = _bracket(arrays, k, total)
-        above = sum(int(np.count_nonzero(array > high)) for array in arrays)
-        inside = np.concatenate([array[(array >= low) & (array <= high)] for array in arrays])
-        if above < k <= above + inside.size:
-            return low if low == high else _kth(inside, k - above)
-    return _kth(np.concatenate(arrays), k)
-
-
 def _kth(values: Array, k: int) -> float:
+    """Return the k-th highest value, k from 1 (the maximum) on."""
     rank = values.size - k
     return float(np.partition(values, rank)[rank])
 
@@ -114,16 +93,64 @@ def _bracket(arrays: Sequence[Array], k: int, total: int) -> tuple[float, float]
 
 def _on_cpu(flat: Sequence[Tensor], keep: int) -> tuple[list[Tensor], float]:
     arrays = [tensor.numpy() for tensor in flat]  # numpy compares and counts several times faster than torch here
-    cut = kth_highest(arrays, keep)
-    masks = [array > cut for array in arrays]
-    left = keep - sum(int(np.count_nonzero(mask)) for mask in masks)
-    for array, mask in zip(arrays, masks, strict=True):
-        if left <= 0:
+    total = sum(array.size for array in arrays)
+    low, high = _bracket(arrays, keep, total) if total > _SMALL else _ALL
+    masks, near, left = _split(arrays, keep, low, high)
+    if not 0 < left <= sum(int(np.count_nonzero(mask)) for mask in near):
+        low, high = _ALL
+        masks, near, left = _split(arrays, keep, low, high)
+    if low < high and sum(int(np.count_nonzero(mask)) for mask in near) > total // 8:
+        # Seldom but slow: very many scores are equal to the lower end, as those of dead neurons are.
+        inside = [np.greater(array > low, mask) for array, mask in zip(arrays, masks, strict=True)]
+        count = sum(int(np.count_nonzero(mask)) for mask in inside)
+        if left > count:
+            for mask, part, rest in zip(masks, inside, near, strict=True):
+                mask |= part
+                rest &= ~part
+            left, high = left - count, low
+        else:
+            near = inside
+    if low == high:
+        return _with_ties(masks, (np.flatnonzero(mask) for mask in near), left), low
+    # Few lie near the cut, so that all that follows looks at them alone.
+    places = [np.flatnonzero(mask) for mask in near]
+    values = [array[place] for array, place in zip(arrays, places, strict=True)]
+    cut = _cut(np.concatenate(values), left, low, high)
+    for mask, place, value in zip(masks, places, values, strict=True):
+        higher = place[value > cut]
+        mask[higher] = True
+        left -= higher.size
+    ties = (place[value == cut] for place, value in zip(places, values, strict=True))
+    return _with_ties(masks, ties, left), cut
+
+
+def _cut(values: Array, k: int, low: float, high: float) -> float:
+    """Return the k-th highest of values from low to high, many of which may be equal to one of the two.
+
+    A value that many scores have becomes an end of the bracket, and partitioning many equal values takes seconds.
+    """
+    highest = int(np.count_nonzero(values == high))
+    if k <= highest:
+        return high
+    between = values[(values > low) & (values < high)]
+    return _kth(between, k - highest) if k - highest <= between.size else low
+
+
+def _split(arrays: Sequence[Array], keep: int, low: float, high: float) -> tuple[list[Array], list[Array], int]:
+    """Return what lies above the bracket, what lies in it, and how many of these are to be kept."""
+    above = [array > high for array in arrays]
+    near = [np.greater(array >= low, mask) for array, mask in zip(arrays, above, strict=True)]
+    return above, near, keep - sum(int(np.count_nonzero(mask)) for mask in above)
+
+
+def _with_ties(masks: list[Array], ties: Iterable[Array], left: int) -> list[Tensor]:
+    """Keep the first `left` of the entries at the cut, array by array."""
+    for mask, places in zip(masks, ties, strict=True):
+        mask[places[:left]] = True
+        left -= min(left, places.size)
+        if not left:
             break
-        tied = np.flatnonzero(array == cut)[:left]
-        mask[tied] = True
-        left -= tied.size
-    return [torch.from_numpy(mask) for mask in masks], cut
+    return [torch.from_numpy(mask) for mask in masks]
 
 
 def _on_device(flat: Sequence[Tensor], keep: int) -> tuple[list[Tensor], float]:
