@@ -25,7 +25,7 @@ from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
 from .pruner import Plan, Pruner
 from .ranks import check_same_masks
-from .teacher import make_distiller
+from .teacher import check_cache, make_distiller
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +99,8 @@ class SparsityCallback(TrainerCallback):
             )
         assert self._terms is not None
         self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
+        if self._terms.distiller is not None:
+            check_cache(self._terms.distiller, trainer)
 
     def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Give learned scores their parameter group, and speak before the loggers do."""

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export."""
+"""The command line: hf-sparse train | teach | prune | compact | heads | convert | inspect | export."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the last complete checkpoint in the output folder"
     )
     train.set_defaults(command=_train)
+
+    teach = commands.add_parser("teach", help="write what a recipe's teacher says to every training example, once")
+    teach.add_argument("recipe", help="YAML file with a distillation section")
+    teach.add_argument("--output", metavar="DIR", help="folder for the cache; by default distillation.cache")
+    teach.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the logits on disk (fp32)")
+    teach.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE", help="as for train"
+    )
+    teach.set_defaults(command=_teach)
 
     prune = commands.add_parser("prune", help="remove weights of a model in one shot, without training")
     prune.add_argument("model", help="folder or Hub name")
@@ -152,6 +161,18 @@ def _train(options: argparse.Namespace) -> None:
         overrides.append(f"training.output_dir={json.dumps(options.output)}")
     result = run(Recipe.load(options.recipe, overrides), resume=options.resume)
     print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")
+
+
+def _teach(options: argparse.Namespace) -> None:
+    from .recipe import Recipe
+    from .teach import teach
+
+    recipe = Recipe.load(options.recipe, options.overrides)
+    output = options.output or (recipe.distillation and recipe.distillation.cache)
+    if output is None:
+        raise RecipeError("there is no folder for the cache: give --output DIR, or distillation.cache in the recipe")
+    count = teach(recipe, output, options.dtype)
+    print(f"Logits for {count} examples are in {output}; train with distillation.cache={output}")
 
 
 def _prune(options: argparse.Namespace) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
+from .examples import Examples
 from .losses import masked_mse, match_layers, soft_target_kl
 
 NOT_FOR_THE_TEACHER = ("labels", "start_positions", "end_positions", "num_items_in_batch", "return_loss")
@@ -17,11 +18,19 @@ _NEVER = -100  # label of a position that is not trained, everywhere in transfor
 _STACKS = ("", "encoder_", "decoder_")
 
 
+class Answers(Protocol):
+    """In place of a teacher: what it has said before."""
+
+    def look_up(self, examples: Examples) -> Mapping[str, Tensor]:
+        """Return the teacher's outputs for a batch, by name."""
+
+
 class Distiller:
     """Hold a frozen teacher and compute what the student is to learn from it.
 
     Args:
-        teacher: takes the same keyword arguments as the student and returns outputs with the same names.
+        teacher: takes the same keyword arguments as the student and returns outputs with the same names; or what it
+            has said before.
         config: weights of the terms, temperature, layer map.
         shifts_labels: whether the labels of a position are those of the next one (decoder-only language models).
         decoder_inputs: makes `decoder_input_ids` of labels, for encoder-decoders.
@@ -29,12 +38,12 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | Answers,
         config: DistillationConfig,
         shifts_labels: bool = False,
         decoder_inputs: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, nn.Module) else teacher
         self.config = config
         self.shifts_labels = shifts_labels
         self.decoder_inputs = decoder_inputs
@@ -50,13 +59,25 @@ class Distiller:
     @torch.no_grad()
     def ask(self, args: tuple[Any, ...], batch: Mapping[str, Any]) -> Any:
         """Return what the teacher says to a batch, without its loss."""
+        if not isinstance(self.teacher, nn.Module):
+            if args:
+                raise SparsityError("a cached teacher needs inputs by name, as in model(input_ids=...)")
+            return self.teacher.look_up(self.examples(batch))
+        inputs = self._inputs(batch)
+        if self.decoder_inputs is not None or self.shifts_labels:
+            inputs["use_cache"] = False  # for generating only, and large
+        return self.teacher(*args, **{**inputs, **self.wanted()})
+
+    def examples(self, batch: Mapping[str, Any]) -> Examples:
+        """Return the examples of a batch, as the teacher sees them."""
+        return Examples(self._inputs(batch), batch.get("labels"), self.decoder_inputs is not None)
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_TEACHER}
         labels = batch.get("labels")
         if self.decoder_inputs is not None and inputs.get("decoder_input_ids") is None and labels is not None:
             inputs["decoder_input_ids"] = self.decoder_inputs(labels)
-        if self.decoder_inputs is not None or self.shifts_labels:
-            inputs["use_cache"] = False  # for generating only, and large
-        return self.teacher(*args, **{**inputs, **self.wanted()})
+        return inputs
 
     def loss(self, student: Mapping[str, Any], args: tuple[Any, ...], batch: Mapping[str, Any], share: float) -> Tensor:
         """Return the weighted sum of the terms for one batch.

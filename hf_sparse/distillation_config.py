@@ -26,6 +26,8 @@ class DistillationConfig:
         logits_weight: of the soft targets, `losses.soft_target_kl`.
         hidden_weight: of the distance of hidden states, `losses.masked_mse`; teacher and student need the same width.
         attention_weight: of the distance of attention maps (TinyBERT); needs attn_implementation="eager".
+        cache: folder with the teacher's logits, written by `hf-sparse teach`; training reads them and does not run the
+            teacher. Only logits can be cached.
         layer_map: "uniform" spreads the student's layers over the teacher's; "dynamic" matches them anew at each step
             (CoFi); or a list of pairs [student layer, teacher layer], counted from 0.
 
@@ -48,6 +50,7 @@ class DistillationConfig:
     logits_weight: float = 0.9
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
+    cache: str | None = None
     layer_map: str | Sequence[Sequence[int]] = "uniform"
 
     def __post_init__(self) -> None:
@@ -65,11 +68,22 @@ class DistillationConfig:
             raise RecipeError("distillation: temperature is above 0, not 0")
         if not (self.logits_weight or self.hidden_weight or self.attention_weight):
             raise RecipeError("distillation: all weights of the teacher are 0, so nothing would be learned from it")
+        if self.cache is not None:
+            self._check_cache()
         if not isinstance(self.layer_map, str):
             object.__setattr__(self, "layer_map", _as_pairs(self.layer_map))
         elif self.layer_map not in ("uniform", "dynamic"):
             raise RecipeError(
                 f"distillation: layer_map is 'uniform', 'dynamic' or a list of pairs, not {self.layer_map!r}"
+            )
+
+    def _check_cache(self) -> None:
+        if not isinstance(self.cache, str) or not self.cache:
+            raise RecipeError(f"distillation: cache is the folder that `hf-sparse teach` wrote, not {self.cache!r}")
+        if self.hidden_weight or self.attention_weight:
+            raise RecipeError(
+                "distillation: a cache holds the teacher's logits alone, but hidden_weight or attention_weight asks "
+                "for more. Set both to 0, or leave cache out and let the teacher run beside the model"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -102,9 +102,10 @@ class LossTerms:
         assert self.distiller is not None
         self.refuse_if(not isinstance(outputs, dict), "the model returns a tuple, whose parts have no names")
         teacher = self.distiller.teacher
-        device, own = self._loss_of(outputs).device, next(teacher.parameters(), None)
-        if own is not None and own.device != device:
-            teacher.to(device)
+        if isinstance(teacher, nn.Module):
+            device, own = self._loss_of(outputs).device, next(teacher.parameters(), None)
+            if own is not None and own.device != device:
+                teacher.to(device)
         return self.distiller.loss(outputs, args, kwargs, share)
 
     def _loss_of(self, outputs: Any) -> Tensor:

@@ -134,6 +134,8 @@ metric, freeze, sparsity, distillation, training, seed.
         taught = self.distillation
         if taught is not None and taught.teacher != "self":
             taught = dataclasses.replace(taught, teacher=_locate(taught.teacher, folder) or taught.teacher)
+        if taught is not None and taught.cache is not None:
+            taught = dataclasses.replace(taught, cache=_locate(taught.cache, folder) or taught.cache)
         model = dataclasses.replace(self.model, name=name)
         return dataclasses.replace(self, model=model, data=data, distillation=taught)
 

@@ -96,12 +96,10 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     callbacks: list[TrainerCallback] = [timer]
     if recipe.sparsity is not None:
         callbacks.append(SparsityCallback(recipe.sparsity, distillation=recipe.distillation))
-    writes = recipe.model.predicts == "text"
-    collator = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
-    trainer = (Seq2SeqTrainer if writes else Trainer)(
+    trainer = (Seq2SeqTrainer if recipe.model.predicts == "text" else Trainer)(
         model=model,
         args=arguments,
-        data_collator=collator,
+        data_collator=collator_for(recipe, tokenizer, model),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -128,6 +126,13 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
         report = report_text(recipe, texts, result, inspect(output))
         (output / "report.md").write_text(report, encoding="utf-8")
     return result
+
+
+def collator_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+    """Return what makes padded batches of tokenized texts."""
+    if recipe.model.predicts == "text":
+        return DataCollatorForSeq2Seq(tokenizer, model)
+    return DataCollatorWithPadding(tokenizer)
 
 
 def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, cast
 
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .distillation import Distiller, fixed_pairs
 from .distillation_config import DistillationConfig
 from .errors import RecipeError
 from .loading import load_whole
+from .teacher_cache import TeacherCache, batches_of
 
 
 def make_distiller(student: PreTrainedModel, config: DistillationConfig, teacher: nn.Module | None = None) -> Distiller:
@@ -25,15 +27,36 @@ def make_distiller(student: PreTrainedModel, config: DistillationConfig, teacher
 
     Raises:
         RecipeError: if the teacher cannot be loaded, or cannot teach this student.
+        CheckpointError: if there is a cache, but of another teacher.
     """
     if teacher is None:
-        teacher = copy.deepcopy(student) if config.teacher == "self" else _loaded(config)
+        # With a cache nothing trains beside the model: it is looked at for its fingerprint, and let go.
+        own = student if config.cache is not None else copy.deepcopy(student)
+        teacher = own if config.teacher == "self" else _loaded(config)
     _check(student, teacher, config)
+    answers = teacher if config.cache is None else TeacherCache.open(config.cache, teacher)
     writes = bool(getattr(student.config, "is_encoder_decoder", False))
     # As the Trainer decides it: decoder-only models are trained on the next label.
     shifts = LOSS_MAPPING.get(str(getattr(student, "loss_type", None))) is ForCausalLMLoss and not writes
     decoder_inputs = getattr(student, "prepare_decoder_input_ids_from_labels", None) if writes else None
-    return Distiller(teacher, config, shifts_labels=shifts, decoder_inputs=decoder_inputs)
+    return Distiller(answers, config, shifts_labels=shifts, decoder_inputs=decoder_inputs)
+
+
+def check_cache(distiller: Distiller, trainer: Trainer) -> None:
+    """Check a cached teacher against the tokenizer and the data of a Trainer; without a cache, do nothing.
+
+    Raises:
+        CheckpointError: if it was made with others.
+    """
+    cache, data = distiller.teacher, trainer.train_dataset
+    if not isinstance(cache, TeacherCache):
+        return
+    cache.check(trainer.processing_class, None)
+    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        return  # a stream: each example is looked for when it comes
+    accepted = inspect.signature(trainer.model.forward).parameters
+    batches = batches_of(data, trainer.data_collator, accepted, trainer.args.eval_batch_size)
+    cache.check(None, (key for batch in batches for key in distiller.examples(batch).names()))
 
 
 def _loaded(config: DistillationConfig) -> PreTrainedModel:

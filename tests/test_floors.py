@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
     1: "budget codecs kth latency losses patterns schedules scorers selection",
-    2: "architectures compaction distillation importance masking measuring pruner ranks report targets units zeros",
+    2: "architectures compaction distillation examples importance masking measuring pruner ranks report targets "
+    "units zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "adapters callback checkpoint convert filling export export_inputs export_targets inspection loading "
-    "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config "
-    "teacher",
-    5: "__main__ cli data heads labelled metrics prune recipe recipe_sections recipe_text run text_metrics",
+    4: "adapters callback checkpoint convert export export_inputs export_targets filling inspection loading "
+    "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
+    "teacher_cache",
+    5: "__main__ cli data heads labelled metrics prune recipe recipe_sections recipe_text run teach text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
