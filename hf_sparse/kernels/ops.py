@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import fallback
+from .library import ACTIVATIONS, library
 from .packing import PackedWeight, check_layout
-
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
-"""What can follow a product inside an operator; `gelu` is the exact one, with erf."""
 
 _WEIGHT = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor? {0}bias"
 _library = torch.library.Library("hf_sparse", "DEF")
@@ -125,10 +123,18 @@ def _check(x: Tensor, activation: str, *weights: Weight) -> None:
             raise BackendError(f"a bias {tuple(bias.shape)} in {bias.dtype} for {out_features} outputs")
 
 
+def _native(x: Tensor, *weights: Weight) -> bool:
+    """Say whether the C++ kernels take these: fp32 on the CPU, sizes that their int32 holds."""
+    return x.dtype == torch.float32 and all(
+        part.is_cpu for part in (x, *(part for weight in weights for part in weight[:4] if part is not None))
+    )
+
+
 def _linear(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
     weight = (values, columns, pointers, bias, rows, out_features, in_features)
     _check(x, activation, weight)
-    return fallback.linear(x, weight, activation)
+    native = library() if _native(x, weight) else None
+    return native.linear(x, weight, activation) if native else fallback.linear(x, weight, activation)
 
 
 def _linear_fake(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
@@ -148,7 +154,8 @@ def _ffn(x, *arguments):  # type: ignore[no-untyped-def]
     *parts, activation = arguments
     weights = _ffn_weights(tuple(parts))
     _check(x, activation, *weights)
-    return fallback.ffn(x, weights, activation)
+    native = library() if _native(x, *weights) else None
+    return native.ffn(x, weights, activation) if native else fallback.ffn(x, weights, activation)
 
 
 def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
@@ -157,6 +164,8 @@ def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
     _check(x, activation, *weights)
     return x.new_empty((*x.shape[:-1], weights[-1][5]))
 
+
+library()  # now: a process that forks later is then known to have done so
 
 for _name, _run, _fake in (
     ("sparse_linear", _linear, _linear_fake),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 CHUNK = 128
-"""Columns a chunk: with 64 tokens of fp32 this is 32 KiB, a usual first cache; at most 256, so that a byte can say it."""
+"""Columns a chunk: with 64 tokens of fp32 they fill a first cache of 32 KiB; at most 256, so that a byte can say it."""
 
 ROWS = (1, 2, 4, 8, 16)
 """Heights of a block that the products know."""
@@ -27,7 +27,7 @@ class PackedWeight:
     Shapes:
         values: (blocks, rows), fp32.
         columns: (blocks,), uint8, inside the chunk of the block; ascending within a group.
-        pointers: (chunks, groups + 1), int32: blocks `pointers[c, g]` to `pointers[c, g + 1]` belong to chunk c, group g.
+        pointers: (chunks, groups + 1), int32: chunk c and group g have the blocks from [c, g] to [c, g + 1].
 
     Raises:
         BackendError: the tensors do not fit together.
