@@ -71,12 +71,21 @@ class NM(Codec):
         return {}, {"": source.values(index), "_positions": torch.from_numpy(pack_bits(bits))}
 
     def decode(self, entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
-        values = as_bits(parts[""]).view(-1, self.n)
+        values, positions = self.groups(entry, {**parts, "": as_bits(parts[""])})
+        groups = torch.zeros(entry.numel // self.m, self.m, dtype=values.dtype)
+        return groups.scatter_(1, torch.from_numpy(positions.astype(np.int64)), values).view(-1)
+
+    def groups(self, entry: TensorEntry, parts: Mapping[str, Tensor]) -> tuple[Tensor, Array]:
+        """Return the n values of each group, and the place of each among its m; places ascend.
+
+        Raises:
+            CheckpointError: if they do not.
+        """
+        values = parts[""].view(-1, self.n)
         positions = self._positions(parts["_positions"].numpy(), values.numel())
         if (positions >= self.m).any() or (positions[:, 1:] <= positions[:, :-1]).any():
             raise CheckpointError(f"the positions in a group of {self.m} are not in ascending order")
-        groups = torch.zeros(entry.numel // self.m, self.m, dtype=values.dtype)
-        return groups.scatter_(1, torch.from_numpy(positions.astype(np.int64)), values).view(-1)
+        return values, positions
 
     def _positions(self, packed: Array, count: int) -> Array:
         bits = unpack_bits(packed, count * self._width, "the positions").view(np.uint8).reshape(count, self._width)
