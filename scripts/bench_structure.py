@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import bench_structure_beside as beside
+import bench_structure_beside as beside  # type: ignore[import-not-found]  # beside it, for Python; mypy: scripts.
 import torch
 import transformers
 from torch import nn

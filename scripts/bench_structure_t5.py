@@ -48,8 +48,13 @@ LENGTH, STEPS = 128, 32
 def dense_model(shape: str) -> Any:
     """Return a T5 with random weights; it never ends a text by itself before it is asked to."""
     torch.manual_seed(0)
-    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    config = T5Config(**SHAPES[shape], **tokens, feed_forward_proj="relu", attn_implementation="sdpa")
+    rest: dict[str, Any] = {
+        "attn_implementation": "sdpa",
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    config = T5Config(**SHAPES[shape], **rest, feed_forward_proj="relu")
     return T5ForConditionalGeneration(config).eval()
 
 
