@@ -5,13 +5,19 @@
 Weights are random, and so are the heads and neurons that go (the same share in every layer, different ones in each). In
 each round the dense and the compacted model run in turn, in an order that turns from round to round; the ratio of the
 two is taken in each round, so that what else the machine does falls on both. `achieved` is the speed-up divided by the
-reciprocal of the share of multiplications that is left: 1 = all that could be had by doing less.
+reciprocal of the share of multiplications that is left: 1 = all that could be had by doing less. It is given twice:
+`same mode`, over the dense model in the same mode (compiled over compiled), and `over plain`, over the dense model that
+is not compiled, which for the mode compiled has what compiling gives in it.
+
+With --beside, in the modes that are not compiled: torch-pruning's result with the same survivors, and the dense model
+under ONNX Runtime, in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
@@ -21,12 +27,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import bench_structure_beside as beside  # type: ignore[import-not-found]  # beside it, for Python; mypy: scripts.
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertModel
 
 import hf_sparse
+from hf_sparse.edits import Edits
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -36,16 +44,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 MODES = ("eager", "sdpa", "compiled")
 
 
-def models(shape: str, gone: float, implementation: str) -> tuple[Any, Any]:
-    """Return a dense model and the same without this share of its heads and neurons."""
+def models(shape: str, gone: float, implementation: str) -> tuple[Any, Any, Edits]:
+    """Return a dense model, the same without this share of its heads and neurons, and what was cut."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {**SHAPES[shape], "vocab_size": 1000, "attn_implementation": implementation}
     dense = BertModel(BertConfig(**sizes), add_pooling_layer=False).eval()
     small = copy.deepcopy(dense)
     groups = [{"pattern": pattern, "sparsity": gone, "scorer": "magnitude"} for pattern in ("head", "neuron")]
     hf_sparse.sparsify(small, hf_sparse.SparsityConfig(groups=groups))
-    hf_sparse.compact(small)
-    return dense, small
+    return dense, small, hf_sparse.compact(small)
 
 
 def multiplications(model: nn.Module, batch: int, length: int) -> int:
@@ -58,51 +65,74 @@ def multiplications(model: nn.Module, batch: int, length: int) -> int:
     return count
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
+def seconds(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
     """Return the time of one call, the mean over some."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 @torch.inference_mode()
-def compare(dense: nn.Module, small: nn.Module, ids: Tensor, rounds: int, repeats: int) -> list[tuple[float, float]]:
-    """Return the times of both in each round."""
-    runs = {"dense": lambda: dense(input_ids=ids), "small": lambda: small(input_ids=ids)}
+def compare(
+    runs: dict[str, Callable[[], Any]], rounds: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return the times of all, one for each round."""
     for run in runs.values():
-        seconds(run, 2)
-    pairs = []
+        seconds(run, 2, clock)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for number in range(rounds):
-        order = ("dense", "small") if number % 2 == 0 else ("small", "dense")
-        times = {name: seconds(runs[name], repeats) for name in order}
-        pairs.append((times["dense"], times["small"]))
-    return pairs
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(seconds(runs[name], repeats, clock))
+    return times
+
+
+def quartiles(dense: list[float], other: list[float]) -> list[float]:
+    """Return the quartiles of the speed-ups of the rounds."""
+    ratios = [big / little for big, little in zip(dense, other, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
 def measure(options: argparse.Namespace, gone: float, mode: str, threads: int, shape: str) -> dict[str, Any]:
     """Return the figures of one case."""
     batch, length = (int(side) for side in shape.split("x"))
     torch.set_num_threads(threads)
-    dense, small = models(options.model_shape, gone, "eager" if mode == "eager" else "sdpa")
+    dense, small, edits = models(options.model_shape, gone, "eager" if mode == "eager" else "sdpa")
     left = multiplications(small, batch, length) / multiplications(dense, batch, length)
+    ids = torch.randint(0, 1000, (batch, length))
+    called = {"dense": dense, "small": small}
     if mode == "compiled":
         torch.compiler.reset()
-        dense, small = torch.compile(dense), torch.compile(small)
-    ids = torch.randint(0, 1000, (batch, length))
-    pairs = compare(dense, small, ids, options.rounds, options.repeats)
-    ratios = sorted(big / little for big, little in pairs)
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        called = {"dense": torch.compile(dense), "small": torch.compile(small), "plain": dense}
+    elif options.beside and (pruned := beside.torch_pruned(dense, edits)) is not None:
+        called["torch-pruning"] = pruned
+    runs: dict[str, Callable[[], Any]] = {
+        name: functools.partial(model, input_ids=ids) for name, model in called.items()
+    }
+    if mode != "compiled" and options.beside and (onnx := beside.onnx_run(dense, ids, threads)) is not None:
+        runs["onnxruntime dense"] = onnx
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    times = compare(runs, options.rounds, options.repeats, clock)
+    speed_ups = {
+        "same mode": quartiles(times["dense"], times["small"]),
+        "over plain": quartiles(times.get("plain", times["dense"]), times["small"]),
+    }
     return {
         "gone": gone,
         "mode": mode,
         "threads": threads,
         "shape": shape,
-        "milliseconds_dense": 1e3 * statistics.median(big for big, _ in pairs),
-        "milliseconds_small": 1e3 * statistics.median(little for _, little in pairs),
+        "milliseconds": {name: 1e3 * statistics.median(own) for name, own in times.items()},
         "share_of_multiplications": left,
-        "speed_up": [low, middle, high],
-        "achieved": [low * left, middle * left, high * left],
+        "speed_up": speed_ups,
+        "achieved": {name: [value * left for value in values] for name, values in speed_ups.items()},
+        "beside": {
+            name: quartiles(times["dense"], own)
+            for name, own in times.items()
+            if name not in ("dense", "small", "plain")
+        },
     }
 
 
@@ -116,10 +146,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128"], help="batch x tokens")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=3, help="calls per model and round")
+    parser.add_argument("--beside", action="store_true", help="measure torch-pruning and ONNX Runtime too")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of one thread, on a busy machine"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else")
     options = parser.parse_args()
     if min(options.rounds, options.repeats, *options.threads) < 1:
         parser.error("--rounds, --repeats and --threads are at least 1")
+    if options.clock == "cpu" and max(options.threads) > 1:
+        parser.error("--clock cpu is for --threads 1: the time of two threads has their waiting in it")
     return options
 
 
@@ -136,19 +172,24 @@ def main() -> None:
     ]
     if not options.json:
         print(f"{options.model_shape}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-        print(f"{'mode':9}{'threads':>8}{'shape':>8}{'gone':>6}{'dense ms':>10}{'small ms':>10}{'speed-up':>10}"
-              f"{'by count':>10}{'achieved':>10}{'quartiles':>14}")  # fmt: skip
+        if options.beside and (lines := beside.missing()):
+            print(*lines, sep="\n", end="\n\n")
+        print("| mode | threads | shape | gone | dense ms | small ms | by count | same mode: speed-up | achieved "
+              "(quartiles) | over plain: achieved (quartiles) | beside: speed-up (quartiles) |")  # fmt: skip
+        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|")
     figures = []
     for case in cases:
         found = measure(options, *case)
         figures.append(found)
         if options.json:
             continue
-        low, middle, high = found["achieved"]
+        achieved = [f"{middle:.3f} ({low:.3f}-{high:.3f})" for low, middle, high in found["achieved"].values()]
+        others = [f"{name} {mid:.2f} ({low:.2f}-{high:.2f})" for name, (low, mid, high) in found["beside"].items()]
         print(
-            f"{found['mode']:9}{found['threads']:8}{found['shape']:>8}{found['gone']:6.2f}"
-            f"{found['milliseconds_dense']:10.1f}{found['milliseconds_small']:10.1f}{found['speed_up'][1]:10.2f}"
-            f"{1 / found['share_of_multiplications']:10.2f}{middle:10.3f}{f'{low:.3f}-{high:.3f}':>14}",
+            f"| {found['mode']} | {found['threads']} | {found['shape']} | {found['gone']:.2f} "
+            f"| {found['milliseconds']['dense']:.1f} | {found['milliseconds']['small']:.1f} "
+            f"| {1 / found['share_of_multiplications']:.2f} | {found['speed_up']['same mode'][1]:.2f} "
+            f"| {achieved[0]} | {achieved[1]} | {', '.join(others)} |",
             flush=True,
         )
     if options.json:
