@@ -1,6 +1,6 @@
 """Time the sparse products against torch's dense ones: interleaved, as the median of ratios with their quartiles.
 
-With one thread it is the time of the processor that counts, so that other programs disturb less; else that of the clock.
+With one thread the time of the processor counts, so that other programs disturb less; else that of the clock.
 
     python scripts/bench_kernels.py --threads 1 --tokens 128 --isa avx2
 

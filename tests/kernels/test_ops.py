@@ -19,7 +19,7 @@ WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    chosen = None if request.param == "torch" else Library(NATIVE.path, request.param)
+    chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
     monkeypatch.setattr(ops, "library", lambda: chosen)
     return request.param
 
@@ -249,8 +249,8 @@ def test_two_threads_at_once(way):
 @pytest.mark.timeout(30)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_fork_after_use_does_not_hang():
-    packed, x = pack(sparse(200, 300, 0.8)), torch.randn(150, 300)
-    native = Library(NATIVE.path)
+    assert NATIVE is not None
+    packed, x, native = pack(sparse(200, 300, 0.8)), torch.randn(150, 300), NATIVE
     weight = (*arguments(packed, x, None)[1:],)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
