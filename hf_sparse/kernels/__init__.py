@@ -1,0 +1,21 @@
+"""Sparse products for inference as torch operators: C++ on the CPU where the library is built, plain torch elsewhere.
+
+Example:
+    >>> import torch
+    >>> from hf_sparse.kernels import pack, unpack
+    >>> weight = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    >>> packed = pack(weight)
+    >>> torch.equal(unpack(packed), weight)
+    True
+    >>> from hf_sparse.kernels.ops import linear
+    >>> linear(torch.tensor([[1.0, 1.0, 1.0]]), packed)
+    tensor([[3., 3.]])
+"""
+
+from __future__ import annotations
+
+from . import ops  # registers the operators
+from .library import LibraryStatus, library_status
+from .packing import PackedWeight, pack, unpack
+
+__all__ = ["LibraryStatus", "PackedWeight", "library_status", "ops", "pack", "unpack"]

@@ -1,0 +1,98 @@
+"""Build the C++ kernels: `python -m hf_sparse.kernels.build` in a source tree; setup.py calls `build` on install.
+
+Standard library only, and no import from the package: setup.py runs this file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+TARGET = Path(__file__).parent / "_cpu.so"
+LOG = Path(__file__).parent / "_cpu.log"
+"""Why the last build gave no library; gone where it gave one."""
+
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-exceptions -fno-rtti -Wall".split()
+X86_KERNELS = {
+    "avx512": ("kAvx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
+    "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),
+}
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed."""
+
+
+def find_compiler() -> list[str]:
+    """Give the command of the C++ compiler: `CXX` where it is set, else g++, clang++ or c++."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler: looked for {wanted or 'g++, clang++, c++'}; install one, or name it in CXX")
+
+
+def build(target: Path = TARGET, extra: tuple[str, ...] = (), link: tuple[str, ...] = ()) -> Path:
+    """Compile csrc into one shared library.
+
+    Args:
+        extra: more flags for every file and for the linker, such as those of a sanitizer.
+        link: more for the linker alone.
+
+    Raises:
+        BuildError: no compiler, or it failed; with what it said.
+    """
+    compiler = find_compiler()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    neon = platform.machine().lower() in ("aarch64", "arm64")
+    flags = [*FLAGS, *extra, *(["-DHF_SPARSE_X86"] if x86 else [])]
+    kernels = {"neon" if neon else "portable": ("kPortable", 16, []), **(X86_KERNELS if x86 else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for name, (table, width, instructions) in kernels.items():
+            objects.append(f"{folder}/{name}.o")
+            defines = [f"-DHF_SPARSE_KERNELS={table}", f"-DHF_SPARSE_NAME={name}", f"-DHF_SPARSE_BYTES={width}"]
+            defines.append(f"-DHF_SPARSE_NEON={int(neon)}")
+            source = str(SOURCES / "kernels.cpp")
+            _run([*compiler, *flags, *instructions, *defines, "-c", source, "-o", objects[-1]])
+        source, dispatch, made = str(SOURCES / "dispatch.cpp"), f"{folder}/dispatch.o", f"{folder}/library.so"
+        try:
+            _run([*compiler, *flags, "-fopenmp", "-c", source, "-o", dispatch])
+            _run([*compiler, *extra, "-fopenmp", "-shared", *objects, dispatch, *link, "-o", made])
+        except BuildError:  # Apple's compiler has no OpenMP: one thread
+            _run([*compiler, *flags, "-c", source, "-o", dispatch])
+            _run([*compiler, *extra, "-shared", *objects, dispatch, *link, "-o", made])
+        # Beside the target first, then renamed: a process that has the old file mapped keeps it.
+        beside = target.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copyfile(made, beside)
+        beside.replace(target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (the compiler)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+
+
+def main() -> int:
+    """Build in place; say where the library is, or why there is none."""
+    try:
+        print(f"built {build()}")  # noqa: T201 (a program)
+    except (BuildError, OSError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    LOG.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+// The C interface: chooses the instruction set, checks pointers, cuts the work into tiles, shares it among threads.
+#include <stdlib.h>
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+#include "kernels.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace hf_sparse {
+namespace {
+
+enum Result : int { kOk, kBadPointers, kNoMemory, kBadArgument };
+
+const Kernels* const kAll[] = {
+#ifdef HF_SPARSE_X86
+    &kAvx512, &kAvx2,
+#endif
+    &kPortable};
+constexpr int kCount = sizeof(kAll) / sizeof(kAll[0]);
+
+bool runs_here(const Kernels* kernels) {
+#ifdef HF_SPARSE_X86
+  __builtin_cpu_init();
+  if (kernels == &kAvx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return kernels == &kPortable;
+}
+
+// GNU's OpenMP hangs in a forked child whose parent has used it: the child has the pool's records, not its threads.
+bool forked = false;
+#ifndef _WIN32
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+// Memory that a thread keeps between calls: fresh pages would cost more than some products.
+struct Scratch {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { free(data); }
+  float* take(int64_t floats) {
+    if (floats > size) {
+      free(data);
+      size = (floats + 1023) / 1024 * 1024;
+      data = static_cast<float*>(aligned_alloc(64, size * sizeof(float)));
+      if (!data) size = 0;
+      for (int64_t i = 0; i < size; i++) data[i] = 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch inputs, outputs, gates, hiddens;
+
+// Pointers that run backwards or past the blocks would read outside; columns cannot (see padded_inputs).
+bool sound(const Weight& w) {
+  if (w.chunk < 1 || w.chunk > 256 || w.out_features < 0 || w.in_features < 0 || w.blocks < 0) return false;
+  if (w.rows != 1 && w.rows != 2 && w.rows != 4 && w.rows != 8 && w.rows != 16) return false;
+  const int64_t count = groups(w);
+  for (int64_t c = 0; c < chunks(w); c++) {
+    const int32_t* p = w.pointers + c * (count + 1);
+    int32_t backwards = p[0] < 0;
+    for (int64_t g = 0; g < count; g++) backwards |= p[g + 1] < p[g];
+    if (backwards || p[count] > w.blocks) return false;
+  }
+  return true;
+}
+
+int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+template <typename Work>
+void share(int64_t count, int threads, const Work& work) {
+  if (threads <= 1 || count <= 1 || forked) {
+    for (int64_t i = 0; i < count; i++) work(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t i = 0; i < count; i++) work(i);
+}
+
+// Tokens a tile: as wide as the registers allow, but no wider than there are tokens for, and a tile for each thread.
+int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
+  int64_t each = threads > 1 ? (tokens + threads - 1) / threads : tokens;
+  if (each < k.lanes) each = k.lanes;
+  const int64_t tiles = (each + widest - 1) / widest;
+  const int64_t width = up((each + tiles - 1) / tiles, k.lanes);
+  return int(width < widest ? width : widest);
+}
+
+int smaller(int a, int b) { return a < b ? a : b; }
+
+int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
+  const bool few = w.rows >= 4 && tokens * (w.rows >= k.lanes ? w.rows / k.lanes : 1) < w.rows;
+  const int tile = few ? 1 : tile_width(k, k.widest(w.rows), tokens, threads);
+  const int64_t tiles = (tokens + tile - 1) / tile, count = groups(w);
+  // Where there are fewer tiles than threads, each tile's outputs are cut as well.
+  const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
+  bool failed = false;
+  share(tiles * cuts, threads, [&](int64_t i) {
+    const int64_t start = i / cuts * tile, first = count * (i % cuts) / cuts, last = count * (i % cuts + 1) / cuts;
+    const int here = int(tokens - start < tile ? tokens - start : tile);
+    float* in = inputs.take(padded_inputs(w) * tile);
+    float* out = outputs.take(count * w.rows * tile);
+    if (!in || !out) {
+      failed = true;
+      return;
+    }
+    const int64_t begin = first * w.rows, end = last * w.rows < w.out_features ? last * w.rows : w.out_features;
+    if (few) {
+      for (int64_t j = 0; j < w.in_features; j++) in[j] = x[start * w.in_features + j];
+      k.vector(w, in, out, first, last, act);
+      for (int64_t j = begin; j < end; j++) y[start * w.out_features + j] = out[j];
+      return;
+    }
+    k.gather(x + start * w.in_features, w.in_features, here, w.in_features, tile, in);
+    k.product(w, in, out, tile, first, last, act);
+    k.scatter(out + begin * tile, tile, end - begin, here, y + start * w.out_features + begin, w.out_features);
+  });
+  return failed ? kNoMemory : kOk;
+}
+
+}  // namespace
+}  // namespace hf_sparse
+
+using namespace hf_sparse;
+
+// The name of the instruction set at this place, best first; null where this processor lacks it, "" past the last.
+EXPORT const char* hf_sparse_isa(int place) {
+  if (place < 0 || place >= kCount) return "";
+  return runs_here(kAll[place]) ? kAll[place]->name : nullptr;
+}
+
+// y = activation(x w^T + bias); x is tokens x in_features, y tokens x out_features, both dense.
+EXPORT int hf_sparse_linear(int isa, const Weight* w, const float* x, float* y, int64_t tokens, int32_t activation,
+                            int32_t threads) {
+  if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || tokens < 0) return kBadArgument;
+  if (!sound(*w)) return kBadPointers;
+  if (tokens == 0 || w->out_features == 0) return kOk;
+  return linear(*kAll[isa], *w, x, y, tokens, Activation(activation), threads);
+}
+
+// y = (activation(x first^T + bias) [* (x second^T + bias)]) down^T + bias; second may be null.
+EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, const Weight* down, const float* x,
+                         float* y, int64_t tokens, int32_t activation, int32_t threads) {
+  if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || tokens < 0) return kBadArgument;
+  if (!sound(*first) || (second && !sound(*second)) || !sound(*down)) return kBadPointers;
+  if (down->in_features != first->out_features) return kBadArgument;
+  if (second && (second->out_features != first->out_features || second->in_features != first->in_features))
+    return kBadArgument;
+  if (tokens == 0 || down->out_features == 0) return kOk;
+  const Kernels& k = *kAll[isa];
+  const Activation act = Activation(activation);
+  const int64_t inner = first->in_features, hidden = first->out_features;
+  // With fewer tokens than a tile and several threads, or one token, each product is shared out by outputs instead.
+  if (tokens < k.lanes || (threads > 1 && tokens < int64_t(k.lanes) * threads)) {
+    float* h = hiddens.take(2 * up(tokens * hidden, k.lanes));
+    if (!h) return kNoMemory;
+    float* other = h + up(tokens * hidden, k.lanes);
+    int result = hidden ? linear(k, *first, x, h, tokens, act, threads) : kOk;
+    if (second && hidden && result == kOk) {
+      result = linear(k, *second, x, other, tokens, kNone, threads);
+      if (result == kOk) k.multiply(h, other, up(tokens * hidden, k.lanes));
+    }
+    return result == kOk ? linear(k, *down, h, y, tokens, kNone, threads) : result;
+  }
+  int widest = smaller(k.widest(first->rows), k.widest(down->rows));
+  if (second) widest = smaller(widest, k.widest(second->rows));
+  const int tile = tile_width(k, widest, tokens, threads);
+  bool failed = false;
+  share((tokens + tile - 1) / tile, threads, [&](int64_t i) {
+    const int64_t start = i * tile;
+    const int here = int(tokens - start < tile ? tokens - start : tile);
+    const int64_t inputs_room = padded_inputs(second && second->chunk > first->chunk ? *second : *first);
+    const int64_t outs = groups(*first) * first->rows, seconds = second ? groups(*second) * second->rows : 0;
+    const int64_t room = padded_inputs(*down) + 16;
+    float* in = inputs.take(inputs_room * tile);
+    float* h = hiddens.take((outs > room ? outs : room) * tile);
+    float* other = second ? gates.take(seconds * tile) : nullptr;
+    float* out = outputs.take(groups(*down) * down->rows * tile);
+    if (!in || !h || !out || (second && !other)) {
+      failed = true;
+      return;
+    }
+    k.gather(x + start * inner, inner, here, inner, tile, in);
+    k.product(*first, in, h, tile, 0, groups(*first), act);
+    if (second) {
+      k.product(*second, in, other, tile, 0, groups(*second), kNone);
+      k.multiply(h, other, hidden * tile);
+    }
+    k.product(*down, h, out, tile, 0, groups(*down), kNone);
+    k.scatter(out, tile, down->out_features, here, y + start * down->out_features, down->out_features);
+  });
+  return failed ? kNoMemory : kOk;
+}

@@ -1,0 +1,290 @@
+// The products for one instruction set. Built once per set, with its compiler flags and
+//   -DHF_SPARSE_KERNELS=<name of the table in kernels.h>  -DHF_SPARSE_BYTES=<bytes of a vector register>
+// in vector extensions of GCC and Clang, which any target has. Everything but the table is local to the file, and no
+// header with inline functions is used: the linker must never take the AVX-512 copy of a shared function for all.
+#include "kernels.h"
+
+namespace hf_sparse {
+namespace {
+
+constexpr int kLanes = HF_SPARSE_BYTES / 4;
+constexpr bool kManyRegisters = HF_SPARSE_BYTES == 64 || HF_SPARSE_NEON;  // 32 registers, not 16
+
+typedef float Vec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
+typedef float LooseVec __attribute__((vector_size(HF_SPARSE_BYTES), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IntQuad __attribute__((vector_size(16)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vec splat(float value) { return value - Vec{}; }
+INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+INLINE void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+
+// e^x by range reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 6 (relative error below 2e-7).
+INLINE Vec exponential(Vec x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * splat(1.44269504088896341f) + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
+  Vec p = splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const IntVec power = __builtin_convertvector(n, IntVec) + 127;
+  return p * reinterpret_cast<Vec>(power << 23);
+}
+
+// x Phi(x); Phi by Abramowitz and Stegun 7.1.26 for erf (absolute error 1.5e-7).
+INLINE Vec gelu(Vec x) {
+  const Vec z = x * splat(0.70710678118654752f);
+  const Vec a = z < Vec{} ? -z : z;
+  const Vec t = splat(1.0f) / (a * splat(0.3275911f) + splat(1.0f));
+  Vec p = splat(1.061405429f);
+  p = p * t + splat(-1.453152027f);
+  p = p * t + splat(1.421413741f);
+  p = p * t + splat(-0.284496736f);
+  p = p * t + splat(0.254829592f);
+  const Vec tail = splat(0.5f) * p * t * exponential(-a * a);  // Phi(-|x|): keeps its digits where x is negative
+  return x * (z < Vec{} ? tail : splat(1.0f) - tail);
+}
+
+INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+
+INLINE Vec apply(Vec x, Activation act) {
+  switch (act) {
+    case kGelu:
+      return gelu(x);
+    case kGeluTanh:  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
+      return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
+    case kRelu:
+      return x < Vec{} ? Vec{} : x;  // keeps NaN
+    case kSilu:
+      return x * sigmoid(x);
+    default:
+      return x;
+  }
+}
+
+__attribute__((noinline)) void activate(float* at, int64_t count, Activation act) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    LooseVec* p = reinterpret_cast<LooseVec*>(at + i);
+    *p = apply(*p, act);
+  }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntQuad{i, j, k, l})
+#endif
+
+// Turn 4 rows of 4 floats, `from` apart, into 4 columns, `to` apart.
+INLINE void transpose4(const float* in, int64_t from, float* out, int64_t to) {
+  const Quad a = *reinterpret_cast<const Quad*>(in), b = *reinterpret_cast<const Quad*>(in + from);
+  const Quad c = *reinterpret_cast<const Quad*>(in + 2 * from), d = *reinterpret_cast<const Quad*>(in + 3 * from);
+  const Quad ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+  const Quad ef = SHUFFLE(a, b, 2, 6, 3, 7), gh = SHUFFLE(c, d, 2, 6, 3, 7);
+  *reinterpret_cast<Quad*>(out) = SHUFFLE(ab, cd, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(out + to) = SHUFFLE(ab, cd, 2, 3, 6, 7);
+  *reinterpret_cast<Quad*>(out + 2 * to) = SHUFFLE(ef, gh, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(out + 3 * to) = SHUFFLE(ef, gh, 2, 3, 6, 7);
+}
+
+// out[j, i] = in[i, j] for i < rows, j < cols, 32 columns at a time so that both sides stay in the first cache.
+void transpose(const float* in, int64_t from, int64_t rows, int64_t cols, float* out, int64_t to) {
+  for (int64_t c = 0; c < cols; c += 32) {
+    const int64_t end = c + 32 < cols ? c + 32 : cols, whole = c + (end - c) / 4 * 4;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      for (int64_t j = c; j < whole; j += 4) transpose4(in + i * from + j, from, out + j * to + i, to);
+      for (int64_t j = whole; j < end; j++)
+        for (int k = 0; k < 4; k++) out[j * to + i + k] = in[(i + k) * from + j];
+    }
+    for (; i < rows; i++)
+      for (int64_t j = c; j < end; j++) out[j * to + i] = in[i * from + j];
+  }
+}
+
+void gather(const float* x, int64_t stride, int tokens, int64_t features, int tile, float* out) {
+  transpose(x, stride, tokens, features, out, tile);
+  for (int64_t j = 0; tokens < tile && j < features; j++)
+    for (int i = tokens; i < tile; i++) out[j * tile + i] = 0;
+}
+
+void scatter(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride) {
+  // 64 features at a time: rows of the output are far apart, rows of the tile near.
+  for (int64_t j = 0; j < features; j += 64) {
+    const int64_t count = features - j < 64 ? features - j : 64;
+    transpose(in + j * tile, tile, count, tokens, y + j, stride);
+  }
+}
+
+void multiply(float* a, const float* b, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(a + i, load(a + i) * load(b + i));
+}
+
+// kPart of the kRows outputs of each block times kVecs vectors of tokens; kUnroll blocks at once where the sums in flight
+// would otherwise be too few to hide the latency of a fused multiply-add.
+template <int kRows, int kPart, int kVecs>
+INLINE void walk(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
+                 int64_t count, Vec (&sum)[kPart][kVecs]) {
+  constexpr int kTile = kVecs * kLanes;
+  constexpr int kUnroll = kPart * kVecs >= 4 ? 1 : 4 / (kPart * kVecs);
+  Vec more[kUnroll][kPart][kVecs] = {};
+  int64_t p = 0;
+  if (kUnroll > 1) {
+    for (; p + kUnroll <= count; p += kUnroll)
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; u++) {
+        const float* x = in + int64_t(columns[p + u]) * kTile;
+        const float* w = values + (p + u) * kRows;
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; v++) {
+          const Vec xv = load(x + v * kLanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kPart; r++) more[u][r][v] += splat(w[r]) * xv;
+        }
+      }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; u++)
+#pragma GCC unroll 8
+      for (int r = 0; r < kPart; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; v++) sum[r][v] += more[u][r][v];
+  }
+  for (; p < count; p++) {
+    const float* x = in + int64_t(columns[p]) * kTile;
+    const float* w = values + p * kRows;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; v++) {
+      const Vec xv = load(x + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kPart; r++) sum[r][v] += splat(w[r]) * xv;
+    }
+  }
+}
+
+template <int kRows, int kVecs>
+void product_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+  constexpr int kTile = kVecs * kLanes;
+  constexpr int kPart = kRows < 4 ? kRows : 4;  // taller blocks in parts of 4: more sums than registers help nobody
+  const int64_t count = groups(w), parts = chunks(w);
+  for (int64_t c = 0; c < (parts ? parts : 1); c++) {
+    const int32_t* pointers = w.pointers + c * (count + 1);
+    const float* features = in + c * w.chunk * kTile;
+    for (int64_t g = first; g < last; g++) {
+      const int64_t begin = parts ? pointers[g] : 0, end = parts ? pointers[g + 1] : 0;
+      for (int part = 0; part < kRows; part += kPart) {
+        float* to = out + (g * kRows + part) * kTile;
+        Vec sum[kPart][kVecs];
+#pragma GCC unroll 8
+        for (int r = 0; r < kPart; r++) {
+          const int64_t row = g * kRows + part + r;
+          const Vec bias = splat(c == 0 && w.bias && row < w.out_features ? w.bias[row] : 0.0f);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; v++) sum[r][v] = c ? load(to + r * kTile + v * kLanes) : bias;
+        }
+        walk<kRows, kPart, kVecs>(features, w.values + begin * kRows + part, w.columns + begin, end - begin, sum);
+#pragma GCC unroll 8
+        for (int r = 0; r < kPart; r++)
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; v++) store(to + r * kTile + v * kLanes, sum[r][v]);
+        if (act != kNone && c + 1 >= parts) activate(to, kPart * kTile, act);
+      }
+    }
+  }
+}
+
+// Vectors of tokens whose sums, inputs and weight fit the registers.
+constexpr int most_vectors(int rows) {
+  if (HF_SPARSE_BYTES == 64) return 4;
+  if (kManyRegisters) return rows == 1 ? 8 : rows == 2 ? 8 : 4;
+  return rows == 1 ? 8 : rows == 2 ? 4 : 3;
+}
+
+int widest(int rows) { return most_vectors(rows) * kLanes; }
+
+template <int kRows, int kVecs>
+INLINE void pick(const Weight& w, const float* in, float* out, int vecs, int64_t first, int64_t last, Activation act) {
+  if constexpr (kVecs > 0) {
+    if (vecs == kVecs) return product_of<kRows, kVecs>(w, in, out, first, last, act);
+    pick<kRows, kVecs - 1>(w, in, out, vecs, first, last, act);
+  }
+}
+
+void product(const Weight& w, const float* in, float* out, int tile, int64_t first, int64_t last, Activation act) {
+  const int vecs = tile / kLanes;
+  switch (w.rows) {
+    case 1:
+      return pick<1, most_vectors(1)>(w, in, out, vecs, first, last, act);
+    case 2:
+      return pick<2, most_vectors(2)>(w, in, out, vecs, first, last, act);
+    case 4:
+      return pick<4, most_vectors(4)>(w, in, out, vecs, first, last, act);
+    case 8:
+      return pick<8, most_vectors(8)>(w, in, out, vecs, first, last, act);
+    default:
+      return pick<16, most_vectors(16)>(w, in, out, vecs, first, last, act);
+  }
+}
+
+template <int kRows>
+void vector_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+  typedef float Block __attribute__((vector_size(kRows * 4), aligned(4), may_alias));
+  const int64_t count = groups(w), parts = chunks(w);
+  for (int64_t i = first * kRows; i < last * kRows; i++) out[i] = w.bias && i < w.out_features ? w.bias[i] : 0.0f;
+  for (int64_t c = 0; c < parts; c++) {
+    const int32_t* pointers = w.pointers + c * (count + 1);
+    const float* x = in + c * w.chunk;
+    for (int64_t g = first; g < last; g++) {
+      const Block* values = reinterpret_cast<const Block*>(w.values) + pointers[g];
+      const uint8_t* columns = w.columns + pointers[g];
+      const int64_t blocks = pointers[g + 1] - pointers[g];
+      Block sum[4] = {};
+      int64_t p = 0;
+      for (; p + 4 <= blocks; p += 4)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) sum[u] += values[p + u] * x[columns[p + u]];
+      for (; p < blocks; p++) sum[0] += values[p] * x[columns[p]];
+      *reinterpret_cast<Block*>(out + g * kRows) += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+  }
+  // The scratch behind the outputs has room for a whole vector; what lies there is not read.
+  if (act == kNone) return;
+  for (int64_t i = first * kRows; i < last * kRows; i += kLanes) {
+    const int64_t left = last * kRows - i;
+    if (left >= kLanes) {
+      activate(out + i, kLanes, act);
+    } else {
+      float rest[kLanes] = {};
+      for (int64_t k = 0; k < left; k++) rest[k] = out[i + k];
+      activate(rest, kLanes, act);
+      for (int64_t k = 0; k < left; k++) out[i + k] = rest[k];
+    }
+  }
+}
+
+void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+  if (w.rows == 4) return vector_of<4>(w, in, out, first, last, act);
+  if (w.rows == 8) return vector_of<8>(w, in, out, first, last, act);
+  return vector_of<16>(w, in, out, first, last, act);
+}
+
+}  // namespace
+
+#define TEXT_(name) #name
+#define TEXT(name) TEXT_(name)
+extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest, gather,
+                                          scatter,              product, multiply, vector};
+
+}  // namespace hf_sparse

@@ -1,0 +1,52 @@
+// What dispatch.cpp and the kernels of each instruction set share. No C++ library, no torch: C types only.
+#pragma once
+#include <stdint.h>
+
+namespace hf_sparse {
+
+enum Activation : int32_t { kNone, kGelu, kGeluTanh, kRelu, kSilu };
+
+// Most tokens in one tile: four vectors of the widest instruction set.
+constexpr int kMaxTile = 64;
+
+// A packed weight as packing.py lays it out; shared with library.py, field by field.
+struct Weight {
+  const float* values;      // blocks x rows
+  const uint8_t* columns;   // blocks; within the chunk
+  const int32_t* pointers;  // chunks x (groups + 1)
+  const float* bias;        // out_features, or null
+  int64_t blocks;
+  int32_t rows;
+  int32_t out_features;
+  int32_t in_features;
+  int32_t chunk;  // columns a chunk, at most 256
+};
+
+inline int64_t groups(const Weight& w) { return (int64_t(w.out_features) + w.rows - 1) / w.rows; }
+inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chunk - 1) / w.chunk; }
+// Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
+inline int64_t padded_inputs(const Weight& w) { return chunks(w) * w.chunk + 256; }
+
+// The kernels of one instruction set. A tile is feature-major: `tile` floats for feature 0, then for feature 1, ...
+struct Kernels {
+  const char* name;
+  int lanes;
+  // Widest tile, in tokens, for blocks of this height.
+  int (*widest)(int rows);
+  // Tile width, a multiple of the lanes, that holds `tokens` of them.
+  void (*gather)(const float* x, int64_t stride, int tokens, int64_t features, int tile, float* out);
+  void (*scatter)(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride);
+  // Groups first to last of out = activation(w in + bias).
+  void (*product)(const Weight& w, const float* in, float* out, int tile, int64_t first, int64_t last, Activation act);
+  void (*multiply)(float* a, const float* b, int64_t count);
+  // One token, outputs in the lanes: for blocks of 4 rows and more. `in` has padded_inputs features.
+  void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
+};
+
+extern const Kernels kPortable;
+#ifdef HF_SPARSE_X86
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace hf_sparse

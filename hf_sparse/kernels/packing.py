@@ -1,0 +1,167 @@
+"""The form of a weight that the sparse products read: columns in chunks that stay in the first cache, rows x 1 blocks.
+
+The columns of a weight are cut into chunks of `CHUNK`. Inside a chunk, group after group of `rows` outputs, every block
+column that holds a nonzero is kept: one byte says where in the chunk it is, `rows` floats what it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+
+CHUNK = 128
+"""Columns a chunk: with 64 tokens of fp32 they fill a first cache of 32 KiB; at most 256, so that a byte can say it."""
+
+ROWS = (1, 2, 4, 8, 16)
+"""Heights of a block that the products know."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A sparse fp32 weight; made by `pack`, and checked when it is made, so that no product reads out of bounds.
+
+    Shapes:
+        values: (blocks, rows), fp32.
+        columns: (blocks,), uint8, inside the chunk of the block; ascending within a group.
+        pointers: (chunks, groups + 1), int32: chunk c and group g have the blocks from [c, g] to [c, g + 1].
+
+    Raises:
+        BackendError: the tensors do not fit together.
+    """
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    rows: int
+    out_features: int
+    in_features: int
+
+    def __post_init__(self) -> None:
+        check_layout(
+            self.values,
+            self.columns,
+            self.pointers,
+            self.rows,
+            self.out_features,
+            self.in_features,
+            "this PackedWeight",
+        )
+        if not self.pointers.is_meta:
+            _check_indexes(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three tensors."""
+        return sum(tensor.nbytes for tensor in (self.values, self.columns, self.pointers))
+
+
+def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
+    """Pack a weight, keeping the block columns in which any of `rows` neighbouring outputs is nonzero.
+
+    Args:
+        weight: fp32; not changed.
+        rows: height of a block, one of `ROWS`; outputs that are no multiple of it are padded inside.
+
+    Shapes:
+        weight: (out, in).
+
+    Raises:
+        BackendError: not a matrix of fp32, or a height that the products do not know.
+    """
+    if weight.dim() != 2 or weight.dtype != torch.float32:
+        raise BackendError(
+            f"pack takes a weight of shape (out, in) in float32, not {tuple(weight.shape)} in {weight.dtype}"
+        )
+    if rows not in ROWS:
+        raise BackendError(f"pack was asked for blocks of {rows} rows; the products know {', '.join(map(str, ROWS))}")
+    weight = weight.detach()
+    out, width = weight.shape
+    groups, chunks = -(-out // rows), -(-width // CHUNK)
+    padded = torch.nn.functional.pad(weight, (0, chunks * CHUNK - width, 0, groups * rows - out))
+    blocks = padded.view(groups, rows, chunks, CHUNK).permute(2, 0, 3, 1)  # chunk, group, column, row
+    kept = (blocks != 0).any(dim=-1)
+    if int(kept.sum()) > torch.iinfo(torch.int32).max:
+        raise BackendError(f"a weight of shape {tuple(weight.shape)} has more blocks than int32 can count")
+    ends = kept.sum(dim=-1).flatten().cumsum(0).view(chunks, groups)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1, -1]]) if groups and chunks else ends.new_zeros(chunks)
+    return PackedWeight(
+        values=blocks[kept].contiguous(),
+        columns=kept.nonzero()[:, 2].to(torch.uint8),
+        pointers=torch.cat([starts[:, None], ends], dim=1).to(torch.int32),
+        rows=rows,
+        out_features=out,
+        in_features=width,
+    )
+
+
+def unpack(packed: PackedWeight) -> Tensor:
+    """Give the dense weight back, bit for bit, but that a zero outside of every kept block comes back as +0.0."""
+    return dense(packed.values, packed.columns, packed.pointers, packed.rows, packed.out_features, packed.in_features)
+
+
+def dense(values: Tensor, columns: Tensor, pointers: Tensor, rows: int, out_features: int, in_features: int) -> Tensor:
+    """Write the blocks into zeros; the parts of a `PackedWeight` one by one, as the operators have them."""
+    chunks, groups = pointers.shape[0], pointers.shape[1] - 1
+    weight = values.new_zeros(chunks * groups * CHUNK, rows)
+    weight[block_cells(columns, pointers)] = values
+    weight = weight.view(chunks, groups, CHUNK, rows).permute(1, 3, 0, 2).reshape(groups * rows, chunks * CHUNK)
+    return weight[:out_features, :in_features].contiguous()
+
+
+def block_cells(columns: Tensor, pointers: Tensor) -> Tensor:
+    """Say where each block lies, counted over (chunk, group, column)."""
+    counts = pointers.long().diff(dim=1).flatten()
+    slots = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    return slots * CHUNK + columns.long()
+
+
+def check_layout(
+    values: Tensor, columns: Tensor, pointers: Tensor, rows: int, out_features: int, in_features: int, whose: str
+) -> None:
+    """Refuse tensors whose shapes, types or memory do not fit together; reads no element, so it is cheap."""
+    if rows not in ROWS or out_features < 0 or in_features < 0:
+        raise BackendError(f"{whose}: blocks of {rows} rows in a weight of shape ({out_features}, {in_features})")
+    shape = (-(-in_features // CHUNK), -(-out_features // rows) + 1)
+    if (
+        values.dtype != torch.float32
+        or columns.dtype != torch.uint8
+        or pointers.dtype != torch.int32
+        or values.dim() != 2
+        or values.shape[1] != rows
+        or columns.shape != values.shape[:1]
+        or pointers.shape != shape
+    ):
+        found = ", ".join(
+            f"{name} {tuple(part.shape)} {part.dtype}"
+            for name, part in (("values", values), ("columns", columns), ("pointers", pointers))
+        )
+        raise BackendError(
+            f"{whose} of {out_features} outputs and {in_features} inputs holds {found}, where values (blocks, {rows}) "
+            f"float32, columns (blocks,) uint8 and pointers {shape} int32 belong: make it with hf_sparse.kernels.pack"
+        )
+    if not (values.is_contiguous() and columns.is_contiguous() and pointers.is_contiguous()):
+        raise BackendError(f"{whose} has parts that are not contiguous: make it with hf_sparse.kernels.pack")
+
+
+def _check_indexes(packed: PackedWeight) -> None:
+    """Refuse pointers that run backwards or past the blocks, and columns beyond the last one."""
+    pointers, blocks = packed.pointers, packed.columns.numel()
+    flat = pointers.flatten()
+    if flat.numel() and packed.out_features:
+        fits = int(flat[0]) == 0 and int(flat[-1]) == blocks and bool((flat.diff() >= 0).all())
+        fits = fits and torch.equal(pointers[1:, 0], pointers[:-1, -1])
+    else:
+        fits = blocks == 0 and not bool(flat.any())
+    if not fits:
+        raise BackendError(f"the pointers of a PackedWeight do not count its {blocks} blocks from first to last")
+    if blocks:
+        chunks = -(-packed.in_features // CHUNK)
+        last = int(pointers[-1, 0])
+        wide = int(packed.columns.max()) >= CHUNK
+        tail = packed.columns[last:]
+        if wide or (tail.numel() and int(tail.max()) >= packed.in_features - (chunks - 1) * CHUNK):
+            raise BackendError(f"the columns of a PackedWeight go beyond its {packed.in_features} inputs")
