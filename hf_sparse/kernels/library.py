@@ -69,7 +69,9 @@ class Library:
             self._c = ctypes.CDLL(path)
             self._c.hf_sparse_isa.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
-            raise BackendError(f"the C++ kernels at {path} cannot be loaded ({error}); rebuild them: {_BUILD}") from error
+            raise BackendError(
+                f"the C++ kernels at {path} cannot be loaded ({error}); rebuild them: {_BUILD}"
+            ) from error
         pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Weight)
         tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
         self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]

@@ -37,8 +37,8 @@ def to_runtime(
     `to_dense_runtime`. A model of which nothing is packed stays as it is.
 
     Args:
-        backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 3 % at every
-            number of tokens timed; "cpu" packs every sparse layer for the own kernels; "csr" for torch's CSR product;
+        backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 3 % at
+            every number of tokens timed; "cpu" packs every sparse layer for the own kernels; "csr" for torch's CSR;
             "dense" packs nothing, and says what there is.
         keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
         table: where times are kept.
@@ -120,8 +120,8 @@ def to_dense_runtime(model: nn.Module) -> None:
     """
     if not is_runtime(model):
         raise BackendError(
-            f"to_dense_runtime was asked for a {type(model).__name__} that is not in runtime form: none of its layers is "
-            "packed"
+            f"to_dense_runtime was asked for a {type(model).__name__} that is not in runtime form: none of its layers "
+            "is packed"
         )
     blocks.restore(model)
     done: set[int] = set()
@@ -157,8 +157,8 @@ def _best(
     worst = min(gains, key=lambda count: gains[count])
     choice.gains = gains
     choice.reason = (
-        f"dense is faster, or less than {MARGIN:.0%} slower: {first.kernel} takes {1 / gains[worst]:.2f} of its time at "
-        f"{worst} tokens"
+        f"dense is faster, or less than {MARGIN:.0%} slower: {first.kernel} takes {1 / gains[worst]:.2f} of its time "
+        f"at {worst} tokens"
     )
     return []
 
@@ -189,8 +189,8 @@ def _refuse_nothing(model: nn.Module, choices: dict[str, Choice]) -> None:
     found = (
         "it has no linear layer"
         if most is None
-        else f"the sparsest of its {len(choices)} linear layers, '{most[0]}', has {most[1].sparsity:.1%} zeros and stays "
-        f"dense: {most[1].reason}"
+        else f"the sparsest of its {len(choices)} linear layers, '{most[0]}', has {most[1].sparsity:.1%} zeros and "
+        f"stays dense: {most[1].reason}"
     )
     raise BackendError(
         f"to_runtime was asked for a {type(model).__name__} in which nothing is sparse: {found}. It takes layers with "

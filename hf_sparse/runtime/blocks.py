@@ -150,7 +150,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (LeanBert, LeanDistilBert, LeanT5)):
             del module.lean
-            module.__class__ = module.plain
+            module.__class__ = module.plain  # type: ignore[assignment]
 
 
 def is_packed(layer: nn.Module) -> bool:

@@ -106,8 +106,8 @@ def _refuse(name: str, module: nn.Module) -> None:
     asked = f"to_runtime was asked for a model whose layer '{name}'"
     if parametrize.is_parametrized(module):
         raise BackendError(
-            f"{asked} is still masked or otherwise parametrised. Finish pruning first: Pruner.bake() (the callback does "
-            "it at the end of training), or parametrize.remove_parametrizations"
+            f"{asked} is still masked or otherwise parametrised. Finish pruning first: Pruner.bake() (the callback "
+            "does it at the end of training), or parametrize.remove_parametrizations"
         )
     if name.rpartition(".")[2] == "base_layer":
         raise BackendError(f"{asked} is wrapped in adapters. Merge them first: model = model.merge_and_unload()")

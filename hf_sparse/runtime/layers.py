@@ -106,7 +106,7 @@ class PackedLinear(nn.Module):
                 f"a model in runtime form stays in float32 on the CPU, and was asked for {probe.dtype} on "
                 f"{probe.device}: {_BACK}, then move or cast it"
             )
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -55,7 +55,8 @@ class Packed:
             parts = (made.values, made.columns, made.pointers)
         lost = torch.signbit(weight) & (weight == 0)
         negative = torch.from_numpy(pack_bits(lost.view(-1).numpy())) if bool(lost.any()) else None
-        return cls(kernel, rows, *weight.shape, *parts, negative)
+        height, width = weight.shape
+        return cls(kernel, rows, height, width, *parts, negative)
 
     @property
     def nbytes(self) -> int:

@@ -20,8 +20,8 @@ class LayerReport:
         rows: output rows that share their columns in the packed form; 0 of a dense layer.
         bytes: what the weight takes now.
         dense_bytes: what it takes dense.
-        gains: tokens -> time of the dense product over that of the chosen kernel, where it was measured; for layers that
-            stay dense, that of the kernel that lost.
+        gains: tokens -> time of the dense product over that of the chosen kernel, where it was measured; for layers
+            that stay dense, that of the kernel that lost.
         reason: why the layer is not sparse; None if it is.
     """
 
@@ -79,15 +79,15 @@ class RuntimeReport:
 
     def __str__(self) -> str:
         wide = max([len(layer.name) for layer in self.layers] + [5])
-        head = f"{'layer':<{wide}}  {'shape':>11}  {'sparsity':>8}  {'kernel':<13}  {'rows':>4}  {'memory':>6}  gain or reason"
+        head = f"{'layer':<{wide}}  {'shape':>11}  {'sparsity':>8}  {'kernel':<13}  {'rows':>4}  {'memory':>6}  gain"
         lines = [head, "-" * len(head)]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             share = layer.bytes / layer.dense_bytes if layer.dense_bytes else 1.0
             said = layer.reason or _gains(layer.gains) or "not measured"
             lines.append(
-                f"{layer.name:<{wide}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  {layer.rows or '':>4}  "
-                f"{share:>6.0%}  {said}"
+                f"{layer.name:<{wide}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
+                f"{layer.rows or '':>4}  {share:>6.0%}  {said}"
             )
         lines.append("-" * len(head))
         lines.append(

@@ -1,4 +1,4 @@
-"""Which product is faster here: each distinct shape is timed once, dense and packed in turns, and then kept in a file."""
+"""Which product is faster here: each distinct shape is timed once, dense and packed in turns, and kept in a file."""
 
 from __future__ import annotations
 

@@ -12,12 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import BackendError, SparsityConfig, sparsify, summarize, to_dense_runtime, to_runtime
+from hf_sparse import (
+    BackendError,
+    RecipeError,
+    SparseConfig,
+    SparsityConfig,
+    sparsify,
+    summarize,
+    to_dense_runtime,
+    to_runtime,
+)
 from hf_sparse.architectures import known_sub_blocks
 from hf_sparse.runtime import blocks, is_runtime
 from hf_sparse.runtime.layers import PackedLinear
 from tests.runtime.models import Fixed, answers, sparse, table
-from tests.structures import FAMILIES, batch
+from tests.structures import FAMILIES, batch, build
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +76,7 @@ def test_way_there_and_back_changes_no_bit(family: str, backend: str, pattern: A
 
 @pytest.mark.parametrize("backend", ["cpu", "csr"])
 def test_zeros_with_a_sign_keep_it(backend: str) -> None:
-    model = nn.Sequential(nn.Linear(40, 24)).eval()
+    model: Any = nn.Sequential(nn.Linear(40, 24)).eval()
     with torch.no_grad():
         model[0].weight.mul_(torch.rand(24, 40) < 0.2)
     before = model[0].weight.detach().clone()
@@ -117,11 +126,16 @@ def test_product_of_several_layers_is_computed_once(monkeypatch: pytest.MonkeyPa
     model = sparse("bert")
     to_runtime(model, "cpu")
     attention = model.bert.encoder.layer[0].attention.self
-    calls = []
+    calls: list[int] = []
     from hf_sparse.runtime.packed import Packed
 
     real = Packed.multiply
-    monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: calls.append(1) or real(self, x, bias))
+
+    def counted(self: Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(1)
+        return real(self, x, bias)
+
+    monkeypatch.setattr(Packed, "multiply", counted)
     x, other = torch.randn(1, 5, 16), torch.randn(1, 7, 16)
     expected = {
         name: torch.nn.functional.linear(x, layer.weight, layer.bias)
@@ -214,7 +228,7 @@ def test_copies_work_and_stand_alone(family: str, way: str) -> None:
     if way == "deepcopy":
         twin = copy.deepcopy(model)
     elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
+        twin = pickle.loads(pickle.dumps(model))  # noqa: S301  made here
     else:
         file = io.BytesIO()
         torch.save(model, file)
@@ -235,12 +249,11 @@ def test_threads_share_a_model() -> None:
     to_runtime(model, "cpu")
     inputs = [batch("bert", seed) for seed in range(4)]
     expected = [answers(model, each) for each in inputs]
-    wrong = []
+    wrong: list[int] = []
 
     def work(number: int) -> None:
-        for _ in range(30):
-            if not torch.allclose(answers(model, inputs[number]), expected[number], atol=1e-6):
-                wrong.append(number)
+        found = [answers(model, inputs[number]) for _ in range(30)]
+        wrong.extend(number for each in found if not torch.allclose(each, expected[number], atol=1e-6))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -254,7 +267,7 @@ def test_compiled_model_gives_the_same() -> None:
     model, inputs = sparse("bert"), batch("bert")
     expected = answers(model, inputs)
     to_runtime(model, "cpu")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(answers(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(answers(compiled, inputs), expected, atol=1e-5, rtol=1e-5)
 
@@ -367,7 +380,7 @@ def sparse_linear() -> nn.Linear:
 
 def test_blocks_set_the_height() -> None:
     for rows in (1, 4, 16):
-        model = nn.Sequential(nn.Linear(64, 64, bias=False)).eval()
+        model: Any = nn.Sequential(nn.Linear(64, 64, bias=False)).eval()
         kept = torch.rand(64 // rows, 64) < 0.2
         with torch.no_grad():
             model[0].weight.mul_(kept.repeat_interleave(rows, dim=0))
@@ -513,3 +526,38 @@ def test_saved_runtime_model_is_the_sparse_model(tmp_path: Any) -> None:
         loaded = type(model).from_pretrained(tmp_path / form).state_dict()
         assert loaded.keys() == dense.keys()
         assert all(torch.equal(loaded[name], dense[name]) for name in dense)
+
+
+# -- from_pretrained ---------------------------------------------------------------------------------------------------
+
+
+def test_backend_of_the_config_brings_a_loaded_model_into_runtime_form(tmp_path: Any) -> None:
+    model, inputs = sparse("bert"), batch("bert")
+    expected = answers(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=SparseConfig(backend="csr"))
+    assert is_runtime(loaded)
+    torch.testing.assert_close(answers(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert not is_runtime(type(model).from_pretrained(tmp_path)), "it is a wish of the one who loads"
+    loaded.save_pretrained(tmp_path / "again")
+    assert "backend" not in (tmp_path / "again" / "config.json").read_text()
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert torch.equal(answers(again, inputs), expected)
+    loaded.dequantize()
+    assert not is_runtime(loaded)
+
+
+def test_dense_checkpoint_is_pruned_and_packed_in_one_load(tmp_path: Any) -> None:
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=SparseConfig(sparsity=0.75, backend="csr"))
+    assert is_runtime(loaded)
+    with pytest.raises(BackendError, match="nothing is sparse"):
+        type(model).from_pretrained(tmp_path, quantization_config=SparseConfig(backend="csr"))
+
+
+def test_config_refuses_unknown_backends_and_two_wishes() -> None:
+    with pytest.raises(RecipeError, match="'auto', 'cpu', 'csr', 'dense'"):
+        SparseConfig(backend="gpu")
+    with pytest.raises(RecipeError, match="one of the two"):
+        SparseConfig(backend="auto", quantization_config={"load_in_8bit": True})
