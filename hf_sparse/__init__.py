@@ -16,6 +16,7 @@ from .filling import fill
 from .oneshot import sparsify
 from .pruner import Pruner
 from .report import Summary, summarize
+from .runtime import to_dense_runtime, to_runtime
 from .sparse_config import SparseConfig
 
 __all__ = [
@@ -36,4 +37,6 @@ __all__ = [
     "last_checkpoint",
     "sparsify",
     "summarize",
+    "to_dense_runtime",
+    "to_runtime",
 ]

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | teach | prune | compact | heads | convert | inspect | export."""
+"""The command line: hf-sparse train | teach | prune | compact | heads | convert | inspect | export | bench | doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, SparsityError
+from .runtime import BACKENDS
 
 if TYPE_CHECKING:
     from .recipe_sections import DataSection
@@ -109,6 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators (that of the exporter)")
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
+
+    bench = commands.add_parser("bench", help="time a saved sparse model in runtime form, beside a dense one")
+    bench.add_argument("model", metavar="DIR", help="folder or Hub name")
+    bench.add_argument("--against", metavar="DENSE", help="dense model to compare with (the same weights, dense)")
+    bench.add_argument("--threads", type=int, metavar="N", help="threads of torch (as many as it has)")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (1)")
+    bench.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each text (128)")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="passes of each model, in turns (15)")
+    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="see hf_sparse.to_runtime (auto)")
+    bench.add_argument("--layers", action="store_true", help="print the table of layers too")
+    bench.add_argument("--json", metavar="OUT", help="write everything to this file too")
+    bench.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    bench.set_defaults(command=_bench)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -225,3 +243,20 @@ def _export(options: argparse.Namespace) -> None:
 
     keys = ("output", "revision", "dtype", "batch", "length", "opset")
     print(export(options.model, options.to, **{key: getattr(options, key) for key in keys}))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import bench
+
+    keys = ("against", "threads", "batch", "length", "backend", "rounds", "revision")
+    done = bench(options.model, **{key: getattr(options, key) for key in keys})
+    print(f"{done.report}\n\n{done}" if options.layers else done)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(done.to_dict(), indent=1), encoding="utf-8")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import diagnose
+
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)

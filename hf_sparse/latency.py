@@ -114,34 +114,23 @@ def machine() -> str:
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-class LatencyTable:
-    """Times of shapes on this machine, kept in a file between runs.
+def cache_folder() -> Path:
+    """Return the folder that HF_SPARSE_CACHE names, or ~/.cache/hf_sparse."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hf_sparse")
+
+
+class TimesFile:
+    """Measured times by what was measured, in a JSON file that several processes may write.
 
     Args:
-        path: of the file; None = `latency.json` in the folder that HF_SPARSE_CACHE names, or in ~/.cache/hf_sparse.
-        clock: what measures.
+        path: of the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, clock: Clock = measure) -> None:
-        folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hf_sparse"
-        self.path = Path(path) if path is not None else Path(folder) / "latency.json"
-        self.clock = clock
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def times(self, shape: Shape) -> Tensor:
-        """Return the seconds for each number of groups from 0 to all, measured at some and linear between them.
-
-        Shapes: `(groups + 1,)`, float64, never falling.
-        """
-        known = self._read()
-        key = f"{machine()}; {dataclasses.astuple(shape)}"
-        levels = shape.levels
-        measured = known.get(key)
-        if measured is None or len(measured) != len(levels):
-            measured = [self.clock(shape, level) for level in levels]
-            self._write({**self._read(), key: measured})
-        return _between(levels, measured)
-
-    def _read(self) -> dict[str, list[float]]:
+    def read(self) -> dict[str, list[float]]:
+        """Return what is known; a file that cannot be read knows nothing."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -150,7 +139,12 @@ class LatencyTable:
             return {}
         return {key: times for key, times in found.items() if _are_times(times)}
 
-    def _write(self, table: dict[str, list[float]]) -> None:
+    def write(self, table: dict[str, list[float]]) -> None:
+        """Replace the file.
+
+        Raises:
+            SparsityError: if it cannot be written.
+        """
         temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +156,34 @@ class LatencyTable:
                 f"cannot keep the measured times in {self.path}: {error}. Name a folder that can be written: "
                 f"{CACHE_VARIABLE}=/some/folder"
             ) from error
+
+
+class LatencyTable:
+    """Times of shapes on this machine, kept in a file between runs.
+
+    Args:
+        path: of the file; None = `latency.json` in the folder that HF_SPARSE_CACHE names, or in ~/.cache/hf_sparse.
+        clock: what measures.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, clock: Clock = measure) -> None:
+        self.file = TimesFile(Path(path) if path is not None else cache_folder() / "latency.json")
+        self.path = self.file.path
+        self.clock = clock
+
+    def times(self, shape: Shape) -> Tensor:
+        """Return the seconds for each number of groups from 0 to all, measured at some and linear between them.
+
+        Shapes: `(groups + 1,)`, float64, never falling.
+        """
+        known = self.file.read()
+        key = f"{machine()}; {dataclasses.astuple(shape)}"
+        levels = shape.levels
+        measured = known.get(key)
+        if measured is None or len(measured) != len(levels):
+            measured = [self.clock(shape, level) for level in levels]
+            self.file.write({**self.file.read(), key: measured})
+        return _between(levels, measured)
 
 
 def _are_times(value: object) -> bool:

@@ -28,6 +28,7 @@ from .oneshot import prune_further, sparsify
 from .packing import EDITS_KEY, FORMATS, pack_state, refuse_edited, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
 from .requantize import check_one_device, hand_over, quantize, second_quantizer
+from .runtime import is_runtime, to_dense_runtime, to_runtime
 from .sparse_config import METHOD, SparseConfig
 from .zeros import free_zeros, keep_zeros
 
@@ -91,7 +92,7 @@ class SparseQuantizer(HfQuantizer):
         self.second = second_quantizer(quantization_config)
         self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
         self.device_map: Any = None
-        if not self.pre_quantized and self.prune_to is None:
+        if not self.pre_quantized and self.prune_to is None and quantization_config.backend is None:
             raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
 
     # -- what a second quantization has to say while the load is planned ---------------------------------------------
@@ -193,6 +194,8 @@ class SparseQuantizer(HfQuantizer):
         if self.prune_to is not None and not (self.pre_quantized and self.prune_to == self.quantization_config.intent):
             (prune_further if self.pre_quantized else sparsify)(model, self.prune_to)
         if self.second is None:
+            if self.quantization_config.backend is not None:
+                to_runtime(model, self.quantization_config.backend)
             return model
         if self.prune_to is not None:
             quantize(model, self.second, self.device_map)
@@ -229,6 +232,8 @@ class SparseQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_edited(model, "made a model without marks")
+        if is_runtime(model):
+            to_dense_runtime(model)
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.
         save_plain(model)
         free_zeros(_layers(model))

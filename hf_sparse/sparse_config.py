@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .config import SparsityConfig
 from .errors import RecipeError
 from .manifest import Manifest
+from .runtime import BACKENDS
 
 METHOD = "hf_sparse"
 
@@ -33,6 +34,9 @@ class SparseConfig(QuantizationConfigMixin):
         manifest: what the checkpoint contains; written by saving, never by hand.
         quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if that is asked for, and then
             quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
+        backend: "auto", "cpu", "csr" or "dense": once the model is loaded, and pruned if that is asked for, it is
+            brought into runtime form for inference, as by `hf_sparse.to_runtime`. A wish of the one who loads: it is
+            written nowhere.
         **sparsity: the keywords of `SparsityConfig`.
 
     Raises:
@@ -50,6 +54,7 @@ class SparseConfig(QuantizationConfigMixin):
         manifest: Manifest | Mapping[str, Any] | None = None,
         quantization_config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
+        backend: str | None = None,
         **sparsity: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -63,10 +68,18 @@ class SparseConfig(QuantizationConfigMixin):
         self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
         self.quantization_config = _bitsandbytes(quantization_config)
         self.prune_to: SparsityConfig | None = None
+        if backend is not None and backend not in BACKENDS:
+            raise RecipeError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+        if backend is not None and self.quantization_config is not None:
+            raise RecipeError(
+                f"backend={backend!r} packs float32 weights, and quantization_config asks for other ones: give one of "
+                "the two"
+            )
+        self.backend = backend
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what counts of a config that is given for a checkpoint with one of its own."""
-        return {"prune_to": self.intent, "quantization_config": self.quantization_config}
+        return {"prune_to": self.intent, "quantization_config": self.quantization_config, "backend": self.backend}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -50,6 +50,11 @@ def keeps_zeros(layer: nn.Module) -> bool:
     return bool(vars(layer).get(_KEEPS, False))
 
 
+def is_guard(hook: object) -> bool:
+    """Return whether a forward hook is the one that keeps zeros."""
+    return hook is _arm
+
+
 class _Armed:
     """Know which parameter has the hook. Copies and pickles know of none, because theirs has none."""
 

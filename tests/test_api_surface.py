@@ -30,6 +30,8 @@ PUBLIC = [
     "last_checkpoint",
     "sparsify",
     "summarize",
+    "to_dense_runtime",
+    "to_runtime",
 ]
 
 

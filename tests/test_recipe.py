@@ -216,7 +216,7 @@ def test_shipped_recipe_means_the_same_to_sparsity_config(path):
 
 def test_shipped_recipes_are_there():
     names = {path.stem for path in RECIPES}
-    bert = {"bert_magnitude", "bert_movement", "bert_soft_movement", "bert_block_hybrid", "bert_2_4"}
+    bert = {"bert_magnitude", "bert_movement", "bert_soft_movement", "bert_block_hybrid", "bert_2_4", "bert_cpu_4x1"}
     sst2 = {"sst2_dense", "sst2_magnitude", "sst2_movement", "sst2_soft_movement"}
     assert bert | sst2 | {"demo"} <= names
 

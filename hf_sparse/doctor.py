@@ -1,0 +1,94 @@
+"""What this machine can run: which kernels were found, whether they compute right, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from .kernels import library_status
+from .latency import machine
+from .runtime.packed import HEIGHTS, Kernel, Packed
+from .runtime.timing import SpeedTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: of it.
+        works: whether it can be used here.
+        says: what was found, or how to get it.
+    """
+
+    name: str
+    works: bool
+    says: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """All that was looked at. `print` it for a table."""
+
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {"findings": [dataclasses.asdict(finding) for finding in self.findings]}
+
+    def __str__(self) -> str:
+        wide = max(len(finding.name) for finding in self.findings)
+        rows = [f"{'yes' if one.works else 'no':<4}{one.name:<{wide}}  {one.says}" for one in self.findings]
+        return "\n".join(rows)
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine, and try every kernel on a tiny product."""
+    own = getattr(sys.modules["hf_sparse"], "__version__", "unknown")  # set by a floor above this one
+    versions = f"hf_sparse {own}, torch {torch.__version__}, transformers {transformers.__version__}"
+    status = library_status()
+    found = [
+        Finding("machine", True, f"{machine()} of {os.cpu_count()} processors"),
+        Finding("versions", True, versions),
+        Finding("C++ kernels", status.available, status.message),
+    ]
+    label = "sparse products" if status.available else "sparse products (plain torch, slow)"
+    found += [_try(label, "cpu", list(HEIGHTS)), _try("CSR products of torch", "csr", [1])]
+    cuda = torch.cuda.is_available()
+    says = (
+        f"{torch.cuda.get_device_name()}: sparse models run there, dense: the sparse kernels here are for the CPU"
+        if cuda
+        else "no CUDA device; none is needed for the CPU kernels"
+    )
+    found.append(Finding("CUDA", cuda, says))
+    path = SpeedTable().file.path
+    found.append(Finding("measured times", path.is_file(), f"{path}" if path.is_file() else f"{path}: none yet"))
+    return Diagnosis(tuple(found))
+
+
+@torch.no_grad()
+def _try(name: str, kernel: Kernel, heights: list[int]) -> Finding:
+    """Compare a kernel with the dense product in float64, for odd shapes, one token and many."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    try:
+        for rows in heights:
+            weight = torch.randn(37, 150, generator=generator)
+            weight *= torch.rand(37, 150, generator=generator) < 0.2
+            bias, packed = torch.randn(37, generator=generator), Packed.of(weight, kernel, rows)
+            if not torch.equal(packed.dense(), weight):
+                return Finding(name, False, f"WRONG: a weight packed in blocks of {rows} rows comes back changed")
+            for tokens in (1, 67):
+                x = torch.randn(tokens, 150, generator=generator)
+                expected = F.linear(x.double(), weight.double(), bias.double())
+                worst = max(worst, float((packed.multiply(x, bias).double() - expected).abs().max()))
+    except (RuntimeError, OSError) as error:
+        return Finding(name, False, f"fails: {error}")
+    right = worst < 1e-4
+    return Finding(name, right, f"{'verified' if right else 'WRONG'}: {worst:.0e} from the product in float64")

@@ -1,0 +1,239 @@
+"""Which layers of a model can compute packed, in which company, and whether that is faster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..architectures import SubBlock, known_sub_blocks
+from ..architectures.base import Changed, FeedForward
+from ..errors import BackendError
+from ..zeros import is_guard
+from . import blocks
+from .layers import PackedLinear
+from .packed import Kernel, Packed, choose_rows
+from .timing import MARGIN, SpeedTable, Trial
+
+LEAST = 0.1
+"""Fraction of zeros below which no kernel is tried: none can win there."""
+
+TOKENS = (16, 128, 1024)
+"""Numbers of tokens that are timed; a model that generates also has one token at a time."""
+
+
+@dataclasses.dataclass
+class Choice:
+    """What was found out about a layer.
+
+    Attributes:
+        reason: why it stays dense; None while it can be packed.
+        kernel: of the report.
+    """
+
+    layer: nn.Linear
+    sparsity: float
+    reason: str | None = None
+    kernel: str = "dense"
+    gains: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Layers that are packed together or not at all.
+
+    Attributes:
+        kernel: "sparse_linear", "sparse_ffn", "sparse_qkv" or "csr".
+        packed: one per layer; of "sparse_qkv" one for all.
+        activation: of a feed-forward part.
+    """
+
+    kernel: str
+    names: tuple[str, ...]
+    layers: tuple[nn.Linear, ...]
+    packed: tuple[Packed, ...]
+    block: SubBlock | None = None
+    activation: str | None = None
+
+
+def survey(model: nn.Module) -> dict[str, Choice]:
+    """Look at every linear layer of a model.
+
+    Raises:
+        BackendError: for layers whose weights are not plain numbers in memory, or not of the CPU.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for own in module.parameters(recurse=False):
+            owners[id(own)] = owners.get(id(own), 0) + 1
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            raise BackendError(
+                f"to_runtime was asked for a model that is in runtime form already ('{name}' is packed). Call "
+                "hf_sparse.to_dense_runtime(model) first to choose again"
+            )
+        if not isinstance(module, nn.Linear) and type(module).__name__ not in _FOREIGN:
+            continue
+        _refuse(name, module)
+        assert isinstance(module, nn.Linear)
+        weight = module.weight.detach()
+        sparsity = 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
+        reason = None
+        if not weight.numel():
+            reason = "it is empty: compaction has removed it"
+        elif type(module) is not nn.Linear:
+            reason = f"it is a {type(module).__name__}, which may compute in another way than nn.Linear"
+        elif owners[id(module._parameters["weight"])] > 1:
+            reason = "its weight is shared with another module (tied embeddings)"
+        elif "forward" in vars(module):
+            reason = "its forward method was replaced on this very module"
+        elif sparsity < LEAST:
+            reason = f"too few zeros: {sparsity:.1%}, and below {LEAST:.0%} dense is faster"
+        found[name] = Choice(module, sparsity, reason)
+    return found
+
+
+_FOREIGN = ("QuantLinear", "MarlinLinear", "BitLinear", "AutoBitLinear", "EetqLinear", "HQQLinear")
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    """Raise `BackendError` if a layer is none whose weight can be packed."""
+    asked = f"to_runtime was asked for a model whose layer '{name}'"
+    if parametrize.is_parametrized(module):
+        raise BackendError(
+            f"{asked} is still masked or otherwise parametrised. Finish pruning first: Pruner.bake() (the callback "
+            "does it at the end of training), or parametrize.remove_parametrizations"
+        )
+    if name.rpartition(".")[2] == "base_layer":
+        raise BackendError(f"{asked} is wrapped in adapters. Merge them first: model = model.merge_and_unload()")
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or type(module).__name__ in _FOREIGN:
+        found = type(module).__name__ if weight is None else f"{type(module).__name__} with {weight.dtype}"
+        raise BackendError(f"{asked} is quantised ({found}). Load it without quantisation, or call model.dequantize()")
+    if weight.is_meta or getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise BackendError(
+            f"{asked} is offloaded, or on the meta device: there is no weight to pack. Load it onto the CPU whole, "
+            'without device_map or with device_map={"": "cpu"}'
+        )
+    if weight.device.type != "cpu":
+        raise BackendError(
+            f"{asked} is on {weight.device}; the sparse kernels are for the CPU. Move it there: model.to('cpu')"
+        )
+    if weight.dtype != torch.float32:
+        raise BackendError(
+            f"{asked} is in {weight.dtype}; the CPU kernels compute in float32. Cast it: model.float() (or load it "
+            "with dtype=torch.float32)"
+        )
+
+
+def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> list[list[Unit]]:
+    """Return what can be packed: for each sub-block or layer the alternatives, the largest company first.
+
+    The layers of an alternative that loses are looked at one by one, unless they are part of another.
+    """
+    able = {name: choice.layer for name, choice in choices.items() if choice.reason is None}
+    packs: dict[str, Packed] = {}
+    taken: set[str] = set()
+    out: list[list[Unit]] = []
+
+    def alone(name: str) -> Unit:
+        if name not in packs:
+            layer = able[name]
+            packs[name] = Packed.of(layer.weight, kernel, choose_rows(layer.weight) if kernel == "cpu" else 1)
+        return Unit("sparse_linear" if kernel == "cpu" else "csr", (name,), (able[name],), (packs[name],))
+
+    for block in known_sub_blocks(model) if kernel == "cpu" else ():
+        names = tuple(block.inputs)
+        together: Unit | None = None
+        if block.kind == "attention" and _is_self(block) and all(name in able for name in names):
+            layers = tuple(able[name] for name in names)
+            if len({layer.bias is None for layer in layers}) == 1 and not any(_hooked(layer) for layer in layers):
+                weight = torch.cat([layer.weight.detach() for layer in layers])
+                together = Unit("sparse_qkv", names, layers, (Packed.of(weight, "cpu", choose_rows(weight)),))
+        elif block.kind == "feed_forward":
+            names = (*names, block.output_name)
+            activation = blocks.activation_of(block)
+            if all(name in able for name in names) and activation and blocks.kind(block) and not _watched(block):
+                packed = tuple(alone(name).packed[0] for name in names)
+                layers = tuple(able[name] for name in names)
+                gated = len(block.inputs) > 1
+                if not (gated and any(layer.bias is not None for layer in layers)):
+                    together = Unit("sparse_ffn", names, layers, packed, block, activation)
+        if together is not None:
+            out.append([together, *(alone(name) for name in names)])
+            taken.update(names)
+    out += [[alone(name)] for name in able if name not in taken]
+    return out
+
+
+def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, float]:
+    """Return how many times faster than dense a unit is, by tokens."""
+    zeros = sum(int((layer.weight == 0).sum()) for layer in unit.layers)
+    total = sum(layer.weight.numel() for layer in unit.layers)
+    shapes = tuple(tuple(layer.weight.shape) for layer in unit.layers)
+    rows = tuple(packed.rows for packed in unit.packed)
+    gains = {}
+    for count in tokens:
+        x = torch.randn(count, unit.layers[0].in_features)
+        trial = Trial(unit.kernel, shapes, round(100 * zeros / total), rows, count)
+        gains[count] = table.gain(trial, _dense(unit, x), _sparse(unit, x))
+    return gains
+
+
+def wins(gains: dict[int, float]) -> bool:
+    """Return whether the dense product loses at every number of tokens."""
+    return all(gain >= 1.0 + MARGIN for gain in gains.values())
+
+
+def _dense(unit: Unit, x: Tensor) -> Callable[[], object]:
+    weights = [(layer.weight, layer.bias) for layer in unit.layers]
+    if unit.kernel != "sparse_ffn":
+        return lambda: [F.linear(x, weight, bias) for weight, bias in weights]
+    assert unit.activation is not None
+    activation = blocks.ACTIVATIONS[unit.activation]
+
+    def run() -> object:
+        hidden = activation(F.linear(x, *weights[0]))
+        for weight, bias in weights[1:-1]:
+            hidden = hidden * F.linear(x, weight, bias)
+        return F.linear(hidden, *weights[-1])
+
+    return run
+
+
+def _sparse(unit: Unit, x: Tensor) -> Callable[[], object]:
+    biases: list[Tensor | None] = [layer.bias for layer in unit.layers]
+    if unit.kernel == "sparse_ffn":
+        assert unit.activation is not None
+        activation, packed = unit.activation, list(unit.packed)
+        return lambda: blocks.feed_forward(x, packed, biases, activation)
+    kept = [bias for bias in biases if bias is not None]
+    bias = torch.cat(kept) if kept else None
+    return lambda: unit.packed[0].multiply(x, bias)
+
+
+def _is_self(block: SubBlock) -> bool:
+    """Return whether query, key and value see the same input: not in cross-attention, and not without heads."""
+    core = block.core
+    plain = not isinstance(core, Changed) or type(core).__name__.startswith("Uneven")
+    return plain and "Cross" not in type(core).__name__ and not block.name.endswith("EncDecAttention")
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not is_guard(hook) for hook in hooks)
+
+
+def _watched(block: SubBlock) -> bool:
+    """Return whether hooks look at anything inside a feed-forward part, which then has to be computed."""
+    table = block.table
+    assert isinstance(table, FeedForward)
+    paths = {path.rpartition(".")[0] for path in (*table.inputs, table.output)} - {""}
+    inside = [*block.inputs.values(), block.output, *(block.module.get_submodule(path) for path in paths)]
+    function = blocks.function_of(block)
+    return any(_hooked(module) for module in [*inside, *([function] if isinstance(function, nn.Module) else [])])

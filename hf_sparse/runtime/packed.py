@@ -1,0 +1,108 @@
+"""The packed form of one weight, or of several above each other, whatever multiplies by it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..codecs.base import pack_bits, unpack_bits
+from . import csr
+
+Kernel = Literal["cpu", "csr"]
+"""What multiplies: the own kernels, or torch's product with a CSR matrix."""
+
+PARTS = ("values", "columns", "pointers", "negative")
+
+HEIGHTS = {1: 1.0, 2: 0.77, 4: 0.7, 8: 0.69, 16: 0.69}
+"""Output rows that share a column -> time per stored value, relative to that of single values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A weight as a kernel reads it.
+
+    Attributes:
+        negative: bits of the zeros with a minus sign, which no kernel stores; None without any.
+    """
+
+    kernel: Kernel
+    rows: int
+    out_features: int
+    in_features: int
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    negative: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, kernel: Kernel, rows: int = 1) -> Packed:
+        """Pack a dense weight.
+
+        Example:
+            >>> weight = torch.tensor([[0.0, -0.0], [2.0, 0.0]])
+            >>> torch.signbit(Packed.of(weight, "csr").dense()).tolist()
+            [[False, True], [False, False]]
+        """
+        weight = weight.detach()
+        if kernel == "csr":
+            parts = csr.pack(weight)
+        else:
+            made = kernels.pack(weight, rows)
+            parts = (made.values, made.columns, made.pointers)
+        lost = torch.signbit(weight) & (weight == 0)
+        negative = torch.from_numpy(pack_bits(lost.view(-1).numpy())) if bool(lost.any()) else None
+        height, width = weight.shape
+        return cls(kernel, rows, height, width, *parts, negative)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(part.nbytes for name in PARTS if (part := getattr(self, name)) is not None)
+
+    def dense(self) -> Tensor:
+        """Return the weight, every bit as it was."""
+        parts, shape = (self.values, self.columns, self.pointers), (self.out_features, self.in_features)
+        if self.kernel == "csr":
+            weight = csr.unpack(*parts, *shape)
+        else:
+            weight = kernels.unpack(kernels.PackedWeight(*parts, self.rows, *shape))
+        if self.negative is not None:
+            lost = torch.from_numpy(unpack_bits(self.negative.numpy(), weight.numel(), "a packed weight")).view(
+                weight.shape
+            )
+            weight[lost] = -0.0
+        return weight
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `x W^T + b`.
+
+        Shapes: `(..., in_features)` -> `(..., out_features)`
+        """
+        parts, shape = (self.values, self.columns, self.pointers), (self.out_features, self.in_features)
+        if self.kernel == "csr":
+            out: Tensor = torch.ops.hf_sparse.csr_linear(x, *parts, bias, *shape)
+        else:
+            out = torch.ops.hf_sparse.sparse_linear(x, *parts, bias, self.rows, *shape, "none")
+        return out
+
+
+def choose_rows(weight: Tensor) -> int:
+    """Return how many output rows should share a column: more are faster per value, but store more zeros.
+
+    Example:
+        >>> choose_rows(torch.eye(16)), choose_rows(torch.eye(16).repeat_interleave(4, dim=0))
+        (1, 4)
+    """
+    kept = weight.detach() != 0
+    costs = {rows: stored(kept, rows) * time for rows, time in HEIGHTS.items()}
+    return min(costs, key=lambda rows: costs[rows])
+
+
+def stored(kept: Tensor, rows: int) -> int:
+    """Return how many values a pack with blocks of this height holds."""
+    padded = torch.nn.functional.pad(kept, (0, 0, 0, -kept.shape[0] % rows))
+    return int(padded.view(-1, rows, kept.shape[1]).any(dim=1).sum()) * rows

@@ -1,0 +1,107 @@
+"""What `to_runtime` did with each layer, and why: as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One linear layer.
+
+    Attributes:
+        name: of the layer.
+        shape: of its weight.
+        sparsity: fraction of zeros.
+        kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward part), "sparse_qkv" (query, key and value as one
+            product), "csr" or "dense".
+        rows: output rows that share their columns in the packed form; 0 of a dense layer.
+        bytes: what the weight takes now.
+        dense_bytes: what it takes dense.
+        gains: tokens -> time of the dense product over that of the chosen kernel, where it was measured; for layers
+            that stay dense, that of the kernel that lost.
+        reason: why the layer is not sparse; None if it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    kernel: str
+    rows: int
+    bytes: int
+    dense_bytes: int
+    gains: Mapping[int, float]
+    reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        out = dataclasses.asdict(self)
+        return out | {"shape": list(self.shape), "gains": {str(key): gain for key, gain in self.gains.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeReport:
+    """The linear layers of a model in runtime form. `print` it for a table.
+
+    Attributes:
+        backend: what was asked for.
+        machine: processor, threads and torch, which the gains were measured with.
+        kernels: what was found of the own kernels.
+        layers: one report per layer.
+    """
+
+    backend: str
+    machine: str
+    kernels: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def sparse(self) -> tuple[LayerReport, ...]:
+        """The layers that are packed."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights of all layers."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that they would take dense."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        keys = ("backend", "machine", "kernels", "bytes", "dense_bytes")
+        return {key: getattr(self, key) for key in keys} | {"layers": [layer.to_dict() for layer in self.layers]}
+
+    def __str__(self) -> str:
+        wide = max([len(layer.name) for layer in self.layers] + [5])
+        head = f"{'layer':<{wide}}  {'shape':>11}  {'sparsity':>8}  {'kernel':<13}  {'rows':>4}  {'memory':>6}  gain"
+        lines = [head, "-" * len(head)]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape))
+            share = layer.bytes / layer.dense_bytes if layer.dense_bytes else 1.0
+            said = layer.reason or _gains(layer.gains) or "not measured"
+            lines.append(
+                f"{layer.name:<{wide}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
+                f"{layer.rows or '':>4}  {share:>6.0%}  {said}"
+            )
+        lines.append("-" * len(head))
+        lines.append(
+            f"{len(self.sparse)} of {len(self.layers)} layers sparse; weights {self.bytes / 1e6:.1f} MB, dense "
+            f"{self.dense_bytes / 1e6:.1f} MB. {self.machine}. {self.kernels}"
+        )
+        return "\n".join(lines)
+
+
+def _gains(gains: Mapping[int, float]) -> str:
+    """Say how much faster it is.
+
+    Example:
+        >>> _gains({16: 2.04, 128: 6.5})
+        '2.0x (16 tokens), 6.5x (128 tokens)'
+    """
+    return ", ".join(f"{gain:.1f}x ({tokens} tokens)" for tokens, gain in gains.items())
