@@ -77,7 +77,7 @@ def _value(number: int) -> float:
 
 
 def _bucket(parts: Sequence[Tensor], k: int, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Return the bucket (from 0) of the k-th highest of numbers from -32768 to 32767, and its rank within the bucket."""
+    """Return the bucket (from 0) of the k-th highest of numbers from -32768 to 32767, and its rank in the bucket."""
     counts = torch.zeros(_HALF, dtype=torch.int64, device=parts[0].device)
     for part in parts:
         counts += torch.bincount(part + _HALF // 2, minlength=_HALF)
