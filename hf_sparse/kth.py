@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .errors import SparsityError
 from .radix import keep_highest_across
@@ -166,6 +166,13 @@ def _on_device(flat: Sequence[Tensor], keep: int) -> tuple[list[Tensor], float]:
 
 
 def _on_shards(scores: Sequence[DTensor], keep: int) -> tuple[list[Tensor], float | None]:
+    for tensor in scores:
+        # Copies would be counted twice, and columns would not be in the order in which ties are kept.
+        if tensor.placements != (Shard(0),) or tensor.device_mesh != scores[0].device_mesh:
+            raise SparsityError(
+                f"cannot select among scores that are placed as {tensor.placements} on {tensor.device_mesh}: only rows "
+                "divided over one dimension of processes (fully_shard on a 1-D mesh, as it does by default)"
+            )
     group = scores[0].device_mesh.get_group()
     masks, cut = keep_highest_across([tensor.to_local() for tensor in scores], keep, group)
     return [

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from hf_sparse import Pruner, RecipeError, SparsityConfig, SparsityError
+from hf_sparse.kth import keep_highest
 
 from ..training import Rows, bert
 from .ranks import on_ranks
@@ -22,13 +24,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "global": {"scorer": {"name": "movement", "learning_rate": 1.0}, "selection": "global"},
     "neurons": {"scorer": {"name": "movement", "learning_rate": 1.0}, "pattern": "neuron"},
 }
+WITHIN = {"scorer": "movement", "pattern": {"name": "n:m", "n": 2, "m": 4}, "sparsity": None}
+RAMP = {"name": "linear", "end": 0.5}
 STEPS, BATCH = 8, 8
 
 
 def trained(method: dict[str, Any], rank: int = 0, ranks: int = 1) -> tuple[Pruner, dict[str, torch.Tensor]]:
     """Train, sharded if there are several ranks, and return the pruner and the whole state dict."""
     model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    pruner = Pruner(model, SparsityConfig(sparsity=0.8, schedule={"name": "linear", "end": 0.5}, **method)).attach()
+    pruner = Pruner(model, SparsityConfig(**{"sparsity": 0.8, "schedule": RAMP, **method})).attach()
     if ranks > 1:
         for layer in model.bert.encoder.layer:
             fully_shard(layer)
@@ -43,6 +47,8 @@ def trained(method: dict[str, Any], rank: int = 0, ranks: int = 1) -> tuple[Prun
         optimizer.step()
         optimizer.zero_grad()
         pruner.step((step + 1) / STEPS)
+    pruner.finish()
+    assert pruner.logs()["sparsity"] > 0.75
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
     return pruner, {name: tensor.clone() for name, tensor in state.items()}
 
@@ -53,9 +59,12 @@ def worker(folder: Path) -> None:
     for name, method in METHODS.items():
         pruner, state = trained(method, dist.get_rank(), dist.get_world_size())
         torch.save(state, folder / f"{name}{dist.get_rank()}.pt")
-    with pytest.raises(SparsityError, match="bake.. cannot take masks off"):
+    copies = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
+    with pytest.raises(SparsityError, match="only rows divided over one dimension"):
+        keep_highest([copies], 3)
+    with pytest.raises(SparsityError, match=r"bake\(\) cannot take masks off"):
         pruner.bake()
-    for method in ({"scorer": "taylor"}, {"scorer": "magnitude", "pattern": "neuron"}):
+    for method in ({"scorer": "taylor"}, {"scorer": "magnitude", "pattern": "neuron"}, WITHIN):
         with pytest.raises(RecipeError, match="does not work on weights that fully_shard has divided"):
             trained(method, dist.get_rank(), dist.get_world_size())
 
