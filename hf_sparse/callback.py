@@ -91,8 +91,16 @@ class SparsityCallback(TrainerCallback):
                 "make a new Trainer with a new SparsityCallback"
             )
         self._attach(trainer.model, trainer.args)
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise RecipeError("SparsityCallback does not work with DeepSpeed or FSDP yet; use DDP (torchrun) instead")
+        if trainer.is_deepspeed_enabled:
+            raise RecipeError(
+                "SparsityCallback does not work with DeepSpeed (ZeRO-1, 2 or 3): its engine flattens and divides the "
+                "parameters and makes its own optimizer, and masks on them were never tried. Use DDP (torchrun) instead"
+            )
+        if trainer.is_fsdp_enabled:
+            raise RecipeError(
+                "SparsityCallback does not work with FSDP: the Trainer's checkpoints and bake() need whole weights. "
+                "Use DDP (torchrun), or for FSDP2 a loop of your own: Pruner(model, config).attach(), then fully_shard"
+            )
         if trainer.args.n_gpu > 1:
             raise RecipeError(
                 "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"

@@ -9,13 +9,15 @@ other devices a stable sort is fast enough.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .errors import SparsityError
+from .radix import keep_highest_across
 
 _SAMPLE = 1 << 14
 _SMALL = 1 << 15
@@ -31,7 +33,8 @@ def keep_highest(scores: Sequence[Tensor], keep: int) -> tuple[list[Tensor], flo
     all scores are the same, and every process that holds the same scores makes the same masks.
 
     Args:
-        scores: float tensors of any shape, on one device.
+        scores: float tensors of any shape, on one device. All may be sharded over the same processes, rows divided in
+            order (`fully_shard`): then so are the masks, every process has to call this, and none gathers scores.
         keep: how many to keep over all tensors together.
 
     Returns:
@@ -45,6 +48,8 @@ def keep_highest(scores: Sequence[Tensor], keep: int) -> tuple[list[Tensor], flo
         >>> [mask.tolist() for mask in masks], cut
         ([[True, False, False, False], [True, True]], 0.0)
     """
+    if scores and isinstance(scores[0], DTensor):
+        return _on_shards(cast(Sequence[DTensor], scores), keep)
     total = sum(tensor.numel() for tensor in scores)
     if keep <= 0:
         return [torch.zeros_like(tensor, dtype=torch.bool) for tensor in scores], None
@@ -158,3 +163,21 @@ def _on_device(flat: Sequence[Tensor], keep: int) -> tuple[list[Tensor], float]:
     mask = torch.zeros_like(values, dtype=torch.bool)
     mask[order[:keep]] = True
     return list(mask.split([tensor.numel() for tensor in flat])), float(values[keep - 1])
+
+
+def _on_shards(scores: Sequence[DTensor], keep: int) -> tuple[list[Tensor], float | None]:
+    for tensor in scores:
+        # Copies would be counted twice, and columns would not be in the order in which ties are kept.
+        if tensor.placements != (Shard(0),) or tensor.device_mesh != scores[0].device_mesh:
+            raise SparsityError(
+                f"cannot select among scores that are placed as {tensor.placements} on {tensor.device_mesh}: only rows "
+                "divided over one dimension of processes (fully_shard on a 1-D mesh, as it does by default)"
+            )
+    group = scores[0].device_mesh.get_group()
+    masks, cut = keep_highest_across([tensor.to_local() for tensor in scores], keep, group)
+    return [
+        DTensor.from_local(
+            mask, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+        for mask, tensor in zip(masks, scores, strict=True)
+    ], cut

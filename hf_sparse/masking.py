@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 
 from .codecs.base import as_bits, unpack_bits
@@ -218,7 +219,10 @@ def training_state(module: nn.Module) -> dict[str, Tensor]:
     masked = masked_weight(module)
     assert masked is not None
     dense = hidden(module).detach()
-    state = {"": torch.where(masked.mask, dense, 0.0), "_kept": masked.mask, "_hidden": dense}
+    mask = masked.mask
+    if isinstance(dense, DTensor):  # every process has the whole mask: its own rows need no exchange
+        mask = distribute_tensor(mask, dense.device_mesh, dense.placements, src_data_rank=None)
+    state = {"": torch.where(mask, dense, 0.0), "_kept": masked.mask, "_hidden": dense}
     if masked.scores is not None:
         state["_scores"] = masked.scores.detach()
     if masked.importance is not None:

@@ -8,17 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .budget import Budget, Costs
 from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from .errors import PatternError, RecipeError, SparsityError
-from .masking import check_free
+from .masking import check_free, hidden
 from .measuring import measure_heads, observe_batches
-from .patterns import Pattern, Structure
+from .patterns import Element, Pattern, Structure
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
 from .schedules import Schedule
 from .scorers import Scorer
-from .selection import Selection, Uniform
+from .selection import Selection, Uniform, WithinInputs
 from .units import Share, Unit, attach_unit, find_shares
 from .zeros import free_zeros, keep_zeros
 
@@ -123,6 +124,22 @@ def _check_disjoint(plans: list[Plan]) -> None:
             owner[name] = index
 
 
+def _check_shards(plan: Plan) -> None:
+    """Raise `RecipeError` if the weights are sharded and the scores of this plan cannot be computed on shards."""
+    if not any(isinstance(hidden(unit.module), DTensor) for unit in plan.units):
+        return
+    if plan.scorer.observes or not (plan.scorer.learned or isinstance(plan.pattern, Element)):
+        raise RecipeError(
+            f"scorer '{plan.scorer.name}' with pattern {plan.pattern} does not work on weights that fully_shard has "
+            "divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
+        )
+    if isinstance(plan.selection, WithinInputs | Budget):
+        raise RecipeError(
+            f"pattern {plan.pattern} with selection '{plan.selection.name}' does not work on weights that fully_shard "
+            "has divided. Use selection 'uniform' or 'global'"
+        )
+
+
 class Pruner:
     """Put masks on a model, renew them as training goes on, and make them permanent.
 
@@ -214,6 +231,7 @@ class Pruner:
         for plan in self.plans:
             if not plan.due(progress, step):
                 continue
+            _check_shards(plan)
             scores = [unit.group_scores(plan.scorer) for unit in plan.units]
             kept = plan.selection.select(scores, plan.sparsity_at(progress))
             for unit, groups in zip(plan.units, kept, strict=True):
@@ -310,6 +328,11 @@ class Pruner:
         before remembers their momentum and moves them once more.
         """
         self._must_be_attached()
+        if any(isinstance(hidden(unit.module), DTensor) for unit in self.units):
+            raise SparsityError(
+                "bake() cannot take masks off weights that fully_shard has taken over. Take the whole state dict "
+                "(full_tensor() of each entry): its 'weight' entries are masked and load into a plain model"
+            )
         modules = [member.module for unit in self.units for member in unit.members]
         for unit in self.units:
             unit.bake()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .architectures import match_sub_blocks
 from .errors import SparsityError
@@ -108,7 +109,9 @@ class Unit:
         return self.pattern.pool(self.masked.mask.float(), "sum") > 0
 
     def keep(self, groups: Tensor) -> None:
-        """Keep the groups that are True, remove the others."""
+        """Keep the groups that are True, remove the others; every process has the whole mask, whatever is sharded."""
+        if isinstance(groups, DTensor):
+            groups = groups.full_tensor()
         for member in self.members:
             member.masked.mask.copy_(member.pattern.expand(groups, tuple(member.masked.mask.shape)))
 

@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "movement": {"scorer": "movement"},
     "soft_movement": {"scorer": "soft_movement"},
     "block": {"scorer": "movement", "pattern": {"name": "block", "rows": 32, "cols": 32}},
+    "heads+neurons": {"scorer": "movement", "pattern": "head+neuron"},
     "plain_again": None,  # how far two equal variants come apart on this machine, now
 }
 PLAIN = "plain"

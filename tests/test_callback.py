@@ -340,3 +340,17 @@ def test_resumed_run_is_the_uninterrupted_run(method: str, tmp_path: Path) -> No
         whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        ("is_deepspeed_enabled", r"does not work with DeepSpeed \(ZeRO-1, 2 or 3\).*Use DDP"),
+        ("is_fsdp_enabled", "does not work with FSDP.*then fully_shard"),
+    ],
+)
+def test_sharded_trainers_are_refused_before_the_first_step(tmp_path: Path, switch: str, said: str) -> None:
+    trainer = sparse_trainer(tmp_path)
+    setattr(trainer, switch, True)
+    with pytest.raises(RecipeError, match=said):
+        trainer.create_optimizer()

@@ -1,0 +1,85 @@
+"""Two processes under fully_shard (FSDP2), in a loop of one's own, make the masks and weights of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from hf_sparse import Pruner, RecipeError, SparsityConfig, SparsityError
+from hf_sparse.kth import keep_highest
+
+from ..training import Rows, bert
+from .ranks import on_ranks
+
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"scorer": "magnitude"},
+    "movement": {"scorer": {"name": "movement", "learning_rate": 1.0}},
+    "global": {"scorer": {"name": "movement", "learning_rate": 1.0}, "selection": "global"},
+    "neurons": {"scorer": {"name": "movement", "learning_rate": 1.0}, "pattern": "neuron"},
+}
+WITHIN = {"scorer": "movement", "pattern": {"name": "n:m", "n": 2, "m": 4}, "sparsity": None}
+RAMP = {"name": "linear", "end": 0.5}
+STEPS, BATCH = 8, 8
+
+
+def trained(method: dict[str, Any], rank: int = 0, ranks: int = 1) -> tuple[Pruner, dict[str, torch.Tensor]]:
+    """Train, sharded if there are several ranks, and return the pruner and the whole state dict."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    pruner = Pruner(model, SparsityConfig(**{"sparsity": 0.8, "schedule": RAMP, **method})).attach()
+    if ranks > 1:
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.1)
+    pruner.step(0.0)
+    rows = Rows(STEPS * BATCH)
+    for step in range(STEPS):
+        batch = [rows[step * BATCH + index] for index in range(rank, BATCH, ranks)]
+        model(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step((step + 1) / STEPS)
+    pruner.finish()
+    assert pruner.logs()["sparsity"] > 0.75
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+    return pruner, {name: tensor.clone() for name, tensor in state.items()}
+
+
+def worker(folder: Path) -> None:
+    """What each rank runs: all methods sharded, and what is refused."""
+    dist.init_process_group("gloo")
+    for name, method in METHODS.items():
+        pruner, state = trained(method, dist.get_rank(), dist.get_world_size())
+        torch.save(state, folder / f"{name}{dist.get_rank()}.pt")
+    copies = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
+    with pytest.raises(SparsityError, match="only rows divided over one dimension"):
+        keep_highest([copies], 3)
+    with pytest.raises(SparsityError, match=r"bake\(\) cannot take masks off"):
+        pruner.bake()
+    for method in ({"scorer": "taylor"}, {"scorer": "magnitude", "pattern": "neuron"}, WITHIN):
+        with pytest.raises(RecipeError, match="does not work on weights that fully_shard has divided"):
+            trained(method, dist.get_rank(), dist.get_world_size())
+
+
+@pytest.mark.slow
+def test_sharded_training_is_training_by_one_process(tmp_path: Path) -> None:
+    on_ranks(__name__, "worker", tmp_path)
+    for name, method in METHODS.items():
+        _, expected = trained(method)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                if key.endswith("_kept"):
+                    assert torch.equal(found[key], tensor), f"{name}: {key}"
+                    assert not tensor.all(), f"{name}: {key}"
+                else:
+                    torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
