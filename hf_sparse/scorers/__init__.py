@@ -5,5 +5,6 @@ from .gradient import Gradient, Taylor
 from .magnitude import Magnitude
 from .movement import Movement, SoftMovement
 from .random import Random
+from .regrow import SET, RigL
 
-__all__ = ["Gradient", "Magnitude", "Movement", "Random", "Scorer", "SoftMovement", "Taylor"]
+__all__ = ["SET", "Gradient", "Magnitude", "Movement", "Random", "RigL", "Scorer", "SoftMovement", "Taylor"]
