@@ -57,10 +57,10 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradient_from_zero() -> N
 
 
 def test_rigl_changes_less_and_less_and_nothing_in_the_end() -> None:
-    scorer = SCORERS["rigl"](fraction=0.4, every=1, until=0.8)  # type: ignore[call-arg]
-    assert scorer.share(0.0) == pytest.approx(0.4)  # type: ignore[attr-defined]
-    assert scorer.share(0.4) == pytest.approx(0.2)  # type: ignore[attr-defined]
-    assert scorer.share(0.2) == pytest.approx(0.2 * (1 + math.sqrt(0.5)))  # type: ignore[attr-defined]
+    scorer = SCORERS["rigl"](fraction=0.4, every=1, until=0.8)
+    assert scorer.share(0.0) == pytest.approx(0.4)
+    assert scorer.share(0.4) == pytest.approx(0.2)
+    assert scorer.share(0.2) == pytest.approx(0.2 * (1 + math.sqrt(0.5)))
     scorer.shared_state(1)
     scorer.adapt(None, 1.0)
     assert scorer.updates(0.79)
@@ -108,7 +108,7 @@ def test_sparsity_is_exact_at_every_step(scorer: str, pattern: Any, selection: s
     pruner = attached(
         model, scorer={"name": scorer, "every": 2, "fraction": 0.5}, sparsity=0.5, pattern=pattern, **group
     )
-    optimizer = torch.optim.Adam(pruner.parameter_groups(), lr=0.1)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(pruner.parameter_groups(), lr=0.1)
     pruner.step(0.0)
     first = [unit.masked.mask.clone() for unit in pruner.units]
     for step in range(10):
