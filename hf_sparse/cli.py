@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-sparse", description="Train, prune and look at sparse transformers.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="fine-tune the model of a recipe, sparse or dense")
+    train = commands.add_parser("train", help="fine-tune the model of a recipe, sparse or dense, or run all its stages")
     train.add_argument("recipe", help="YAML file, see recipes/")
     train.add_argument(
         "--set",
@@ -173,11 +173,15 @@ def _spec(text: str) -> Any:
 def _train(options: argparse.Namespace) -> None:
     from .recipe import Recipe
     from .run import run
+    from .stages import has_stages, load_stages, run_stages
 
     overrides = list(options.overrides)
     if options.output is not None:
         overrides.append(f"training.output_dir={json.dumps(options.output)}")
-    result = run(Recipe.load(options.recipe, overrides), resume=options.resume)
+    if has_stages(options.recipe):
+        result = run_stages(load_stages(options.recipe, overrides), resume=options.resume)
+    else:
+        result = run(Recipe.load(options.recipe, overrides), resume=options.resume)
     print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")
 
 
@@ -186,7 +190,7 @@ def _teach(options: argparse.Namespace) -> None:
     from .teach import teach
 
     recipe = Recipe.load(options.recipe, options.overrides)
-    output = options.output or (recipe.distillation and recipe.distillation.cache)
+    output = options.output or (recipe.distillation.cache if recipe.distillation is not None else None)
     if output is None:
         raise RecipeError("there is no folder for the cache: give --output DIR, or distillation.cache in the recipe")
     count = teach(recipe, output, options.dtype)

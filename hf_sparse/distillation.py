@@ -117,7 +117,11 @@ class Distiller:
     def _logits(self, student: Mapping[str, Any], teacher: Any, batch: Mapping[str, Any], share: float) -> Tensor:
         names = [name for name in ("logits", "start_logits", "end_logits") if student.get(name) is not None]
         if not names:
-            raise SparsityError(f"the model returns no logits to distil, but {', '.join(student)}; set logits_weight=0")
+            raise SparsityError(
+                f"the model returns no logits to distil, but {', '.join(student)}. TRL's SFTTrainer, for one, never "
+                "has them all at once: use the Trainer of transformers, set logits_weight=0 and learn something else, "
+                "or leave the teacher out"
+            )
         return torch.stack([self._one(student[n], teacher[n], batch, n == "logits", share) for n in names]).mean()
 
     def _one(self, s: Tensor, t: Tensor, batch: Mapping[str, Any], is_classes: bool, share: float) -> Tensor:

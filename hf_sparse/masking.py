@@ -27,7 +27,7 @@ from .codecs.bitmask import expand
 from .errors import CheckpointError, RecipeError
 from .patterns import Pattern
 
-STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_level")
+STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_level", "_renewals")
 """Endings of the keys that only a training that goes on needs; everyone else ignores them."""
 
 

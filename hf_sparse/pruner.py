@@ -39,6 +39,7 @@ class Plan:
     sparsity: float
     shares: list[list[Share]]
     units: list[Unit] = dataclasses.field(default_factory=list)
+    met: float | None = None  # the sparsity that the masks of a scorer that regrows were made for
 
     def sparsity_at(self, progress: float) -> float:
         """Return the scheduled sparsity; for a selection with a value, the scheduled share of that value."""
@@ -59,6 +60,24 @@ class Plan:
         if step % self.schedule.every == 0 or progress >= 1.0:
             return True
         return self.schedule.reached(progress) and not self.schedule.reached(before)
+
+    def renew(self, progress: float) -> None:
+        """Make the masks for this point of training."""
+        sparsity, regrows = self.sparsity_at(progress), self.scorer.regrows
+        # Between updates masks that are never chosen anew cost nothing.
+        if not regrows or self.scorer.updates(progress) or self.met != sparsity:
+            if regrows:
+                scores = [unit.regrown_scores(self.scorer, i, progress) for i, unit in enumerate(self.units)]
+            else:
+                scores = [unit.group_scores(self.scorer) for unit in self.units]
+            kept = self.selection.select(scores, sparsity)
+            for unit, groups in zip(self.units, kept, strict=True):
+                if regrows:
+                    unit.grow(groups)
+                else:
+                    unit.keep(groups)
+            self.met = sparsity
+        self.scorer.adapt(self.selection.threshold, self.level(progress))
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
@@ -81,6 +100,11 @@ def _plan(model: nn.Module, group: GroupConfig) -> Plan:
         )
     chosen = SELECTIONS.build(group.selection) if group.selection is not None else None
     selection = own or chosen or scorer.own_selection() or Uniform()
+    if scorer.regrows and selection.decides_sparsity:
+        raise RecipeError(
+            f"scorer '{scorer.name}' drops and grows weights at the scheduled sparsity, but selection "
+            f"'{selection.name}' decides the sparsity itself. Use selection 'uniform' or 'global' and give a sparsity"
+        )
     sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
     shares = find_shares(model, pattern, group.targets, group.exclude)
     if isinstance(selection, Budget):
@@ -128,7 +152,7 @@ def _check_shards(plan: Plan) -> None:
     """Raise `RecipeError` if the weights are sharded and the scores of this plan cannot be computed on shards."""
     if not any(isinstance(hidden(unit.module), DTensor) for unit in plan.units):
         return
-    if plan.scorer.observes or not (plan.scorer.learned or isinstance(plan.pattern, Element)):
+    if plan.scorer.observes or plan.scorer.regrows or not (plan.scorer.learned or isinstance(plan.pattern, Element)):
         raise RecipeError(
             f"scorer '{plan.scorer.name}' with pattern {plan.pattern} does not work on weights that fully_shard has "
             "divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
@@ -229,14 +253,9 @@ class Pruner:
         if not 0.0 <= progress <= 1.0:
             raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
         for plan in self.plans:
-            if not plan.due(progress, step):
-                continue
-            _check_shards(plan)
-            scores = [unit.group_scores(plan.scorer) for unit in plan.units]
-            kept = plan.selection.select(scores, plan.sparsity_at(progress))
-            for unit, groups in zip(plan.units, kept, strict=True):
-                unit.keep(groups)
-            plan.scorer.adapt(plan.selection.threshold, plan.level(progress))
+            if plan.due(progress, step):
+                _check_shards(plan)
+                plan.renew(progress)
 
     def observe(self) -> None:
         """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step."""

@@ -85,6 +85,10 @@ metric, freeze, sparsity, distillation, training, seed.
             RecipeError: for an unknown key (naming the nearest known one), a missing one, or a value of the wrong kind.
         """
         _check_mapping(data, "the recipe")
+        if "stages" in data:
+            raise RecipeError(
+                "the recipe has stages, and only `hf-sparse train` runs those; give one without, for one run"
+            )
         check_keys(data, [field.name for field in dataclasses.fields(cls)], "the recipe")
         for key in ("model", "data"):
             if data.get(key) is None:
@@ -113,14 +117,7 @@ metric, freeze, sparsity, distillation, training, seed.
             RecipeError: if the file cannot be read, is no mapping, or as `from_dict`.
         """
         path = Path(path)
-        try:
-            data = parse_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"cannot read recipe {path}: {error}") from error
-        _check_mapping(data, f"recipe {path}")
-        for assignment in overrides:
-            data = override(data, assignment)
-        recipe = cls.from_dict(data).located(path.parent)
+        recipe = cls.from_dict(read_recipe(path, overrides)).located(path.parent)
         training = {"output_dir": os.path.join("runs", path.stem), **recipe.training}
         return dataclasses.replace(recipe, training=training)
 
@@ -176,6 +173,22 @@ metric, freeze, sparsity, distillation, training, seed.
             return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
         except (TypeError, ValueError, ImportError) as error:
             raise RecipeError(f"the training section is refused by transformers: {error}") from error
+
+
+def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what a recipe file says, with overrides applied and nothing checked.
+
+    Raises:
+        RecipeError: if the file cannot be read, or is no mapping.
+    """
+    try:
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    _check_mapping(data, f"recipe {path}")
+    for assignment in overrides:
+        data = override(data, assignment)
+    return dict(data)
 
 
 def check_training(training: Any, arguments: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:

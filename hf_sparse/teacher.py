@@ -54,6 +54,7 @@ def check_cache(distiller: Distiller, trainer: Trainer) -> None:
     cache.check(trainer.processing_class, None)
     if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         return  # a stream: each example is looked for when it comes
+    assert trainer.model is not None
     accepted = inspect.signature(trainer.model.forward).parameters
     batches = batches_of(data, trainer.data_collator, accepted, trainer.args.eval_batch_size)
     cache.check(None, (key for batch in batches for key in distiller.examples(batch).names()))

@@ -89,9 +89,18 @@ class Unit:
                     f"scorer '{scorer.name}' has seen no data: call Pruner.measure(batches), or sparsify with batches"
                 )
             return self.measured
+        return self._pooled([self._element_scores(scorer, member) for member in self.members])
+
+    def regrown_scores(self, scorer: Scorer, place: int, progress: float) -> Tensor:
+        """Return the scores of a scorer that regrows; `place` is the number of this unit in its plan."""
+        kept, seen = self.kept(), [member.masked.importance for member in self.members]
+        gradient = self._pooled([one for one in seen if one is not None]) if scorer.observes else None
+        return scorer.regrow(self.group_scores(scorer), kept, scorer.growth(gradient, kept, place), progress)
+
+    def _pooled(self, elements: Sequence[Tensor]) -> Tensor:
         if len(self.members) == 1:
-            return self.pattern.pool(self._element_scores(scorer, self.members[0]))
-        sums = [m.pattern.pool(self._element_scores(scorer, m).float(), "sum") for m in self.members]
+            return self.pattern.pool(elements[0])
+        sums = [m.pattern.pool(tensor.float(), "sum") for m, tensor in zip(self.members, elements, strict=True)]
         total = torch.stack(sums).sum(0)
         return total * (total.numel() / sum(member.masked.mask.numel() for member in self.members))
 
@@ -114,6 +123,13 @@ class Unit:
             groups = groups.full_tensor()
         for member in self.members:
             member.masked.mask.copy_(member.pattern.expand(groups, tuple(member.masked.mask.shape)))
+
+    def grow(self, groups: Tensor) -> None:
+        """Keep the groups that are True, and start at 0 those that were removed."""
+        for member in self.members:
+            mask = member.pattern.expand(groups, tuple(member.masked.mask.shape))
+            hidden(member.module).data.masked_fill_(mask & ~member.masked.mask, 0.0)
+        self.keep(groups)
 
     def keep_all(self) -> None:
         """Remove nothing."""

@@ -50,7 +50,7 @@ def classes_batch() -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 
 def causal_batch() -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     models = [LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)) for _ in range(2)]
     _, _, batch = classes_batch()
     labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
@@ -58,8 +58,16 @@ def causal_batch() -> tuple[Any, Any, dict[str, torch.Tensor]]:
 
 
 def writing_batch() -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-    models = [T5ForConditionalGeneration(T5Config(vocab_size=20, decoder_start_token_id=0, **sizes)) for _ in range(2)]
+    sizes: Any = {
+        "decoder_start_token_id": 0,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+    }
+    models = [T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes)) for _ in range(2)]
     _, _, batch = classes_batch()
     labels = torch.tensor([[5, 6, 7, 1], [8, 1, -100, -100], [9, 9, 1, -100]])
     return models[0], models[1], {**batch, "labels": labels}
@@ -146,7 +154,7 @@ def test_an_example_that_is_not_in_the_cache_is_an_error_that_says_so(tmp_path: 
 @pytest.mark.parametrize("key", ["hidden_weight", "attention_weight"])
 def test_a_cache_has_logits_alone(key: str) -> None:
     with pytest.raises(RecipeError, match="a cache holds the teacher's logits alone"):
-        DistillationConfig(cache="somewhere", **{key: 0.5})
+        DistillationConfig.from_dict({"cache": "somewhere", key: 0.5})
 
 
 def test_no_cache_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:

@@ -6,5 +6,8 @@ from .head_importance import HeadImportance
 from .magnitude import Magnitude
 from .movement import Movement, SoftMovement
 from .random import Random
+from .regrow import SET, RigL
 
-__all__ = ["Gradient", "HeadImportance", "Magnitude", "Movement", "Random", "Scorer", "SoftMovement", "Taylor"]
+__all__ = [
+    "SET", "Gradient", "HeadImportance", "Magnitude", "Movement", "Random", "RigL", "Scorer", "SoftMovement", "Taylor",
+]  # fmt: skip

@@ -23,6 +23,7 @@ class Scorer:
         observes: the scorer looks at the gradient of every step (`observe`) and keeps a tensor like the weight.
         penalized: the method adds a term to the loss (`penalty`).
         measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
+        regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
         learning_rate: of learned scores; their parameter group has no weight decay.
     """
 
@@ -31,6 +32,7 @@ class Scorer:
     observes: ClassVar[bool] = False
     penalized: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    regrows: ClassVar[bool] = False
     learning_rate: float = 0.0
 
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -50,6 +52,24 @@ class Scorer:
         Args:
             gradient: of the loss with respect to the masked weight, dense: entries that are masked have theirs too.
         """
+        raise NotImplementedError
+
+    def updates(self, progress: float) -> bool:
+        """Return whether weights are dropped and grown at this renewal; for methods that regrow."""
+        raise NotImplementedError
+
+    def growth(self, gradient: Tensor | None, kept: Tensor, place: int) -> Tensor:
+        """Return how much each removed group deserves to grow, at least 0; for methods that regrow.
+
+        Args:
+            gradient: what `observe` has gathered, one number per group; None for scorers that do not observe.
+            kept: which groups are kept.
+            place: number of the unit among those of its plan.
+        """
+        raise NotImplementedError
+
+    def regrow(self, magnitude: Tensor, kept: Tensor, growth: Tensor, progress: float) -> Tensor:
+        """Return scores of groups, by which a selection keeps what stays, then what grows; for methods that regrow."""
         raise NotImplementedError
 
     def own_selection(self) -> Selection | None:
