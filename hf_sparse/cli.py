@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export."""
+"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export | card | push."""
 
 from __future__ import annotations
 
@@ -101,6 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators (that of the exporter)")
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
+
+    card = commands.add_parser("card", help="write the model card of a saved model into its folder (README.md)")
+    card.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    card.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
+    card.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
+    card.set_defaults(command=_card)
+
+    push = commands.add_parser("push", help="upload a saved model to the Hub")
+    push.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    push.add_argument("repo", metavar="REPO", help="as in user/name; made if there is none")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (main); made if there is none")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push.set_defaults(command=_push)
     return parser
 
 
@@ -184,3 +198,19 @@ def _export(options: argparse.Namespace) -> None:
 
     keys = ("output", "revision", "dtype", "batch", "length", "opset")
     print(export(options.model, options.to, **{key: getattr(options, key) for key in keys}))
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .model_card import CARD, card_text, facts_of
+
+    path = Path(options.folder) / CARD
+    path.write_text(card_text(facts_of(options.folder, options.against, options.license)), encoding="utf-8")
+    print(f"Wrote {path}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from .hub import push_folder
+
+    keys = ("private", "revision", "create_pr")
+    done = push_folder(options.folder, options.repo, **{key: getattr(options, key) for key in keys})
+    print(f"Pushed: {done.pr_url or done.commit_url}")

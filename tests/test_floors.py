@@ -15,7 +15,7 @@ FLOORS = {
     1: "budget codecs kth latency losses patterns schedules scorers selection",
     2: "architectures compaction distillation importance masking pruner ranks report targets units zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "adapters callback checkpoint convert filling export export_inputs export_targets inspection loading "
+    4: "adapters callback checkpoint convert filling export export_inputs export_targets hub inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config "
     "teacher",
     5: "__main__ cli data heads metrics prune recipe recipe_sections recipe_text run text_metrics",

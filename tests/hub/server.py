@@ -126,11 +126,10 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {path}"
         self.server.seen.append(line)
         self.broken: Fault | None = self.server.fault(line)
-        if self.broken is not None and self.broken.status is None:
-            if self.command in ("PUT", "POST"):
-                self.rfile.read(self.broken.after)
-                self._drop()
-                return
+        if self.broken is not None and self.broken.status is None and self.command in ("PUT", "POST"):
+            self.rfile.read(self.broken.after)
+            self._drop()
+            return
         body = self._body()
         if self.broken is not None and self.broken.status is not None:
             self._error(self.broken.status, self.broken.message, headers=self.broken.headers)
@@ -257,9 +256,7 @@ class Handler(BaseHTTPRequestHandler):
         files = {path: data for path, data in repo.commits[sha].items() if path.startswith(prefix)}
         if prefix and not files:
             return self._error(404, f"{under} does not exist on {revision}", "EntryNotFound")
-        return [
-            {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)} for path, data in files.items()
-        ]
+        return [{"type": "file", "path": path, "size": len(data), "oid": git_oid(data)} for path, data in files.items()]
 
     def validate_yaml(self, body: bytes) -> Any:
         content = json.loads(body)["content"]
@@ -286,9 +283,7 @@ class Handler(BaseHTTPRequestHandler):
             path, held = file["path"], repo.commits[sha].get(file["path"])
             lfs = path.endswith((".safetensors", ".bin", ".pt", ".model")) or file["size"] > 10 << 20
             oid = None if held is None else hashlib.sha256(held).hexdigest() if lfs else git_oid(held)
-            files.append(
-                {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
-            )
+            files.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
         return {"files": files}
 
     def batch(self, body: bytes, name: str) -> Any:
