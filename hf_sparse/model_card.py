@@ -23,6 +23,7 @@ from .inspection import Inspection, inspect
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
+OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
 
@@ -194,7 +195,7 @@ def plain(text: object) -> str:
         'a\\|b &lt;script&gt;'
     """
     line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", line)
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 
 
 def _fenced(text: str, language: str = "") -> str:
@@ -225,7 +226,8 @@ def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
         )
         for name, value in facts.metrics.items()
     ]
-    base = str(facts.base_model) if facts.base_model and HUB_NAME.fullmatch(str(facts.base_model)) else None
+    # A bare name may be that of a folder, and metadata that links to somebody else's model is worse than none.
+    base = str(facts.base_model) if re.fullmatch(OWNED_NAME, str(facts.base_model)) else None
     return ModelCardData(
         base_model=base,
         datasets=[dataset] if dataset else None,
@@ -250,7 +252,11 @@ def _body(facts: CardFacts) -> str:
         ("data", plain(facts.data or "not recorded")),
         ("license", plain(facts.license or "not recorded: that of the base model and the data applies")),
     ]
-    parts = [f"# {plain(facts.title)}", "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.", _table(("", ""), about)]
+    parts = [
+        f"# {plain(facts.title)}",
+        "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.",
+        _table(("", ""), about),
+    ]
     if facts.note:
         parts.append(plain(facts.note))
     parts += ["## Metrics", _metric_table(facts), "## Sparsity", _sparsity(facts)]

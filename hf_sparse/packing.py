@@ -124,7 +124,7 @@ def save_packed(model: PreTrainedModel) -> None:
     """Give a model a `save_pretrained` that writes packed weights, dense ones on request, and files that are whole."""
     # A partial, because a bound method that the class does not have cannot be pickled.
     model.save_pretrained = update_wrapper(partial(_save_pretrained, model), _save_pretrained)  # type: ignore[method-assign]
-    model.push_to_hub = update_wrapper(partial(push_model, model), push_model)  # type: ignore[method-assign]
+    model.push_to_hub = update_wrapper(partial(push_model, model), push_model)
 
 
 def save_plain(model: PreTrainedModel) -> None:

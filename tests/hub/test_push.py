@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 import hf_sparse
-from hf_sparse import CheckpointError, HubError, RecipeError, SparsityCallback
+from hf_sparse import CheckpointError, HubError, RecipeError, SparsityCallback, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.hub import push_folder
 
@@ -31,7 +31,7 @@ INPUT = torch.tensor([[2, 5, 7, 8, 3]])
 
 def pruned(folder):
     model = AutoModelForSequenceClassification.from_pretrained(save_bert(folder / "dense", head=True))
-    hf_sparse.sparsify(model, {"sparsity": 0.9})
+    hf_sparse.sparsify(model, SparsityConfig(sparsity=0.9))
     return model.eval()
 
 
@@ -220,7 +220,7 @@ def test_busy_hub_is_waited_for(hub, saved, waits, pattern, status):
 
 def test_tokens(hub, saved, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
-    with pytest.raises(HubError, match="401.*hf auth login"):
+    with pytest.raises(HubError, match=r"401.*hf auth login"):
         push_folder(saved, REPO)
     monkeypatch.setenv("HF_TOKEN", READER)
     assert main(["push", str(saved), REPO]) == 2
