@@ -71,6 +71,8 @@ class LocalHub(ThreadingHTTPServer):
     def __init__(self, multipart_above: int = 1 << 40, part: int = 1 << 14) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        # As large files of the Hub lie on another host: redirects to the same one are followed for their headers.
+        self.elsewhere = f"http://localhost:{self.server_address[1]}"
         self.multipart_above, self.part = multipart_above, part
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
@@ -368,7 +370,7 @@ class Handler(BaseHTTPRequestHandler):
         if path in repo.lfs:
             oid = hashlib.sha256(data).hexdigest()
             linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-            return self._send(302, b"", {**headers, **linked, "Location": f"{self.server.url}/cdn/{oid}"})
+            return self._send(302, b"", {**headers, **linked, "Location": f"{self.server.elsewhere}/cdn/{oid}"})
         return self._ranged(data, {**headers, "ETag": f'"{git_oid(data)}"'})
 
     def cdn(self, body: bytes, oid: str) -> Any:
