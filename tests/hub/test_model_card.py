@@ -23,7 +23,7 @@ from ..tiny import save_bert
 SPEED = {
     "dense_ms": 8.0, "sparse_ms": 4.0, "machine": "Box 9", "threads": 2, "dtype": "float32", "batch": 8, "length": 64,
 }  # fmt: skip
-EVIL = 'x\n---\nlicense: mit\n# Owned | <script>alert(1)</script> [a](http://b) `c` ``` "\' {y: &z'
+EVIL = "x\n---\nlicense: mit\n# Owned | <script>alert(1)</script> [a](http://b) `c` ``` \"' {y: &z"
 
 
 @pytest.fixture
