@@ -11,7 +11,7 @@ from .checkpoint import last_checkpoint
 from .compaction import compact
 from .config import GroupConfig, SparsityConfig
 from .distillation_config import DistillationConfig
-from .errors import BackendError, CheckpointError, PatternError, RecipeError, SparsityError
+from .errors import BackendError, CheckpointError, HubError, PatternError, RecipeError, SparsityError
 from .filling import fill
 from .oneshot import sparsify
 from .pruner import Pruner
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "DistillationConfig",
     "GroupConfig",
+    "HubError",
     "PatternError",
     "Pruner",
     "RecipeError",

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .config import SparsityConfig
 from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
+from .hub import guard_trainer
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
 from .pruner import Plan, Pruner
@@ -105,6 +106,7 @@ class SparsityCallback(TrainerCallback):
             raise RecipeError(
                 "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"
             )
+        guard_trainer(trainer)
         assert self._terms is not None
         self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
         if self._terms.distiller is not None:

@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | teach | prune | compact | heads | convert | inspect | export | bench | doctor."""
+"""The command line: `hf-sparse --help` lists its commands."""
 
 from __future__ import annotations
 
@@ -127,6 +127,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.set_defaults(command=_doctor)
+    card = commands.add_parser("card", help="write the model card of a saved model into its folder (README.md)")
+    card.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    card.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
+    card.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
+    card.set_defaults(command=_card)
+
+    push = commands.add_parser("push", help="upload a saved model to the Hub")
+    push.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    push.add_argument("repo", metavar="REPO", help="as in user/name; made if there is none")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (main); made if there is none")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push.set_defaults(command=_push)
     return parser
 
 
@@ -264,3 +277,19 @@ def _doctor(options: argparse.Namespace) -> None:
 
     diagnosis = diagnose()
     print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .model_card import CARD, card_text, facts_of
+
+    path = Path(options.folder) / CARD
+    path.write_text(card_text(facts_of(options.folder, options.against, options.license)), encoding="utf-8")
+    print(f"Wrote {path}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from .hub import push_folder
+
+    keys = ("private", "revision", "create_pr")
+    done = push_folder(options.folder, options.repo, **{key: getattr(options, key) for key in keys})
+    print(f"Pushed: {done.pr_url or done.commit_url}")

@@ -21,3 +21,7 @@ class CheckpointError(SparsityError, ValueError):
 
 class BackendError(SparsityError, RuntimeError):
     """A kernel or a runtime cannot do what was asked on this machine."""
+
+
+class HubError(SparsityError, RuntimeError):
+    """The Hub refused something, or could not be reached."""

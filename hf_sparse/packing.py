@@ -31,6 +31,7 @@ from .compaction import EDITS_ATTRIBUTE
 from .edits import Edits
 from .errors import RecipeError, SparsityError
 from .files import settle_header
+from .hub import push_model
 from .manifest import Manifest, TensorEntry
 from .masking import STATE_SUFFIXES
 from .report import WEIGHTS_ATTRIBUTE
@@ -123,11 +124,13 @@ def save_packed(model: PreTrainedModel) -> None:
     """Give a model a `save_pretrained` that writes packed weights, dense ones on request, and files that are whole."""
     # A partial, because a bound method that the class does not have cannot be pickled.
     model.save_pretrained = update_wrapper(partial(_save_pretrained, model), _save_pretrained)  # type: ignore[method-assign]
+    model.push_to_hub = update_wrapper(partial(push_model, model), push_model)
 
 
 def save_plain(model: PreTrainedModel) -> None:
     """Take `save_packed` back."""
     vars(model).pop("save_pretrained", None)
+    vars(model).pop("push_to_hub", None)
 
 
 def _save_pretrained(

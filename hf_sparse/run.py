@@ -35,9 +35,11 @@ from .checkpoint import last_checkpoint
 from .data import LabelledTexts, load_texts
 from .errors import RecipeError, SparsityError
 from .filling import fill
+from .hub import guard_trainer
 from .inspection import Inspection, inspect
 from .loading import load_tokenizer
 from .metrics import build_metrics
+from .model_card import CARD, card_text, facts_of
 from .recipe import Recipe
 from .recipe_sections import ModelSection
 from .report import Summary, summarize
@@ -75,7 +77,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
         resume: go on from the last complete checkpoint in the output folder, if there is one.
 
     The folder gets the model and tokenizer, `recipe.yaml` as resolved, `trainer_state.json`, `train_results.json`,
-    `eval_results.json`, `all_results.json` and `report.md`.
+    `eval_results.json`, `all_results.json`, `report.md` and the model card `README.md`.
 
     Raises:
         RecipeError: before any training, for whatever does not fit together.
@@ -106,6 +108,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
+    guard_trainer(trainer)  # also where nothing is pruned
     output = Path(arguments.output_dir or ".")
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
         checkpoint = last_checkpoint(output, arguments.world_size)
         logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
     trained = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output))
+    trainer.save_model(str(output), _internal_call=True)  # pushed at the end, with what was measured
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)
     metrics = trainer.evaluate()
@@ -125,6 +128,9 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if trainer.is_world_process_zero():
         report = report_text(recipe, texts, result, inspect(output))
         (output / "report.md").write_text(report, encoding="utf-8")
+        (output / CARD).write_text(card_text(facts_of(output)), encoding="utf-8")
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
     return result
 
 

@@ -17,6 +17,7 @@ PUBLIC = [
     "CheckpointError",
     "DistillationConfig",
     "GroupConfig",
+    "HubError",
     "PatternError",
     "Pruner",
     "RecipeError",

@@ -16,7 +16,7 @@ FLOORS = {
     2: "architectures compaction distillation examples importance masking measuring pruner ranks report targets "
     "units zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "adapters callback checkpoint convert export export_inputs export_targets filling inspection loading "
+    4: "adapters callback checkpoint convert export export_inputs export_targets filling hub inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
     5: "__main__ bench cli data doctor heads labelled metrics prune recipe recipe_sections recipe_text run stages "

@@ -1,0 +1,313 @@
+"""The model card: what a saved model is and what was measured of it, from its files alone.
+
+Nothing is claimed that no file says: a figure that was not measured is called so. Text from files (names of models and
+data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from .errors import CheckpointError
+from .inspection import Inspection, inspect
+
+TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
+NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
+OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+CARD = "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How fast a model ran beside its dense twin, and on what: without these, a speed is a rumour.
+
+    Units:
+        dense_ms, sparse_ms in milliseconds per batch.
+    """
+
+    dense_ms: float
+    sparse_ms: float
+    machine: str
+    threads: int
+    dtype: str
+    batch: int
+    length: int
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Speed:
+        """Build from JSON types.
+
+        Raises:
+            CheckpointError: unless exactly the fields are there, each of its kind.
+        """
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("dense_ms", "sparse_ms"), (int, float)),
+            **dict.fromkeys(("machine", "dtype"), (str,)),
+            **dict.fromkeys(("threads", "batch", "length"), (int,)),
+        }
+        if not isinstance(data, Mapping) or data.keys() != kinds.keys():
+            raise CheckpointError(f"a measured speed has exactly the fields {', '.join(kinds)}, not {data!r:.200}")
+        for key, kind in kinds.items():
+            value = data[key]
+            wrong = isinstance(value, bool) or not isinstance(value, kind)
+            if wrong or (str not in kind and not (math.isfinite(value) and value > 0)):
+                raise CheckpointError(f"the measured speed has {key}={value!r:.80}")
+        return cls(**data)
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """All that a card says. What is None or empty was not recorded, and the card says so."""
+
+    title: str
+    architecture: str | None = None
+    base_model: str | None = None
+    data: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dense_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    groups: Sequence[tuple[str, int, float]] = ()
+    sizes: Sequence[tuple[str, str]] = ()
+    speed: Speed | None = None
+    recipe: str | None = None
+    license: str | None = None
+    note: str | None = None
+    loads: bool = True
+    pruned: bool = True
+
+
+def facts_of(
+    folder: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    license: str | None = None,  # noqa: A002
+) -> CardFacts:
+    """Collect what the files of a saved model say.
+
+    Args:
+        against: folder of the dense run of the same recipe, for its metrics.
+        license: identifier of the license on the Hub, if known.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    folder = Path(folder)
+    inspection = inspect(folder)
+    config = _json(folder / "config.json")
+    recipe = read_recipe(folder / "recipe.yaml")
+    data = recipe.get("data") or {}
+    named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
+    speed = folder / "speed.json"
+    return CardFacts(
+        title=folder.resolve().name,
+        architecture=next(iter(config.get("architectures") or ()), None),
+        base_model=(recipe.get("model") or {}).get("name"),
+        data=named or data.get("train"),
+        dataset=data.get("name"),
+        metrics=_metrics(folder),
+        dense_metrics={} if against is None else _metrics(Path(against)),
+        groups=_groups(inspection),
+        sizes=(
+            ("targeted weights", inspection.size_line()),
+            ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
+        ),
+        speed=Speed.from_dict(_json(speed)) if speed.is_file() else None,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        license=license,
+        pruned=inspection.packed or bool(recipe.get("sparsity")),
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe as it may be shown to others: of absolute paths, which tell about a machine, only the last part.
+
+    Raises:
+        CheckpointError: if it is no YAML mapping. (A file that is not there is an empty recipe.)
+    """
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(recipe, dict) or not all(
+        isinstance(recipe.get(key) or {}, dict) for key in ("model", "data", "training")
+    ):
+        raise CheckpointError(f"{path} is no recipe: it has to be a mapping with the sections model, data and training")
+    (recipe.get("training") or {}).pop("output_dir", None)
+    return _shown(recipe)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    for path in (PurePosixPath, PureWindowsPath):
+        if isinstance(value, str) and path(value).is_absolute():
+            return path(value).name
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}. The folder has to hold a saved model") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return data
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    path = folder / "eval_results.json"
+    if not path.is_file():
+        return {}
+    found = {key.removeprefix("eval_"): value for key, value in _json(path).items() if key.startswith("eval_")}
+    return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and type(v) in (int, float)}
+
+
+def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:
+    """Return parameters and sparsity of each kind of weight, over all layers."""
+    totals: dict[str, list[int]] = {}
+    for weight in inspection.weights:
+        kind = totals.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name), [0, 0])
+        kind[0] += weight.parameters
+        kind[1] += weight.nonzeros
+    return [(name, size, 1.0 - kept / size if size else 0.0) for name, (size, kept) in totals.items()]
+
+
+def plain(text: object) -> str:
+    r"""Return text of one line that Markdown and HTML show as it is.
+
+    Example:
+        >>> plain("a|b <script>")
+        'a\\|b &lt;script&gt;'
+    """
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
+
+
+def _fenced(text: str, language: str = "") -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"
+
+
+def card_text(facts: CardFacts, tags: Sequence[str] = ()) -> str:
+    """Return the card, metadata first.
+
+    Args:
+        tags: more of them for the metadata.
+    """
+    return f"---\n{_metadata(facts, tags).to_yaml()}\n---\n\n{_body(facts)}"
+
+
+def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
+    task = next((task for end, task in TASKS.items() if (facts.architecture or "").endswith(end)), None)
+    dataset = facts.dataset if facts.dataset and HUB_NAME.fullmatch(str(facts.dataset)) else None
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=dataset or "custom",
+            dataset_name=" ".join(str(facts.data or "not recorded").split()),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in facts.metrics.items()
+    ]
+    # A bare name may be that of a folder, and metadata that links to somebody else's model is worse than none.
+    base = str(facts.base_model) if re.fullmatch(OWNED_NAME, str(facts.base_model)) else None
+    return ModelCardData(
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+        library_name="transformers",
+        license=facts.license,
+        model_name=" ".join(facts.title.split()) if results else None,
+        pipeline_tag=task,
+        tags=["hf_sparse", *(("sparse", "pruning") if facts.pruned else ()), *tags],
+    )
+
+
+def _body(facts: CardFacts) -> str:
+    auto = next(
+        (f"AutoModel{end.replace('ForConditionalGeneration', 'ForSeq2SeqLM')}" for end in TASKS
+         if (facts.architecture or "").endswith(end)),
+        "AutoModel",
+    )  # fmt: skip
+    about = [
+        ("base model", plain(facts.base_model or "not recorded")),
+        ("architecture", plain(facts.architecture or "not recorded")),
+        ("data", plain(facts.data or "not recorded")),
+        ("license", plain(facts.license or "not recorded: that of the base model and the data applies")),
+    ]
+    parts = [
+        f"# {plain(facts.title)}",
+        "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.",
+        _table(("", ""), about),
+    ]
+    if facts.note:
+        parts.append(plain(facts.note))
+    parts += ["## Metrics", _metric_table(facts), "## Sparsity", _sparsity(facts)]
+    parts += ["## Size", _table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured."]
+    parts += ["## Speed", _speed(facts.speed)]
+    if facts.loads:
+        code = f"import hf_sparse  # first: it teaches transformers the format\nfrom transformers import {auto}\n\n"
+        parts += [
+            "## How to load",
+            _fenced(f'{code}model = {auto}.from_pretrained("user/repo")  # or a folder', "python"),
+        ]
+    parts += ["## Recipe", _fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.", "## Limits", LIMITS]
+    return "\n\n".join(parts) + "\n"
+
+
+LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run faster for them.
+- Metrics are of the validation texts named above; other texts, classes or languages were not measured.
+- Pruning can hurt rare classes and unusual input more than the average shows; that was not measured here.
+- What the base model cannot do or should not be used for holds here too."""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _metric_table(facts: CardFacts) -> str:
+    rows = [
+        (plain(name), f"{facts.dense_metrics[name]:.4f}" if name in facts.dense_metrics else "not measured", f"{v:.4f}")
+        for name, v in facts.metrics.items()
+    ]
+    return _table(("metric", "dense", "this model"), rows) or "Not measured."
+
+
+def _sparsity(facts: CardFacts) -> str:
+    rows = [
+        (plain(name), f"{size:,}" if size else "not recorded", f"{zeros:.2%}") for name, size, zeros in facts.groups
+    ]
+    return _table(("weights", "parameters", "zeros"), rows) or "Not recorded."
+
+
+def _speed(speed: Speed | None) -> str:
+    if speed is None:
+        return "Not measured."
+    ratio = speed.dense_ms / speed.sparse_ms
+    rows = [
+        ("dense", f"{speed.dense_ms:.2f} ms"),
+        ("this model", f"{speed.sparse_ms:.2f} ms"),
+        ("dense / this model", f"{ratio:.2f}" + ("" if ratio > 1 else " (no speed-up)")),
+        *((key, plain(getattr(speed, key))) for key in ("machine", "threads", "dtype", "batch", "length")),
+    ]
+    return _table(("per batch", ""), rows)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification
+
+import hf_sparse
+from hf_sparse import CheckpointError, SparsityConfig
+from hf_sparse.cli import main
+from hf_sparse.inspection import inspect
+from hf_sparse.model_card import CardFacts, Speed, card_text, facts_of
+
+from ..integration.ranks import ROOT
+from ..tiny import save_bert
+
+SPEED = {
+    "dense_ms": 8.0, "sparse_ms": 4.0, "machine": "Box 9", "threads": 2, "dtype": "float32", "batch": 8, "length": 64,
+}  # fmt: skip
+EVIL = "x\n---\nlicense: mit\n# Owned | <script>alert(1)</script> [a](http://b) `c` ``` \"' {y: &z"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(save_bert(tmp_path / "dense", head=True))
+    hf_sparse.sparsify(model, SparsityConfig(sparsity=0.75))
+    model.save_pretrained(tmp_path / "small")
+    recipe = {"model": {"name": "org/base"}, "data": {"name": "glue", "config": "sst2"}, "sparsity": {"sparsity": 0.75}}
+    (tmp_path / "small" / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for name, accuracy in (("small", 0.8125), ("dense", 0.875)):
+        text = json.dumps({"eval_accuracy": accuracy, "eval_runtime": 3.0, "epoch": 1.0})
+        (tmp_path / name / "eval_results.json").write_text(text, encoding="utf-8")
+    return tmp_path / "small"
+
+
+def test_card_says_what_the_files_say(saved, tmp_path):
+    assert main(["card", str(saved), "--against", str(tmp_path / "dense"), "--license", "apache-2.0"]) == 0
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.base_model == "org/base"
+    assert card.data.datasets == ["glue"]
+    assert card.data.license == "apache-2.0"
+    assert card.data.tags == ["hf_sparse", "sparse", "pruning"]
+    [result] = card.data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("text-classification", "accuracy", 0.8125)
+    assert "| accuracy | 0.8750 | 0.8125 |" in card.text
+    assert "| bert.encoder.layer.\\*.attention.self.query.weight | 2,048 | 75.00% |" in card.text
+    assert inspect(saved).size_line() in card.text
+    assert "## Speed\n\nNot measured." in card.text
+    load = card.text.index("import hf_sparse")
+    assert load < card.text.index("from transformers import AutoModelForSequenceClassification")
+    assert "  sparsity: 0.75" in card.text
+
+
+def test_card_is_what_the_hub_validates(saved, hub):
+    ModelCard(card_text(facts_of(saved))).validate()
+    assert hub.count("/api/validate-yaml") == 1
+    with pytest.raises(ValueError, match="license"):
+        ModelCard("---\nlicense: [3]\n---\n").validate()
+
+
+def test_speed_is_told_with_all_that_it_depends_on(saved):
+    (saved / "speed.json").write_text(json.dumps(SPEED), encoding="utf-8")
+    text = card_text(facts_of(saved))
+    for row in (
+        "dense | 8.00 ms", "this model | 4.00 ms", "dense / this model | 2.00", "machine | Box 9", "threads | 2",
+        "dtype | float32", "batch | 8", "length | 64",
+    ):  # fmt: skip
+        assert f"| {row} |" in text
+    assert "(no speed-up)" in card_text(CardFacts("a", speed=Speed.from_dict({**SPEED, "sparse_ms": 8.5})))
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"machine": 3}, {"dense_ms": float("nan")}, {"more": 1}])
+def test_speed_without_its_circumstances_is_refused(wrong):
+    with pytest.raises(CheckpointError, match="measured speed"):
+        Speed.from_dict({**SPEED, **wrong})
+
+
+def test_text_from_files_stays_text():
+    facts = CardFacts(
+        EVIL, base_model=EVIL, data=EVIL, dataset=EVIL, metrics={EVIL: 0.5}, groups=[(EVIL, 1, 0.5)], recipe=EVIL,
+        speed=Speed.from_dict({**SPEED, "machine": EVIL}), architecture=EVIL, note=EVIL,
+    )  # fmt: skip
+    card = ModelCard(card_text(facts))
+    assert card.data.to_dict().keys() == {"library_name", "tags", "model-index"}
+    outside = card.text.replace(f"````yaml\n{EVIL}\n````", "")
+    assert outside != card.text
+    assert "<script" not in outside
+    assert not re.search(r"(?<!\\)\]\(", outside)
+    assert not any(line.startswith(("license:", "# Owned")) for line in outside.splitlines())
+    rows = [line for line in outside.splitlines() if line.startswith("| x ")]
+    assert rows
+    assert all(row.replace("\\|", "").count("|") == 4 for row in rows)
+
+
+def test_dense_model_is_not_called_pruned(tmp_path):
+    text = card_text(facts_of(save_bert(tmp_path / "dense", head=True)))
+    assert "nothing was pruned" in text
+    assert "pruning" not in ModelCard(text).data.tags
+
+
+def test_folder_without_model_or_with_a_recipe_that_is_none_is_refused(saved, capsys):
+    (saved / "recipe.yaml").write_text("- a\n", encoding="utf-8")
+    assert main(["card", str(saved)]) == 2
+    assert "is no recipe" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="no file or folder"):
+        facts_of(saved / "nothing")
+
+
+def test_committed_cards_are_what_the_script_writes(tmp_path):
+    script = [sys.executable, "scripts/make_cards.py", "--output", str(tmp_path)]
+    subprocess.run(script, cwd=ROOT, check=True, capture_output=True)
+    made, committed = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, Path(ROOT, "model_cards"))
+    )
+    assert made == committed
+    results = json.loads(Path(ROOT, "recipes", "sst2_results.json").read_text(encoding="utf-8"))
+    assert len(made) == 1 + len({(run["method"], run["sparsity"]) for run in results})
+    for run in results:  # every run is in a card, by its own figure
+        assert any(f"{run['accuracy']:.4f}".encode() in text for text in made.values())
+    for name, text in made.items():
+        assert ModelCard(text.decode()).data.library_name == "transformers", name
