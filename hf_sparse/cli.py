@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export."""
+"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export, and those of `cli_share`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_share import add_commands
 from .errors import RecipeError, SparsityError
 
 
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators (that of the exporter)")
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
+
+    add_commands(commands)
     return parser
 
 

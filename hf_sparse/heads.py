@@ -103,11 +103,11 @@ def heads(name: str, section: DataSection, batch: int = 16, revision: str = "mai
     blocks = [block for block in find_sub_blocks(model, "head importance") if block.kind == "attention"]
     tokenizer = load_tokenizer(name, revision)
     rows = load_split(section, "train")
-    found = head_importance(model, _batches(model, tokenizer, rows, section, batch))
+    found = head_importance(model, batches(model, tokenizer, rows, section, batch))
     return HeadTable(tuple(block.name for block in blocks), found, len(rows))
 
 
-def _batches(
+def batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, section: DataSection, batch: int
 ) -> Iterator[dict[str, Any]]:
     writes = bool(model.config.is_encoder_decoder)
@@ -123,7 +123,7 @@ def _batches(
             length = section.max_target_length or section.max_length
             labels: Any = tokenizer(text_target=written, truncation=True, max_length=length)["input_ids"]
         else:
-            labels = [_label(model, value, start + place) for place, value in enumerate(texts["labels"])]
+            labels = [label_number(model, value, start + place) for place, value in enumerate(texts["labels"])]
         features = [
             {**{key: values[place] for key, values in tokens.items()}, "labels": labels[place]}
             for place in range(len(labels))
@@ -131,7 +131,7 @@ def _batches(
         yield {key: value.to(model.device) for key, value in collate(features).items() if isinstance(value, Tensor)}
 
 
-def _label(model: PreTrainedModel, value: Any, row: int) -> int | float:
+def label_number(model: PreTrainedModel, value: Any, row: int) -> int | float:
     """Return a label as the model counts it."""
     if model.config.num_labels == 1 and isinstance(value, (int, float)):
         return float(value)
