@@ -1,4 +1,4 @@
-"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export, and those of `cli_share`."""
+"""The command line: hf-sparse train | prune | compact | heads | convert | inspect | export | ... (see `cli_share`)."""
 
 from __future__ import annotations
 

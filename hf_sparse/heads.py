@@ -110,10 +110,11 @@ def heads(name: str, section: DataSection, batch: int = 16, revision: str = "mai
 def batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, section: DataSection, batch: int
 ) -> Iterator[dict[str, Any]]:
+    """Yield the texts of a file as inputs of a model with labels; one at a time where the model writes texts."""
     writes = bool(model.config.is_encoder_decoder)
     collate = DataCollatorForSeq2Seq(tokenizer, model) if writes else DataCollatorWithPadding(tokenizer)
     size = 1 if writes else batch
-    for start in tqdm(range(0, len(rows), size), desc="Head importance"):
+    for start in tqdm(range(0, len(rows), size), desc="Texts"):
         texts = rows[start : start + size]
         tokens = tokenizer(
             *(texts[column] for column in section.text_columns), truncation=True, max_length=section.max_length
@@ -132,7 +133,11 @@ def batches(
 
 
 def label_number(model: PreTrainedModel, value: Any, row: int) -> int | float:
-    """Return a label as the model counts it."""
+    """Return a label as the model counts it.
+
+    Raises:
+        RecipeError: if the model does not know it.
+    """
     if model.config.num_labels == 1 and isinstance(value, (int, float)):
         return float(value)
     known: dict[str, Any] = dict(model.config.label2id or {})

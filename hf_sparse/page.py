@@ -28,11 +28,11 @@ body { margin:0 auto; padding:1rem; max-width:75rem; background:var(--paper); co
   font:16px/1.5 system-ui, sans-serif; overflow-wrap:anywhere; }
 h1 { font-size:1.5rem; line-height:1.25; } h2 { font-size:1.2rem; margin:2rem 0 .5rem; } p { max-width:46rem; }
 .note, .left-out, figcaption, th { color:var(--soft); } .left-out { font-style:italic; }
-.wide { overflow-x:auto; } table { border-collapse:collapse; font-size:.9rem; }
+table { border-collapse:collapse; font-size:.9rem; }
 th, td { padding:.25rem .6rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top; }
 th { font-weight:600; } .number { text-align:right; white-space:nowrap; font-variant-numeric:tabular-nums; }
 .grid { display:grid; gap:1rem; grid-template-columns:repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-.small { grid-template-columns:repeat(auto-fill, minmax(min(13rem, 100%), 1fr)); }
+.small { grid-template-columns:repeat(auto-fill, minmax(min(10rem, 100%), 1fr)); }
 figure { margin:0; padding:.6rem; background:var(--card); border-radius:.4rem; min-width:0; }
 figcaption { font-size:.85rem; } figure svg { display:block; width:100%; height:auto; max-width:34rem; }
 .map { display:block; max-width:100%; max-height:12rem; image-rendering:pixelated; border:1px solid var(--line);
@@ -53,7 +53,11 @@ svg text { fill:var(--ink); font:12px system-ui, sans-serif; } .axis { stroke:va
 .la { stroke:var(--a); fill:none; stroke-width:2; } .lb { stroke:var(--b); fill:none; stroke-width:2; }
 .fa { fill:var(--a); } .fb { fill:var(--b); } .ka { color:var(--a); } .kb { color:var(--b); }
 @media (max-width:40rem) { .bar { grid-template-columns:minmax(0, 1fr) 4.5rem; }
-  .bar > :first-child { grid-column:1 / -1; } th, td { padding:.2rem .35rem; } }
+  .bar > :first-child { grid-column:1 / -1; } thead { display:none; } table, tr, td { display:block; }
+  tr { padding:.4rem 0; border-bottom:1px solid var(--line); }
+  td { display:grid; grid-template-columns:8rem minmax(0, 1fr); gap:.5rem; border:0; padding:.1rem 0; }
+  td.number { text-align:left; white-space:normal; }
+  td::before { content:attr(data-name); color:var(--soft); } }
 """
 
 
@@ -97,15 +101,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     cells = [[str(cell) for cell in row] for row in rows]
     right = [all(_numeric(row[place]) for row in cells) and bool(cells) for place in range(len(head))]
 
-    def line(tag: str, row: Sequence[str]) -> str:
+    def line(row: Sequence[str]) -> str:
         out = []
-        for cell, number in zip(row, right, strict=True):
+        for name, cell, number in zip(head, row, right, strict=True):
             kind = ' class="number"' if number else ""
-            out.append(f"<{tag}{kind}>{escape(cell)}</{tag}>")
+            # On a phone the head is hidden and each cell has its name beside it.
+            out.append(f'<td{kind} data-name="{escape(name)}"><span>{escape(cell)}</span></td>')
         return f"<tr>{''.join(out)}</tr>"
 
-    lines = [line("th", head), *(line("td", row) for row in cells)]
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+    names = [
+        f"<th{' class=number' if number else ''}>{escape(name)}</th>" for name, number in zip(head, right, strict=True)
+    ]
+    lines = [f"<thead><tr>{''.join(names)}</tr></thead>", *map(line, cells)]
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
 def _numeric(cell: str) -> bool:
@@ -192,10 +200,12 @@ class Axes:
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str) -> None:
         self.x_range, self.y_range = x, y
-        self.parts = [f'<title>{escape(y_label)} by {escape(x_label)}</title>']
+        self.parts = [f"<title>{escape(y_label)} by {escape(x_label)}</title>"]
         for value in ticks(*y):
             place = self.y(value)
-            self.parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
+            self.parts.append(
+                f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
+            )
             self.parts.append(f'<text x="{LEFT - 5}" y="{place + 4:.1f}" text-anchor="end">{value:g}</text>')
         for value in ticks(*x):
             self.parts.append(
@@ -227,8 +237,10 @@ def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str
     return axes.draw()
 
 
-def scatter(points: Sequence[tuple[float, float]], front: Sequence[int], x_label: str, y_label: str) -> str:
-    """Return numbered points, and a line through those of the front."""
+def scatter(
+    points: Sequence[tuple[float, float]], front: Sequence[int], x_label: str, y_label: str, names: Sequence[object]
+) -> str:
+    """Return points with short names, and a line through those of the front."""
     axes = Axes(spread(x for x, _ in points), spread((y for _, y in points), 0.005), x_label, y_label)
     edge = " ".join(f"{axes.x(points[i][0]):.1f},{axes.y(points[i][1]):.1f}" for i in front)
     axes.parts.append(f'<polyline class="lb" points="{edge}"/>')
@@ -238,7 +250,7 @@ def scatter(points: Sequence[tuple[float, float]], front: Sequence[int], x_label
         left = axes.x(x) > WIDTH - 40
         shift, anchor = (-7, "end") if left else (7, "start")
         axes.parts.append(
-            f'<text x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 5:.1f}" text-anchor="{anchor}">{place + 1}</text>'
+            f'<text x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 5:.1f}" text-anchor="{anchor}">{escape(names[place])}</text>'
         )
     return axes.draw()
 

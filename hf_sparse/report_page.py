@@ -176,10 +176,11 @@ def _layers(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[str]:
 
 def _shortened(names: list[str]) -> dict[str, str]:
     """Return the names without what all of them begin with, and without `.weight`."""
-    heads = [name.split(".")[:-2] for name in names]
-    common = os.path.commonprefix([".".join(head) + "." for head in heads]) if len(names) > 1 else ""
-    cut = common.rfind(".") + 1
-    return {name: name[cut:].removesuffix(".weight") for name in names}
+    parts = [name.split(".") for name in names]
+    cut = 0
+    while len(names) > 1 and all(len(part) > cut + 2 and part[cut] == parts[0][cut] for part in parts):
+        cut += 1
+    return {name: ".".join(part[cut:]).removesuffix(".weight") for name, part in zip(names, parts, strict=True)}
 
 
 def shrink(values: Tensor) -> Tensor:

@@ -211,7 +211,9 @@ def stress(name: str, sparse: PreTrainedModel, against: str, dense: Any, section
 
 def _class_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     if model.config.is_encoder_decoder or not type(model).__name__.endswith("ForSequenceClassification"):
-        raise RecipeError(f"what pruning changed is shown for classifiers of texts, and {name} is none; leave out --data")
+        raise RecipeError(
+            f"what pruning changed is shown for classifiers of texts, and {name} is none; leave out --data"
+        )
     known = model.config.id2label or {}
     if len(known) < 2:
         raise RecipeError(f"{name} gives numbers, not classes; leave out --data")

@@ -12,13 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
-    1: "budget codecs kth latency losses patterns schedules scorers selection",
+    1: "allocation budget codecs kth latency losses patterns schedules scorers selection",
     2: "architectures compaction distillation importance masking pruner ranks report targets units zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert filling export export_inputs export_targets inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config "
     "teacher",
-    5: "__main__ cli cli_share data heads metrics page prune recipe recipe_sections recipe_text report_page run stress "
+    5: "__main__ cli cli_share compare data heads metrics page prune recipe recipe_sections recipe_text report_page run sensitivity "
+    "stress
     "text_metrics",
     6: "__init__",
 }
