@@ -5,6 +5,7 @@ Both return whole numbers of kept weights whose sum is exactly what the total as
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def _inverse(curve: Sequence[tuple[float, float]], increase: float, highest: boo
     """Return the sparsity at which a curve reaches an increase: the lowest one, or the highest."""
     if increase > curve[-1][1] or (highest and increase == curve[-1][1]):
         return curve[-1][0]
-    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(curve):
         if high > increase or (high == increase and not highest):
             return before if high == low else before + (after - before) * max(0.0, increase - low) / (high - low)
     return curve[-1][0]

@@ -250,7 +250,8 @@ def scatter(
         left = axes.x(x) > WIDTH - 40
         shift, anchor = (-7, "end") if left else (7, "start")
         axes.parts.append(
-            f'<text x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 5:.1f}" text-anchor="{anchor}">{escape(names[place])}</text>'
+            f'<text x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 5:.1f}" text-anchor="{anchor}">'
+            f"{escape(names[place])}</text>"
         )
     return axes.draw()
 
