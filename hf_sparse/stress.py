@@ -134,12 +134,12 @@ class Stress:
 
     def sections(self) -> list[str]:
         """Return the sections of the report."""
-        head = ["class", "texts", *(f"{name}, {what}" for name in ("precision", "recall", "F1") for what in STAGES)]
-        rows = [
-            [name, count, *(cell for pair in figures for cell in _change(*pair))]
+        head = ["class", "texts", "precision", "recall", "F1"]
+        rows: list[list[object]] = [
+            [name, count, *("{} → {} ({})".format(*_change(*pair)) for pair in figures)]
             for name, count, *figures in self.classes()
         ]
-        parts = [page.section("What pruning changed: classes", page.table(head, rows))]
+        parts = [page.section("What pruning changed: classes", page.table(head, rows), "Dense → sparse (change).")]
         counts, flips = self.counts(), self.flips()
         note = f"Of {len(self.labels)} texts, " + ", ".join(f"{count} {what}" for what, count in counts.items()) + "."
         title = "What pruning changed: single answers"
@@ -155,7 +155,7 @@ class Stress:
         errors = [ece(answers, self.labels) for answers in (self.dense, self.sparse)]
         sure = [float(answers.max(1).values.mean()) for answers in (self.dense, self.sparse)]
         rows = [["expected calibration error", *_change(*errors)], ["mean confidence", *_change(*sure)]]
-        body = page.table(["", *STAGES], rows)
+        body = page.table(["measure", *STAGES], rows)
         note = f"How far confidence is from accuracy, in {BINS} bins (Guo et al. 2017): 0 is best."
         parts.append(page.section("What pruning changed: calibration", body, note))
         body = page.table(["texts", *STAGES], [[what, *_change(*pair)] for what, pair in self.damaged.items()])
@@ -199,7 +199,8 @@ def stress(name: str, sparse: PreTrainedModel, against: str, dense: Any, section
     texts: Texts = list(zip(*(rows[column] for column in section.text_columns), strict=True))
     labels = torch.tensor([int(label_number(sparse, value, place)) for place, value in enumerate(rows["labels"])])
     models = [(dense, load_tokenizer(against)), (sparse, load_tokenizer(name))]
-    damaged, clean = {}, []
+    damaged: dict[str, tuple[float, float]] = {}
+    clean: list[Tensor] = []
     for what, damage in DAMAGE.items():
         changed = [tuple(damage(part) for part in text) for text in texts]
         answers = [predict(model, tokenizer, changed, section.max_length) for model, tokenizer in models]
@@ -214,7 +215,7 @@ def _class_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
         raise RecipeError(
             f"what pruning changed is shown for classifiers of texts, and {name} is none; leave out --data"
         )
-    known = model.config.id2label or {}
+    known: dict[Any, Any] = dict(model.config.id2label or {})
     if len(known) < 2:
         raise RecipeError(f"{name} gives numbers, not classes; leave out --data")
     return tuple(str(known[number]) for number in sorted(known))

@@ -69,10 +69,11 @@ def test_a_layer_that_costs_nothing_is_pruned_first_and_not_above_what_was_measu
 
 def test_groups_prune_a_model_to_exactly_the_total():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(13, 29), torch.nn.Linear(29, 7), torch.nn.Linear(7, 3))
-    shapes = {str(place): tuple(layer.weight.shape) for place, layer in enumerate(model)}
+    layers = [torch.nn.Linear(13, 29), torch.nn.Linear(29, 7), torch.nn.Linear(7, 3)]
+    model = torch.nn.Sequential(*layers)
+    shapes = {str(place): (layer.out_features, layer.in_features) for place, layer in enumerate(layers)}
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
     kept = erdos_renyi(shapes, 0.83)
     sparsify(model, SparsityConfig.from_dict({"groups": groups_of(kept, sizes)}))
-    assert {str(i): int(layer.weight.count_nonzero()) for i, layer in enumerate(model)} == kept
+    assert {str(i): int(layer.weight.count_nonzero()) for i, layer in enumerate(layers)} == kept
     assert sum(kept.values()) == kept_count(sum(sizes.values()), 0.83)

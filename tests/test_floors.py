@@ -18,9 +18,8 @@ FLOORS = {
     4: "adapters callback checkpoint convert filling export export_inputs export_targets inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config "
     "teacher",
-    5: "__main__ cli cli_share compare data heads metrics page prune recipe recipe_sections recipe_text report_page run sensitivity "
-    "stress
-    "text_metrics",
+    5: "__main__ cli cli_share compare data heads metrics page prune recipe recipe_sections recipe_text report_page "
+    "run sensitivity stress text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
