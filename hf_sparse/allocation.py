@@ -92,7 +92,7 @@ def groups_of(kept: Mapping[str, int], sizes: Mapping[str, int]) -> list[dict[st
 
     Example:
         >>> groups_of({"layer.0.dense": 1}, {"layer.0.dense": 3})
-        [{'targets': 'layer.0.dense', 'sparsity': 0.6}]
+        [{'targets': 'layer.0.dense', 'sparsity': 0.5}]
     """
     return [{"targets": name, "sparsity": _sparsity(count, sizes[name])} for name, count in kept.items()]
 

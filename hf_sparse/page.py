@@ -181,7 +181,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         [0.0, 500.0, 1000.0]
     """
     span = (high - low) or 1.0
-    step = 10 ** math.floor(math.log10(span / count))
+    step = 10.0 ** math.floor(math.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step * count >= span)
     first = math.ceil(low / step - 1e-9)
     return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]

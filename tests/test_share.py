@@ -72,7 +72,7 @@ def sparse(dense: Path, tmp_path: Path) -> Path:
 def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"{text} {EVIL}", "label": label}) for text, label in tiny.sentences()]
     (tmp_path / "dev.jsonl").write_text("\n".join(rows) + "\n")
-    log = [
+    log: list[Any] = [
         {"step": step, "sparsity": step / 10, "eval_accuracy": 0.5 + step / 20, f"eval_{EVIL}": 1} for step in (1, 2)
     ]
     log += [{"step": 3, "sparsity": float("nan"), "eval_accuracy": "high"}, "no row"]
