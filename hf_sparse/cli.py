@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_share import add_commands
 from .errors import RecipeError, SparsityError
-from .runtime import BACKENDS
 
 if TYPE_CHECKING:
     from .recipe_sections import DataSection
@@ -111,35 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     export.set_defaults(command=_export)
 
-    bench = commands.add_parser("bench", help="time a saved sparse model in runtime form, beside a dense one")
-    bench.add_argument("model", metavar="DIR", help="folder or Hub name")
-    bench.add_argument("--against", metavar="DENSE", help="dense model to compare with (the same weights, dense)")
-    bench.add_argument("--threads", type=int, metavar="N", help="threads of torch (as many as it has)")
-    bench.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (1)")
-    bench.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each text (128)")
-    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="passes of each model, in turns (15)")
-    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="see hf_sparse.to_runtime (auto)")
-    bench.add_argument("--layers", action="store_true", help="print the table of layers too")
-    bench.add_argument("--json", metavar="OUT", help="write everything to this file too")
-    bench.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
-    bench.set_defaults(command=_bench)
-
-    doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    doctor.set_defaults(command=_doctor)
-    card = commands.add_parser("card", help="write the model card of a saved model into its folder (README.md)")
-    card.add_argument("folder", metavar="DIR", help="folder of a saved model")
-    card.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
-    card.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
-    card.set_defaults(command=_card)
-
-    push = commands.add_parser("push", help="upload a saved model to the Hub")
-    push.add_argument("folder", metavar="DIR", help="folder of a saved model")
-    push.add_argument("repo", metavar="REPO", help="as in user/name; made if there is none")
-    push.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
-    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (main); made if there is none")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request")
-    push.set_defaults(command=_push)
+    add_commands(commands)
     return parser
 
 
@@ -260,36 +232,3 @@ def _export(options: argparse.Namespace) -> None:
 
     keys = ("output", "revision", "dtype", "batch", "length", "opset")
     print(export(options.model, options.to, **{key: getattr(options, key) for key in keys}))
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from .bench import bench
-
-    keys = ("against", "threads", "batch", "length", "backend", "rounds", "revision")
-    done = bench(options.model, **{key: getattr(options, key) for key in keys})
-    print(f"{done.report}\n\n{done}" if options.layers else done)
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(done.to_dict(), indent=1), encoding="utf-8")
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from .doctor import diagnose
-
-    diagnosis = diagnose()
-    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)
-
-
-def _card(options: argparse.Namespace) -> None:
-    from .model_card import CARD, card_text, facts_of
-
-    path = Path(options.folder) / CARD
-    path.write_text(card_text(facts_of(options.folder, options.against, options.license)), encoding="utf-8")
-    print(f"Wrote {path}")
-
-
-def _push(options: argparse.Namespace) -> None:
-    from .hub import push_folder
-
-    keys = ("private", "revision", "create_pr")
-    done = push_folder(options.folder, options.repo, **{key: getattr(options, key) for key in keys})
-    print(f"Pushed: {done.pr_url or done.commit_url}")

@@ -67,14 +67,14 @@ class LabelledBatches(Sized):
 
     def _labels(self, values: list[Any], start: int) -> list[Any]:
         if not self.writes:
-            return [_label(self.model, value, start + place) for place, value in enumerate(values)]
+            return [label_number(self.model, value, start + place) for place, value in enumerate(values)]
         length = self.section.max_target_length or self.section.max_length
         written = [str(value) for value in values]
         labels: list[Any] = self.tokenizer(text_target=written, truncation=True, max_length=length)["input_ids"]
         return labels
 
 
-def _label(model: PreTrainedModel, value: Any, row: int) -> int | float:
+def label_number(model: PreTrainedModel, value: Any, row: int) -> int | float:
     """Return a label as the model counts it."""
     if model.config.num_labels == 1 and isinstance(value, (int, float)):
         return float(value)

@@ -12,15 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
-    1: "budget codecs kth latency losses patterns radix schedules scorers selection",
+    1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection",
     2: "architectures compaction distillation examples importance masking measuring pruner ranks report targets "
     "units zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert export export_inputs export_targets filling hub inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
-    5: "__main__ bench cli data doctor heads labelled metrics prune recipe recipe_sections recipe_text run stages "
-    "teach text_metrics",
+    5: "__main__ bench cli cli_share compare data doctor heads labelled metrics page prune recipe recipe_sections "
+    "recipe_text report_page run sensitivity stages stress teach text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

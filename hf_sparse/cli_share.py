@@ -1,0 +1,177 @@
+"""The commands that show and share results: hf-sparse report | compare | sensitivity | bench | doctor | card | push."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError
+from .runtime import BACKENDS
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser of `hf-sparse`."""
+    report = commands.add_parser("report", help="write what was removed, and what it changed, as one HTML page")
+    report.add_argument("model", metavar="DIR", help="folder of a saved model")
+    report.add_argument("--against", metavar="DENSE_DIR", help="the dense model to compare with")
+    report.add_argument("--html", metavar="FILE", help="the page (DIR/report.html)")
+    report.add_argument("--bench", metavar="FILE", help="JSON with timings, for the table of speed")
+    _add_data(report, "texts of a classifier, for what pruning changed", required=False)
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="show which of many runs no other one beats")
+    compare.add_argument("runs", nargs="+", metavar="DIR", help="folders that hf-sparse train wrote")
+    compare.add_argument("--metric", default="accuracy", help="of eval_results.json; higher is better (accuracy)")
+    compare.add_argument("--bench", metavar="FILE", help="JSON with timings: rows with model and ms")
+    compare.add_argument("--plot", metavar="FILE", help="write the Pareto plots: png, pdf or svg")
+    compare.add_argument("--html", metavar="FILE", help="write plots and table as one page")
+    compare.set_defaults(command=_compare)
+
+    sensitivity = commands.add_parser("sensitivity", help="measure how much the loss minds pruning each layer alone")
+    sensitivity.add_argument("model", help="folder or Hub name, with a head for the task")
+    _add_data(sensitivity, "texts to measure on", required=True)
+    sensitivity.add_argument("--levels", default="0.5,0.7,0.9", metavar="S,S,...", help="sparsities (0.5,0.7,0.9)")
+    sensitivity.add_argument(
+        "--sparsity", type=float, default=0.8, metavar="S", help="total to suggest layers for (0.8)"
+    )
+    sensitivity.add_argument("--batch", type=int, default=16, metavar="N", help="texts at once (16)")
+    sensitivity.add_argument("--plot", metavar="FILE", help="write loss over sparsity: png, pdf or svg")
+    sensitivity.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sensitivity.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    sensitivity.set_defaults(command=_sensitivity)
+
+    bench = commands.add_parser("bench", help="time a saved sparse model in runtime form, beside a dense one")
+    bench.add_argument("model", metavar="DIR", help="folder or Hub name")
+    bench.add_argument("--against", metavar="DENSE", help="dense model to compare with (the same weights, dense)")
+    bench.add_argument("--threads", type=int, metavar="N", help="threads of torch (as many as it has)")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="texts at once (1)")
+    bench.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each text (128)")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="passes of each model, in turns (15)")
+    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="see hf_sparse.to_runtime (auto)")
+    bench.add_argument("--layers", action="store_true", help="print the table of layers too")
+    bench.add_argument("--json", metavar="OUT", help="write everything to this file too")
+    bench.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    bench.set_defaults(command=_bench)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can run, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(command=_doctor)
+    card = commands.add_parser("card", help="write the model card of a saved model into its folder (README.md)")
+    card.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    card.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
+    card.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
+    card.set_defaults(command=_card)
+
+    push = commands.add_parser("push", help="upload a saved model to the Hub")
+    push.add_argument("folder", metavar="DIR", help="folder of a saved model")
+    push.add_argument("repo", metavar="REPO", help="as in user/name; made if there is none")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (main); made if there is none")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push.set_defaults(command=_push)
+
+
+def _add_data(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
+    parser.add_argument("--data", required=required, metavar="FILE", help=f"{what}: json, jsonl, csv, tsv or parquet")
+    parser.add_argument(
+        "--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs"
+    )
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="column with the label (label)")
+    parser.add_argument("--samples", type=int, default=None if not required else 256, metavar="N", help="texts to use")
+    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
+
+
+def _section(options: argparse.Namespace) -> Any:
+    from .recipe_sections import DataSection
+
+    return DataSection(
+        train=options.data,
+        validation="none",  # nothing is trained, so nothing is held out
+        text=options.text or "text",
+        label=options.label,
+        max_length=options.length,
+        train_samples=options.samples,
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report_page import write_report
+
+    output = options.html or str(Path(options.model) / "report.html")
+    data = _section(options) if options.data is not None else None
+    write_report(options.model, output, options.against, options.bench, data)
+    print(f"Saved in {output}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .compare import compare_page, head, plot, read_latency, read_run, rows
+
+    latency = None if options.bench is None else read_latency(options.bench)
+    runs = [read_run(folder, options.metric, latency) for folder in options.runs]
+    lines = [head(options.metric), ["---"] * len(head(options.metric)), *rows(runs)]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if options.plot is not None:
+        plot(runs, options.metric, options.plot)
+    if options.html is not None:
+        _write(options.html, compare_page(runs, options.metric))
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot write the page {path}: {error}") from error
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    from .sensitivity import as_recipe, sensitivity
+
+    try:
+        levels = [float(level) for level in options.levels.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"--levels is numbers with commas between, as in 0.5,0.9, not {options.levels!r}") from error
+    found = sensitivity(options.model, _section(options), levels, options.batch, options.revision)
+    if options.plot is not None:
+        found.plot(options.plot)
+    groups = found.allocations(options.sparsity)
+    if options.json:
+        print(json.dumps({**found.to_dict(), "groups": groups}, indent=2))
+        return
+    print(found)
+    for way, suggested in groups.items():
+        print(f"\n# {way}, {options.sparsity:g} in total\n{as_recipe(suggested)}", end="")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import bench
+
+    keys = ("against", "threads", "batch", "length", "backend", "rounds", "revision")
+    done = bench(options.model, **{key: getattr(options, key) for key in keys})
+    print(f"{done.report}\n\n{done}" if options.layers else done)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(done.to_dict(), indent=1), encoding="utf-8")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import diagnose
+
+    diagnosis = diagnose()
+    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis)
+
+
+def _card(options: argparse.Namespace) -> None:
+    from .model_card import CARD, card_text, facts_of
+
+    path = Path(options.folder) / CARD
+    path.write_text(card_text(facts_of(options.folder, options.against, options.license)), encoding="utf-8")
+    print(f"Wrote {path}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from .hub import push_folder
+
+    keys = ("private", "revision", "create_pr")
+    done = push_folder(options.folder, options.repo, **{key: getattr(options, key) for key in keys})
+    print(f"Pushed: {done.pr_url or done.commit_url}")

@@ -1,0 +1,269 @@
+"""`hf-sparse report`, `compare` and `sensitivity`: figures by hand, hostile names, nothing left changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse.cli import main
+from hf_sparse.compare import pareto
+from hf_sparse.report_page import groups_left, shrink
+from hf_sparse.sensitivity import layer_losses
+from hf_sparse.stress import Stress, ece, shortened, with_typos
+
+from . import tiny
+
+EVIL = '<script>alert("x")</script>'
+
+
+class Checked(HTMLParser):
+    """Fails on whatever runs or fetches something, and on tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object", "form", "a")
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value is not None
+                assert value.startswith("data:image/png;base64,")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "img"):
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return tiny.save_bert(tmp_path / "dense", head=True)
+
+
+@pytest.fixture
+def sparse(dense: Path, tmp_path: Path) -> Path:
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    sparsify(
+        model, SparsityConfig(groups=[{"pattern": "head", "sparsity": 0.5}, {"pattern": "neuron", "sparsity": 0.5}])
+    )
+    model.save_pretrained(tmp_path / "sparse")
+    tiny.save_tokenizer(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{text} {EVIL}", "label": label}) for text, label in tiny.sentences()]
+    (tmp_path / "dev.jsonl").write_text("\n".join(rows) + "\n")
+    log: list[Any] = [
+        {"step": step, "sparsity": step / 10, "eval_accuracy": 0.5 + step / 20, f"eval_{EVIL}": 1} for step in (1, 2)
+    ]
+    log += [{"step": 3, "sparsity": float("nan"), "eval_accuracy": "high"}, "no row"]
+    (sparse / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    (sparse / "eval_results.json").write_text(json.dumps({f"eval_{EVIL}": 0.5}))
+    bench = {"machine": EVIL, "models": [{"model": EVIL, "ms": 3.14159}]}
+    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    command = ["report", str(sparse), "--against", str(dense), "--data", str(tmp_path / "dev.jsonl"), "--length", "16"]
+    assert main([*command, "--html", str(tmp_path / "out.html"), "--bench", str(tmp_path / "bench.json")]) == 0
+    text = (tmp_path / "out.html").read_text()
+    Checked(text)
+    assert "<script" not in text
+    assert "http" not in text.replace("http-equiv", "")
+    assert "&lt;script&gt;" in text
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles[:7] == [
+        "Size",
+        "Speed",
+        "Sparsity per layer",
+        "Heads left",
+        "Neurons left",
+        "Weights",
+        "Over training",
+    ]
+    assert len(titles) == 11
+    assert "bert.encoder.layer.1.attention: 2 of 4" in text
+    assert "3.142" in text
+    assert text.count("<img") == 12
+    assert "as they are" in text
+
+
+def test_report_says_what_is_left_out_and_why(dense: Path) -> None:
+    assert main(["report", str(dense)]) == 0
+    text = (dense / "report.html").read_text()
+    Checked(text)
+    reasons = re.findall("Left out: (.*?)</p>", text)
+    assert len(reasons) == 3
+    assert any("no trainer_state.json" in reason for reason in reasons)
+    assert any("--bench FILE" in reason for reason in reasons)
+
+
+def test_report_refuses_texts_without_a_dense_model(dense: Path, capsys: Any) -> None:
+    assert main(["report", str(dense), "--data", "x.jsonl"]) == 2
+    assert "add --against DENSE_DIR" in capsys.readouterr().err
+
+
+def test_heads_that_were_cut_out_count_as_removed(sparse: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(sparse)
+    before = [block.left.gt(0).tolist() for block in groups_left(model)]
+    compact(model)
+    assert [block.left.gt(0).tolist() for block in groups_left(model)] == before
+    assert [sum(alive) for alive in before] == [32, 2, 32, 2]
+
+
+def test_block_map_is_the_mean_of_what_it_stands_for() -> None:
+    weight = torch.zeros(128, 256)
+    weight[:4, :2] = 1.0
+    small = shrink(weight)
+    assert small.shape == (32, 64)
+    assert small[0, 0] == 0.5
+    assert float(small.sum()) == 0.5
+
+
+def test_calibration_by_hand() -> None:
+    # Confidences 0.6 (wrong), 0.65 (right) in (0.6, 0.7] and (0.5, 0.6]; 0.95 right, 0.91 wrong in the last bin of ten.
+    high = torch.tensor([0.6, 0.65, 0.95, 0.91])
+    labels = torch.tensor([1, 0, 0, 1])
+    expected = (abs(0 - 0.6) + abs(1 - 0.65) + abs(1 - 0.95 + 0 - 0.91)) / 4
+    assert ece(torch.stack([high, 1 - high], 1), labels, bins=10) == pytest.approx(expected, abs=1e-6)
+
+
+def test_flips_and_classes_by_hand() -> None:
+    def answers(*classes: int) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(classes), 2).float()
+
+    labels = torch.tensor([0, 0, 1, 1])
+    found = Stress(("no", "yes"), ("a", "b", "c", "d"), labels, answers(0, 1, 1, 1), answers(1, 0, 1, 1), {})
+    assert found.counts() == {"became wrong": 1, "became right": 1, "another wrong class": 0}
+    assert found.flips() == [0, 1]
+    name, texts, precision, recall, _ = found.classes()[1]
+    assert (name, texts, precision, recall) == ("yes", 2, (2 / 3, 2 / 3), (1.0, 1.0))
+    assert Stress(("no", "yes"), ("a",), labels[:1], answers(0), answers(0), {}).flips() == []
+
+
+def test_typos_swap_inner_neighbours_the_same_way_each_time() -> None:
+    text = "wonderful film of the century"
+    changed = with_typos(text, 1.0)
+    assert changed == with_typos(text, 1.0) != text
+    assert with_typos(text, 0.0) == text
+    for before, after in zip(text.split(), changed.split(), strict=True):
+        assert sorted(before) == sorted(after)
+        assert (before[0], before[-1]) == (after[0], after[-1])
+    assert shortened("a", 0.25) == "a"
+
+
+def test_sensitivity_restores_weights_to_the_bit_also_after_an_error(dense: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    model.train()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, :2] = torch.tensor([-0.0, 0.0])
+    before = {
+        name: tensor.clone().view(torch.int32)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+    layers = {"out": model.bert.encoder.layer[0].output.dense}
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0, 1])}
+    loss, losses = layer_losses(model, layers, [batch], [0.5, 0.9])
+    assert model.training
+    assert len(losses["out"]) == 2
+    assert losses["out"][0] != loss
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("in the middle")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        layer_losses(model, layers, [batch], [0.5, 0.9])
+    after = model.state_dict()
+    assert all(torch.equal(bits, after[name].view(torch.int32)) for name, bits in before.items())
+    with pytest.raises(RecipeError, match="ascending"):
+        layer_losses(model, layers, [batch], [0.9, 0.5])
+
+
+def test_sensitivity_loss_is_that_of_a_model_pruned_there(dense: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    name = "bert.encoder.layer.1.intermediate.dense"
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0, 1])}
+    _, losses = layer_losses(model, {name: model.get_submodule(name)}, [batch], [0.7])
+    sparsify(model, SparsityConfig(targets=name, sparsity=0.7))
+    assert losses[name][0] == pytest.approx(float(model(**batch).loss.detach()), abs=1e-7)
+
+
+def test_sensitivity_command_suggests_groups_that_a_recipe_takes(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    texts = tiny.write_sentences(tmp_path / "texts.jsonl")
+    command = ["sensitivity", str(dense), "--data", str(texts), "--length", "16", "--sparsity", "0.8"]
+    assert main([*command, "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    for way in ("sensitivity", "erdos_renyi"):
+        block = out.split(f"# {way}, 0.8 in total\n")[1].split("\n# ")[0]
+        model = AutoModelForSequenceClassification.from_pretrained(dense)
+        config = SparsityConfig.from_dict(yaml.safe_load(block)["sparsity"])
+        sparsify(model, config)
+        weights = [model.get_submodule(group.targets[0]).weight for group in config.groups if group.targets]
+        total = sum(weight.numel() for weight in weights)
+        assert sum(int(weight.count_nonzero()) for weight in weights) == total // 5
+    assert main([*command, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert len(json.loads(out)["losses"]) == 12
+
+
+def write_run(folder: Path, accuracy: float, sparsity: Any = None, seed: int = 0, steps: int = 10) -> str:
+    folder.mkdir()
+    recipe = {"model": {"name": "m"}, "data": {"text": "t"}, "training": {"max_steps": steps}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "sparsity": sparsity, "seed": seed}))
+    (folder / "eval_results.json").write_text(json.dumps({"eval_accuracy": accuracy}))
+    return str(folder)
+
+
+def test_pareto_keeps_equals_and_drops_the_beaten() -> None:
+    assert pareto([(2, 0.9), (1, 0.5), (2, 0.8), (3, 0.9), (0.5, 0.5), (2, 0.9)]) == [4, 0, 5]
+    assert pareto([]) == []
+
+
+def test_compare_draws_what_is_known(dense: Path, sparse: Path, tmp_path: Path, capsys: Any) -> None:
+    runs = [
+        write_run(tmp_path / EVIL.replace("/", "!"), 0.9),
+        write_run(tmp_path / "b", 0.8, {"sparsity": 0.5}, steps=5),
+    ]
+    for run, model in zip(runs, (dense, sparse), strict=True):
+        (Path(run) / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (tmp_path / "bench.json").write_text(json.dumps([{"model": Path(run).name, "ms": 2.5} for run in runs]))
+    page, picture = tmp_path / "c.html", tmp_path / "c.png"
+    command = ["compare", *runs, "--bench", str(tmp_path / "bench.json")]
+    assert main([*command, "--html", str(page), "--plot", str(picture)]) == 0
+    assert "| 2 | b | magnitude | 0.8000 |" in capsys.readouterr().out
+    text = page.read_text()
+    Checked(text)
+    assert "<script" not in text
+    assert text.count("<svg") == 3
+    assert "not trained alike" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_names_what_is_missing(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "a", 0.9)
+    assert main(["compare", run, "--metric", "f1"]) == 2
+    assert "has no metric 'f1'; it has accuracy" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "is no finished run" in capsys.readouterr().err
