@@ -18,8 +18,8 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 _kernel: Any = None
 if triton is not None:
 
-    @triton.jit
-    def _kernel(  # type: ignore[no-untyped-def, no-redef]
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def _kernel(  # type: ignore[no-untyped-def]
         x,
         values,
         columns,
