@@ -33,8 +33,9 @@ def keep_highest(scores: Sequence[Tensor], keep: int) -> tuple[list[Tensor], flo
     all scores are the same, and every process that holds the same scores makes the same masks.
 
     Args:
-        scores: float tensors of any shape, on one device. All may be sharded over the same processes, rows divided in
-            order (`fully_shard`): then so are the masks, every process has to call this, and none gathers scores.
+        scores: float tensors of any shape; where they lie on several devices, the first one compares them. All may be
+            sharded over the same processes, rows divided in order (`fully_shard`): then so are the masks, every process
+            has to call this, and none gathers scores.
         keep: how many to keep over all tensors together.
 
     Returns:
@@ -56,9 +57,9 @@ def keep_highest(scores: Sequence[Tensor], keep: int) -> tuple[list[Tensor], flo
     if keep >= total:
         return [torch.ones_like(tensor, dtype=torch.bool) for tensor in scores], None
     refuse_nan(scores)
-    flat = [tensor.detach().reshape(-1).float() for tensor in scores]
+    flat = [tensor.detach().reshape(-1).to(scores[0].device, torch.float32) for tensor in scores]
     masks, cut = _on_cpu(flat, keep) if flat[0].device.type == "cpu" else _on_device(flat, keep)
-    return [mask.view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)], cut
+    return [mask.view(tensor.shape).to(tensor.device) for mask, tensor in zip(masks, scores, strict=True)], cut
 
 
 def refuse_nan(scores: Sequence[Tensor]) -> None:
@@ -66,7 +67,7 @@ def refuse_nan(scores: Sequence[Tensor]) -> None:
 
     The maximum passes NaN on, and costs a fraction of a comparison of all scores; the ranks alone would not tell.
     """
-    highest = [tensor.detach().amax() for tensor in scores if tensor.numel()]
+    highest = [tensor.detach().amax().to(scores[0].device) for tensor in scores if tensor.numel()]
     if highest and bool(torch.stack(highest).isnan().any()):
         raise SparsityError(
             "cannot select by importance: there are NaN among the scores. The training has diverged; lower the "

@@ -299,7 +299,7 @@ class Pruner:
         self._must_be_attached()
         terms = [plan.scorer.penalty(plan.scores) for plan in self.plans if plan.scorer.penalized]
         device = next(self.model.parameters()).device
-        return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+        return torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
 
     def score_groups(self) -> list[dict[str, object]]:
         """Return optimizer groups for the learned scores: their learning rate, and no weight decay."""

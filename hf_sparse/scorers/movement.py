@@ -90,7 +90,7 @@ class SoftMovement(Movement):
         return {"strength": self.strength, "level": self.level}
 
     def penalty(self, scores: Sequence[Tensor]) -> Tensor:
-        means = torch.stack([torch.sigmoid(tensor).mean() for tensor in scores])
+        means = torch.stack([torch.sigmoid(tensor).mean().to(scores[0].device) for tensor in scores])
         return float(self.strength * self.level) * means.mean()
 
     def adapt(self, threshold: float | None, level: float) -> None:

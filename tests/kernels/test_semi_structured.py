@@ -22,7 +22,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from hf_sparse import BackendError, CheckpointError
 from hf_sparse.codecs import encode
-from hf_sparse.kernels import semi_structured
+from hf_sparse.kernels import semi_structured, semi_structured_layout
 from hf_sparse.kernels.semi_structured import (
     Packed,
     SemiStructuredLinear,
@@ -78,7 +78,7 @@ def test_what_is_packed_comes_back_by_torch_and_by_us(dtype: torch.dtype, kept: 
 
 def test_places_in_a_group_are_two_different_ones_that_ascend() -> None:
     weight = two_of_four(32, 64, kept=1)
-    words = semi_structured._order(32, pack_semi_structured(weight).meta).long() & 0xFFFF
+    words = semi_structured_layout._order(32, pack_semi_structured(weight).meta).long() & 0xFFFF
     groups = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)])
     assert bool(((groups & 3) < (groups >> 2)).all())
 
