@@ -278,6 +278,8 @@ void vector_of(const Weight& w, const float* in, float* out, int64_t first, int6
 }
 
 void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+  if (w.rows == 1) return vector_of<1>(w, in, out, first, last, act);
+  if (w.rows == 2) return vector_of<2>(w, in, out, first, last, act);
   if (w.rows == 4) return vector_of<4>(w, in, out, first, last, act);
   if (w.rows == 8) return vector_of<8>(w, in, out, first, last, act);
   return vector_of<16>(w, in, out, first, last, act);
