@@ -92,7 +92,7 @@ int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
 int smaller(int a, int b) { return a < b ? a : b; }
 
 int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
-  const bool few = w.rows >= 4 && tokens * (w.rows >= k.lanes ? w.rows / k.lanes : 1) < w.rows;
+  const bool few = tokens == 1 || tokens * (w.rows >= k.lanes ? w.rows / k.lanes : 1) < w.rows;
   const int tile = few ? 1 : tile_width(k, k.widest(w.rows), tokens, threads);
   const int64_t tiles = (tokens + tile - 1) / tile, count = groups(w);
   // Where there are fewer tiles than threads, each tile's outputs are cut as well.

@@ -39,7 +39,7 @@ struct Kernels {
   // Groups first to last of out = activation(w in + bias).
   void (*product)(const Weight& w, const float* in, float* out, int tile, int64_t first, int64_t last, Activation act);
   void (*multiply)(float* a, const float* b, int64_t count);
-  // One token, outputs in the lanes: for blocks of 4 rows and more. `in` has padded_inputs features.
+  // One token, outputs in the lanes. `in` has padded_inputs features.
   void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
 };
 
