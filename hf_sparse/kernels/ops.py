@@ -147,7 +147,7 @@ def _ffn_weights(parts: tuple) -> list[Weight]:
     count = 2 if len(parts) == 13 else 3
     rows, (hidden, out_features, in_features) = parts[4 * count : 5 * count], parts[5 * count :]
     shapes = [(hidden, in_features)] * (count - 1) + [(out_features, hidden)]
-    return [(*parts[4 * i : 4 * i + 4], rows[i], *shapes[i]) for i in range(count)]  # type: ignore[misc]
+    return [(*parts[4 * i : 4 * i + 4], rows[i], *shapes[i]) for i in range(count)]
 
 
 def _ffn(x, *arguments):  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ def sparse(out: int, width: int, zeros: float) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (16, 128), (33, 129), (50, 300), (0, 4), (4, 0)])
 @pytest.mark.parametrize("zeros", [0.0, 0.9, 1.0])
 def test_unpack_gives_back_every_bit(rows, shape, zeros):
-    weight = sparse(*shape, zeros)
+    weight = sparse(shape[0], shape[1], zeros)
     packed = pack(weight, rows)
     assert torch.equal(unpack(packed), weight)  # equal floats have equal bits, but for the sign of zero
     assert packed.values.shape[1] == rows

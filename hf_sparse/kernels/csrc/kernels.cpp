@@ -165,11 +165,14 @@ INLINE void walk(const float* __restrict in, const float* __restrict values, con
   for (; p < count; p++) {
     const float* x = in + int64_t(columns[p]) * kTile;
     const float* w = values + p * kRows;
+    Vec xv[kVecs];  // and one weight at a time: with 3 vectors and 4 rows, exactly the 16 registers of AVX2
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; v++) {
-      const Vec xv = load(x + v * kLanes);
+    for (int v = 0; v < kVecs; v++) xv[v] = load(x + v * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kPart; r++) sum[r][v] += splat(w[r]) * xv;
+    for (int r = 0; r < kPart; r++) {
+      const Vec weight = splat(w[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; v++) sum[r][v] += weight * xv[v];
     }
   }
 }

@@ -1,0 +1,67 @@
+// Calls every product of every instruction set on exactly allocated memory, with sound and with hostile weights.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../../hf_sparse/kernels/csrc/kernels.h"
+
+using hf_sparse::Weight;
+extern "C" const char* hf_sparse_isa(int place);
+extern "C" int hf_sparse_linear(int, const Weight*, const float*, float*, int64_t, int32_t, int32_t);
+extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const float*, float*, int64_t, int32_t,
+                             int32_t);
+
+static std::mt19937 random_bits(0);
+
+struct Packed {
+  std::vector<float> values, bias;
+  std::vector<uint8_t> columns;
+  std::vector<int32_t> pointers;
+  Weight weight;
+
+  // `hostile` columns are any byte, also past the chunk and past the inputs: wrong sums, but no wrong read.
+  Packed(int out, int in, int rows, int percent, bool hostile) : bias(out, 0.5f) {
+    const int chunk = 128, groups = (out + rows - 1) / rows;
+    for (int c = 0; c < (in + chunk - 1) / chunk; c++) {
+      pointers.push_back(int32_t(columns.size()));
+      for (int g = 0; g < groups; g++) {
+        for (int j = 0; j < chunk && c * chunk + j < in; j++) {
+          if (int(random_bits() % 100) >= percent) continue;
+          columns.push_back(uint8_t(hostile ? random_bits() : unsigned(j)));
+          for (int r = 0; r < rows; r++) values.push_back(float(random_bits() % 100) / 100);
+        }
+        pointers.push_back(int32_t(columns.size()));
+      }
+    }
+    weight = {values.data(), columns.data(), pointers.data(), bias.data(), int64_t(columns.size()), rows, out, in, chunk};
+  }
+};
+
+int main() {
+  const int tokens[] = {0, 1, 2, 3, 7, 16, 33, 64, 65, 130};
+  const int sizes[] = {1, 5, 33, 129, 260};
+  const char* name;
+  for (int isa = 0; !(name = hf_sparse_isa(isa)) || *name; isa++) {
+    if (!name) continue;
+    for (int rows = 1; rows <= 16; rows *= 2)
+      for (int out : sizes)
+        for (int in : sizes)
+          for (int count : tokens) {
+            const int percent = int(random_bits() % 101), threads = 1 + int(random_bits() % 2);
+            const bool hostile = random_bits() % 3 == 0;
+            Packed first(out, in, rows, percent, hostile), second(out, in, rows, percent, hostile);
+            Packed down(in, out, rows == 16 ? 1 : rows * 2, percent, hostile);
+            std::vector<float> x(size_t(count) * in, 1.0f), y(size_t(count) * out), z(size_t(count) * in);
+            int bad = hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, count % 5, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, x.data(), z.data(), count, 1, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, x.data(), z.data(), count, 4, threads);
+            if (bad) return std::printf("%s: a sound weight was refused\n", name), 1;
+            first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
+            if (!hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
+              return std::printf("%s: hostile pointers were taken\n", name), 1;
+          }
+    std::printf("%s\n", name);
+  }
+  std::puts("all right");
+}

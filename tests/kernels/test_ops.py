@@ -1,0 +1,265 @@
+"""Every product against fp64: each instruction set of this machine, and plain torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_sparse.errors import BackendError
+from hf_sparse.kernels import PackedWeight, fallback, library, ops, pack
+from hf_sparse.kernels.library import ACTIVATIONS, Library
+
+NATIVE = library.library()
+WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
+    monkeypatch.setattr(ops, "library", lambda: chosen)
+    return request.param
+
+
+def sparse(out: int, width: int, zeros: float) -> torch.Tensor:
+    weight = torch.randn(out, width) * (torch.rand(out, width) >= zeros)
+    if out > 2:
+        weight[out // 2] = 0  # an empty row
+    return weight
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return fallback.activate(y, activation)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 130), (33, 129), (64, 256), (45, 301)])
+def test_linear_matches_fp64(way, rows, shape):
+    out, width = shape
+    for tokens in (1, 2, 3, 9, 16, 33, 64, 130):
+        for zeros in (0.0, 0.9, 1.0):
+            weight, bias = sparse(out, width, zeros), torch.randn(out)
+            x = torch.randn(tokens, width)
+            close(ops.linear(x, pack(weight, rows), bias), reference(x, weight, bias, "none"))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_match_fp64(way, rows, activation):
+    weight = torch.eye(37)
+    for x in (torch.linspace(-12, 12, 40 * 37).view(40, 37), torch.randn(1, 37), torch.full((3, 37), -100.0)):
+        found = ops.linear(x, pack(weight, rows), None, activation)
+        torch.testing.assert_close(found.double(), reference(x, weight, None, activation), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_long_input(way, rows):
+    weight, x = sparse(40, 64, 0.9), torch.randn(4097, 64)
+    close(ops.linear(x, pack(weight, rows)), reference(x, weight, None, "none"))
+
+
+def test_leading_shapes_zero_batches_and_strides(way):
+    weight = sparse(20, 30, 0.5)
+    packed = pack(weight, 2)
+    for x in (
+        torch.randn(30),
+        torch.randn(0, 30),
+        torch.randn(2, 0, 30),
+        torch.randn(2, 3, 30),
+        torch.randn(30, 50).T,
+        torch.randn(50, 60)[::2, ::2],
+        torch.randn(1, 30).expand(40, 30),
+    ):
+        close(ops.linear(x, packed), reference(x, weight, None, "none"))
+
+
+def test_weights_without_outputs_or_inputs(way):
+    assert ops.linear(torch.randn(5, 7), pack(torch.zeros(0, 7))).shape == (5, 0)
+    assert torch.equal(ops.linear(torch.randn(5, 0), pack(torch.zeros(3, 0)), torch.ones(3)), torch.ones(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads"), [((1, 1), 1), ((4, 4), 1), ((16, 16), 1), ((1, 4), 1), ((8, 2), 1), ((1, 1), 2), ((4, 16), 2)]
+)
+def test_ffn_matches_fp64(way, rows, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for width, hidden, out in ((50, 131, 33), (128, 300, 128), (7, 1, 3)):
+            up, down = sparse(hidden, width, 0.8), sparse(out, hidden, 0.8)
+            gate = sparse(hidden, width, 0.8)
+            b, c = torch.randn(hidden), torch.randn(out)
+            packed, back, first = pack(up, rows[0]), pack(down, rows[1]), pack(gate, rows[0])
+            for tokens in (0, 1, 9, 33, 130):
+                x = torch.randn(tokens, width)
+                h = reference(x, up, b, "gelu")
+                close(ops.ffn(x, packed, b, back, c, "gelu"), F.linear(h, down.double(), c.double()))
+                h = reference(x, gate, None, "gelu_tanh") * reference(x, up, None, "none")
+                close(ops.gated_ffn(x, first, packed, back), F.linear(h, down.double()))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_zero_weight_ignores_what_is_not_finite_and_a_nonzero_one_passes_it_on(way):
+    weight = torch.zeros(2, 40)
+    weight[1, 3] = 2.0
+    x = torch.ones(20, 40)
+    x[:, 7] = float("nan")
+    x[5, 3] = float("nan")
+    y = ops.linear(x, pack(weight), None, "relu")
+    if way != "torch":  # its dense product gives NaN
+        assert torch.equal(y[:, 0], torch.zeros(20))
+    assert y[5, 1].isnan()
+
+
+def test_other_types_are_computed_in_torch():
+    weight, x = sparse(9, 20, 0.5), torch.randn(4, 20)
+    for dtype in (torch.float64, torch.bfloat16):
+        y = ops.linear(x.to(dtype), pack(weight))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=2e-2, atol=5e-2)
+
+
+def test_the_fallback_sees_a_changed_weight(monkeypatch):
+    monkeypatch.setattr(ops, "library", lambda: None)
+    packed, x = pack(torch.eye(3)), torch.randn(2, 3)
+    assert torch.equal(ops.linear(x, packed), x)
+    packed.values.mul_(2)
+    assert torch.equal(ops.linear(x, packed), 2 * x)
+
+
+def test_what_needs_a_gradient_is_refused():
+    x, packed = torch.randn(2, 3, requires_grad=True), pack(torch.eye(3))
+    with pytest.raises(BackendError, match="no backward"):
+        ops.linear(x, packed)
+    with pytest.raises(BackendError, match="no backward"):
+        ops.ffn(x, packed, None, packed, None)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, packed), x)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "activation", "said"),
+    [
+        (torch.randn(2, 4), None, "none", "3 inputs"),
+        (torch.tensor([1, 2, 3]), None, "none", "floating point"),
+        (torch.tensor(1.0), None, "none", "3 inputs"),
+        (torch.randn(2, 3), torch.zeros(4), "none", "bias"),
+        (torch.randn(2, 3), None, "tanh", "unknown activation"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, bias, activation, said):
+    with pytest.raises(BackendError, match=said):
+        ops.linear(x, pack(torch.eye(3)), bias, activation)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="the C++ kernels are not built: python -m hf_sparse.kernels.build")
+@pytest.mark.parametrize("spoilt", [[[0, 900, 2, 3]], [[-7, 1, 2, 3]], [[0, 2, 1, 3]], [[0, 1, 2, 2**31 - 1]]])
+def test_hostile_pointers_given_to_the_operator_are_refused(spoilt):
+    good = pack(torch.eye(3))
+    pointers = torch.tensor(spoilt, dtype=torch.int32)
+    with pytest.raises(BackendError, match="pointers"):
+        torch.ops.hf_sparse.sparse_linear(torch.randn(2, 3), good.values, good.columns, pointers, None, 1, 3, 3)
+
+
+def arguments(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> tuple:
+    return (
+        x,
+        packed.values,
+        packed.columns,
+        packed.pointers,
+        bias,
+        packed.rows,
+        packed.out_features,
+        packed.in_features,
+    )
+
+
+def test_operators_pass_the_checks_of_torch(way):
+    packed = pack(sparse(20, 30, 0.5), 2)
+    torch.library.opcheck(torch.ops.hf_sparse.sparse_linear, arguments(packed, torch.randn(2, 5, 30), torch.randn(20)))
+    back = pack(sparse(30, 20, 0.5))
+    torch.library.opcheck(
+        torch.ops.hf_sparse.sparse_ffn,
+        (
+            *(torch.randn(17, 30), packed.values, packed.columns, packed.pointers, None),
+            *(back.values, back.columns, back.pointers, torch.randn(30), 2, 1, 20, 30, 30, "gelu"),
+        ),
+    )
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = pack(sparse(40, 30, 0.5), 4), pack(sparse(30, 40, 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(ops.ffn(x.relu(), self.up, None, self.down, None), self.up) + 1
+
+
+def test_compile_sees_through():
+    torch._dynamo.reset()
+    block, x = Block(), torch.randn(3, 20, 30)
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), block(x))
+        torch.testing.assert_close(compiled(x[:, :7]), block(x[:, :7]))
+
+
+def test_export_sees_through():
+    block, x = Block(), torch.randn(3, 20, 30)
+    with torch.no_grad():
+        program = torch.export.export(block, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=99)},))
+        assert "sparse_ffn" in str(program.graph)
+        torch.testing.assert_close(program.module()(x[:, :9]), block(x[:, :9]))
+
+
+def test_two_threads_at_once(way):
+    weights = [sparse(200, 300, 0.8), sparse(100, 300, 0.5)]
+    packed, x = [pack(weight) for weight in weights], torch.randn(150, 300)
+    wanted = [reference(x, weight, None, "none") for weight in weights]
+    failures: list[Exception] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(20):
+                close(ops.linear(x, packed[i]), wanted[i])
+        except Exception as error:  # noqa: BLE001  handed to the test
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or NATIVE is None, reason="needs fork and the C++ kernels")
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_fork_after_use_does_not_hang():
+    assert NATIVE is not None
+    packed, x, native = pack(sparse(200, 300, 0.8)), torch.randn(150, 300), NATIVE
+    weight = (*arguments(packed, x, None)[1:],)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted = native.linear(x, weight, "none")
+        child = os.fork()
+        if child == 0:
+            same = bool((native.linear(x, weight, "none") == wanted).all().item())
+            os._exit(0 if same else 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
