@@ -47,7 +47,8 @@ def make(name: str) -> Any:
     """Return a dense model of this shape."""
     torch.manual_seed(0)
     if name.startswith("t5"):
-        return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0)).eval()  # the defaults are T5-small
+        start: dict[str, Any] = {"decoder_start_token_id": 0}
+        return T5ForConditionalGeneration(T5Config(**start)).eval()  # the defaults are T5-small
     return BertModel(BertConfig(**(MINI if name == "minilm-l6" else {})), add_pooling_layer=False).eval()
 
 
