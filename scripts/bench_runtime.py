@@ -16,6 +16,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ from hf_sparse.latency import machine
 from hf_sparse.targets import block_layers
 
 PATTERNS = {"element": (1, 1), "4x1": (4, 1), "32x32": (32, 32)}
-MINI = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+MINI: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 DECODED = 64
 
 
@@ -41,7 +47,8 @@ def make(name: str) -> Any:
     """Return a dense model of this shape."""
     torch.manual_seed(0)
     if name.startswith("t5"):
-        return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0)).eval()  # the defaults are T5-small
+        start: dict[str, Any] = {"decoder_start_token_id": 0}
+        return T5ForConditionalGeneration(T5Config(**start)).eval()  # the defaults are T5-small
     return BertModel(BertConfig(**(MINI if name == "minilm-l6" else {})), add_pooling_layer=False).eval()
 
 
@@ -78,7 +85,7 @@ def onnx_runs(model: Any, ids: torch.Tensor, threads: int, folder: str) -> dict[
     runs: dict[str, Callable[[], object]] = {}
     for label, file in (("ort", path), ("ort-int8", path.with_name("int8.onnx"))):
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        runs[label] = lambda session=session: session.run(None, {"ids": ids.numpy()})
+        runs[label] = partial(session.run, None, {"ids": ids.numpy()})
     return runs
 
 

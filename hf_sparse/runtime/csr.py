@@ -6,6 +6,8 @@ about 85 % zeros on.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> [part.tolist() for part in pack(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))]
         [[2.0], [1], [0, 1, 1]]
     """
-    matrix = weight.detach().to_sparse_csr()
+    with warnings.catch_warnings():  # torch calls its CSR tensors beta, once a process
+        warnings.simplefilter("ignore", UserWarning)
+        matrix = weight.detach().to_sparse_csr()
     return matrix.values(), matrix.col_indices().to(torch.int32), matrix.crow_indices().to(torch.int32)
 
 
