@@ -101,7 +101,7 @@ def test_text_from_files_stays_text():
 def test_dense_model_is_not_called_pruned(tmp_path):
     text = card_text(facts_of(save_bert(tmp_path / "dense", head=True)))
     assert "nothing was pruned" in text
-    assert "pruning" not in ModelCard(text).data.tags
+    assert "pruning" not in ModelCard(text).data.to_dict()["tags"]
 
 
 def test_folder_without_model_or_with_a_recipe_that_is_none_is_refused(saved, capsys):
@@ -124,4 +124,4 @@ def test_committed_cards_are_what_the_script_writes(tmp_path):
     for run in results:  # every run is in a card, by its own figure
         assert any(f"{run['accuracy']:.4f}".encode() in text for text in made.values())
     for name, text in made.items():
-        assert ModelCard(text.decode()).data.library_name == "transformers", name
+        assert ModelCard(text.decode()).data.to_dict()["library_name"] == "transformers", name

@@ -144,6 +144,7 @@ def test_second_push_sends_no_weights(hub, saved):
     assert len(hub.repos[REPO].commits) == 2
 
 
+@pytest.mark.slow  # starts two interpreters, one to be killed
 def test_push_killed_in_mid_upload_leaves_no_commit_and_a_retry_is_whole(hub, saved):
     fault = Fault("PUT /lfs/", after=2000, block=threading.Event())
     hub.faults.append(fault)
