@@ -130,7 +130,8 @@ def sparse_model(folder: str) -> Any:
     from hf_sparse import SparsityConfig, sparsify
 
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=1000, num_hidden_layers=4)).cuda()
+    model: Any = BertForSequenceClassification(BertConfig(vocab_size=1000, num_hidden_layers=4))
+    model.cuda()
     sparsify(model, SparsityConfig(sparsity=0.9, scorer="magnitude"))
     model.save_pretrained(folder)
     return model

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
     1: "budget codecs kth latency losses patterns schedules scorers selection",
-    2: "architectures compaction distillation importance masking measuring pruner ranks report targets units zeros",
+    2: "architectures compaction distillation importance masking measuring permutation pruner ranks report targets "
+    "units zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert filling export export_inputs export_targets inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config "
