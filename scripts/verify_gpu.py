@@ -130,7 +130,8 @@ def sparse_model(folder: str) -> Any:
     from hf_sparse import SparsityConfig, sparsify
 
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=1000, num_hidden_layers=4)).cuda()
+    model: Any = BertForSequenceClassification(BertConfig(vocab_size=1000, num_hidden_layers=4))
+    model.cuda()
     sparsify(model, SparsityConfig(sparsity=0.9, scorer="magnitude"))
     model.save_pretrained(folder)
     return model
@@ -172,9 +173,10 @@ def train() -> None:
     sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = BertForSequenceClassification(BertConfig(vocab_size=100, intermediate_size=256, **sizes))
     data: Any = [{"input_ids": torch.randint(100, (16,)), "labels": index % 2} for index in range(256)]
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=20, per_device_train_batch_size=8, report_to=[], save_strategy="no", bf16=True
+            folder, max_steps=20, per_device_train_batch_size=8, report_to=[], save_strategy="no", bf16=half
         )
         callback = SparsityCallback(SparsityConfig(sparsity=0.8, scorer=os.environ["VERIFY_SCORER"]))
         Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback]).train()

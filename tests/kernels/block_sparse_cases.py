@@ -30,7 +30,7 @@ def main() -> None:
     block_sparse_triton.multiply = counted  # type: ignore[assignment]
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    worst = {}
+    worst: dict[str, float] = {}
     for dtype, bound in BOUNDS.items():
         for side in (16, 32, 64):
             for out, into in SHAPES:
