@@ -2,7 +2,8 @@
 # Make (or reuse) a virtual environment with hf_sparse installed from this tree.
 #   bash scripts/make_venv.sh DIR WHAT [PACKAGE...]
 # WHAT is what pip installs, editable, as in '.[dev]'; each PACKAGE is added without its dependencies. The environment
-# is kept until WHAT, the packages, pyproject.toml, constraints.txt or the Python change; a half-made one is made anew.
+# is kept until WHAT, the packages, pyproject.toml, constraints.txt, the C++ sources or the Python change; a half-made one
+# is made anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME
@@ -27,7 +28,7 @@ python=$(find_python)
 stamp=$({
     "$python" -VV
     printf '%s\n' "$what" "$@"
-    cat pyproject.toml constraints.txt scripts/make_venv.sh
+    cat pyproject.toml constraints.txt scripts/make_venv.sh setup.py hf_sparse/kernels/build.py hf_sparse/kernels/csrc/*
 } | sha256sum)
 
 if [[ -f $venv/.stamp && $(<"$venv/.stamp") == "$stamp" ]]; then
