@@ -24,7 +24,8 @@ from .errors import RecipeError, SparsityError
 from .hub import guard_trainer
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
-from .pruner import Plan, Pruner
+from .plan import Plan
+from .pruner import Pruner
 from .ranks import check_same_masks
 from .teacher import check_cache, make_distiller
 
