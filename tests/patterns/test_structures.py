@@ -204,7 +204,12 @@ def test_baked_zeros_stay_zero_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "scorer"), [*(("bert", scorer) for scorer in SCORERS), ("t5-gated", "movement"), ("t5-gated", "taylor")]
+    ("family", "scorer"),
+    [
+        *(("bert", scorer) for scorer in SCORERS if not SCORERS[scorer].measures),
+        ("t5-gated", "movement"),
+        ("t5-gated", "taylor"),
+    ],
 )
 @pytest.mark.parametrize("pattern", STRUCTURES)
 def test_training_reaches_the_fraction_of_groups_and_goes_on_from_a_state_dict(
