@@ -253,7 +253,8 @@ def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_
         return
     if "hybrid" not in path.stem:
         asked = made.sparsity.groups[0].sparsity or 0.5
-        assert result.summary.sparsity == pytest.approx(asked, abs=1e-3)
+        # Of 256 blocks of four in the smallest weight, 25 are kept: a whole number.
+        assert result.summary.sparsity == pytest.approx(asked, abs=4 / 1024 if "4x1" in path.stem else 1e-3)
     else:
         _check_hybrid(tmp_path / "out")
 
