@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 46, 24, 12, 40  # right: half of the last number below the axis stands out there
 
 STYLE = """
 :root { color-scheme: light dark; --ink:#1d2530; --soft:#5b6675; --paper:#ffffff; --card:#f4f6f9; --line:#d5dbe3;
