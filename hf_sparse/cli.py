@@ -7,13 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .cli_data import add_data, data_section
 from .cli_share import add_commands
 from .errors import RecipeError, SparsityError
-
-if TYPE_CHECKING:
-    from .recipe_sections import DataSection
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,31 +114,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Texts with labels to look at, without training."""
     use = "" if required else "; for scorers gradient, taylor and head_importance"
-    parser.add_argument("--data", required=required, metavar="FILE", help=f"json, jsonl, csv, tsv or parquet{use}")
-    parser.add_argument(
-        "--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs"
+    add_data(
+        parser,
+        f"json, jsonl, csv, tsv or parquet{use}",
+        required=required,
+        label=", or the text to write",
+        samples=512,
+        texts="texts to measure on (512)",
     )
-    parser.add_argument(
-        "--label", default="label", metavar="COLUMN", help="column with the label, or the text to write"
-    )
-    parser.add_argument("--samples", type=int, default=512, metavar="N", help="texts to measure on (512)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts at once (16)")
-    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
-
-
-def _section(options: argparse.Namespace) -> DataSection:
-    from .recipe_sections import DataSection
-
-    return DataSection(
-        train=options.data,
-        validation="none",  # nothing is held out: what is measured is no metric
-        text=options.text or "text",
-        label=options.label,
-        max_length=options.length,
-        train_samples=options.samples,
-    )
 
 
 def _spec(text: str) -> Any:
@@ -190,7 +173,7 @@ def _prune(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.resolve() == Path(options.model).resolve():
         raise RecipeError(f"--output {output} is the folder of the dense model, which would be lost; choose another")
-    section = _section(options) if options.data is not None else None
+    section = data_section(options) if options.data is not None else None
     summary = prune(options.model, group, output, options.revision, section, options.batch)
     print(f"{summary}\n\nSaved in {output}")
 
@@ -207,7 +190,7 @@ def _compact(options: argparse.Namespace) -> None:
 def _heads(options: argparse.Namespace) -> None:
     from .heads import heads
 
-    table = heads(options.model, _section(options), options.batch, options.revision)
+    table = heads(options.model, data_section(options), options.batch, options.revision)
     if options.plot is not None:
         table.plot(options.plot)
     print(json.dumps(table.to_dict(), indent=2) if options.json else table)

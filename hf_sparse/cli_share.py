@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .cli_data import add_data, data_section
 from .errors import RecipeError
 from .runtime import BACKENDS
 
@@ -74,33 +75,16 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
-    parser.add_argument("--data", required=required, metavar="FILE", help=f"{what}: json, jsonl, csv, tsv or parquet")
-    parser.add_argument(
-        "--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs"
-    )
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="column with the label (label)")
-    parser.add_argument("--samples", type=int, default=None if not required else 256, metavar="N", help="texts to use")
-    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
-
-
-def _section(options: argparse.Namespace) -> Any:
-    from .recipe_sections import DataSection
-
-    return DataSection(
-        train=options.data,
-        validation="none",  # nothing is trained, so nothing is held out
-        text=options.text or "text",
-        label=options.label,
-        max_length=options.length,
-        train_samples=options.samples,
-    )
+    samples = 256 if required else None
+    what = f"{what}: json, jsonl, csv, tsv or parquet"
+    add_data(parser, what, required=required, label=" (label)", samples=samples, texts="texts to use")
 
 
 def _report(options: argparse.Namespace) -> None:
     from .report_page import write_report
 
     output = options.html or str(Path(options.model) / "report.html")
-    data = _section(options) if options.data is not None else None
+    data = data_section(options) if options.data is not None else None
     write_report(options.model, output, options.against, options.bench, data)
     print(f"Saved in {output}")
 
@@ -132,7 +116,7 @@ def _sensitivity(options: argparse.Namespace) -> None:
         levels = [float(level) for level in options.levels.split(",")]
     except ValueError as error:
         raise RecipeError(f"--levels is numbers with commas between, as in 0.5,0.9, not {options.levels!r}") from error
-    found = sensitivity(options.model, _section(options), levels, options.batch, options.revision)
+    found = sensitivity(options.model, data_section(options), levels, options.batch, options.revision)
     if options.plot is not None:
         found.plot(options.plot)
     groups = found.allocations(options.sparsity)
