@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from . import page
-from .errors import BackendError, CheckpointError, RecipeError
+from .drawing import new_figure, write_figure
+from .errors import CheckpointError, RecipeError
 from .inspection import inspect
 from .report_page import read_bench
 
@@ -226,14 +227,10 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
         BackendError: without matplotlib.
         RecipeError: for an ending that matplotlib cannot write, or if there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendError("drawing needs matplotlib: pip install matplotlib") from error
     drawn = [cost for cost in COSTS if len(_points(runs, cost)[0]) > 1]
     if not drawn:
         raise RecipeError("a plot needs two runs with weight files, or with timings")
-    figure = Figure(figsize=(4.5 * len(drawn), 4), layout="constrained")
+    figure = new_figure(4.5 * len(drawn), 4)
     for axes, cost in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         known, points = _points(runs, cost)
         axes.plot(*zip(*[points[place] for place in pareto(points)], strict=True), color="tab:orange")
@@ -243,7 +240,4 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
         axes.set_xlabel(COSTS[cost])
         axes.set_ylabel(metric)
         axes.margins(0.15)
-    try:
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as error:
-        raise RecipeError(f"cannot write the picture {os.fspath(path)}: {error}") from error
+    write_figure(figure, path)

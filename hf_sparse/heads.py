@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .architectures import find_sub_blocks
 from .data import load_split
-from .errors import BackendError, RecipeError
+from .drawing import new_figure, write_figure
 from .importance import head_importance
 from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
@@ -61,13 +61,9 @@ class HeadTable:
             BackendError: without matplotlib.
             RecipeError: for an ending that matplotlib cannot write.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise BackendError("drawing needs matplotlib: pip install matplotlib") from error
         rows, columns = self.importance.shape
         longest = max(len(name) for name in self.names)
-        figure = Figure(figsize=(2.2 + 0.075 * longest + 0.38 * columns, 1.6 + 0.32 * rows), layout="constrained")
+        figure = new_figure(2.2 + 0.075 * longest + 0.38 * columns, 1.6 + 0.32 * rows)
         axes = figure.subplots()
         image = axes.imshow(self.importance.numpy(), cmap="viridis", vmin=0.0, aspect="auto")
         axes.set_facecolor("lightgrey")  # heads that are not there
@@ -76,10 +72,7 @@ class HeadTable:
         axes.set_xlabel("head")
         axes.set_title(f"Importance of heads, {self.samples} texts", fontsize=10)
         figure.colorbar(image, ax=axes, label="mean of |dL/dxi|")
-        try:
-            figure.savefig(path, dpi=150)
-        except (ValueError, OSError) as error:
-            raise RecipeError(f"cannot write the picture {os.fspath(path)}: {error}") from error
+        write_figure(figure, path)
 
 
 def heads(name: str, section: DataSection, batch: int = 16, revision: str = "main") -> HeadTable:

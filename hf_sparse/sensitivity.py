@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from .allocation import by_sensitivity, erdos_renyi, groups_of
 from .architectures import known_sub_blocks
 from .data import load_split
-from .errors import BackendError, RecipeError, SparsityError
+from .drawing import new_figure, write_figure
+from .errors import RecipeError, SparsityError
 from .heads import HeadTable
 from .importance import head_importance
 from .kth import keep_highest
@@ -82,11 +83,7 @@ class Sensitivity:
             BackendError: without matplotlib.
             RecipeError: for an ending that matplotlib cannot write.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise BackendError("drawing needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(9, max(4.0, 0.2 * len(self.losses))), layout="constrained")
+        figure = new_figure(9, max(4.0, 0.2 * len(self.losses)))
         axes = figure.subplots()
         for place, (name, losses) in enumerate(self.losses.items()):
             style = ("-", "--", ":", "-.")[place // 10 % 4]  # matplotlib has ten colours
@@ -95,10 +92,7 @@ class Sensitivity:
         axes.set_ylabel("loss")
         axes.set_title(f"Sensitivity of layers, {self.samples} texts", fontsize=10)
         figure.legend(loc="outside right upper", fontsize=7)
-        try:
-            figure.savefig(path, dpi=150)
-        except (ValueError, OSError) as error:
-            raise RecipeError(f"cannot write the picture {os.fspath(path)}: {error}") from error
+        write_figure(figure, path)
 
 
 def layer_losses(
