@@ -11,7 +11,7 @@ from ..architectures import known_sub_blocks
 from ..errors import BackendError
 from ..kernels import library_status
 from ..latency import machine
-from . import blocks
+from . import blocks, vocabulary
 from .choosing import LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
@@ -32,8 +32,9 @@ def to_runtime(
 ) -> RuntimeReport:
     """Pack the sparse linear layers of a model for inference, in place, where that is faster.
 
-    Known feed-forward parts and the query, key and value of self-attention become one product each. The model computes
-    what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
+    Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
+    generates, the product with the vocabulary stays dense and is laid out by columns ("auto" and "cpu"). The model
+    computes what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
     `to_dense_runtime`. A model of which nothing is packed stays as it is.
 
     Args:
@@ -71,17 +72,19 @@ def to_runtime(
     dense_bytes = {name: choice.layer.weight.nbytes for name, choice in choices.items()}
     shapes = {name: tuple(choice.layer.weight.shape) for name, choice in choices.items()}
     chosen: list[Unit] = []
+    timed = (table or SpeedTable()) if backend == "auto" else None
     if backend == "dense":
         for choice in choices.values():
             choice.reason = choice.reason or "backend 'dense' was asked for"
     else:
         kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
-        timed = (table or SpeedTable()) if backend == "auto" else None
         tokens = (1, *TOKENS) if _generates(model) else TOKENS
         for alternatives in units(model, choices, kernel):
             chosen += _best(alternatives, choices, timed, tokens)
     if chosen:
         _swap(model, chosen, keep_dense)
+        if backend in ("auto", "cpu"):
+            _lay_out(model, choices, timed)
     layers = []
     for name, choice in choices.items():
         unit = next((unit for unit in chosen if name in unit.names), None)
@@ -124,6 +127,7 @@ def to_dense_runtime(model: nn.Module) -> None:
             "is packed"
         )
     blocks.restore(model)
+    vocabulary.lay_by_rows(model)
     done: set[int] = set()
     for module in list(model.modules()):
         if isinstance(module, PackedLinear) and id(module) not in done:
@@ -180,6 +184,21 @@ def _swap(model: nn.Module, chosen: list[Unit], keep_dense: bool) -> None:
             blocks.become_lean(block, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def _lay_out(model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None) -> None:
+    layer = vocabulary.vocabulary_of(model)
+    choice = next((choice for choice in choices.values() if choice.layer is layer), None)
+    if layer is None or choice is None:
+        return
+    if table is not None:
+        choice.gains = vocabulary.gains_by_columns(layer, table)
+        if not vocabulary.pays(choice.gains):
+            return
+    vocabulary.lay_by_columns(model, layer)
+    choice.kernel = vocabulary.KERNEL
+    gained = f", {choice.gains[1]:.1f}x with one token" if choice.gains else ""
+    choice.reason = f"dense, laid out by columns{gained} ({choice.reason})"
 
 
 def _refuse_nothing(model: nn.Module, choices: dict[str, Choice]) -> None:
