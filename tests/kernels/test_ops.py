@@ -122,6 +122,18 @@ def test_a_zero_weight_ignores_what_is_not_finite_and_a_nonzero_one_passes_it_on
     assert y[5, 1].isnan()
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kept", [1, 15, 17, 33])
+def test_one_token_ignores_what_is_not_finite_where_no_weight_is(way, rows, kept):
+    weight, x = torch.zeros(5, 140), torch.randn(1, 140)
+    weight[:, 1 : kept + 1] = 1.0
+    for column in (0, 127, 128):  # what a register that is not full might read
+        x[0, column] = float("inf")
+    y = ops.linear(x, pack(weight, rows))
+    if way != "torch":
+        torch.testing.assert_close(y[0], x[0, 1 : kept + 1].sum().expand(5))
+
+
 def test_other_types_are_computed_in_torch():
     weight, x = sparse(9, 20, 0.5), torch.randn(4, 20)
     for dtype in (torch.float64, torch.bfloat16):

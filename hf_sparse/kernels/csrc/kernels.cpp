@@ -4,6 +4,10 @@
 // header with inline functions is used: the linker must never take the AVX-512 copy of a shared function for all.
 #include "kernels.h"
 
+#ifdef __AVX512BW__
+#include <immintrin.h>  // its functions are always inlined
+#endif
+
 namespace hf_sparse {
 namespace {
 
@@ -241,8 +245,24 @@ void product(const Weight& w, const float* in, float* out, int tile, int64_t fir
   }
 }
 
+// The activation of outputs first to last, which need not fill a register.
+void activate_some(float* out, int64_t first, int64_t last, Activation act) {
+  if (act == kNone) return;
+  for (int64_t i = first; i < last; i += kLanes) {
+    const int64_t left = last - i;
+    if (left >= kLanes) {
+      activate(out + i, kLanes, act);
+    } else {
+      float rest[kLanes] = {};
+      for (int64_t k = 0; k < left; k++) rest[k] = out[i + k];
+      activate(rest, kLanes, act);
+      for (int64_t k = 0; k < left; k++) out[i + k] = rest[k];
+    }
+  }
+}
+
 template <int kRows>
-void vector_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+void vector_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last) {
   typedef float Block __attribute__((vector_size(kRows * 4), aligned(4), may_alias));
   const int64_t count = groups(w), parts = chunks(w);
   for (int64_t i = first * kRows; i < last * kRows; i++) out[i] = w.bias && i < w.out_features ? w.bias[i] : 0.0f;
@@ -262,27 +282,66 @@ void vector_of(const Weight& w, const float* in, float* out, int64_t first, int6
       *reinterpret_cast<Block*>(out + g * kRows) += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
   }
-  // The scratch behind the outputs has room for a whole vector; what lies there is not read.
-  if (act == kNone) return;
-  for (int64_t i = first * kRows; i < last * kRows; i += kLanes) {
-    const int64_t left = last * kRows - i;
-    if (left >= kLanes) {
-      activate(out + i, kLanes, act);
-    } else {
-      float rest[kLanes] = {};
-      for (int64_t k = 0; k < left; k++) rest[k] = out[i + k];
-      activate(rest, kLanes, act);
-      for (int64_t k = 0; k < left; k++) out[i + k] = rest[k];
-    }
+}
+
+#ifdef __AVX512BW__
+// x[columns] of 16 columns out of kTables registers of 16 floats each: a gather from memory took three times as long.
+template <int kTables>
+INLINE __m512 look_up(const __m512* x, __m512i columns) {
+  if constexpr (kTables == 2) return _mm512_permutex2var_ps(x[0], columns, x[1]);
+  if constexpr (kTables > 2) {
+    const __mmask16 upper = _mm512_test_epi32_mask(columns, _mm512_set1_epi32(kTables * 8));
+    const __m512 low = look_up<kTables / 2>(x, columns);
+    return _mm512_mask_mov_ps(low, upper, look_up<kTables / 2>(x + kTables / 2, columns));
   }
 }
 
+// One token and single weights: 16 weights of a row at once. A column beyond the chunk picks some other input; it cannot
+// read outside.
+template <int kTables>
+void vector_of_singles(const Weight& w, const float* in, float* out, int64_t first, int64_t last) {
+  constexpr int kRows = 128;  // whose sums stay in the first cache from chunk to chunk
+  __m512 sums[kRows];
+  const int64_t parts = chunks(w);
+  for (int64_t begin = first; begin < last; begin += kRows) {
+    const int64_t count = last - begin < kRows ? last - begin : kRows;
+    for (int64_t i = 0; i < count; i++) sums[i] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < parts; c++) {
+      const int32_t* pointers = w.pointers + c * (w.out_features + int64_t(1)) + begin;
+      __m512 x[kTables];
+      for (int t = 0; t < kTables; t++) x[t] = _mm512_loadu_ps(in + c * w.chunk + t * 16);
+      for (int64_t i = 0; i < count; i++) {
+        __m512 sum = sums[i];
+        for (int64_t p = pointers[i]; p < pointers[i + 1]; p += 16) {
+          const int64_t left = pointers[i + 1] - p;
+          const __mmask16 mask = left >= 16 ? 0xffff : (1u << left) - 1;
+          const __m512 values = _mm512_maskz_loadu_ps(mask, w.values + p);
+          const __m512i columns = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.columns + p));
+          // With the mask: 0 times an infinite input would be NaN.
+          sum = _mm512_mask3_fmadd_ps(values, look_up<kTables>(x, columns), sum, mask);
+        }
+        sums[i] = sum;
+      }
+    }
+    for (int64_t i = 0; i < count; i++)
+      out[begin + i] = _mm512_reduce_add_ps(sums[i]) + (w.bias ? w.bias[begin + i] : 0.0f);
+  }
+}
+#endif
+
 void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
-  if (w.rows == 1) return vector_of<1>(w, in, out, first, last, act);
-  if (w.rows == 2) return vector_of<2>(w, in, out, first, last, act);
-  if (w.rows == 4) return vector_of<4>(w, in, out, first, last, act);
-  if (w.rows == 8) return vector_of<8>(w, in, out, first, last, act);
-  return vector_of<16>(w, in, out, first, last, act);
+  const auto product =
+#ifdef __AVX512BW__
+      w.rows == 1 ? (w.chunk <= 128 ? vector_of_singles<8> : vector_of_singles<16>)
+#else
+      w.rows == 1 ? vector_of<1>
+#endif
+      : w.rows == 2 ? vector_of<2>
+      : w.rows == 4 ? vector_of<4>
+      : w.rows == 8 ? vector_of<8>
+                    : vector_of<16>;
+  product(w, in, out, first, last);
+  activate_some(out, first * w.rows, last * w.rows, act);
 }
 
 }  // namespace
