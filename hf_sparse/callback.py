@@ -116,7 +116,8 @@ class SparsityCallback(TrainerCallback):
     def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Give learned scores their parameter group, and speak before the loggers do."""
         assert self.pruner is not None
-        group_scores(optimizer, self.pruner)
+        if group_scores(optimizer, self.pruner):
+            self.pruner.warm_up(optimizer)
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)  # what `on_log` adds is then seen by TensorBoard, Weights & Biases and all others
@@ -160,6 +161,7 @@ class SparsityCallback(TrainerCallback):
         self._terms.batches = float(args.gradient_accumulation_steps)
         if args.average_tokens_across_devices:
             self._terms.batches *= args.world_size
+        pruner.progress = state.global_step / state.max_steps
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)
         self._forget_early_best(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .budget import Budget, Costs
@@ -77,8 +77,8 @@ class Plan:
         return {share.name: share.layer for unit in self.shares for share in unit}
 
     @property
-    def scores(self) -> list[Tensor]:
-        """The learned scores of all units, for the penalty."""
+    def scores(self) -> list[nn.Parameter]:
+        """The learned scores of all units."""
         return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
 
 

@@ -25,6 +25,7 @@ class Scorer:
         measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
         regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
         learning_rate: of learned scores; their parameter group has no weight decay.
+        warmup: fraction of training over which their learning rate rises from 0.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Scorer:
     measures: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
     learning_rate: float = 0.0
+    warmup: float = 0.0
 
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         """Return one score per entry; for scorers that are not learned.

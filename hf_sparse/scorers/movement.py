@@ -25,16 +25,25 @@ class Movement(Scorer):
 
     Args:
         learning_rate: of the scores; it follows the schedule of the weights' own learning rate.
+        warmup: fraction of the training over which the scores' rate rises from 0, in a straight line and on top of
+            that schedule; 0 = not at all. It keeps the first steps, when a new task head sends large gradients of
+            little meaning down, from deciding the order. (No paper that we know of has it: in Sanh et al. and Lagunas
+            et al. the scores follow the weights' own warm-up, as they do here with 0.)
 
     Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", eq. 3-5.
     """
 
     learned = True
     learning_rate: float = 1e-2
+    warmup: float = 0.0
 
     def __post_init__(self) -> None:
         if not is_number(self.learning_rate) or not 0.0 < self.learning_rate < float("inf"):
             raise RecipeError(f"scorer '{self.name}': learning_rate={self.learning_rate!r} is no positive number")
+        if not is_number(self.warmup) or not 0.0 <= self.warmup < 1.0:
+            raise RecipeError(
+                f"scorer '{self.name}': warmup={self.warmup!r} is no fraction of the training, from 0 to below 1"
+            )
 
 
 @SCORERS.register("soft_movement")
@@ -49,7 +58,7 @@ class SoftMovement(Movement):
     a short run the scores cannot move that far; the sparsity is met all the same, and the logs say where tau ended.
 
     Args:
-        learning_rate: of the scores.
+        learning_rate, warmup: of the scores, as in movement.
         threshold: where sigmoid(S) is to be cut at the end.
         penalty_strength: lambda to start from; None = the paper's 400 for BERT-base, scaled to the same pull on each
             score.
