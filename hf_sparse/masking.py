@@ -88,7 +88,7 @@ class MaskedWeight(nn.Module):
     Args:
         weight: the weight it will be put on; only its shape, dtype and device are read.
         pattern: which entries form a group.
-        learned: whether to own scores, one parameter per group, started at 0.
+        learned: data type of the scores to own, one parameter per group, started at 0; None = the method learns none.
         observes: whether to gather the dense gradient for a scorer that looks at it.
         shared: tensors of the method that all its masks share and that have to be in a checkpoint.
         exit: the mask of the weight by which the groups leave, if this is another weight of the same groups. It owns
@@ -104,7 +104,7 @@ class MaskedWeight(nn.Module):
         weight: Tensor,
         pattern: Pattern,
         *,
-        learned: bool = False,
+        learned: torch.dtype | None = None,
         observes: bool = False,
         shared: dict[str, Tensor] | None = None,
         exit: MaskedWeight | None = None,  # noqa: A002  what it is
@@ -117,9 +117,9 @@ class MaskedWeight(nn.Module):
         self.observes = observes
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         scores = None
-        if learned and exit is None:
+        if learned is not None and exit is None:
             shape = pattern.groups_shape(tuple(weight.shape))
-            scores = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+            scores = nn.Parameter(torch.zeros(shape, dtype=learned, device=weight.device))
         self.register_parameter("scores", scores)
         importance = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes else None
         self.register_buffer("importance", importance)

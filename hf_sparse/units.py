@@ -202,7 +202,7 @@ def attach_unit(shares: Sequence[Share], scorer: Scorer, shared: dict[str, Tenso
         masked = MaskedWeight(
             share.layer.weight,
             share.pattern,
-            learned=scorer.learned,
+            learned=getattr(torch, scorer.dtype) if scorer.learned else None,
             observes=scorer.observes,
             shared=shared,
             exit=members[0].masked if members else None,

@@ -26,6 +26,7 @@ class Scorer:
         regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
         learning_rate: of learned scores; their parameter group has no weight decay.
         warmup: fraction of training over which their learning rate rises from 0.
+        dtype: name of their torch data type.
     """
 
     name: ClassVar[str]
@@ -36,6 +37,7 @@ class Scorer:
     regrows: ClassVar[bool] = False
     learning_rate: float = 0.0
     warmup: float = 0.0
+    dtype: str = "float32"
 
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         """Return one score per entry; for scorers that are not learned.
