@@ -29,7 +29,7 @@ def scorer(name: str = "movement", **options: Any) -> dict[str, Any]:
 
 
 def trained(dtype: str, pattern: Any = "element", name: str = "movement") -> tuple[Pruner, torch.optim.Optimizer]:
-    options = {} if pattern == "2:4" else {"sparsity": 0.5}
+    options: dict[str, Any] = {} if pattern == "2:4" else {"sparsity": 0.5}
     config = SparsityConfig(targets="*", scorer={"name": name, "dtype": dtype}, pattern=pattern, **options)
     pruner = Pruner(two_layers(), config).attach()
     optimizer = torch.optim.AdamW(pruner.parameter_groups(), lr=1e-3)
