@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .config import SparsityConfig
 from .errors import RecipeError, SparsityError
-from .masking import check_free, hidden
+from .masking import check_free
 from .measuring import measure_heads, observe_batches
 from .plan import check_disjoint, check_shards, make_plan
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
@@ -220,14 +219,10 @@ class Pruner:
         """Make the zeros part of the weights, take masks and scores off, and return the model, plain again.
 
         In training that follows, the zeros stay zero, with an optimizer that is new: one that has trained these weights
-        before remembers their momentum and moves them once more.
+        before remembers their momentum and moves them once more. Under `fully_shard` masks and scores stay where they
+        are, but have no effect on anything any more, and state dicts are those of the plain model.
         """
         self._must_be_attached()
-        if any(isinstance(hidden(unit.module), DTensor) for unit in self.units):
-            raise SparsityError(
-                "bake() cannot take masks off weights that fully_shard has taken over. Take the whole state dict "
-                "(full_tensor() of each entry): its 'weight' entries are masked and load into a plain model"
-            )
         modules = [member.module for unit in self.units for member in unit.members]
         for unit in self.units:
             unit.bake()

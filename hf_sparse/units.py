@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .architectures import match_sub_blocks
+from .attaching import attach_mask, bake_mask
 from .errors import SparsityError
-from .masking import MaskedWeight, attach_mask, bake_mask, hidden
+from .masking import MaskedWeight, hidden, placed_as
 from .patterns import Pattern, Structure
 from .scorers import Scorer
 from .targets import match_layers
@@ -160,7 +161,7 @@ class Unit:
             if member.has_bias and isinstance(bias, nn.Parameter):
                 # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
                 # before this: behind it the exit is masked.
-                bias.data.masked_fill_(~member.masked.mask.any(1), 0.0)
+                bias.data.masked_fill_(placed_as(~member.masked.mask.any(1), bias), 0.0)
             bake_mask(member.module)
 
 

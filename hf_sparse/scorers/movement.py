@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..config import SCORERS
 from ..errors import RecipeError
@@ -127,4 +128,5 @@ class SoftMovement(Movement):
 
 def _mean_sigmoid(scores: Tensor) -> Tensor:
     # In float32: a sum of bfloat16 numbers stops growing after some hundred.
-    return torch.sigmoid(scores).mean(dtype=torch.float32)
+    total = torch.sigmoid(scores).sum(dtype=torch.float32)
+    return (total.full_tensor() if isinstance(total, DTensor) else total) / scores.numel()
