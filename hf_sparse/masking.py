@@ -86,7 +86,8 @@ class MaskedWeight(nn.Module):
         weight: the weight it will be put on; only its shape, dtype and device are read.
         pattern: which entries form a group.
         learned: data type of the scores to own, one parameter per group, started at 0; None = the method learns none.
-        observes: whether to gather the dense gradient for a scorer that looks at it.
+        observes: whether to gather the dense gradient for a scorer that looks at it, while `watching`.
+        forgets: whether what the scorer keeps of it is only there between a step and the update after it.
         shared: tensors of the method that all its masks share and that have to be in a checkpoint.
         exit: the mask of the weight by which the groups leave, if this is another weight of the same groups. It owns
             the scores.
@@ -103,6 +104,7 @@ class MaskedWeight(nn.Module):
         *,
         learned: torch.dtype | None = None,
         observes: bool = False,
+        forgets: bool = False,
         shared: dict[str, Tensor] | None = None,
         exit: MaskedWeight | None = None,  # noqa: A002  what it is
     ) -> None:
@@ -111,7 +113,8 @@ class MaskedWeight(nn.Module):
         self._exit = (exit,)  # in a tuple, so that it is no submodule of this one too
         self.shared = shared or {}
         self.gathered: Tensor | None = None
-        self.observes = observes
+        self.watching = observes
+        self.forgets = forgets
         self.sealed = False  # the zeros are permanent, and nothing goes on from here
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         scores = None
@@ -119,7 +122,7 @@ class MaskedWeight(nn.Module):
             shape = pattern.groups_shape(tuple(weight.shape))
             scores = nn.Parameter(torch.zeros(shape, dtype=learned, device=weight.device))
         self.register_parameter("scores", scores)
-        importance = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes else None
+        importance = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes and not forgets else None
         self.register_buffer("importance", importance)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class MaskedWeight(nn.Module):
         mask = self.mask if leader is None or self.sealed or not torch.is_grad_enabled() else None
         if scores is not None:
             return _StraightThrough.apply(weight, scores, mask, self.pattern)  # type: ignore[no-untyped-call]
-        if self.observes and weight.requires_grad and torch.is_grad_enabled():
+        if self.watching and weight.requires_grad and torch.is_grad_enabled():
             return _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
         return apply_mask(weight, mask)
 

@@ -70,6 +70,8 @@ class Plan:
                     unit.keep(groups)
             self.met = sparsity
         self.scorer.adapt(self.selection.threshold, self.level(progress))
+        for unit in self.units:
+            unit.watch(self.scorer, progress)
 
     @property
     def layers(self) -> dict[str, nn.Linear]:

@@ -95,7 +95,8 @@ class Unit:
     def regrown_scores(self, scorer: Scorer, place: int, progress: float) -> Tensor:
         """Return the scores of a scorer that regrows; `place` is the number of this unit in its plan."""
         kept, seen = self.kept(), [member.masked.importance for member in self.members]
-        gradient = self._pooled([one for one in seen if one is not None]) if scorer.observes else None
+        complete = [one for one in seen if one is not None]
+        gradient = self._pooled(complete) if len(complete) == len(seen) else None
         return scorer.regrow(self.group_scores(scorer), kept, scorer.growth(gradient, kept, place), progress)
 
     def _pooled(self, elements: Sequence[Tensor]) -> Tensor:
@@ -151,8 +152,16 @@ class Unit:
         # A loss scaler that overflowed skips its step; the scores must not remember it.
         if all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered):
             for member, gradient in gathered:
-                assert member.masked.importance is not None
+                if member.masked.importance is None:
+                    member.masked.importance = torch.zeros_like(gradient)
                 scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)
+
+    def watch(self, scorer: Scorer, progress: float) -> None:
+        """Gather the gradient of the next step only if the scorer wants it, and let go of what it forgets."""
+        for member in self.members:
+            member.masked.watching = scorer.watches(progress)
+            if member.masked.forgets:
+                member.masked.importance = None
 
     def bake(self) -> None:
         """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
@@ -205,6 +214,7 @@ def attach_unit(shares: Sequence[Share], scorer: Scorer, shared: dict[str, Tenso
             share.pattern,
             learned=getattr(torch, scorer.dtype) if scorer.learned else None,
             observes=scorer.observes,
+            forgets=scorer.forgets,
             shared=shared,
             exit=members[0].masked if members else None,
         )

@@ -20,7 +20,8 @@ class Scorer:
 
     Attributes:
         learned: the scores are parameters, one per group, trained with the model (movement).
-        observes: the scorer looks at the gradient of every step (`observe`) and keeps a tensor like the weight.
+        observes: the scorer looks at gradients (`observe`) and keeps a tensor like the weight.
+        forgets: what it keeps of them serves the next update of the masks alone, and is let go after it.
         penalized: the method adds a term to the loss (`penalty`).
         measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
         regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
@@ -32,6 +33,7 @@ class Scorer:
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
     penalized: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
@@ -58,6 +60,10 @@ class Scorer:
         """
         raise NotImplementedError
 
+    def watches(self, progress: float) -> bool:
+        """Return whether the gradient of the next step is wanted, if the masks have just been renewed at `progress`."""
+        return self.observes
+
     def updates(self, progress: float) -> bool:
         """Return whether weights are dropped and grown at this renewal; for methods that regrow."""
         raise NotImplementedError
@@ -66,7 +72,7 @@ class Scorer:
         """Return how much each removed group deserves to grow, at least 0; for methods that regrow.
 
         Args:
-            gradient: what `observe` has gathered, one number per group; None for scorers that do not observe.
+            gradient: what `observe` has gathered, one number per group; None if nothing was.
             kept: which groups are kept.
             place: number of the unit among those of its plan.
         """
