@@ -122,7 +122,9 @@ class MaskedWeight(nn.Module):
             shape = pattern.groups_shape(tuple(weight.shape))
             scores = nn.Parameter(torch.zeros(shape, dtype=learned, device=weight.device))
         self.register_parameter("scores", scores)
-        importance = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes and not forgets else None
+        importance = (
+            torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes and not forgets else None
+        )
         self.register_buffer("importance", importance)
 
     def forward(self, weight: Tensor) -> Tensor:
