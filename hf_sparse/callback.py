@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .config import SparsityConfig
 from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
+from .fsdp import announce_fsdp, check_fsdp
 from .hub import guard_trainer
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
@@ -78,6 +79,7 @@ class SparsityCallback(TrainerCallback):
         self._terms: LossTerms | None = None
         self._finished = False
         announce_optimizer()
+        announce_fsdp()
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -98,15 +100,12 @@ class SparsityCallback(TrainerCallback):
                 "SparsityCallback does not work with DeepSpeed (ZeRO-1, 2 or 3): its engine flattens and divides the "
                 "parameters and makes its own optimizer, and masks on them were never tried. Use DDP (torchrun) instead"
             )
-        if trainer.is_fsdp_enabled:
-            raise RecipeError(
-                "SparsityCallback does not work with FSDP: the Trainer's checkpoints and bake() need whole weights. "
-                "Use DDP (torchrun), or for FSDP2 a loop of your own: Pruner(model, config).attach(), then fully_shard"
-            )
         if trainer.args.n_gpu > 1:
             raise RecipeError(
                 "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"
             )
+        assert self.pruner is not None
+        check_fsdp(trainer, self.pruner)
         guard_trainer(trainer)
         assert self._terms is not None
         self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
@@ -116,7 +115,8 @@ class SparsityCallback(TrainerCallback):
     def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Give learned scores their parameter group, and speak before the loggers do."""
         assert self.pruner is not None
-        group_scores(optimizer, self.pruner)
+        if group_scores(optimizer, self.pruner):
+            self.pruner.warm_up(optimizer)
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)  # what `on_log` adds is then seen by TensorBoard, Weights & Biases and all others
@@ -160,6 +160,7 @@ class SparsityCallback(TrainerCallback):
         self._terms.batches = float(args.gradient_accumulation_steps)
         if args.average_tokens_across_devices:
             self._terms.batches *= args.world_size
+        pruner.progress = state.global_step / state.max_steps
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)
         self._forget_early_best(state)

@@ -55,7 +55,9 @@ def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> s
 def _missing(path: Path, processes: int) -> str:
     """Return the first thing that a checkpoint lacks, or nothing."""
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    for name in ("optimizer.pt", "scheduler.pt", *random):
+    if not any((path / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):  # the second under FSDP
+        return "optimizer.pt"
+    for name in ("scheduler.pt", *random):
         if not (path / name).is_file():
             return name
     if not any(path.glob("*.safetensors")):

@@ -2,8 +2,8 @@
 
 Sorting 10 million scores costs seconds and `torch.kthvalue` tenths of a second on a CPU; selection runs at every step
 of training, so it has to cost a few passes over memory. The bracket comes from a fixed pseudo-random sample (Floyd and
-Rivest, "Expected time bounds for selection", CACM 1975); when the true cut falls outside, a full selection answers. On
-other devices a stable sort is fast enough.
+Rivest, "Expected time bounds for selection", CACM 1975); when the true cut falls outside, a full selection answers.
+Other devices count (`radix`), which needs no copy of all scores in one piece and no sort either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from .errors import SparsityError
-from .radix import keep_highest_across
+from .radix import keep_highest_across, keep_highest_alone
 
 _SAMPLE = 1 << 14
 _SMALL = 1 << 15
@@ -58,7 +58,7 @@ def keep_highest(scores: Sequence[Tensor], keep: int) -> tuple[list[Tensor], flo
         return [torch.ones_like(tensor, dtype=torch.bool) for tensor in scores], None
     refuse_nan(scores)
     flat = [tensor.detach().reshape(-1).to(scores[0].device, torch.float32) for tensor in scores]
-    masks, cut = _on_cpu(flat, keep) if flat[0].device.type == "cpu" else _on_device(flat, keep)
+    masks, cut = (_on_cpu if flat[0].device.type == "cpu" else keep_highest_alone)(flat, keep)
     return [mask.view(tensor.shape).to(tensor.device) for mask, tensor in zip(masks, scores, strict=True)], cut
 
 
@@ -157,13 +157,6 @@ def _with_ties(masks: list[Array], ties: Iterable[Array], left: int) -> list[Ten
         if not left:
             break
     return [torch.from_numpy(mask) for mask in masks]
-
-
-def _on_device(flat: Sequence[Tensor], keep: int) -> tuple[list[Tensor], float]:
-    values, order = torch.cat(list(flat)).sort(descending=True, stable=True)
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    mask[order[:keep]] = True
-    return list(mask.split([tensor.numel() for tensor in flat])), float(values[keep - 1])
 
 
 def _on_shards(scores: Sequence[DTensor], keep: int) -> tuple[list[Tensor], float | None]:

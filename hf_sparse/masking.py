@@ -1,16 +1,7 @@
 """The mask on a weight: a torch parametrisation, so that an `nn.Linear` stays an `nn.Linear`.
 
 While a weight is masked, `module.weight` is the masked weight and `hidden(module)` the dense one underneath, which the
-optimizer trains. In a state dict the module looks like this, never like torch's `parametrizations....original`, which
-would be loaded as random weights by everyone else:
-
-    weight             the masked weight, what any plain model wants
-    weight_kept        bool, True = kept
-    weight_hidden      the dense weight underneath
-    weight_<state>     whatever the method needs to go on: scores, importance, ...
-
-`load_state_dict` takes these keys, a plain dense `weight` alone, and the form that training checkpoints have on disk:
-`weight` packed by the bitmask codec, `weight_kept` as bits, `weight_hidden` the removed values alone.
+optimizer trains. How such a module looks in a state dict is in `attaching`.
 """
 
 from __future__ import annotations
@@ -22,9 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 
-from .codecs.base import as_bits, unpack_bits
-from .codecs.bitmask import expand
-from .errors import CheckpointError, RecipeError
+from .errors import RecipeError
 from .patterns import Pattern
 
 STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_level", "_renewals")
@@ -42,13 +31,13 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(weight, mask)
         ctx.pattern = pattern
         ctx.dtype = scores.dtype
-        return _masked(weight, mask)
+        return apply_mask(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, mask = ctx.saved_tensors
-        for_weight = _masked(gradient, mask) if ctx.needs_input_grad[0] else None
+        for_weight = apply_mask(gradient, mask) if ctx.needs_input_grad[0] else None
         for_scores = None
         if ctx.needs_input_grad[1]:
             for_scores = ctx.pattern.pool(gradient * weight, "sum").to(ctx.dtype)
@@ -62,19 +51,27 @@ class _Watched(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, mask: Tensor | None, owner: MaskedWeight) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.owner = owner
-        return _masked(weight, mask)
+        return apply_mask(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         (mask,) = ctx.saved_tensors
         ctx.owner.gather(gradient)
-        return _masked(gradient, mask), None, None
+        return apply_mask(gradient, mask), None, None
 
 
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `W * M` with exact zeros; without a mask, the weight."""
     # Not `weight * mask`: that makes -0.0 of negative weights and NaN of infinite ones.
-    return weight.view_as(weight) if mask is None else torch.where(mask, weight, 0.0)
+    return weight.view_as(weight) if mask is None else torch.where(placed_as(mask, weight), weight, 0.0)
+
+
+def placed_as(whole: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor that every process has in whole as `other` is: cut up like it if that is sharded (DTensor)."""
+    if not isinstance(other, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 class MaskedWeight(nn.Module):
@@ -88,8 +85,9 @@ class MaskedWeight(nn.Module):
     Args:
         weight: the weight it will be put on; only its shape, dtype and device are read.
         pattern: which entries form a group.
-        learned: whether to own scores, one parameter per group, started at 0.
-        observes: whether to gather the dense gradient for a scorer that looks at it.
+        learned: data type of the scores to own, one parameter per group, started at 0; None = the method learns none.
+        observes: whether to gather the dense gradient for a scorer that looks at it, while `watching`.
+        forgets: whether what the scorer keeps of it is only there between a step and the update after it.
         shared: tensors of the method that all its masks share and that have to be in a checkpoint.
         exit: the mask of the weight by which the groups leave, if this is another weight of the same groups. It owns
             the scores.
@@ -104,8 +102,9 @@ class MaskedWeight(nn.Module):
         weight: Tensor,
         pattern: Pattern,
         *,
-        learned: bool = False,
+        learned: torch.dtype | None = None,
         observes: bool = False,
+        forgets: bool = False,
         shared: dict[str, Tensor] | None = None,
         exit: MaskedWeight | None = None,  # noqa: A002  what it is
     ) -> None:
@@ -114,25 +113,29 @@ class MaskedWeight(nn.Module):
         self._exit = (exit,)  # in a tuple, so that it is no submodule of this one too
         self.shared = shared or {}
         self.gathered: Tensor | None = None
-        self.observes = observes
+        self.watching = observes
+        self.forgets = forgets
+        self.sealed = False  # the zeros are permanent, and nothing goes on from here
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         scores = None
-        if learned and exit is None:
+        if learned is not None and exit is None:
             shape = pattern.groups_shape(tuple(weight.shape))
-            scores = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+            scores = nn.Parameter(torch.zeros(shape, dtype=learned, device=weight.device))
         self.register_parameter("scores", scores)
-        importance = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes else None
+        importance = (
+            torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes and not forgets else None
+        )
         self.register_buffer("importance", importance)
 
     def forward(self, weight: Tensor) -> Tensor:
         (leader,) = self._exit
         scores = self.scores if leader is None else leader.scores
-        mask = self.mask if leader is None or not torch.is_grad_enabled() else None
+        mask = self.mask if leader is None or self.sealed or not torch.is_grad_enabled() else None
         if scores is not None:
             return _StraightThrough.apply(weight, scores, mask, self.pattern)  # type: ignore[no-untyped-call]
-        if self.observes and weight.requires_grad and torch.is_grad_enabled():
+        if self.watching and weight.requires_grad and torch.is_grad_enabled():
             return _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
-        return _masked(weight, mask)
+        return apply_mask(weight, mask)
 
     def gather(self, gradient: Tensor) -> None:
         """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation)."""
@@ -175,113 +178,8 @@ def check_free(module: nn.Module, where: str) -> None:
         raise RecipeError(
             f"'{where}' is quantized ({weight.dtype}), so it cannot be pruned. Load the model without quantization"
         )
-
-
-def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:
-    """Put a mask on `module.weight`.
-
-    Raises:
-        RecipeError: as `check_free`.
-    """
-    check_free(module, where)
-    parametrize.register_parametrization(module, "weight", masked)
-    masked.hooks = (  # type: ignore[assignment]
-        module.register_state_dict_post_hook(_plain_keys),
-        module.register_load_state_dict_pre_hook(_own_keys),
-    )
-
-
-def bake_mask(module: nn.Module) -> None:
-    """Make the zeros part of the weight and take the mask off; the parameter stays the same object."""
-    masked = masked_weight(module)
-    if masked is None:
-        return
-    for hook in masked.hooks:  # type: ignore[union-attr]
-        hook.remove()
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-
-
-_INNER = "parametrizations.weight."
-
-
-def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """State-dict hook: what torch wrote for the parametrised weight becomes the keys of the module docstring."""
-    masked = masked_weight(module)
-    assert masked is not None
-    inner = prefix + _INNER
-    for key in [key for key in state if key.startswith(inner)]:
-        del state[key]
-    state.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in training_state(module).items()})
-
-
-def training_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a state dict holds of a masked weight: key suffix -> tensor ("" is the masked weight itself)."""
-    masked = masked_weight(module)
-    assert masked is not None
-    dense = hidden(module).detach()
-    mask = masked.mask
-    if isinstance(dense, DTensor):  # every process has the whole mask: its own rows need no exchange
-        mask = distribute_tensor(mask, dense.device_mesh, dense.placements, src_data_rank=None)
-    state = {"": torch.where(mask, dense, 0.0), "_kept": masked.mask, "_hidden": dense}
-    if masked.scores is not None:
-        state["_scores"] = masked.scores.detach()
-    if masked.importance is not None:
-        state["_importance"] = masked.importance
-    return state | {f"_{name}": tensor.clone() for name, tensor in masked.shared.items()}
-
-
-def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load hook: the keys of the module docstring, dense or packed, become what torch expects."""
-    masked = masked_weight(module)
-    assert masked is not None
-    name = prefix + "weight"
-    if name not in state:
-        return
-    inner = prefix + _INNER
-    weight = _unpacked(state.pop(name), state.pop(f"{name}_mask", None), masked.mask.shape, name)
-    kept, dense = state.pop(f"{name}_kept", None), state.pop(f"{name}_hidden", None)
-    state[inner + "0.mask"] = masked.mask if kept is None else _flags(kept, masked.mask.shape, f"{name}_kept")
-    state[inner + "original"] = weight if dense is None else _under(weight, dense, state[inner + "0.mask"], name)
-    alone = kept is None and dense is None
-    for suffix, present in (("scores", masked.scores), ("importance", masked.importance)):
-        if f"{name}_{suffix}" in state:
-            state[f"{inner}0.{suffix}"] = state.pop(f"{name}_{suffix}")
-        elif alone and present is not None:  # a plain dense weight brings none: what is there stays, as the mask does
-            state[f"{inner}0.{suffix}"] = present.detach()
-    for suffix, tensor in masked.shared.items():
-        if f"{name}_{suffix}" in state:
-            given = state.pop(f"{name}_{suffix}")
-            if given.shape != tensor.shape or not bool(torch.isfinite(given).all()):
-                raise CheckpointError(f"'{name}_{suffix}' is no finite number, so this training cannot go on from it")
-            tensor.copy_(given)
-
-
-def _unpacked(weight: Tensor, mask: Tensor | None, shape: torch.Size, name: str) -> Tensor:
-    if weight.shape == shape:
-        return weight
-    if mask is None or mask.dtype != torch.uint8 or mask.shape != (-(-shape.numel() // 8),):
-        raise CheckpointError(
-            f"'{name}' has shape {tuple(weight.shape)} and no bitmask that fits {tuple(shape)}. A model that is being "
-            "pruned takes training checkpoints and dense weights; load anything else with from_pretrained"
+    if isinstance(weight, DTensor):
+        raise RecipeError(
+            f"'{where}' is sharded already, so it cannot be given a mask. Put masks on first (Pruner.attach, or a "
+            "Trainer with SparsityCallback), then shard"
         )
-    return expand(mask.cpu().numpy(), as_bits(weight.cpu()), shape.numel()).view(weight.dtype).view(shape)
-
-
-def _flags(kept: Tensor, shape: torch.Size, name: str) -> Tensor:
-    if kept.dtype == torch.bool and kept.shape == shape:
-        return kept
-    if kept.dtype != torch.uint8 or kept.shape != (-(-shape.numel() // 8),):
-        raise CheckpointError(f"'{name}' does not fit the weight of shape {tuple(shape)}")
-    return torch.from_numpy(unpack_bits(kept.cpu().numpy(), shape.numel(), name)).view(shape)
-
-
-def _under(weight: Tensor, dense: Tensor, kept: Tensor, name: str) -> Tensor:
-    """Return the dense weight, from itself or from the removed values alone."""
-    if dense.shape == weight.shape:
-        return dense
-    removed = ~kept.to(dense.device)
-    if dense.shape != (int(torch.count_nonzero(removed)),):
-        raise CheckpointError(
-            f"'{name}_hidden' holds {tuple(dense.shape)} values, but {int(removed.sum())} are removed"
-        )
-    return weight.to(dense.device, copy=True).masked_scatter_(removed, dense)

@@ -68,17 +68,20 @@ def check_optimizer(name: str) -> None:
             )
 
 
-def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> bool:
     """Move the learned scores into groups of their own: their learning rate, no weight decay, all else as default.
 
     The learning-rate scheduler, made after this, scales their rate as it scales the others.
+
+    Returns:
+        Whether any were moved: not where there are none, or they have their groups since an earlier `train`.
 
     Raises:
         RecipeError: if the optimizer has no parameter groups to put them into.
     """
     groups = pruner.score_groups()
     if not groups:
-        return
+        return False
     if not isinstance(optimizer, torch.optim.Optimizer) or not all("lr" in group for group in optimizer.param_groups):
         raise RecipeError(
             f"{type(optimizer).__name__} has no parameter groups with a learning rate, which movement scores need. Use "
@@ -87,10 +90,11 @@ def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
     learned: set[int] = {id(parameter) for group in groups for parameter in _parameters(group)}
     for group in optimizer.param_groups:
         if group["params"] and all(id(parameter) in learned for parameter in group["params"]):
-            return  # a second call of train(), with the optimizer of the first
+            return False  # a second call of train(), with the optimizer of the first
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learned]
     for group in groups:
         optimizer.add_param_group(group)
+    return True
 
 
 def _parameters(group: dict[str, Any]) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .budget import Budget, Costs
@@ -70,6 +70,8 @@ class Plan:
                     unit.keep(groups)
             self.met = sparsity
         self.scorer.adapt(self.selection.threshold, self.level(progress))
+        for unit in self.units:
+            unit.watch(self.scorer, progress)
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
@@ -77,8 +79,13 @@ class Plan:
         return {share.name: share.layer for unit in self.shares for share in unit}
 
     @property
-    def scores(self) -> list[Tensor]:
-        """The learned scores of all units, for the penalty."""
+    def hidden(self) -> list[nn.Parameter]:
+        """The dense weights of all units, under their masks."""
+        return [hidden(member.module) for unit in self.units for member in unit.members]
+
+    @property
+    def scores(self) -> list[nn.Parameter]:
+        """The learned scores of all units."""
         return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
 
 
@@ -149,15 +156,25 @@ def check_disjoint(plans: list[Plan]) -> None:
 
 def check_shards(plan: Plan) -> None:
     """Raise `RecipeError` if the weights are sharded and the scores of this plan cannot be computed on shards."""
-    if not any(isinstance(hidden(unit.module), DTensor) for unit in plan.units):
-        return
+    if any(isinstance(hidden(unit.module), DTensor) for unit in plan.units):
+        refuse_shards(plan)
+
+
+def refuse_shards(plan: Plan) -> None:
+    """Raise `RecipeError` if this plan does not work on weights that are going to be sharded."""
     if plan.scorer.observes or plan.scorer.regrows or not (plan.scorer.learned or isinstance(plan.pattern, Element)):
         raise RecipeError(
-            f"scorer '{plan.scorer.name}' with pattern {plan.pattern} does not work on weights that fully_shard has "
-            "divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
+            f"scorer '{plan.scorer.name}' with pattern {plan.pattern.name} does not work on weights that fully_shard "
+            "has divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
         )
     if isinstance(plan.selection, WithinInputs | Budget):
         raise RecipeError(
             f"pattern {plan.pattern} with selection '{plan.selection.name}' does not work on weights that fully_shard "
             "has divided. Use selection 'uniform' or 'global'"
+        )
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in [*plan.hidden, *plan.scores]}
+    if plan.scores and len(types) > 1:
+        raise RecipeError(
+            f"fully_shard wants one data type, but weights and scores are {' and '.join(sorted(types))}. Give the "
+            "scorer the dtype of the weights"
         )

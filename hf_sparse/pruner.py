@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .config import SparsityConfig
 from .errors import RecipeError, SparsityError
-from .masking import check_free, hidden
+from .masking import check_free
 from .measuring import measure_heads, observe_batches
 from .plan import check_disjoint, check_shards, make_plan
 from .report import WEIGHTS_ATTRIBUTE, Summary, summarize
 from .units import Unit, attach_unit
+from .warmup import warm_up
 from .zeros import free_zeros, keep_zeros
 
 after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
@@ -59,6 +59,7 @@ class Pruner:
         self.plans = [make_plan(model, group) for group in config.groups]
         check_disjoint(self.plans)
         self.attached = False
+        self.progress = 0.0  # of the last `step`
 
     def attach(self) -> Pruner:
         """Put a mask that keeps everything on each weight, and scores beside it where the method learns them.
@@ -110,6 +111,7 @@ class Pruner:
         self._must_be_attached()
         if not 0.0 <= progress <= 1.0:
             raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
+        self.progress = progress
         for plan in self.plans:
             if plan.due(progress, step):
                 check_shards(plan)
@@ -160,13 +162,28 @@ class Pruner:
         return torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
 
     def score_groups(self) -> list[dict[str, object]]:
-        """Return optimizer groups for the learned scores: their learning rate, and no weight decay."""
-        rates: dict[float, list[nn.Parameter]] = {}
+        """Return optimizer groups for the learned scores: their learning rate, and no weight decay.
+
+        Scorers that warm up have groups of their own; `warm_up` changes their rate.
+        """
+        rates: dict[tuple[float, float], list[nn.Parameter]] = {}
         for plan in self.plans:
-            for unit in plan.units:
-                if unit.masked.scores is not None:
-                    rates.setdefault(plan.scorer.learning_rate, []).append(unit.masked.scores)
-        return [{"params": scores, "lr": rate, "weight_decay": 0.0} for rate, scores in rates.items()]
+            for scores in plan.scores:
+                rates.setdefault((plan.scorer.learning_rate, plan.scorer.warmup), []).append(scores)
+        return [{"params": scores, "lr": rate, "weight_decay": 0.0} for (rate, _), scores in rates.items()]
+
+    def warm_up(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the scores of scorers with a `warmup` warm up in this optimizer, along the progress told to `step`.
+
+        Args:
+            optimizer: made of `parameter_groups` or `score_groups`; a scheduler may change their rates as it likes.
+        """
+        if any(plan.scorer.warmup for plan in self.plans):
+            warm_up(optimizer, self._warmth)
+
+    def _warmth(self) -> dict[Tensor, float]:
+        warming = [plan for plan in self.plans if plan.scorer.warmup > self.progress]
+        return {scores: self.progress / plan.scorer.warmup for plan in warming for scores in plan.scores}
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Return optimizer groups for the whole model: its own parameters, then `score_groups`."""
@@ -202,14 +219,10 @@ class Pruner:
         """Make the zeros part of the weights, take masks and scores off, and return the model, plain again.
 
         In training that follows, the zeros stay zero, with an optimizer that is new: one that has trained these weights
-        before remembers their momentum and moves them once more.
+        before remembers their momentum and moves them once more. Under `fully_shard` masks and scores stay where they
+        are, but have no effect on anything any more, and state dicts are those of the plain model.
         """
         self._must_be_attached()
-        if any(isinstance(hidden(unit.module), DTensor) for unit in self.units):
-            raise SparsityError(
-                "bake() cannot take masks off weights that fully_shard has taken over. Take the whole state dict "
-                "(full_tensor() of each entry): its 'weight' entries are masked and load into a plain model"
-            )
         modules = [member.module for unit in self.units for member in unit.members]
         for unit in self.units:
             unit.bake()

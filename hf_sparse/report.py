@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import SparsityError
 from .masking import MaskedWeight
@@ -157,6 +158,8 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
 def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
     attribute = name.rpartition(".")[2]
     weight: Tensor = getattr(module, attribute).detach()
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()  # every process has to ask
     if weight.is_meta:
         found = [stored for read in read_offloaded if (stored := read(model, name)) is not None]
         if not found:

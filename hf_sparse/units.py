@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .architectures import match_sub_blocks
+from .attaching import attach_mask, bake_mask
 from .errors import SparsityError
-from .masking import MaskedWeight, attach_mask, bake_mask, hidden
+from .masking import MaskedWeight, hidden, placed_as
 from .patterns import Pattern, Structure
 from .scorers import Scorer
 from .targets import match_layers
@@ -94,7 +95,8 @@ class Unit:
     def regrown_scores(self, scorer: Scorer, place: int, progress: float) -> Tensor:
         """Return the scores of a scorer that regrows; `place` is the number of this unit in its plan."""
         kept, seen = self.kept(), [member.masked.importance for member in self.members]
-        gradient = self._pooled([one for one in seen if one is not None]) if scorer.observes else None
+        complete = [one for one in seen if one is not None]
+        gradient = self._pooled(complete) if len(complete) == len(seen) else None
         return scorer.regrow(self.group_scores(scorer), kept, scorer.growth(gradient, kept, place), progress)
 
     def _pooled(self, elements: Sequence[Tensor]) -> Tensor:
@@ -150,8 +152,16 @@ class Unit:
         # A loss scaler that overflowed skips its step; the scores must not remember it.
         if all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered):
             for member, gradient in gathered:
-                assert member.masked.importance is not None
+                if member.masked.importance is None:
+                    member.masked.importance = torch.zeros_like(gradient)
                 scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)
+
+    def watch(self, scorer: Scorer, progress: float) -> None:
+        """Gather the gradient of the next step only if the scorer wants it, and let go of what it forgets."""
+        for member in self.members:
+            member.masked.watching = scorer.watches(progress)
+            if member.masked.forgets:
+                member.masked.importance = None
 
     def bake(self) -> None:
         """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
@@ -160,7 +170,7 @@ class Unit:
             if member.has_bias and isinstance(bias, nn.Parameter):
                 # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
                 # before this: behind it the exit is masked.
-                bias.data.masked_fill_(~member.masked.mask.any(1), 0.0)
+                bias.data.masked_fill_(placed_as(~member.masked.mask.any(1), bias), 0.0)
             bake_mask(member.module)
 
 
@@ -202,8 +212,9 @@ def attach_unit(shares: Sequence[Share], scorer: Scorer, shared: dict[str, Tenso
         masked = MaskedWeight(
             share.layer.weight,
             share.pattern,
-            learned=scorer.learned,
+            learned=getattr(torch, scorer.dtype) if scorer.learned else None,
             observes=scorer.observes,
+            forgets=scorer.forgets,
             shared=shared,
             exit=members[0].masked if members else None,
         )

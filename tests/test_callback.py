@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, SparsityError, sparsify, summarize
@@ -342,15 +347,62 @@ def test_resumed_run_is_the_uninterrupted_run(method: str, tmp_path: Path) -> No
         assert torch.equal(found, expected), name
 
 
+def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = sparse_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(RecipeError, match=r"does not work with DeepSpeed \(ZeRO-1, 2 or 3\).*Use DDP"):
+        trainer.create_optimizer()
+
+
+FSDP2 = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "StateDictType.FULL_STATE_DICT"}
+MIXED = "one data type, but weights and scores are bfloat16 and float32"
+
+
 @pytest.mark.parametrize(
-    ("switch", "said"),
+    ("said", "settings", "method"),
     [
-        ("is_deepspeed_enabled", r"does not work with DeepSpeed \(ZeRO-1, 2 or 3\).*Use DDP"),
-        ("is_fsdp_enabled", "does not work with FSDP.*then fully_shard"),
+        (r"fsdp_config version=1: .*Use version 2", {"fsdp_version": 1}, {}),
+        (r"fsdp_config cpu_ram_efficient_loading=true", {"cpu_ram_efficient_loading": True}, {}),
+        (r"fsdp_config state_dict_type=SHARDED", {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}, {}),
+        (r"'taylor' with pattern element does not work on weights that fully_shard", {}, {"scorer": "taylor"}),
+        (r"'magnitude' with pattern neuron does not", {}, {"scorer": "magnitude", "pattern": "neuron"}),
+        (r"selection 'within' does not work", {}, {"pattern": "2:4", "sparsity": None}),
+        (MIXED, {}, {"scorer": {"name": "movement", "dtype": "bfloat16"}}),
     ],
 )
-def test_sharded_trainers_are_refused_before_the_first_step(tmp_path: Path, switch: str, said: str) -> None:
-    trainer = sparse_trainer(tmp_path)
-    setattr(trainer, switch, True)
+def test_what_fsdp_cannot_do_is_refused_before_the_first_step(
+    tmp_path: Path, said: str, settings: dict[str, Any], method: dict[str, Any]
+) -> None:
+    trainer = sparse_trainer(tmp_path, SparsityConfig(**{"sparsity": 0.5, "scorer": "movement", **method}))
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**FSDP2, **settings})))
     with pytest.raises(RecipeError, match=said):
         trainer.create_optimizer()
+
+
+def test_fsdp_that_does_not_happen_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = sparse_trainer(tmp_path)
+    trainer.args.fsdp = True
+    with caplog.at_level(logging.WARNING):
+        trainer.create_optimizer()
+    assert "the run is plain DDP" in caplog.text
+
+
+def test_masks_on_weights_that_are_sharded_already_are_refused(tmp_path: Path) -> None:
+    model = bert()
+    layer = model.bert.encoder.layer[0].output.dense
+    with one_process():
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(RecipeError, match=r"layer\.0\.output\.dense\.weight' is sharded already.*masks on first"):
+            sparse_trainer(tmp_path, model=model)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """A group of this process alone."""
+    store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
     1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection",
-    2: "architectures compaction distillation examples importance masking measuring permutation plan pruner ranks "
-    "report targets units zeros",
+    2: "architectures attaching compaction distillation examples importance masking measuring permutation plan pruner "
+    "ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "adapters callback checkpoint convert export export_inputs export_targets filling hub inspection loading "
+    4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
     5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page prune recipe "

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_sparse import SparsityError, kth
-from hf_sparse.kth import _on_device, keep_highest
+from hf_sparse.kth import keep_highest
+from hf_sparse.radix import keep_highest_alone
 
 
 def by_sorting(scores: list[Tensor], keep: int) -> list[Tensor]:
@@ -116,13 +117,36 @@ def test_thousand_random_cases_against_a_full_sort(small: int) -> None:
             check(*random_case(seed))
 
 
-def test_other_devices_select_the_same() -> None:
-    for layout in LAYOUTS.values():
-        scores = layout(5_000)
-        masks, cut = _on_device([scores[:2_000], scores[2_000:]], 500)
-        expected, same_cut = keep_highest([scores[:2_000], scores[2_000:]], 500)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_devices_select_the_same(layout: str) -> None:
+    scores = LAYOUTS[layout](5_000)
+    parts = [scores[:2_000].view(40, 50), scores[2_000:]]
+    for keep in (1, 500, 2_500, 4_999):
+        masks, cut = keep_highest_alone(parts, keep)
+        expected, same_cut = keep_highest(parts, keep)
         assert cut == same_cut
         assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
+
+
+def test_thousand_random_cases_as_on_other_devices() -> None:
+    for seed in range(1000):
+        scores, keep = random_case(seed)
+        if not 0 < keep < sum(tensor.numel() for tensor in scores):
+            continue
+        masks, cut = keep_highest_alone(scores, keep)
+        assert all(torch.equal(a, b) for a, b in zip(masks, by_sorting(scores, keep), strict=True)), seed
+        assert cut == min(float(t[mask].min()) for t, mask in zip(scores, masks, strict=True) if bool(mask.any()))
+
+
+def test_other_devices_put_nothing_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    for name in ("cat", "sort"):
+        monkeypatch.setattr(torch, name, refuse)
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    masks, _ = keep_highest_alone([normal(500), normal(700)], 300)
+    assert sum(int(mask.sum()) for mask in masks) == 300
 
 
 def test_the_random_state_of_training_is_left_alone() -> None:

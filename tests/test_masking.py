@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig, sparsify, summarize
+from hf_sparse.attaching import attach_mask
 from hf_sparse.codecs import encode
 from hf_sparse.codecs.base import pack_bits
-from hf_sparse.masking import MaskedWeight, attach_mask, hidden, masked_weight
+from hf_sparse.masking import MaskedWeight, hidden, masked_weight
 from hf_sparse.patterns import Element
 
 

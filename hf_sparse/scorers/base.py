@@ -20,20 +20,26 @@ class Scorer:
 
     Attributes:
         learned: the scores are parameters, one per group, trained with the model (movement).
-        observes: the scorer looks at the gradient of every step (`observe`) and keeps a tensor like the weight.
+        observes: the scorer looks at gradients (`observe`) and keeps a tensor like the weight.
+        forgets: what it keeps of them serves the next update of the masks alone, and is let go after it.
         penalized: the method adds a term to the loss (`penalty`).
         measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
         regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
         learning_rate: of learned scores; their parameter group has no weight decay.
+        warmup: fraction of training over which their learning rate rises from 0.
+        dtype: name of their torch data type.
     """
 
     name: ClassVar[str]
     learned: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
     penalized: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
     learning_rate: float = 0.0
+    warmup: float = 0.0
+    dtype: str = "float32"
 
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         """Return one score per entry; for scorers that are not learned.
@@ -54,6 +60,10 @@ class Scorer:
         """
         raise NotImplementedError
 
+    def watches(self, progress: float) -> bool:
+        """Return whether the gradient of the next step is wanted, if the masks have just been renewed at `progress`."""
+        return self.observes
+
     def updates(self, progress: float) -> bool:
         """Return whether weights are dropped and grown at this renewal; for methods that regrow."""
         raise NotImplementedError
@@ -62,7 +72,7 @@ class Scorer:
         """Return how much each removed group deserves to grow, at least 0; for methods that regrow.
 
         Args:
-            gradient: what `observe` has gathered, one number per group; None for scorers that do not observe.
+            gradient: what `observe` has gathered, one number per group; None if nothing was.
             kept: which groups are kept.
             place: number of the unit among those of its plan.
         """

@@ -88,6 +88,11 @@ class RigL(_Regrowing):
     """
 
     observes = True
+    forgets = True
+
+    def watches(self, progress: float) -> bool:
+        # In the paper too the gradient is that of the one batch of the update (algorithm 1).
+        return self.updates(progress)
 
     def share(self, progress: float) -> float:
         return self.fraction / 2 * (1.0 + math.cos(math.pi * progress / self.until))
@@ -96,8 +101,7 @@ class RigL(_Regrowing):
         importance.copy_(gradient).abs_()
 
     def growth(self, gradient: Tensor | None, kept: Tensor, place: int) -> Tensor:
-        assert gradient is not None
-        return gradient
+        return torch.zeros_like(kept, dtype=torch.float32) if gradient is None else gradient
 
 
 @SCORERS.register("set")

@@ -20,6 +20,7 @@ from .ranks import on_ranks
 
 METHODS: dict[str, dict[str, Any]] = {
     "movement": {"scorer": "movement"},
+    "bfloat16": {"scorer": {"name": "movement", "dtype": "bfloat16"}},
     "soft": {"scorer": "soft_movement"},
     "taylor": {"scorer": "taylor"},
     "magnitude": {"scorer": "magnitude"},

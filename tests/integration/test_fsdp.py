@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from hf_sparse import Pruner, RecipeError, SparsityConfig, SparsityError
+from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig, SparsityError, summarize
 from hf_sparse.kth import keep_highest
+from hf_sparse.masking import hidden
 
 from ..training import Rows, bert
 from .ranks import on_ranks
@@ -22,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": "magnitude"},
     "movement": {"scorer": {"name": "movement", "learning_rate": 1.0}},
     "global": {"scorer": {"name": "movement", "learning_rate": 1.0}, "selection": "global"},
+    "soft": {"scorer": {"name": "soft_movement", "learning_rate": 1.0}},
     "neurons": {"scorer": {"name": "movement", "learning_rate": 1.0}, "pattern": "neuron"},
 }
 WITHIN = {"scorer": "movement", "pattern": {"name": "n:m", "n": 2, "m": 4}, "sparsity": None}
@@ -43,7 +46,9 @@ def trained(method: dict[str, Any], rank: int = 0, ranks: int = 1) -> tuple[Prun
     rows = Rows(STEPS * BATCH)
     for step in range(STEPS):
         batch = [rows[step * BATCH + index] for index in range(rank, BATCH, ranks)]
-        model(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss.backward()
+        model(**{key: torch.stack([row[key] for row in batch]) for key in batch[0]}).loss.add(
+            pruner.penalty()
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
         pruner.step((step + 1) / STEPS)
@@ -51,6 +56,46 @@ def trained(method: dict[str, Any], rank: int = 0, ranks: int = 1) -> tuple[Prun
     assert pruner.logs()["sparsity"] > 0.75
     state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
     return pruner, {name: tensor.clone() for name, tensor in state.items()}
+
+
+def torchs_own_functions(model: Any) -> None:
+    """`torch.distributed.checkpoint` gives the whole state, takes it back, and is refused where it would take half."""
+    whole = StateDictOptions(full_state_dict=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=whole)
+    assert {key.rpartition("weight")[2] for key in state if "output.dense.weight" in key} == {
+        "", "_kept", "_hidden", "_scores",
+    }  # fmt: skip
+    plain = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    set_model_state_dict(model, dict(state), options=whole)
+    again: dict[str, Any] = get_model_state_dict(model, options=whole)
+    assert all(torch.equal(again[name], tensor) for name, tensor in plain.items())
+    if dist.get_rank() == 1:
+        layer = model.bert.encoder.layer[0].output.dense
+        lost = {"parametrizations.weight.original": hidden(layer)}  # what process 1 is left with after a broadcast
+        with pytest.raises(CheckpointError, match=r"this process was given no 'weight'.*broadcast_from_rank0"):
+            layer.load_state_dict(lost)
+
+
+def baked(pruner: Pruner) -> None:
+    """After `bake` the state dict is that of a plain model, which computes the same."""
+    ids = Rows(4).ids
+    model = pruner.model.eval()
+    before = model(input_ids=ids).logits
+    pruner.bake()
+    model.zero_grad()
+    state = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in model.state_dict().items()}
+    summary = summarize(model)
+    alone = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).eval()
+    alone.load_state_dict(state)
+    assert summarize(alone, [weight.name for weight in summary.weights]) == summary
+    assert summary.sparsity > 0.75
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(alone(input_ids=ids).logits, before, rtol=1e-6, atol=1e-7)
 
 
 def worker(folder: Path) -> None:
@@ -62,8 +107,8 @@ def worker(folder: Path) -> None:
     copies = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
     with pytest.raises(SparsityError, match="only rows divided over one dimension"):
         keep_highest([copies], 3)
-    with pytest.raises(SparsityError, match=r"bake\(\) cannot take masks off"):
-        pruner.bake()
+    torchs_own_functions(pruner.model)
+    baked(pruner)
     for method in ({"scorer": "taylor"}, {"scorer": "magnitude", "pattern": "neuron"}, WITHIN):
         with pytest.raises(RecipeError, match="does not work on weights that fully_shard has divided"):
             trained(method, dist.get_rank(), dist.get_world_size())

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import TrainerCallback
 
 from hf_sparse import RecipeError, SparsityConfig
 from hf_sparse.config import SCORERS
-from hf_sparse.masking import hidden, masked_weight
+from hf_sparse.masking import MaskedWeight, hidden, masked_weight
 
 from ..layers import attached, one_layer, two_layers
 from ..training import sparse_trainer
@@ -161,3 +162,26 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], reason:
 def test_a_selection_that_decides_the_sparsity_is_refused() -> None:
     with pytest.raises(RecipeError, match="at the scheduled sparsity, but selection 'threshold'"):
         attached(two_layers(), scorer="set", selection={"name": "threshold", "value": 0.1})
+
+
+def test_rigl_looks_at_the_gradient_of_updates_alone_and_keeps_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+    gather = MaskedWeight.gather
+    config = SparsityConfig(
+        sparsity=0.8, scorer={"name": "rigl", "every": 5, "until": 0.7, "fraction": 0.5}, schedule="constant"
+    )
+    trainer = sparse_trainer(tmp_path, config, save_strategy="steps", save_steps=5, gradient_accumulation_steps=2)
+
+    def note(self: MaskedWeight, gradient: torch.Tensor) -> None:
+        gathered.append(trainer.state.global_step + 1)
+        gather(self, gradient)
+
+    monkeypatch.setattr(MaskedWeight, "gather", note)
+    trainer.train()
+    # Updates at the end of steps 5 and 10 (15 is behind 0.7 of 20), each of two batches and twelve weights.
+    assert gathered == [5] * 24 + [10] * 24
+    keys = safetensors.torch.load_file(tmp_path / "checkpoint-5" / "model.safetensors").keys()
+    assert any(key.endswith("_renewals") for key in keys)
+    assert not any(key.endswith("_importance") for key in keys)
