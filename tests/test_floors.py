@@ -20,7 +20,7 @@ FLOORS = {
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
     5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page prune recipe "
-    "recipe_sections recipe_text report_page run sensitivity stages stress teach text_metrics",
+    "recipe_sections recipe_text report_page results run sensitivity stages stress teach text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
