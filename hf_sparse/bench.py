@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,10 @@ from .errors import BackendError, RecipeError
 from .latency import machine
 from .loading import load_whole
 from .runtime import RuntimeReport, to_runtime
+from .speed import verdict
 
 TOLERANCE = 1e-3
 """Greatest difference of outputs, relative to the greatest output, that passes for rounding."""
-
-NOTHING = 1.03
-"""Gains below this are none: runs of the same model differ by as much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Comparison:
     report: RuntimeReport
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
+        """Return plain JSON types, as `hf_sparse.speed.Speed` reads them."""
         return dataclasses.asdict(dataclasses.replace(self, report=None)) | {  # type: ignore[arg-type]
             "report": self.report.to_dict(),
             "verdict": self.verdict,
@@ -69,10 +68,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What it comes to, in a sentence."""
-        low, middle, high = self.speedup
-        if middle < NOTHING:
-            return f"no speed-up: {middle:.2f}x [{low:.2f}, {high:.2f}]"
-        return f"{middle:.2f}x as fast [{low:.2f}, {high:.2f}]"
+        return verdict(self.speedup)
 
     def __str__(self) -> str:
         lines = [f"{key}: {value}" for key, value in self.setting.items()]
@@ -122,12 +118,14 @@ def bench(
             dense = load_whole(against, dtype=torch.float32)
         seconds = in_turns({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
         setting = {
-            "model": model,
-            "against": against or "the same weights, dense",
+            "model": _shown(model),
+            "against": "the same weights, dense" if against is None else _shown(against),
             "machine": machine(),
+            "threads": torch.get_num_threads(),
             "versions": f"hf_sparse {_own()}, torch {torch.__version__}, transformers {transformers.__version__}",
             "dtype": "float32",
-            "batch x length": f"{batch} x {length}",
+            "batch": batch,
+            "length": length,
             "layers sparse": f"{len(report.sparse)} of {len(report.layers)}",
         }
     ratios = [a / b for a, b in zip(seconds["dense"], seconds["runtime"], strict=True)]
@@ -219,6 +217,11 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 def _first(outputs: Any) -> Tensor:
     found: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
     return found
+
+
+def _shown(name: str) -> str:
+    """Of a folder only its name: the rest tells about a machine."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _own() -> str:

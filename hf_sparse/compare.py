@@ -17,7 +17,7 @@ from . import page
 from .drawing import new_figure, write_figure
 from .errors import CheckpointError, RecipeError
 from .inspection import inspect
-from .report_page import read_bench
+from .speed import SPEED, read_speed
 
 COSTS = {"megabytes": "size of the files in MB", "left": "fraction of weights left", "milliseconds": "latency in ms"}
 """What a run costs, by the name of the field of `Run`; lower is better."""
@@ -74,14 +74,12 @@ def setting_of(recipe: Mapping[str, Any]) -> str:
     return json.dumps([rest, data, Path(recipe["model"]["name"]).name], sort_keys=True)
 
 
-def read_run(
-    folder: str | os.PathLike[str], metric: str = "accuracy", latency: Mapping[str, float] | None = None
-) -> Run:
+def read_run(folder: str | os.PathLike[str], metric: str = "accuracy", milliseconds: float | None = None) -> Run:
     """Read a folder that `hf-sparse train` wrote.
 
     Args:
         metric: as in `eval_results.json`, without `eval_`.
-        latency: milliseconds by name of folder.
+        milliseconds: see `read_latency`.
 
     Raises:
         RecipeError: if `recipe.yaml` or `eval_results.json` is missing, cannot be read, or lacks something.
@@ -115,26 +113,33 @@ def read_run(
         setting,
         megabytes,
         left,
-        (latency or {}).get(name),
+        milliseconds,
     )
 
 
-def read_latency(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Return milliseconds by name of model from a file of timings: rows with `model` (or `name`) and `ms`.
+def read_latency(
+    folders: Sequence[str | os.PathLike[str]], files: Sequence[str | os.PathLike[str]] = ()
+) -> list[float | None]:
+    """Return the milliseconds of each folder: from the timings beside it, else from those files, by its name.
+
+    A dense model's are also found in the timings of those that were compared with it.
 
     Raises:
-        RecipeError: if no row has them.
+        CheckpointError: if timings are none.
+        RecipeError: if they were not measured alike.
     """
-    _, rows = read_bench(path)
-    found = {}
-    for row in rows:
-        name = row.get("model", row.get("name"))
-        value = next((row[key] for key in ("ms", "median_ms", "milliseconds") if key in row), None)
-        if name is not None and isinstance(value, (int, float)):
-            found[Path(str(name)).name] = float(value)
-    if not found:
-        raise RecipeError(f"no row of {os.fspath(path)} has both a 'model' and its 'ms'")
-    return found
+    own = {place: read_speed(path) for place, run in enumerate(folders) if (path := Path(run) / SPEED).is_file()}
+    speeds = [*(read_speed(path) for path in files), *own.values()]
+    settings = list(dict.fromkeys((s.machine, s.threads, s.dtype, s.batch, s.length) for s in speeds))
+    if len(settings) > 1:
+        raise RecipeError(
+            f"these timings cannot be compared, as they were measured with {settings[0]} and {settings[1]}"
+        )
+    named = {speed.against: speed.dense for speed in speeds} | {speed.model: speed.sparse for speed in speeds}
+    found = [
+        own[place].sparse if place in own else named.get(Path(run).resolve().name) for place, run in enumerate(folders)
+    ]
+    return [None if times is None else 1e3 * times[1] for times in found]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

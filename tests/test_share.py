@@ -21,6 +21,7 @@ from hf_sparse.sensitivity import layer_losses
 from hf_sparse.stress import Stress, ece, shortened, with_typos
 
 from . import tiny
+from .speeds import speed_file
 
 EVIL = '<script>alert("x")</script>'
 
@@ -78,8 +79,7 @@ def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, t
     log += [{"step": 3, "sparsity": float("nan"), "eval_accuracy": "high"}, "no row"]
     (sparse / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     (sparse / "eval_results.json").write_text(json.dumps({f"eval_{EVIL}": 0.5}))
-    bench = {"machine": EVIL, "models": [{"model": EVIL, "ms": 3.14159}]}
-    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    (tmp_path / "bench.json").write_text(json.dumps(speed_file(machine=EVIL)))
     command = ["report", str(sparse), "--against", str(dense), "--data", str(tmp_path / "dev.jsonl"), "--length", "16"]
     assert main([*command, "--html", str(tmp_path / "out.html"), "--bench", str(tmp_path / "bench.json")]) == 0
     text = (tmp_path / "out.html").read_text()
@@ -99,7 +99,7 @@ def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, t
     ]
     assert len(titles) == 11
     assert "bert.encoder.layer.1.attention: 2 of 4" in text
-    assert "3.142" in text
+    assert "4.00 ms [3.90, 4.10]" in text
     assert text.count("<img") == 12
     assert "as they are" in text
 
@@ -248,7 +248,7 @@ def test_compare_draws_what_is_known(dense: Path, sparse: Path, tmp_path: Path, 
     ]
     for run, model in zip(runs, (dense, sparse), strict=True):
         (Path(run) / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
-    (tmp_path / "bench.json").write_text(json.dumps([{"model": Path(run).name, "ms": 2.5} for run in runs]))
+    (tmp_path / "bench.json").write_text(json.dumps(speed_file(model=Path(runs[0]).name, against="b")))
     page, picture = tmp_path / "c.html", tmp_path / "c.png"
     command = ["compare", *runs, "--bench", str(tmp_path / "bench.json")]
     assert main([*command, "--html", str(page), "--plot", str(picture)]) == 0
