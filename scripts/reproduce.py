@@ -6,12 +6,13 @@
 
 The plan is recipes/reference/plan.yaml. A result that the file has is left out (--again runs it anew), a run that is
 done in its folder of --output is not trained again, and what a run needs (its teacher, or the model it goes on from) is
-run before it.
+run before it. --bench times the models of runs that are done, each in turns with the dense run of its task.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -26,16 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from hf_sparse import SparsityError
+from hf_sparse.bench import bench
 from hf_sparse.errors import CheckpointError, RecipeError
 from hf_sparse.inspection import inspect
 from hf_sparse.model_card import read_recipe
 from hf_sparse.prune import compact_saved
 from hf_sparse.recipe import Recipe
-from hf_sparse.results import Result, add_results
+from hf_sparse.results import Result, add_results, read_results
 from hf_sparse.run import run
 from scripts.make_t5 import make
 from scripts.reference import RESULTS, Entry, Machine, read_plan
 
+BENCH: dict[str, int] = {"batch": 8, "length": 64, "rounds": 25}
 METRICS_LEFT_OUT = ("runtime", "samples_per_second", "steps_per_second", "loss", "sparsity")
 
 
@@ -119,6 +122,25 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
     )
 
 
+def measure(machine: Machine, entry: Entry, seed: int, results: Path) -> Iterator[str]:
+    """Time the model of a finished run, compacted where it is, against the dense run of its task; add it to the result.
+
+    Raises:
+        RecipeError: if one of the two is not there.
+    """
+    known = {result.key: result for result in (*read_results(RESULTS), *read_results(results))}
+    folder = machine.folder(entry.name, seed) / ("compact" if entry.compact else "")
+    twin = f"{entry.task}-dense" + ("" if entry.own_model else f"-{entry.model}")
+    twins = [machine.folder(twin, seed), machine.folder(twin, 0), machine.folder(entry.after or twin, 0)]
+    dense = next((twin for twin in twins if (twin / "config.json").is_file()), None)
+    if (entry.name, seed) not in known or dense is None or not (folder / "config.json").is_file():
+        raise RecipeError(f"there is no finished run of {entry.name} with seed {seed} in {folder}, or no dense one")
+    done = bench(str(folder), against=str(dense), threads=1, **BENCH)
+    speed = {key: value for key, value in done.to_dict().items() if key != "report"}
+    add_results(results, [dataclasses.replace(known[entry.name, seed], speed=speed)])
+    yield f"{entry.name} seed {seed}: {done.verdict}"
+
+
 def _short(value: Any) -> Any:
     """Leave out keys whose value is null, which is what they are at when left out."""
     if isinstance(value, dict):
@@ -160,6 +182,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/reference"), metavar="DIR", help="folders of runs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="file that results are added to")
     parser.add_argument("--again", action="store_true", help="also run what the file has")
+    parser.add_argument("--bench", action="store_true", help="run nothing: time the models of runs that are done")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE",
                         help="change all recipes, for a trial; needs --results of its own")  # fmt: skip
     options = parser.parse_args()
@@ -188,7 +211,12 @@ def main() -> int:
                 print(machine.command(entry, seed))
                 continue
             try:
-                for line in reproduce(machine, entry, seed, options.results, options.again):
+                steps = (
+                    measure(machine, entry, seed, options.results)
+                    if options.bench
+                    else reproduce(machine, entry, seed, options.results, options.again)
+                )
+                for line in steps:
                     print(line, flush=True)
             except SparsityError as error:
                 failed += 1

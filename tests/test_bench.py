@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_sparse import BackendError, CheckpointError, SparsityConfig, sparsify
-from hf_sparse.bench import Comparison, Timing, compare, in_turns
+from hf_sparse import BackendError, CheckpointError, SparsityConfig, compact, sparsify
+from hf_sparse.bench import Comparison, Timing, in_turns
+from hf_sparse.bench import compare as compare_outputs
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
 from hf_sparse.model_card import plain
@@ -79,6 +80,21 @@ def test_what_bench_saves_is_what_card_report_and_compare_read(saved: Path, tmp_
     assert second in capsys.readouterr().out
 
 
+def test_compacted_model_is_timed_though_no_layer_is_sparse(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    model = build("bert")
+    sparsify(model, SparsityConfig(pattern="neuron", sparsity=0.5))
+    compact(model)
+    model.save_pretrained(tmp_path / "small")
+    arguments = ["--against", str(saved), "--length", "8", "--rounds", "2", "--save"]
+    assert main(["bench", str(tmp_path / "small"), *arguments]) == 0
+    speed = read_speed(tmp_path / "small" / SPEED)
+    assert speed.sparse_bytes < speed.dense_bytes
+    assert "layers sparse: 0 of 0" in capsys.readouterr().out
+    build("bert").save_pretrained(tmp_path / "dense")
+    assert main(["bench", str(tmp_path / "dense"), "--length", "8"]) == 2
+    assert "nothing is sparse" in capsys.readouterr().err
+
+
 def test_timings_of_other_machines_are_not_compared(tmp_path: Path, capsys: Any) -> None:
     for name, threads in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
@@ -132,7 +148,7 @@ def test_no_speed_up_is_called_that(gain: float, said: str) -> None:
 def test_other_outputs_are_an_error_and_not_timed() -> None:
     first, second = build("bert"), build("bert", seed=1)
     with pytest.raises(BackendError, match="no rounding"):
-        compare(first, second, batch("bert"))
+        compare_outputs(first, second, batch("bert"))
 
 
 def test_runs_take_turns_in_both_orders() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_sparse import RecipeError
 from hf_sparse.inspection import inspect
 from hf_sparse.recipe import Recipe
 from hf_sparse.results import read_results
+from hf_sparse.speed import Speed
 from scripts import reference, reproduce
 from tests.tiny import save_bert, sentences
 
@@ -123,6 +125,17 @@ def test_results_are_run_once_and_what_they_need_before_them(
     assert command(tmp_path, data, monkeypatch, "sst2-dense*", *wanted, "--seeds", "0") == 1
     assert "sst2-dense-after-dense seed 0: failed" in capsys.readouterr().out
     assert (tmp_path / "r.json").read_text() == before
+
+    monkeypatch.setattr(reproduce, "BENCH", {"batch": 1, "length": 4, "rounds": 2})
+    assert command(tmp_path, data, monkeypatch, "--bench", wanted[1], "sst2-dense-after-dense", "--seeds", "0") == 1
+    out = capsys.readouterr().out
+    assert "no finished run of sst2-dense-after-dense" in out
+    assert f"{wanted[1]} seed 0: failed" not in out
+    (timed,) = [result for result in read_results(tmp_path / "r.json") if result.speed]
+    assert dataclasses.replace(timed, speed=None) == cut
+    speed = Speed.from_dict(timed.speed)
+    assert (speed.model, speed.against, speed.batch) == ("compact", "sst2-dense-0", 1)
+    assert speed.sparse_bytes < speed.dense_bytes
 
 
 def test_g2p_model_is_made_where_there_is_none(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
