@@ -20,6 +20,9 @@ from .errors import RecipeError
 from .files import replace_file
 from .registry import check_keys
 
+AFTER = ", after dense"
+"""How the methods of runs end that begin with a dense one's model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -91,6 +94,25 @@ class Result:
     def key(self) -> tuple[str, int]:
         """What tells it from others."""
         return self.name, self.seed
+
+
+def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
+    """Return the dense results, one for each seed, that a result is to be compared with.
+
+    They had the same task and model and, where there are such, began where it began and took as many steps.
+    """
+    dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
+    after = AFTER if result.method.endswith(AFTER) else ""
+    fits = [r for r in dense if r.method == f"dense{after}" and r.steps == result.steps]
+    return fits or [r for r in dense if r.name == f"{result.task}-dense" or r.name.startswith(f"{result.task}-dense-l")]
+
+
+def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return the results of each name, by seed."""
+    out: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.key):
+        out.setdefault(result.name, []).append(result)
+    return out
 
 
 def _is_number(value: Any) -> bool:

@@ -33,12 +33,12 @@ from hf_sparse.inspection import inspect
 from hf_sparse.model_card import read_recipe
 from hf_sparse.prune import compact_saved
 from hf_sparse.recipe import Recipe
-from hf_sparse.results import Result, add_results, read_results
+from hf_sparse.results import AFTER, Result, add_results, read_results
 from hf_sparse.run import run
 from scripts.make_t5 import make
 from scripts.reference import RESULTS, Entry, Machine, read_plan
 
-BENCH: dict[str, int] = {"batch": 8, "length": 64, "rounds": 25}
+BENCH: dict[str, Any] = {"batch": 8, "length": 64, "rounds": 25}
 METRICS_LEFT_OUT = ("runtime", "samples_per_second", "steps_per_second", "loss", "sparsity")
 
 
@@ -109,7 +109,7 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         model=machine.plan["models"][entry.model],
         method=entry.method
         + (f", taught by {entry.teacher}" if entry.teacher else "")
-        + (", after dense" if entry.after else ""),
+        + (AFTER if entry.after else ""),
         sparsity=entry.sparsity,
         seed=seed,
         metrics={key: value for key, value in named.items() if key not in METRICS_LEFT_OUT},

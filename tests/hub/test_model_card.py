@@ -16,6 +16,7 @@ from hf_sparse import CheckpointError, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.inspection import inspect
 from hf_sparse.model_card import CardFacts, card_text, facts_of
+from hf_sparse.results import read_results
 from hf_sparse.speed import SPEED, Speed
 
 from ..integration.ranks import ROOT
@@ -116,9 +117,11 @@ def test_committed_cards_are_what_the_script_writes(tmp_path):
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, Path(ROOT, "model_cards"))
     )
     assert made == committed
-    results = json.loads(Path(ROOT, "recipes", "sst2_results.json").read_text(encoding="utf-8"))
-    assert len(made) == 1 + len({(run["method"], run["sparsity"]) for run in results})
-    for run in results:  # every run is in a card, by its own figure
-        assert any(f"{run['accuracy']:.4f}".encode() in text for text in made.values())
+    results = read_results(Path(ROOT, "recipes", "reference", "results.json"))
+    assert set(made) == {"template.md", *(f"{run.name}.md" for run in results)}
+    for run in results:  # every run is in its card, by its own figures
+        text = made[f"{run.name}.md"].decode()
+        assert all(f"{name} {value:.4f}" in text.replace("\\_", "_") for name, value in run.metrics.items())
+        assert f"seed {run.seed}:" in text
     for name, text in made.items():
         assert ModelCard(text.decode()).data.to_dict()["library_name"] == "transformers", name
