@@ -24,8 +24,11 @@ def add_commands(commands: Any) -> None:
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="show which of many runs no other one beats")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="folders that hf-sparse train wrote")
-    compare.add_argument("--metric", default="accuracy", help="of eval_results.json; higher is better (accuracy)")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders that hf-sparse train wrote, or a file of results"
+    )
+    compare.add_argument("--metric", default="accuracy", help="that is compared (accuracy)")
+    compare.add_argument("--task", help="whose results of a file are compared, where it has several")
     compare.add_argument(
         "--bench", action="append", default=[], metavar="FILE",
         help="what `bench` wrote; may be repeated (speed.json of each DIR)",
@@ -97,10 +100,15 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from .compare import compare_page, head, plot, read_latency, read_run, rows
+    from .compare import read_latency, read_run, runs_of
+    from .pareto import compare_page, head, plot, rows
+    from .results import read_results
 
-    times = read_latency(options.runs, options.bench)
-    runs = [read_run(folder, options.metric, ms) for folder, ms in zip(options.runs, times, strict=True)]
+    folders = [run for run in options.runs if not Path(run).is_file()]
+    times = read_latency(folders, options.bench)
+    runs = [read_run(folder, options.metric, ms) for folder, ms in zip(folders, times, strict=True)]
+    if files := [run for run in options.runs if Path(run).is_file()]:
+        runs += runs_of([result for file in files for result in read_results(file)], options.metric, options.task)
     lines = [head(options.metric), ["---"] * len(head(options.metric)), *rows(runs)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if options.plot is not None:

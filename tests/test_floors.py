@@ -19,8 +19,8 @@ FLOORS = {
     4: "adapters callback checkpoint convert export export_inputs export_targets filling hub inspection loading "
     "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
-    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page prune recipe "
-    "recipe_sections recipe_text report_page results run sensitivity stages stress teach text_metrics",
+    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page pareto prune "
+    "recipe recipe_sections recipe_text report_page results run sensitivity stages stress teach text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
