@@ -137,7 +137,8 @@ def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int) -> N
 
 
 def _legend(figure: Any) -> tuple[list[str], list[Any]]:
-    handles, labels = [], []
+    handles: list[Any] = []
+    labels: list[str] = []
     for axes in figure.axes:
         found, names = axes.get_legend_handles_labels()
         handles, labels = handles + found, labels + names
