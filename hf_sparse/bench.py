@@ -8,22 +8,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from .compaction import EDITS_ATTRIBUTE
 from .errors import BackendError, RecipeError
 from .latency import machine
 from .loading import load_whole
 from .runtime import RuntimeReport, to_runtime
+from .speed import verdict
 
 TOLERANCE = 1e-3
 """Greatest difference of outputs, relative to the greatest output, that passes for rounding."""
-
-NOTHING = 1.03
-"""Gains below this are none: runs of the same model differ by as much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Comparison:
     report: RuntimeReport
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
+        """Return plain JSON types, as `hf_sparse.speed.Speed` reads them."""
         return dataclasses.asdict(dataclasses.replace(self, report=None)) | {  # type: ignore[arg-type]
             "report": self.report.to_dict(),
             "verdict": self.verdict,
@@ -69,10 +69,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What it comes to, in a sentence."""
-        low, middle, high = self.speedup
-        if middle < NOTHING:
-            return f"no speed-up: {middle:.2f}x [{low:.2f}, {high:.2f}]"
-        return f"{middle:.2f}x as fast [{low:.2f}, {high:.2f}]"
+        return verdict(self.speedup)
 
     def __str__(self) -> str:
         lines = [f"{key}: {value}" for key, value in self.setting.items()]
@@ -116,18 +113,20 @@ def bench(
     dense: nn.Module = load_whole(model, revision, dtype=torch.float32)
     with threads_of_torch(threads):
         inputs = make_inputs(sparse, batch, length)
-        report = to_runtime(sparse, backend)
+        report = _in_runtime_form(sparse, backend)
         difference = compare(sparse, dense, inputs)
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)
         seconds = in_turns({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
         setting = {
-            "model": model,
-            "against": against or "the same weights, dense",
+            "model": _shown(model),
+            "against": "the same weights, dense" if against is None else _shown(against),
             "machine": machine(),
+            "threads": torch.get_num_threads(),
             "versions": f"hf_sparse {_own()}, torch {torch.__version__}, transformers {transformers.__version__}",
             "dtype": "float32",
-            "batch x length": f"{batch} x {length}",
+            "batch": batch,
+            "length": length,
             "layers sparse": f"{len(report.sparse)} of {len(report.layers)}",
         }
     ratios = [a / b for a, b in zip(seconds["dense"], seconds["runtime"], strict=True)]
@@ -219,6 +218,23 @@ def threads_of_torch(count: int | None) -> Iterator[None]:
 def _first(outputs: Any) -> Tensor:
     found: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
     return found
+
+
+def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:
+    try:
+        return to_runtime(model, backend)
+    except BackendError:
+        if getattr(model, EDITS_ATTRIBUTE, None) is None:
+            raise
+        # What was removed is cut out, so it is faster without any sparse layer.
+        return RuntimeReport(
+            backend, machine(), "none is used: heads or neurons are cut out, and no layer is sparse", ()
+        )
+
+
+def _shown(name: str) -> str:
+    """Of a folder only its name: the rest tells about a machine."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _own() -> str:

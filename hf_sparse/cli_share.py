@@ -10,6 +10,7 @@ from typing import Any
 from .cli_data import add_data, data_section
 from .errors import RecipeError
 from .runtime import BACKENDS
+from .speed import SPEED
 
 
 def add_commands(commands: Any) -> None:
@@ -18,14 +19,20 @@ def add_commands(commands: Any) -> None:
     report.add_argument("model", metavar="DIR", help="folder of a saved model")
     report.add_argument("--against", metavar="DENSE_DIR", help="the dense model to compare with")
     report.add_argument("--html", metavar="FILE", help="the page (DIR/report.html)")
-    report.add_argument("--bench", metavar="FILE", help="JSON with timings, for the table of speed")
+    report.add_argument("--bench", metavar="FILE", help="what `bench` wrote (DIR/speed.json, if it is there)")
     _add_data(report, "texts of a classifier, for what pruning changed", required=False)
     report.set_defaults(command=_report)
 
     compare = commands.add_parser("compare", help="show which of many runs no other one beats")
-    compare.add_argument("runs", nargs="+", metavar="DIR", help="folders that hf-sparse train wrote")
-    compare.add_argument("--metric", default="accuracy", help="of eval_results.json; higher is better (accuracy)")
-    compare.add_argument("--bench", metavar="FILE", help="JSON with timings: rows with model and ms")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders that hf-sparse train wrote, or a file of results"
+    )
+    compare.add_argument("--metric", default="accuracy", help="that is compared (accuracy)")
+    compare.add_argument("--task", help="whose results of a file are compared, where it has several")
+    compare.add_argument(
+        "--bench", action="append", default=[], metavar="FILE",
+        help="what `bench` wrote; may be repeated (speed.json of each DIR)",
+    )  # fmt: skip
     compare.add_argument("--plot", metavar="FILE", help="write the Pareto plots: png, pdf or svg")
     compare.add_argument("--html", metavar="FILE", help="write plots and table as one page")
     compare.set_defaults(command=_compare)
@@ -53,6 +60,9 @@ def add_commands(commands: Any) -> None:
     bench.add_argument("--backend", choices=BACKENDS, default="auto", help="see hf_sparse.to_runtime (auto)")
     bench.add_argument("--layers", action="store_true", help="print the table of layers too")
     bench.add_argument("--json", metavar="OUT", help="write everything to this file too")
+    bench.add_argument(
+        "--save", action="store_true", help="write it beside the model too (speed.json), for card, report and compare"
+    )
     bench.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     bench.set_defaults(command=_bench)
 
@@ -90,10 +100,15 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from .compare import compare_page, head, plot, read_latency, read_run, rows
+    from .compare import read_latency, read_run, runs_of
+    from .pareto import compare_page, head, plot, rows
+    from .results import read_results
 
-    latency = None if options.bench is None else read_latency(options.bench)
-    runs = [read_run(folder, options.metric, latency) for folder in options.runs]
+    folders = [run for run in options.runs if not Path(run).is_file()]
+    times = read_latency(folders, options.bench)
+    runs = [read_run(folder, options.metric, ms) for folder, ms in zip(folders, times, strict=True)]
+    if files := [run for run in options.runs if Path(run).is_file()]:
+        runs += runs_of([result for file in files for result in read_results(file)], options.metric, options.task)
     lines = [head(options.metric), ["---"] * len(head(options.metric)), *rows(runs)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if options.plot is not None:
@@ -102,11 +117,11 @@ def _compare(options: argparse.Namespace) -> None:
         _write(options.html, compare_page(runs, options.metric))
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str | Path, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"cannot write the page {path}: {error}") from error
+        raise RecipeError(f"cannot write {path}: {error}") from error
 
 
 def _sensitivity(options: argparse.Namespace) -> None:
@@ -131,11 +146,13 @@ def _sensitivity(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from .bench import bench
 
+    if options.save and not Path(options.model).is_dir():
+        raise RecipeError(f"--save writes beside the model, but '{options.model}' is no folder; use --json OUT")
     keys = ("against", "threads", "batch", "length", "backend", "rounds", "revision")
     done = bench(options.model, **{key: getattr(options, key) for key in keys})
     print(f"{done.report}\n\n{done}" if options.layers else done)
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(done.to_dict(), indent=1), encoding="utf-8")
+    for path in filter(None, (options.json, options.save and Path(options.model) / SPEED)):
+        _write(path, json.dumps(done.to_dict(), indent=1) + "\n")
 
 
 def _doctor(options: argparse.Namespace) -> None:

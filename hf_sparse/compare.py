@@ -1,4 +1,4 @@
-"""Many finished runs beside each other: a table over seeds, and which runs no other one beats (Pareto)."""
+"""Finished runs, read to be laid beside each other: from their folders, or from a file of results."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from typing import Any
 
 import yaml
 
-from . import page
-from .drawing import new_figure, write_figure
 from .errors import CheckpointError, RecipeError
 from .inspection import inspect
-from .report_page import read_bench
-
-COSTS = {"megabytes": "size of the files in MB", "left": "fraction of weights left", "milliseconds": "latency in ms"}
-"""What a run costs, by the name of the field of `Run`; lower is better."""
+from .results import Result, by_name
+from .speed import SPEED, Speed, read_speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +28,13 @@ class Run:
         method: scorers of its recipe, or "dense".
         asked: sparsity of its recipe.
         seed: of its recipe.
-        value: of the metric; higher is better.
+        value: of the metric, or its mean over seeds.
         setting: all of the recipe beside method, seed and paths, as text.
         megabytes: of its weight files; None where there are none.
         left: fraction of the weights that are not zero, of those asked to be sparse.
         milliseconds: from the timings, if there are some.
+        time: of a pass, as a share of what the dense model takes.
+        spread: lowest and highest value over seeds; None for a single run.
     """
 
     name: str
@@ -48,6 +46,49 @@ class Run:
     megabytes: float | None = None
     left: float | None = None
     milliseconds: float | None = None
+    time: float | None = None
+    spread: tuple[float, float] | None = None
+
+
+def runs_of(results: Sequence[Result], metric: str = "accuracy", task: str | None = None) -> list[Run]:
+    """Return one run for each name among results, with the means over seeds.
+
+    Args:
+        task: whose results are wanted; None = that of all of them.
+
+    Raises:
+        RecipeError: if there are several tasks and none is named, or none has the metric.
+    """
+    tasks = list(dict.fromkeys(result.task for result in results))
+    if task is None and len(tasks) > 1:
+        raise RecipeError(f"there are results of several tasks, so name one with --task: {', '.join(tasks)}")
+    known = [result for result in results if task in (None, result.task) and metric in result.metrics]
+    if not known:
+        metrics = sorted({name for result in results if task in (None, result.task) for name in result.metrics})
+        raise RecipeError(
+            f"no result of {task or 'these'} has metric '{metric}'; there are {', '.join(metrics) or 'none'}"
+        )
+    return [_mean_run(found, metric) for found in by_name(known).values()]
+
+
+def _mean_run(found: Sequence[Result], metric: str) -> Run:
+    first = found[0]
+    values = [result.metrics[metric] for result in found]
+    sizes = [size for result in found if (size := result.compact_bytes or result.bytes) is not None]
+    reached = [result.reached for result in found if result.reached is not None]
+    speeds = [Speed.from_dict(result.speed) for result in found if result.speed is not None]
+    return Run(
+        first.name,
+        first.method,
+        first.sparsity,
+        first.seed,
+        statistics.mean(values),
+        first.task,
+        statistics.mean(sizes) / 1e6 if sizes else None,
+        1 - (statistics.mean(reached) if reached else first.sparsity),
+        time=statistics.mean(1 / speed.speedup[1] for speed in speeds) if speeds else None if first.sparsity else 1.0,
+        spread=(min(values), max(values)) if len(values) > 1 else None,
+    )
 
 
 def method_of(recipe: Mapping[str, Any]) -> tuple[str, float]:
@@ -74,14 +115,12 @@ def setting_of(recipe: Mapping[str, Any]) -> str:
     return json.dumps([rest, data, Path(recipe["model"]["name"]).name], sort_keys=True)
 
 
-def read_run(
-    folder: str | os.PathLike[str], metric: str = "accuracy", latency: Mapping[str, float] | None = None
-) -> Run:
+def read_run(folder: str | os.PathLike[str], metric: str = "accuracy", milliseconds: float | None = None) -> Run:
     """Read a folder that `hf-sparse train` wrote.
 
     Args:
         metric: as in `eval_results.json`, without `eval_`.
-        latency: milliseconds by name of folder.
+        milliseconds: see `read_latency`.
 
     Raises:
         RecipeError: if `recipe.yaml` or `eval_results.json` is missing, cannot be read, or lacks something.
@@ -115,43 +154,33 @@ def read_run(
         setting,
         megabytes,
         left,
-        (latency or {}).get(name),
+        milliseconds,
     )
 
 
-def read_latency(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Return milliseconds by name of model from a file of timings: rows with `model` (or `name`) and `ms`.
+def read_latency(
+    folders: Sequence[str | os.PathLike[str]], files: Sequence[str | os.PathLike[str]] = ()
+) -> list[float | None]:
+    """Return the milliseconds of each folder: from the timings beside it, else from those files, by its name.
+
+    A dense model's are also found in the timings of those that were compared with it.
 
     Raises:
-        RecipeError: if no row has them.
+        CheckpointError: if timings are none.
+        RecipeError: if they were not measured alike.
     """
-    _, rows = read_bench(path)
-    found = {}
-    for row in rows:
-        name = row.get("model", row.get("name"))
-        value = next((row[key] for key in ("ms", "median_ms", "milliseconds") if key in row), None)
-        if name is not None and isinstance(value, (int, float)):
-            found[Path(str(name)).name] = float(value)
-    if not found:
-        raise RecipeError(f"no row of {os.fspath(path)} has both a 'model' and its 'ms'")
-    return found
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the numbers of points (cost, value) that no other beats, by rising cost.
-
-    One beats another if it costs no more and is worth no less, and is better in one of the two.
-
-    Example:
-        >>> pareto([(1, 0.8), (2, 0.7), (3, 0.9), (3, 0.9)])
-        [0, 2, 3]
-    """
-    order = sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1]))
-    front: list[int] = []
-    for place in order:
-        if not front or points[place][1] > points[front[-1]][1] or points[place] == points[front[-1]]:
-            front.append(place)
-    return front
+    own = {place: read_speed(path) for place, run in enumerate(folders) if (path := Path(run) / SPEED).is_file()}
+    speeds = [*(read_speed(path) for path in files), *own.values()]
+    settings = list(dict.fromkeys((s.machine, s.threads, s.dtype, s.batch, s.length) for s in speeds))
+    if len(settings) > 1:
+        raise RecipeError(
+            f"these timings cannot be compared, as they were measured with {settings[0]} and {settings[1]}"
+        )
+    named = {speed.against: speed.dense for speed in speeds} | {speed.model: speed.sparse for speed in speeds}
+    found = [
+        own[place].sparse if place in own else named.get(Path(run).resolve().name) for place, run in enumerate(folders)
+    ]
+    return [None if times is None else 1e3 * times[1] for times in found]
 
 
 def by_seed(runs: Sequence[Run], metric: str) -> str:
@@ -174,70 +203,3 @@ def by_seed(runs: Sequence[Run], metric: str) -> str:
         each = " ".join(f"{value:.3f}" for value in seeds)
         lines.append(f"| {sparsity:.0%} | {method} | {statistics.mean(seeds):.3f} | {each} | {spread} |")
     return "\n".join(lines)
-
-
-def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return the rows of a table of single runs, numbered as in the plots."""
-
-    def shown(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    return [
-        [str(place), run.name, run.method, shown(run.value, 4), shown(run.megabytes, 2), shown(run.left, 4)]
-        + [shown(run.milliseconds, 2)]
-        for place, run in enumerate(runs, start=1)
-    ]
-
-
-def head(metric: str) -> list[str]:
-    """Return the head of the table of `rows`."""
-    return ["number", "run", "method", metric, "MB", "left", "ms"]
-
-
-def _points(runs: Sequence[Run], cost: str) -> tuple[list[int], list[tuple[float, float]]]:
-    known = [place for place, run in enumerate(runs) if getattr(run, cost) is not None]
-    return known, [(getattr(runs[place], cost), runs[place].value) for place in known]
-
-
-def compare_page(runs: Sequence[Run], metric: str) -> str:
-    """Return the HTML page: one plot for each cost that two runs or more have, and the table."""
-    charts, missing = [], []
-    for cost, label in COSTS.items():
-        known, points = _points(runs, cost)
-        if len(known) < 2:
-            missing.append(label)
-            continue
-        picture = page.scatter(points, pareto(points), label, metric, [place + 1 for place in known])
-        charts.append(page.figure(picture, f"{metric} by {label}"))
-    note = "Numbers are those of the table. The line joins the runs that no other one beats."
-    note += f" Left out, as fewer than two runs have it: {', '.join(missing)}." if missing else ""
-    parts = [page.section("Pareto plots", f'<div class="grid">{"".join(charts)}</div>', note)]
-    if len({run.setting for run in runs}) > 1:
-        note = "These runs were not trained alike: their recipes differ in more than method and seed."
-    else:
-        note = "These runs differ in method and seed only."
-    parts.append(page.section("Runs", page.table(head(metric), rows(runs)), note))
-    return page.page("Comparison of runs", parts)
-
-
-def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None:
-    """Draw the Pareto plots and write them to a file (png, pdf or svg by its ending).
-
-    Raises:
-        BackendError: without matplotlib.
-        RecipeError: for an ending that matplotlib cannot write, or if there is nothing to draw.
-    """
-    drawn = [cost for cost in COSTS if len(_points(runs, cost)[0]) > 1]
-    if not drawn:
-        raise RecipeError("a plot needs two runs with weight files, or with timings")
-    figure = new_figure(4.5 * len(drawn), 4)
-    for axes, cost in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        known, points = _points(runs, cost)
-        axes.plot(*zip(*[points[place] for place in pareto(points)], strict=True), color="tab:orange")
-        axes.scatter(*zip(*points, strict=True))
-        for place, point in zip(known, points, strict=True):
-            axes.annotate(runs[place].name, point, textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axes.set_xlabel(COSTS[cost])
-        axes.set_ylabel(metric)
-        axes.margins(0.15)
-    write_figure(figure, path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,50 +19,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .errors import CheckpointError
 from .inspection import Inspection, inspect
+from .speed import SPEED, Speed, read_speed
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
 OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """How fast a model ran beside its dense twin, and on what: without these, a speed is a rumour.
-
-    Units:
-        dense_ms, sparse_ms in milliseconds per batch.
-    """
-
-    dense_ms: float
-    sparse_ms: float
-    machine: str
-    threads: int
-    dtype: str
-    batch: int
-    length: int
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Speed:
-        """Build from JSON types.
-
-        Raises:
-            CheckpointError: unless exactly the fields are there, each of its kind.
-        """
-        kinds: dict[str, tuple[type, ...]] = {
-            **dict.fromkeys(("dense_ms", "sparse_ms"), (int, float)),
-            **dict.fromkeys(("machine", "dtype"), (str,)),
-            **dict.fromkeys(("threads", "batch", "length"), (int,)),
-        }
-        if not isinstance(data, Mapping) or data.keys() != kinds.keys():
-            raise CheckpointError(f"a measured speed has exactly the fields {', '.join(kinds)}, not {data!r:.200}")
-        for key, kind in kinds.items():
-            value = data[key]
-            wrong = isinstance(value, bool) or not isinstance(value, kind)
-            if wrong or (str not in kind and not (math.isfinite(value) and value > 0)):
-                raise CheckpointError(f"the measured speed has {key}={value!r:.80}")
-        return cls(**data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +69,7 @@ def facts_of(
     recipe = read_recipe(folder / "recipe.yaml")
     data = recipe.get("data") or {}
     named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
-    speed = folder / "speed.json"
+    speed = folder / SPEED
     return CardFacts(
         title=folder.resolve().name,
         architecture=next(iter(config.get("architectures") or ()), None),
@@ -121,7 +83,7 @@ def facts_of(
             ("targeted weights", inspection.size_line()),
             ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
         ),
-        speed=Speed.from_dict(_json(speed)) if speed.is_file() else None,
+        speed=read_speed(speed) if speed.is_file() else None,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
         license=license,
         pruned=inspection.packed or bool(recipe.get("sparsity")),
@@ -303,11 +265,4 @@ def _sparsity(facts: CardFacts) -> str:
 def _speed(speed: Speed | None) -> str:
     if speed is None:
         return "Not measured."
-    ratio = speed.dense_ms / speed.sparse_ms
-    rows = [
-        ("dense", f"{speed.dense_ms:.2f} ms"),
-        ("this model", f"{speed.sparse_ms:.2f} ms"),
-        ("dense / this model", f"{ratio:.2f}" + ("" if ratio > 1 else " (no speed-up)")),
-        *((key, plain(getattr(speed, key))) for key in ("machine", "threads", "dtype", "batch", "length")),
-    ]
-    return _table(("per batch", ""), rows)
+    return _table(("forward pass", "median and quartiles, in turns with dense"), [(k, plain(v)) for k, v in speed.rows])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,6 +20,7 @@ from .loading import load_tokenizer, load_whole
 from .oneshot import sparsify
 from .recipe_sections import DataSection
 from .report import Summary, summarize
+from .speed import SPEED
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
 
 def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
     model.save_pretrained(output)
+    (Path(output) / SPEED).unlink(missing_ok=True)  # of a model that was there before
     try:
         load_tokenizer(name, revision).save_pretrained(output)
     except RecipeError as error:

@@ -24,6 +24,7 @@ from .inspection import inspect
 from .loading import load_whole
 from .recipe_sections import DataSection
 from .report import summarize
+from .speed import SPEED, read_speed
 from .stress import stress
 
 BINS = 40
@@ -45,12 +46,12 @@ def write_report(
         folder: a saved model; what `hf-sparse train` left beside it is shown too.
         output: the HTML file.
         against: the dense model.
-        bench: JSON with timings: plain values are the conditions, each mapping of its list one row.
+        bench: JSON that `hf-sparse bench` wrote; None = what lies beside the model, if there is some.
         data: texts (its `train`) for what pruning changed; needs `against`.
 
     Raises:
         RecipeError: if a model or a file cannot be read, or `data` comes without `against`.
-        CheckpointError: if a model is packed, and damaged.
+        CheckpointError: if a model is packed, and damaged, or the timings are none.
     """
     if data is not None and against is None:
         raise RecipeError("--data shows what pruning changed, which needs the dense model: add --against DENSE_DIR")
@@ -59,7 +60,7 @@ def write_report(
     dense = None if against is None else load_whole(str(against))
     parts = [
         _sizes(folder, None if against is None else Path(against)),
-        _speed(bench),
+        _speed(folder, bench),
         *_layers(model, dense),
         _training(folder),
     ]
@@ -102,37 +103,14 @@ def _metrics(folder: Path) -> list[str]:
     return [", ".join(values)] if values else []
 
 
-def _speed(bench: str | os.PathLike[str] | None) -> str:
-    if bench is None:
-        return page.left_out("Speed", "no timings were given (--bench FILE)")
-    conditions, rows = read_bench(bench)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_value(row.get(key, "-")) for key in keys] for row in rows]
-    return page.section("Speed", page.table(keys, cells), ", ".join(f"{k}: {_value(v)}" for k, v in conditions.items()))
-
-
-def read_bench(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read a file of timings: a list of mappings, or a mapping with conditions and one such list.
-
-    Returns:
-        The conditions, and one mapping of plain values for each row.
-
-    Raises:
-        RecipeError: if it is anything else.
-    """
-    found = _json(Path(path))
-    inside = list(found.values()) if isinstance(found, Mapping) else [found]
-    lists = [item for item in inside if isinstance(item, list) and item and all(isinstance(r, Mapping) for r in item)]
-    if not lists:
-        raise RecipeError(f"{os.fspath(path)} is no JSON with a list of timings, as in [{{'model': 'a', 'ms': 3.1}}]")
-    plain = found.items() if isinstance(found, Mapping) else ()
-    conditions = {str(key): value for key, value in plain if isinstance(value, (str, int, float))}
-    rows = [{str(k): v for k, v in row.items() if isinstance(v, (str, int, float))} for row in lists[0]]
-    return conditions, rows
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _speed(folder: Path, bench: str | os.PathLike[str] | None) -> str:
+    path = Path(bench) if bench is not None else folder / SPEED
+    if bench is None and not path.is_file():
+        why = "no timings were given (--bench FILE), and none lie beside the model (`hf-sparse bench DIR --save`)"
+        return page.left_out("Speed", why)
+    found = read_speed(path)
+    note = f"{found.model}: medians and quartiles of a forward pass, measured in turns."
+    return page.section("Speed", page.table(("", "measured"), found.rows), note)
 
 
 def _json(path: Path) -> Any:

@@ -43,6 +43,7 @@ from .model_card import CARD, card_text, facts_of
 from .recipe import Recipe
 from .recipe_sections import ModelSection
 from .report import Summary, summarize
+from .speed import SPEED
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / "recipe.yaml")
+        (output / SPEED).unlink(missing_ok=True)  # of the model that was there before
     checkpoint = arguments.resume_from_checkpoint
     if resume:
         checkpoint = last_checkpoint(output, arguments.world_size)

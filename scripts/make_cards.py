@@ -1,66 +1,95 @@
-"""Write the cards of the reference results into model_cards/, from the committed result files and recipes alone.
+"""Write the cards of the reference results into model_cards/, from the committed result file alone.
 
     python scripts/make_cards.py [--output model_cards]
 
-Every figure is read from recipes/sst2_results.json; none is typed. The same files give the same bytes.
+Every figure is read from recipes/reference/results.json; none is typed. The same file gives the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from hf_sparse.model_card import CardFacts, card_text, read_recipe
+from hf_sparse.model_card import CardFacts, card_text
+from hf_sparse.results import Result, by_name, dense_twin, read_results
+from hf_sparse.speed import Speed
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "recipes" / "sst2_results.json"
-RECIPES = {"dense", "magnitude", "movement", "soft_movement"}
-HEADS = {"movement, half of heads and neurons": "sst2_heads_neurons"}
-"""Results whose recipe is not named after the method. Of those that are in neither, no recipe is committed."""
+RESULTS = ROOT / "recipes" / "reference" / "results.json"
+DATA = {
+    "sst2": "SST-2, validation sentences",
+    "mrpc": "MRPC, validation pairs",
+    "rte": "RTE, validation pairs",
+    "stsb": "STS-B, validation pairs",
+    "g2p": "CMUdict, held-out words, spelled in phonemes",
+}
+WRITES = ("g2p",)
+"""Tasks whose model writes texts."""
 
 
 def cards() -> dict[str, str]:
     """Return the text of every card by the name of its file."""
-    runs: dict[tuple[str, float], dict[int, float]] = {}
-    for run in json.loads(RESULTS.read_text(encoding="utf-8")):
-        runs.setdefault((run["method"], run["sparsity"]), {})[run["seed"]] = run["accuracy"]
+    results = read_results(RESULTS)
     made = {"template.md": card_text(CardFacts("name of the model"))}
-    for (method, sparsity), seeds in runs.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
-        name = f"sst2-{slug}" + (f"-{sparsity * 100:g}" if sparsity else "")
-        made[f"{name}.md"] = card_text(_facts(name, method, sparsity, seeds, runs["dense", 0.0]))
+    for name, runs in by_name(results).items():
+        made[f"{name}.md"] = card_text(_facts(runs, dense_twin(results, runs[0])))
     return made
 
 
-def _facts(name: str, method: str, sparsity: float, seeds: dict[int, float], dense: dict[int, float]) -> CardFacts:
-    stem = f"sst2_{method}" if method in RECIPES else HEADS.get(method)
-    recipe = read_recipe(ROOT / "recipes" / f"{stem}.yaml") if stem else None
-    if recipe and method in RECIPES and sparsity:
-        recipe["sparsity"]["sparsity"] = sparsity
-    base: dict[str, Any] = read_recipe(ROOT / "recipes" / "sst2_dense.yaml")
-    each = ", ".join(f"{accuracy:.4f} (seed {seed})" for seed, accuracy in sorted(seeds.items()))
-    count = f"one seed, {each}" if len(seeds) == 1 else f"the mean over {len(seeds)} seeds: {each}"
-    shared = f"dense: {len(dense)} seed" + ("s" if len(dense) > 1 else "")
-    return CardFacts(
-        title=name,
-        architecture="BertForSequenceClassification",
-        base_model=Path(base["model"]["name"]).name,
-        data="SST-2, validation sentences",
-        metrics={"accuracy": statistics.mean(seeds.values())},
-        dense_metrics={"accuracy": statistics.mean(dense.values())},
-        groups=[("asked for", 0, sparsity)] if sparsity else (),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
-        note=f"Result of a method ({method}), not a published model: no weights come with this card. Accuracy is "
-        f"{count}; {shared}.",
-        loads=False,
-        pruned=sparsity > 0,
+def mean(runs: Sequence[Result]) -> dict[str, float]:
+    """Return the mean of each metric over seeds."""
+    return {key: statistics.mean(run.metrics[key] for run in runs) for key in (runs[0].metrics if runs else ())}
+
+
+def _facts(runs: Sequence[Result], dense: Sequence[Result]) -> CardFacts:
+    first = runs[0]
+    each = "; ".join(
+        f"seed {run.seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()) for run in runs
     )
+    count = "one seed" if len(runs) == 1 else f"the means over {len(runs)} seeds"
+    said = [
+        f"Result of a method ({first.method}), not a published model: no weights come with this card.",
+        f"Metrics are {count}: {each}.",
+        f"Dense: {', '.join(sorted({run.name for run in dense})) or 'not run'}, {len(dense)} of them."
+        if first.sparsity
+        else "",
+        f"{first.steps:,} steps." if first.steps else "",
+        f"The run {first.note}." if first.note and first.note.startswith("starts") else f"{first.note or ''}",
+    ]
+    recipe = {**first.settings} if first.settings else None
+    return CardFacts(
+        title=first.name,
+        architecture="T5ForConditionalGeneration" if first.task in WRITES else "BertForSequenceClassification",
+        base_model=first.model,
+        data=DATA[first.task],
+        metrics=mean(runs),
+        dense_metrics=mean(dense),
+        groups=_groups(runs) if first.sparsity else (),
+        sizes=_sizes(runs),
+        speed=next((Speed.from_dict(run.speed) for run in runs if run.speed), None),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        note=" ".join(part for part in said if part),
+        loads=False,
+        pruned=first.sparsity > 0,
+    )
+
+
+def _groups(runs: Sequence[Result]) -> list[tuple[str, int, float]]:
+    reached = [run.reached for run in runs if run.reached is not None]
+    asked = [("targeted weights, asked for", 0, runs[0].sparsity)]
+    return asked + ([("targeted weights, reached", 0, statistics.mean(reached))] if reached else [])
+
+
+def _sizes(runs: Sequence[Result]) -> list[tuple[str, str]]:
+    out = []
+    for name, key in (("weight files", "bytes"), ("weight files after what was removed is cut out", "compact_bytes")):
+        sizes = [size for run in runs if (size := getattr(run, key)) is not None]
+        out += [(name, f"{statistics.mean(sizes) / 1e6:.2f} MB")] if sizes else []
+    return out
 
 
 def main() -> None:
@@ -69,9 +98,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "model_cards")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    for name, text in cards().items():
+    made = cards()
+    for name, text in made.items():
         (output / name).write_text(text, encoding="utf-8", newline="\n")
-    print(f"{len(cards())} cards in {output}")
+    print(f"{len(made)} cards in {output}")
 
 
 if __name__ == "__main__":

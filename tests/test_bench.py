@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_sparse import BackendError, SparsityConfig, sparsify
-from hf_sparse.bench import Comparison, Timing, compare, in_turns
+from hf_sparse import BackendError, CheckpointError, SparsityConfig, compact, sparsify
+from hf_sparse.bench import Comparison, Timing, in_turns
+from hf_sparse.bench import compare as compare_outputs
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
+from hf_sparse.model_card import plain
+from hf_sparse.page import escape
 from hf_sparse.runtime import RuntimeReport
 from hf_sparse.runtime.packed import Packed
+from hf_sparse.speed import SPEED, Speed, read_speed
+from tests.speeds import speed_file
 from tests.structures import batch, build
 
 
@@ -31,13 +37,97 @@ def test_bench_says_what_was_measured_where(saved: Path, tmp_path: Path, capsys:
     arguments = ["--backend", "csr", "--threads", "1", "--batch", "2", "--length", "8", "--rounds", "3", "--layers"]
     assert main(["bench", str(saved), *arguments, "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    for said in ("batch x length: 2 x 8", "1 threads", "float32", "outputs differ by", "MB", "intermediate.dense"):
+    for said in ("batch: 2", "length: 8", "threads: 1", "float32", "outputs differ by", "MB", "intermediate.dense"):
         assert said in text
     found = json.loads(out.read_text())
     assert found["difference"] < 1e-5
     assert found["runtime"]["bytes"] < found["dense"]["bytes"]
     assert found["dense"]["seconds"] == sorted(found["dense"]["seconds"])
     assert found["report"]["backend"] == "csr"
+
+
+def test_what_bench_saves_is_what_card_report_and_compare_read(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    dense = tmp_path / "dense"
+    build("bert").save_pretrained(dense)
+    for folder, accuracy in ((dense, 0.9), (saved, 0.8)):
+        recipe = {"model": {"name": "m"}, "data": {"text": "t"}, "training": {}, "seed": 0, "sparsity": None}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
+        (folder / "eval_results.json").write_text(json.dumps({"eval_accuracy": accuracy}))
+    arguments = ["--against", str(dense), "--threads", "1", "--batch", "2", "--length", "8", "--rounds", "3", "--save"]
+    assert main(["bench", str(saved), *arguments, "--backend", "dense", "--json", str(tmp_path / "out.json")]) == 0
+    assert (saved / SPEED).read_bytes() == (tmp_path / "out.json").read_bytes()
+    assert str(tmp_path) not in (saved / SPEED).read_text()
+    speed = read_speed(saved / SPEED)
+    assert (speed.threads, speed.batch, speed.length, speed.dtype) == (1, 2, 8, "float32")
+
+    assert main(["card", str(saved), "--against", str(dense)]) == 0
+    card = (saved / "README.md").read_text()
+    for name, value in speed.rows:
+        assert f"| {name} | {plain(value)} |" in card
+    assert "| accuracy | 0.9000 | 0.8000 |" in card
+
+    for bench in ([], ["--bench", str(tmp_path / "out.json")]):
+        assert main(["report", str(saved), "--html", str(tmp_path / "r.html"), *bench]) == 0
+        assert all(escape(value) in (tmp_path / "r.html").read_text() for _, value in speed.rows)
+
+    capsys.readouterr()
+    assert main(["compare", str(dense), str(saved)]) == 0
+    _, _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"| {1e3 * speed.dense[1]:.2f} |")
+    assert second.endswith(f"| {1e3 * speed.sparse[1]:.2f} |")
+    (saved / SPEED).unlink()
+    assert main(["compare", str(dense), str(saved), "--bench", str(tmp_path / "out.json")]) == 0
+    assert second in capsys.readouterr().out
+
+
+def test_compacted_model_is_timed_though_no_layer_is_sparse(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    model = build("bert")
+    sparsify(model, SparsityConfig(pattern="neuron", sparsity=0.5))
+    compact(model)
+    model.save_pretrained(tmp_path / "small")
+    arguments = ["--against", str(saved), "--length", "8", "--rounds", "2", "--save"]
+    assert main(["bench", str(tmp_path / "small"), *arguments]) == 0
+    speed = read_speed(tmp_path / "small" / SPEED)
+    assert speed.sparse_bytes < speed.dense_bytes
+    assert "layers sparse: 0 of 0" in capsys.readouterr().out
+    build("bert").save_pretrained(tmp_path / "dense")
+    assert main(["bench", str(tmp_path / "dense"), "--length", "8"]) == 2
+    assert "nothing is sparse" in capsys.readouterr().err
+
+
+def test_timings_of_other_machines_are_not_compared(tmp_path: Path, capsys: Any) -> None:
+    for name, threads in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SPEED).write_text(json.dumps(speed_file(model=name, threads=threads)))
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "these timings cannot be compared" in capsys.readouterr().err
+
+
+def test_save_needs_a_folder(capsys: Any) -> None:
+    assert main(["bench", "user/model", "--save"]) == 2
+    assert "no folder; use --json OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"setting": {"threads": 0}}, "threads=0"),
+        ({"setting": {"machine": 3}}, "does not say machine"),
+        ({"dense": {"seconds": [3, 2, 1]}}, "no quartiles"),
+        ({"runtime": {"bytes": None}}, "runtime.bytes=None"),
+        ({"speedup": [1.0]}, "speedup="),
+        ({"speedup": [1.0, 1.0, float("nan")]}, "speedup="),
+    ],
+)
+def test_speed_without_its_circumstances_is_refused(change: dict[str, Any], reason: str) -> None:
+    whole = speed_file()
+    Speed.from_dict(whole)
+    for key, value in change.items():
+        whole[key] = {**whole[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        Speed.from_dict(whole)
+    with pytest.raises(CheckpointError, match="mapping 'setting'"):
+        Speed.from_dict([])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +148,7 @@ def test_no_speed_up_is_called_that(gain: float, said: str) -> None:
 def test_other_outputs_are_an_error_and_not_timed() -> None:
     first, second = build("bert"), build("bert", seed=1)
     with pytest.raises(BackendError, match="no rounding"):
-        compare(first, second, batch("bert"))
+        compare_outputs(first, second, batch("bert"))
 
 
 def test_runs_take_turns_in_both_orders() -> None:

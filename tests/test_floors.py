@@ -12,15 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
-    1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection",
-    2: "architectures attaching compaction distillation examples importance masking measuring permutation plan pruner "
-    "ranks report targets units warmup zeros",
+    1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection speed",
+    2: "architectures attaching compaction distillation examples importance masking measuring permutation plan "
+    "pruner ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",
-    4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection loading "
-    "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
+    4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection "
+    "loading loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
-    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page prune recipe "
-    "recipe_sections recipe_text report_page run sensitivity stages stress teach text_metrics",
+    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page pareto "
+    "prune recipe recipe_sections recipe_text report_page results run sensitivity stages stress teach "
+    "text_metrics",
     6: "__init__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

@@ -15,12 +15,14 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.cli import main
-from hf_sparse.compare import pareto
+from hf_sparse.pareto import _front, pareto
 from hf_sparse.report_page import groups_left, shrink
+from hf_sparse.results import Result, add_results
 from hf_sparse.sensitivity import layer_losses
 from hf_sparse.stress import Stress, ece, shortened, with_typos
 
 from . import tiny
+from .speeds import speed_file
 
 EVIL = '<script>alert("x")</script>'
 
@@ -78,8 +80,7 @@ def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, t
     log += [{"step": 3, "sparsity": float("nan"), "eval_accuracy": "high"}, "no row"]
     (sparse / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     (sparse / "eval_results.json").write_text(json.dumps({f"eval_{EVIL}": 0.5}))
-    bench = {"machine": EVIL, "models": [{"model": EVIL, "ms": 3.14159}]}
-    (tmp_path / "bench.json").write_text(json.dumps(bench))
+    (tmp_path / "bench.json").write_text(json.dumps(speed_file(machine=EVIL)))
     command = ["report", str(sparse), "--against", str(dense), "--data", str(tmp_path / "dev.jsonl"), "--length", "16"]
     assert main([*command, "--html", str(tmp_path / "out.html"), "--bench", str(tmp_path / "bench.json")]) == 0
     text = (tmp_path / "out.html").read_text()
@@ -99,7 +100,7 @@ def test_report_is_one_safe_page_with_every_section(dense: Path, sparse: Path, t
     ]
     assert len(titles) == 11
     assert "bert.encoder.layer.1.attention: 2 of 4" in text
-    assert "3.142" in text
+    assert "4.00 ms [3.90, 4.10]" in text
     assert text.count("<img") == 12
     assert "as they are" in text
 
@@ -248,7 +249,7 @@ def test_compare_draws_what_is_known(dense: Path, sparse: Path, tmp_path: Path, 
     ]
     for run, model in zip(runs, (dense, sparse), strict=True):
         (Path(run) / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
-    (tmp_path / "bench.json").write_text(json.dumps([{"model": Path(run).name, "ms": 2.5} for run in runs]))
+    (tmp_path / "bench.json").write_text(json.dumps(speed_file(model=Path(runs[0]).name, against="b")))
     page, picture = tmp_path / "c.html", tmp_path / "c.png"
     command = ["compare", *runs, "--bench", str(tmp_path / "bench.json")]
     assert main([*command, "--html", str(page), "--plot", str(picture)]) == 0
@@ -267,3 +268,39 @@ def test_compare_names_what_is_missing(tmp_path: Path, capsys: Any) -> None:
     assert "has no metric 'f1'; it has accuracy" in capsys.readouterr().err
     assert main(["compare", str(tmp_path)]) == 2
     assert "is no finished run" in capsys.readouterr().err
+
+
+def test_compare_takes_a_file_of_results_with_the_means_over_seeds(tmp_path: Path, capsys: Any) -> None:
+    def result(name: str, seed: int, value: float, **more: Any) -> Result:
+        facts = {"task": "t", "model": "m", "method": name, "sparsity": 0.0 if name == "dense" else 0.5}
+        return Result(name, seed=seed, metrics={"wer": value}, **{**facts, **more})
+
+    results = [
+        result("dense", 0, 0.1, bytes=4_000_000),
+        result("magnitude", 0, 0.2, bytes=2_000_000, reached=0.5, speed=speed_file(gain=4.0)),
+        result("magnitude", 1, 0.4, bytes=2_000_000, reached=0.5),
+        result("other", 0, 0.4, bytes=3_000_000, compact_bytes=2_500_000),
+    ]
+    path, picture = tmp_path / "results.json", tmp_path / "c.png"
+    add_results(path, results)
+    assert (
+        main(["compare", str(path), "--metric", "wer", "--plot", str(picture), "--html", str(tmp_path / "c.html")]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| 1 | dense | dense | 0.1000 | 4.00 | 1.0000 | - | 1.00 |",
+        "| 2 | magnitude | magnitude | 0.3000 | 2.00 | 0.5000 | - | 0.25 |",
+        "| 3 | other | other | 0.4000 | 2.50 | 0.5000 | - | - |",
+    ]
+    assert _front([(4.0, 0.1), (2.0, 0.3), (2.5, 0.4)], "wer") == [1, 0]
+    first = picture.read_bytes()
+    assert main(["compare", str(path), "--metric", "wer", "--plot", str(picture)]) == 0
+    assert picture.read_bytes() == first  # the same results, the same picture
+    capsys.readouterr()
+    assert main(["compare", str(path)]) == 2
+    assert "no result of these has metric 'accuracy'; there are wer" in capsys.readouterr().err
+    add_results(path, [result("else", 0, 0.1, task="u")])
+    assert main(["compare", str(path), "--metric", "wer"]) == 2
+    assert "name one with --task: t, u" in capsys.readouterr().err
+    assert main(["compare", str(path), "--metric", "wer", "--task", "t"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines

@@ -15,14 +15,14 @@ import hf_sparse
 from hf_sparse import CheckpointError, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.inspection import inspect
-from hf_sparse.model_card import CardFacts, Speed, card_text, facts_of
+from hf_sparse.model_card import CardFacts, card_text, facts_of
+from hf_sparse.results import read_results
+from hf_sparse.speed import SPEED, Speed
 
 from ..integration.ranks import ROOT
+from ..speeds import speed_file
 from ..tiny import save_bert
 
-SPEED = {
-    "dense_ms": 8.0, "sparse_ms": 4.0, "machine": "Box 9", "threads": 2, "dtype": "float32", "batch": 8, "length": 64,
-}  # fmt: skip
 EVIL = "x\n---\nlicense: mit\n# Owned | <script>alert(1)</script> [a](http://b) `c` ``` \"' {y: &z"
 
 
@@ -65,26 +65,24 @@ def test_card_is_what_the_hub_validates(saved, hub):
 
 
 def test_speed_is_told_with_all_that_it_depends_on(saved):
-    (saved / "speed.json").write_text(json.dumps(SPEED), encoding="utf-8")
+    (saved / SPEED).write_text(json.dumps(speed_file()), encoding="utf-8")
     text = card_text(facts_of(saved))
     for row in (
-        "dense | 8.00 ms", "this model | 4.00 ms", "dense / this model | 2.00", "machine | Box 9", "threads | 2",
-        "dtype | float32", "batch | 8", "length | 64",
+        "dense | 8.00 ms \\[8.00, 8.00\\]", "this model | 4.00 ms \\[3.90, 4.10\\]", "machine | Box 9", "threads | 2",
+        "gain | 2.00x as fast \\[1.80, 2.20\\]", "dtype | float32", "batch | 8", "length | 64", "against | dense",
+        "in memory | 2.0 MB, dense 4.0 MB",
     ):  # fmt: skip
         assert f"| {row} |" in text
-    assert "(no speed-up)" in card_text(CardFacts("a", speed=Speed.from_dict({**SPEED, "sparse_ms": 8.5})))
-
-
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"machine": 3}, {"dense_ms": float("nan")}, {"more": 1}])
-def test_speed_without_its_circumstances_is_refused(wrong):
-    with pytest.raises(CheckpointError, match="measured speed"):
-        Speed.from_dict({**SPEED, **wrong})
+    assert "no speed-up" in card_text(CardFacts("a", speed=Speed.from_dict(speed_file(gain=1.01))))
+    (saved / SPEED).write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="is not what `hf-sparse bench` writes"):
+        facts_of(saved)
 
 
 def test_text_from_files_stays_text():
     facts = CardFacts(
         EVIL, base_model=EVIL, data=EVIL, dataset=EVIL, metrics={EVIL: 0.5}, groups=[(EVIL, 1, 0.5)], recipe=EVIL,
-        speed=Speed.from_dict({**SPEED, "machine": EVIL}), architecture=EVIL, note=EVIL,
+        speed=Speed.from_dict(speed_file(machine=EVIL)), architecture=EVIL, note=EVIL,
     )  # fmt: skip
     card = ModelCard(card_text(facts))
     assert card.data.to_dict().keys() == {"library_name", "tags", "model-index"}
@@ -119,9 +117,11 @@ def test_committed_cards_are_what_the_script_writes(tmp_path):
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path, Path(ROOT, "model_cards"))
     )
     assert made == committed
-    results = json.loads(Path(ROOT, "recipes", "sst2_results.json").read_text(encoding="utf-8"))
-    assert len(made) == 1 + len({(run["method"], run["sparsity"]) for run in results})
-    for run in results:  # every run is in a card, by its own figure
-        assert any(f"{run['accuracy']:.4f}".encode() in text for text in made.values())
+    results = read_results(Path(ROOT, "recipes", "reference", "results.json"))
+    assert set(made) == {"template.md", *(f"{run.name}.md" for run in results)}
+    for run in results:  # every run is in its card, by its own figures
+        text = made[f"{run.name}.md"].decode()
+        assert all(f"{name} {value:.4f}" in text.replace("\\_", "_") for name, value in run.metrics.items())
+        assert f"seed {run.seed}:" in text
     for name, text in made.items():
         assert ModelCard(text.decode()).data.to_dict()["library_name"] == "transformers", name

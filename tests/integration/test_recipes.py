@@ -81,7 +81,10 @@ def test_train_writes_model_recipe_state_metrics_and_report(recipe, tmp_path, ca
 
 def test_trained_model_loads_as_sparse_as_asked_and_exactly(recipe, tmp_path):
     path = recipe(sparsity={"sparsity": 0.75, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "speed.json").write_text("of a model that was there before")
     result = train(path, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "speed.json").exists()
     assert result.summary.sparsity == 0.75
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert summarize(model).sparsity == 0.75

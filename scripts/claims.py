@@ -1,0 +1,130 @@
+"""What the reference results say about three claims of the papers: shown, refuted, undecided or not measured.
+
+A claim is about pairs of results of one task: shown if the difference has the claimed sign in every seed of at least
+two, refuted if it has the other sign in every seed of at least two, undecided otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+
+from hf_sparse.pareto import LOWER
+from hf_sparse.results import Result, by_name
+from hf_sparse.speed import Speed
+
+MAIN = {"sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson", "g2p": "wer"}
+"""The metric that a task is compared by."""
+
+ELEMENT = ("magnitude", "movement", "soft movement")
+EQUAL = 0.005
+"""Metrics this near are called equal where speeds are compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What is known of a claim for one pair: in words, and the figures behind them."""
+
+    claim: str
+    where: str
+    said: str
+    figures: str
+
+
+def verdicts(results: Sequence[Result]) -> list[Verdict]:
+    """Return what the results say, claim by claim; one line says so where nothing was measured."""
+    out: list[Verdict] = []
+    for claim, found in (
+        ("movement above magnitude at 10 % remaining or fewer", list(_movement(results))),
+        ("distillation above none", list(_taught(results))),
+        ("hybrid blocks faster than single weights at equal accuracy", list(_hybrid(results))),
+    ):
+        out += [Verdict(claim, *row) for row in found] or [Verdict(claim, "-", "not measured", "-")]
+    return out
+
+
+def decided(differences: Sequence[float]) -> str:
+    """Return the word for differences, one for each seed, of which the claim says that they are above 0.
+
+    Example:
+        >>> [decided(seeds) for seeds in ([0.1, 0.2], [-0.1, -0.2], [0.1, -0.1], [0.1], [])]
+        ['shown', 'refuted', 'undecided', 'undecided (one seed)', 'not measured']
+    """
+    if not differences:
+        return "not measured"
+    if len(differences) == 1:
+        return "undecided (one seed)"
+    if all(value > 0 for value in differences):
+        return "shown"
+    return "refuted" if all(value < 0 for value in differences) else "undecided"
+
+
+def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] | None:
+    metric = MAIN[better[0].task]
+    values = {run.seed: run.metrics[metric] for run in other}
+    both = [(run.metrics[metric], values[run.seed]) for run in better if run.seed in values]
+    if not both:
+        return None
+    sign = -1 if metric in LOWER else 1
+    differences = [sign * (mine - theirs) for mine, theirs in both]
+    mine, theirs = (statistics.mean(side) for side in zip(*both, strict=True))
+    each = " ".join(f"{value:+.3f}" for value in differences)
+    return decided(differences), f"{metric} {mine:.3f} against {theirs:.3f}; better by {each}"
+
+
+def _movement(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    for runs in by_name(results).values():
+        first = runs[0]
+        name = first.method.removesuffix(", after dense")
+        if name not in ("movement", "soft movement") or first.sparsity < 0.9:
+            continue
+        twin = [r for r in results if r.method == first.method.replace(name, "magnitude") and _alike(r, first)]
+        if found := _pair(runs, twin):
+            yield f"{first.task}, {first.sparsity:.0%}, {name}", *found
+
+
+def _taught(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    for runs in by_name(results).values():
+        method, taught, teacher = runs[0].method.partition(", taught by ")
+        plain = [r for r in results if r.method == method and _alike(r, runs[0])]
+        if taught and (found := _pair(runs, plain)):
+            yield f"{runs[0].task}, {runs[0].sparsity:.0%}, {method} taught by {teacher}", *found
+
+
+def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
+    groups = by_name(result for result in results if result.speed)
+    for runs in groups.values():
+        first = runs[0]
+        if first.method != "hybrid":
+            continue
+        metric, mine = MAIN[first.task], Speed.from_dict(first.speed).speedup
+        value = _mean(results, first, metric)
+        others = [
+            (Speed.from_dict(rivals[0].speed).speedup, rivals[0])
+            for rivals in groups.values()
+            if rivals[0].method in ELEMENT and (rivals[0].task, rivals[0].model) == (first.task, first.model)
+        ]
+        sign = -1 if metric in LOWER else 1
+        equal = [rival for rival in others if sign * (_mean(results, rival[1], metric) - value) >= -EQUAL]
+        if not equal:
+            yield (
+                f"{first.name}, {mine[1]:.2f}x",
+                "not measured",
+                f"no timed result of single weights is as good as {value:.3f}",
+            )
+            continue
+        theirs, rival = max(equal, key=lambda rival: rival[0][1])
+        said = "shown" if mine[0] > theirs[2] else "refuted" if mine[2] < theirs[0] else "undecided"
+        figures = (
+            f"{mine[1]:.2f}x at {metric} {value:.3f} against {theirs[1]:.2f}x at {_mean(results, rival, metric):.3f}"
+        )
+        yield f"{first.name} and {rival.name}", said, figures
+
+
+def _mean(results: Sequence[Result], like: Result, metric: str) -> float:
+    return statistics.mean(result.metrics[metric] for result in results if result.name == like.name)
+
+
+def _alike(one: Result, other: Result) -> bool:
+    return all(getattr(one, key) == getattr(other, key) for key in ("task", "model", "sparsity", "steps"))

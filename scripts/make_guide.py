@@ -1,0 +1,137 @@
+"""Write recipes/GUIDE.md and its pictures from the results and the text in recipes/reference: no figure can rot.
+
+    python scripts/make_guide.py [--output recipes]
+
+The same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hf_sparse.compare import runs_of
+from hf_sparse.errors import RecipeError
+from hf_sparse.pareto import plot
+from hf_sparse.results import AFTER, Result, by_name, dense_twin, read_results
+from hf_sparse.speed import Speed, verdict
+from scripts.claims import MAIN, verdicts
+from scripts.reference import RESULTS, ROOT, read_plan
+
+TEMPLATE = ROOT / "recipes" / "reference" / "guide.template.md"
+TITLES = {
+    "sst2": "SST-2: sentiment of a sentence",
+    "mrpc": "MRPC: are two sentences paraphrases?",
+    "rte": "RTE: does one text entail the other?",
+    "stsb": "STS-B: how alike are two sentences?",
+    "g2p": "CMUdict: words in phonemes, by a T5",
+}
+
+
+def guide(results: Sequence[Result]) -> str:
+    """Return the guide.
+
+    Raises:
+        RecipeError: if the text names a result that neither is there nor in the plan.
+    """
+    known, planned = by_name(results), {entry.name for entry in read_plan()[1]}
+
+    def filled(match: re.Match[str]) -> str:
+        name, _, what = match[1].partition(" ")
+        if name == "claims":
+            return claims(results)
+        if name == "tasks":
+            return "\n\n".join(section(results, task) for task in TITLES)
+        if name not in known and name not in planned:
+            raise RecipeError(f"the guide names a result '{name}', which is neither there nor planned")
+        runs = known.get(name, [])
+        return _speed(runs) if what == "speed" else value(runs)
+
+    return re.sub(r"{{(.+?)}}", filled, TEMPLATE.read_text(encoding="utf-8"))
+
+
+def value(runs: Sequence[Result], metric: str | None = None) -> str:
+    """Return the mean of a metric over seeds (None = that of the task), with lowest and highest."""
+    values = [run.metrics[metric or MAIN[run.task]] for run in runs if (metric or MAIN[run.task]) in run.metrics]
+    if not values:
+        return "not measured"
+    spread = "one seed" if len(values) == 1 else f"{min(values):.3f} - {max(values):.3f}, {len(values)} seeds"
+    return f"{statistics.mean(values):.3f} ({spread})"
+
+
+def _speed(runs: Sequence[Result]) -> str:
+    speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
+    return "speed not measured" if speed is None else verdict(speed.speedup)
+
+
+def claims(results: Sequence[Result]) -> str:
+    """Return the table of claims."""
+    return _table(
+        ("claim", "where", "our results", "figures"),
+        [(found.claim, found.where, f"**{found.said}**", found.figures) for found in verdicts(results)],
+    )
+
+
+def section(results: Sequence[Result], task: str) -> str:
+    """Return the section of a task: picture and table."""
+    here = [result for result in results if result.task == task]
+    title = f"## {TITLES[task]}"
+    if not here:
+        return f"{title}\n\nNot measured yet."
+    metrics = list(here[0].metrics)
+    rows = []
+    for name, runs in by_name(here).items():
+        first = runs[0]
+        dense = _dense(first, dense_twin(results, first))
+        sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
+        megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
+        speed = (_speed(runs) if first.speed else "not measured") if first.sparsity else "-"
+        shown = [value(runs, metric) for metric in metrics]
+        rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
+    head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
+    picture = f"![{MAIN[task]} against size and weights left](reference/pareto-{task}.png)\n\n" if _drawn(here) else ""
+    return f"{title}\n\n{picture}{_table(head, rows)}"
+
+
+def _dense(result: Result, twin: Sequence[Result]) -> str:
+    if not result.sparsity:
+        return "-"
+    began = result.method.endswith(AFTER) and twin and not twin[0].method.endswith(AFTER)
+    return value(twin) + (", where it began" if began else "")
+
+
+def _drawn(results: Sequence[Result]) -> bool:
+    return len(by_name(results)) > 2
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def write(folder: Path) -> None:
+    """Write the guide and its pictures into a folder such as recipes/."""
+    results = read_results(RESULTS)
+    (folder / "reference").mkdir(parents=True, exist_ok=True)
+    (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
+    for task, metric in MAIN.items():
+        if _drawn(here := [result for result in results if result.task == task]):
+            plot(runs_of(here, metric), metric, folder / "reference" / f"pareto-{task}.png")
+
+
+def main() -> None:
+    """Write what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "recipes", metavar="DIR")
+    options = parser.parse_args()
+    write(options.output)
+    print(f"GUIDE.md and its pictures are in {options.output}")
+
+
+if __name__ == "__main__":
+    main()

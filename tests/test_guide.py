@@ -1,0 +1,43 @@
+"""The committed guide, pictures and results say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_sparse import RecipeError
+from hf_sparse.results import read_results
+from scripts import make_guide
+from scripts.claims import MAIN
+from scripts.reference import RESULTS, ROOT, read_plan
+
+
+def test_committed_guide_and_pictures_are_what_the_script_writes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    make_guide.write(tmp_path)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    committed = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.png"))
+    assert made == sorted([Path("GUIDE.md"), *committed])
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (ROOT / "recipes" / path).read_bytes(), path
+
+
+def test_every_result_is_in_the_guide_and_every_task_has_a_metric() -> None:
+    results = read_results(RESULTS)
+    text = make_guide.guide(results)
+    assert "{{" not in text
+    for result in results:
+        assert f"../model_cards/{result.name}.md" in text
+        assert MAIN[result.task] in result.metrics
+    for entry in read_plan()[1]:
+        assert entry.task in MAIN
+
+
+def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.md").write_text("{{sst2-magic}}")
+    monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")
+    with pytest.raises(RecipeError, match="neither there nor planned"):
+        make_guide.guide([])
+    (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}, {{sst2-magnitude-50 speed}}")
+    assert make_guide.guide([]) == "not measured, speed not measured"
