@@ -23,8 +23,9 @@ from hf_sparse import (
     to_runtime,
 )
 from hf_sparse.architectures import known_sub_blocks
-from hf_sparse.runtime import blocks, is_runtime
+from hf_sparse.runtime import SpeedTable, blocks, is_runtime
 from hf_sparse.runtime.layers import PackedLinear
+from hf_sparse.runtime.timing import Race, Trial
 from tests.runtime.models import Fixed, answers, sparse, table
 from tests.structures import FAMILIES, batch, build
 
@@ -324,8 +325,8 @@ def test_auto_keeps_dense_where_dense_wins(tmp_path: Any) -> None:
     dense = by_name["bert.encoder.layer.0.attention.output.dense"]
     assert dense.reason is not None
     assert "dense is faster" in dense.reason
-    assert dense.gains[128] == 0.5
-    assert by_name["bert.encoder.layer.0.output.dense"].gains[128] == 4.0
+    assert dense.gains[200] == 0.5
+    assert by_name["bert.encoder.layer.0.output.dense"].gains[200] == 4.0
     assert type(model.bert.encoder.layer[0].attention.output.dense) is nn.Linear
 
 
@@ -350,7 +351,7 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Any) -> None:
     to_runtime(sparse("bert"), table=first)
     assert len(clock.asked) == len(set(clock.asked))
     asked = {(trial.kind, trial.tokens) for trial in clock.asked}
-    assert {tokens for _, tokens in asked} == {16, 128, 1024}, "an encoder never sees one token at a time"
+    assert {tokens for _, tokens in asked} == {17, 65, 200, 1024}, "an encoder never sees one token at a time"
     again = table(tmp_path)
     to_runtime(sparse("bert"), table=again)
     assert again.clock.asked == []  # type: ignore[attr-defined]
@@ -359,15 +360,60 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Any) -> None:
 def test_model_that_generates_is_timed_with_one_token_too(tmp_path: Any) -> None:
     times = table(tmp_path)
     to_runtime(sparse("t5"), table=times)
-    assert 1 in {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
+    assert {1, 2, 5, 8} < {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
+
+
+def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
+    times = table(tmp_path)
+    to_runtime(sparse("t5"), tokens=(64, 32), table=times)
+    assert {trial.tokens for trial in times.clock.asked} == {32, 64}  # type: ignore[attr-defined]
+    for wrong in ((), (0, 3)):
+        with pytest.raises(BackendError, match="from 1 on"):
+            to_runtime(sparse("bert"), tokens=wrong, table=times)
+
+
+@pytest.mark.parametrize(
+    ("race", "won"),
+    [
+        (Race(1.0, 0.5, 1.9), True),
+        (Race(1.0, 0.97, 1.02), False),  # less than the margin
+        (Race(1.0, 0.9, 0.99), False),  # slower in one round of four
+        (Race(1.0, 1.2, 0.8), False),
+    ],
+)
+def test_packed_product_wins_by_a_margin_and_in_most_rounds(race: Race, won: bool) -> None:
+    assert race.won is won
+
+
+def test_one_number_of_tokens_that_loses_keeps_the_layer_dense(tmp_path: Any) -> None:
+    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
+        return Race(1.0, 1.1, 0.9) if trial.tokens == 65 else Race(1.0, 0.2, 4.9)
+
+    report = to_runtime(sparse("bert"), table=SpeedTable(tmp_path / "t.json", clock))
+    assert not report.sparse
+    assert "at 65 tokens" in str(report.layers[0].reason)
+
+
+def test_race_takes_the_real_modules(tmp_path: Any) -> None:
+    found = []
+
+    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
+        one, other = dense(), packed()
+        for a, b in zip(*(each if isinstance(each, list) else [each] for each in (one, other)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        found.append(trial.kind)
+        return Race(1.0, 0.2, 4.9)
+
+    for family in ("bert", "t5-gated"):
+        with torch.no_grad():
+            to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
+    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_ffn"}
 
 
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
-    from hf_sparse.runtime import SpeedTable
-
     report = to_runtime(nn.Sequential(sparse_linear()).eval(), table=SpeedTable(tmp_path / "t.json"))
     (layer,) = report.layers
-    assert set(layer.gains) == {16, 128, 1024}
+    assert set(layer.gains) == {17, 65, 200, 1024}
     assert all(gain > 0 for gain in layer.gains.values())
 
 
