@@ -14,15 +14,18 @@ from torch import nn
 
 from hf_sparse import (
     BackendError,
+    Pruner,
     RecipeError,
     SparseConfig,
     SparsityConfig,
+    compact,
     sparsify,
     summarize,
     to_dense_runtime,
     to_runtime,
 )
 from hf_sparse.architectures import known_sub_blocks
+from hf_sparse.importance import head_importance
 from hf_sparse.runtime import SpeedTable, blocks, is_runtime
 from hf_sparse.runtime.layers import PackedLinear
 from hf_sparse.runtime.timing import Race, Trial
@@ -496,8 +499,6 @@ def test_loading_weights_into_packed_layers_is_refused() -> None:
 
 
 def masked() -> Any:
-    from hf_sparse import Pruner
-
     model = nn.Sequential(nn.Linear(16, 16)).eval()
     Pruner(model, SparsityConfig(targets="*", sparsity=0.5, schedule="constant")).attach()
     return model
@@ -539,6 +540,35 @@ def test_runtime_form_of_a_runtime_form_is_refused() -> None:
     to_runtime(model, "cpu")
     with pytest.raises(BackendError, match="already"):
         to_runtime(model, "cpu")
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        compact,
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head")),
+        lambda model: sparsify(
+            model, SparsityConfig(sparsity=0.5, pattern="head", scorer="head_importance"), [batch("bert")]
+        ),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head+neuron")),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5)),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, targets="*")),
+        lambda model: Pruner(model, SparsityConfig(sparsity=0.5)).attach(),
+        lambda model: head_importance(model, [batch("bert")]),
+    ],
+    ids=["compact", "heads", "head importance", "head+neuron", "default", "all", "Pruner", "importance"],
+)
+def test_pruning_and_cutting_a_runtime_model_names_the_way_back(change: Any, some: bool) -> None:
+    model = sparse("bert")
+    if some:
+        with torch.no_grad():
+            model.bert.encoder.layer[1].intermediate.dense.weight.normal_()
+    to_runtime(model, "cpu")
+    with pytest.raises(BackendError, match=r"'bert.encoder.layer.0.attention.self.query' .*to_dense_runtime\(model\)"):
+        change(model)
+    to_dense_runtime(model)
+    compact(model)
 
 
 def test_way_back_needs_a_way_there() -> None:
