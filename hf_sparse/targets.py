@@ -7,7 +7,25 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .errors import RecipeError
+from .errors import BackendError, RecipeError
+
+
+class InRuntimeForm:
+    """Mixin of layers that are packed for inference: there is no weight in them that could be pruned or cut."""
+
+
+def refuse_runtime(model: nn.Module, asked: str) -> None:
+    """Raise `BackendError` if a model is in runtime form.
+
+    Args:
+        asked: for what, the subject of the error.
+    """
+    packed = next((name for name, module in model.named_modules() if isinstance(module, InRuntimeForm)), None)
+    if packed is not None:
+        raise BackendError(
+            f"{asked} needs plain layers, and the {type(model).__name__} is in runtime form ('{packed}' is packed for "
+            "inference). Call hf_sparse.to_dense_runtime(model) first, and hf_sparse.to_runtime(model) again afterwards"
+        )
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -52,7 +70,9 @@ def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Seque
     Raises:
         RecipeError: if nothing is left, or a glob matches nothing, with a list of what could have matched; if adapters
             are on the model, which would be pruned too, and undone when they are merged.
+        BackendError: if the model is in runtime form.
     """
+    refuse_runtime(model, "pruning")
     every = prunable_layers(model)
     wrapped = next((name for name in every if name.rpartition(".")[2] == "base_layer"), None)
     if wrapped is not None:

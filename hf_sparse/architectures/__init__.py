@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..errors import PatternError, RecipeError
+from ..targets import refuse_runtime
 from .base import Attention, Family, FeedForward, Kind, SubBlock
 from .bert import BERT
 from .distilbert import DISTILBERT
@@ -47,7 +48,9 @@ def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
 
     Raises:
         PatternError: if no family knows any module of the model.
+        BackendError: if the model is in runtime form.
     """
+    refuse_runtime(model, wanted)
     found = known_sub_blocks(model)
     if not found:
         known = ", ".join(family.name for family in FAMILIES)

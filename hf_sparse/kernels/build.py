@@ -41,19 +41,22 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler: looked for {wanted or 'g++, clang++, c++'}; install one, or name it in CXX")
 
 
-def build(target: Path = TARGET, extra: tuple[str, ...] = (), link: tuple[str, ...] = ()) -> Path:
+def build(
+    target: Path = TARGET, extra: tuple[str, ...] = (), link: tuple[str, ...] = (), machine: str | None = None
+) -> Path:
     """Compile csrc into one shared library.
 
     Args:
         extra: more flags for every file and for the linker, such as those of a sanitizer.
         link: more for the linker alone.
+        machine: what it is for, as `platform.machine` has it, if `CXX` names a compiler for another one.
 
     Raises:
         BuildError: no compiler, or it failed; with what it said.
     """
     compiler = find_compiler()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    neon = platform.machine().lower() in ("aarch64", "arm64")
+    machine = (machine or platform.machine()).lower()
+    x86, neon = machine in ("x86_64", "amd64"), machine in ("aarch64", "arm64")
     flags = [*FLAGS, *extra, *(["-DHF_SPARSE_X86"] if x86 else [])]
     kernels = {"neon" if neon else "portable": ("kPortable", 16, []), **(X86_KERNELS if x86 else {})}
     with tempfile.TemporaryDirectory() as folder:

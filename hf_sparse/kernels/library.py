@@ -6,17 +6,23 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
-from .build import LOG, TARGET
 from .packing import CHUNK
 
 if TYPE_CHECKING:
     from .ops import Weight
+
+TARGET = Path(__file__).with_name("_cpu.so")
+"""The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""
+
+LOG = TARGET.with_name("_cpu.log")
+"""Why there is no library, written by setup.py."""
 
 ISA_VARIABLE = "HF_SPARSE_ISA"
 """Environment variable that names the instruction set to use, or `none` for plain torch."""

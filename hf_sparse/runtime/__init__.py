@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import BackendError
 from ..kernels import library_status
 from ..latency import machine
 from . import blocks, vocabulary
-from .choosing import LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
+from .choosing import FEW, LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
 from .report import LayerReport, RuntimeReport
@@ -28,7 +29,12 @@ _FROZEN = "hf_sparse_runtime_frozen"
 
 @torch.no_grad()
 def to_runtime(
-    model: nn.Module, backend: str = "auto", keep_dense: bool = False, *, table: SpeedTable | None = None
+    model: nn.Module,
+    backend: str = "auto",
+    keep_dense: bool = False,
+    *,
+    tokens: Sequence[int] | None = None,
+    table: SpeedTable | None = None,
 ) -> RuntimeReport:
     """Pack the sparse linear layers of a model for inference, in place, where that is faster.
 
@@ -38,10 +44,12 @@ def to_runtime(
     `to_dense_runtime`. A model of which nothing is packed stays as it is.
 
     Args:
-        backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 3 % at
+        backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
             every number of tokens timed; "cpu" packs every sparse layer for the own kernels; "csr" for torch's CSR;
             "dense" packs nothing, and says what there is.
         keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
+        tokens: numbers of tokens (texts times their length) that "auto" times; None = some from 17 to 1024, and for a
+            model that generates also from 1 to 8. A call with fewer than the least of them may be slower than dense.
         table: where times are kept.
 
     Returns:
@@ -62,6 +70,8 @@ def to_runtime(
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+    if tokens is not None and (not tokens or min(tokens) < 1):
+        raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
     status = library_status()
     if backend == "cpu" and not status.available:
         raise BackendError(
@@ -78,9 +88,9 @@ def to_runtime(
             choice.reason = choice.reason or "backend 'dense' was asked for"
     else:
         kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
-        tokens = (1, *TOKENS) if _generates(model) else TOKENS
+        counts = sorted(set(tokens)) if tokens is not None else (*FEW, *TOKENS) if _generates(model) else TOKENS
         for alternatives in units(model, choices, kernel):
-            chosen += _best(alternatives, choices, timed, tokens)
+            chosen += _best(alternatives, choices, timed, counts)
     if chosen:
         _swap(model, chosen, keep_dense)
         if backend in ("auto", "cpu"):
@@ -146,23 +156,24 @@ def is_runtime(model: nn.Module) -> bool:
 
 
 def _best(
-    alternatives: list[Unit], choices: dict[str, Choice], table: SpeedTable | None, tokens: tuple[int, ...]
+    alternatives: list[Unit], choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]
 ) -> list[Unit]:
     """Return the first alternative if it wins, else what wins of its layers; write down why."""
     first, *rest = alternatives
-    gains = measure(first, table, tokens) if table is not None else {}
-    if wins(gains):
+    races = measure(first, table, tokens) if table is not None else {}
+    gains = {count: race.gain for count, race in races.items()}
+    if wins(races):
         for name in first.names:
             choices[name].kernel, choices[name].gains = first.kernel, gains
         return [first]
     if rest:
         return [unit for alone in rest for unit in _best([alone], choices, table, tokens)]
     choice = choices[first.names[0]]
-    worst = min(gains, key=lambda count: gains[count])
+    worst = min(gains, key=lambda count: (races[count].won, gains[count]))
     choice.gains = gains
     choice.reason = (
-        f"dense is faster, or less than {MARGIN:.0%} slower: {first.kernel} takes {1 / gains[worst]:.2f} of its time "
-        f"at {worst} tokens"
+        f"dense is faster, or less than {MARGIN:.0%} slower, or not surely so: {first.kernel} takes "
+        f"{1 / gains[worst]:.2f} of its time at {worst} tokens"
     )
     return []
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -15,15 +15,18 @@ from ..architectures.base import Changed, FeedForward
 from ..errors import BackendError
 from ..zeros import is_guard
 from . import blocks
-from .layers import PackedLinear
+from .layers import PackedLinear, become_packed
 from .packed import Kernel, Packed, choose_rows
-from .timing import MARGIN, SpeedTable, Trial
+from .timing import Race, SpeedTable, Trial
 
 LEAST = 0.1
 """Fraction of zeros below which no kernel is tried: none can win there."""
 
-TOKENS = (16, 128, 1024)
-"""Numbers of tokens that are timed; a model that generates also has one token at a time."""
+TOKENS = (17, 65, 200, 1024)
+"""Numbers of tokens that are timed: from 16 on, where a tile of tokens has most room that nothing fills."""
+
+FEW = (1, 2, 5, 8)
+"""Those of a model that generates, besides: one token for each text."""
 
 
 @dataclasses.dataclass
@@ -171,50 +174,54 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> list[
     return out
 
 
-def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, float]:
-    """Return how many times faster than dense a unit is, by tokens."""
+def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, Race]:
+    """Return what a unit takes, dense and packed, by tokens."""
     zeros = sum(int((layer.weight == 0).sum()) for layer in unit.layers)
     total = sum(layer.weight.numel() for layer in unit.layers)
     shapes = tuple(tuple(layer.weight.shape) for layer in unit.layers)
     rows = tuple(packed.rows for packed in unit.packed)
-    gains = {}
+    races = {}
     for count in tokens:
-        x = torch.randn(count, unit.layers[0].in_features)
+        x = torch.randn(1, count, unit.layers[0].in_features)
         trial = Trial(unit.kernel, shapes, round(100 * zeros / total), rows, count)
-        gains[count] = table.gain(trial, _dense(unit, x), _sparse(unit, x))
-    return gains
+        races[count] = table.race(trial, _run(unit, _copies(unit), x), _run(unit, _packed(unit), x))
+    return races
 
 
-def wins(gains: dict[int, float]) -> bool:
+def wins(races: dict[int, Race]) -> bool:
     """Return whether the dense product loses at every number of tokens."""
-    return all(gain >= 1.0 + MARGIN for gain in gains.values())
+    return all(race.won for race in races.values())
 
 
-def _dense(unit: Unit, x: Tensor) -> Callable[[], object]:
-    weights = [(layer.weight, layer.bias) for layer in unit.layers]
+def _copies(unit: Unit) -> list[nn.Module]:
+    """Return plain layers with the weights and biases of the unit, but without its hooks."""
+    out: list[nn.Module] = []
+    for layer in unit.layers:
+        made = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        out.append(made.eval())
+    return out
+
+
+def _packed(unit: Unit) -> list[nn.Module]:
+    """Return the same, packed as the unit would be: what a call of a module costs counts too."""
+    made: list[Any] = _copies(unit)
+    if unit.kernel == "sparse_qkv":
+        become_packed(made, unit.packed[0], keep_dense=False)
+    else:
+        for layer, packed in zip(made, unit.packed, strict=True):
+            become_packed([layer], packed, keep_dense=False)
+    return made
+
+
+def _run(unit: Unit, layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
     if unit.kernel != "sparse_ffn":
-        return lambda: [F.linear(x, weight, bias) for weight, bias in weights]
+        return lambda: [layer(x) for layer in layers]
     assert unit.activation is not None
-    activation = blocks.ACTIVATIONS[unit.activation]
-
-    def run() -> object:
-        hidden = activation(F.linear(x, *weights[0]))
-        for weight, bias in weights[1:-1]:
-            hidden = hidden * F.linear(x, weight, bias)
-        return F.linear(hidden, *weights[-1])
-
-    return run
-
-
-def _sparse(unit: Unit, x: Tensor) -> Callable[[], object]:
-    biases: list[Tensor | None] = [layer.bias for layer in unit.layers]
-    if unit.kernel == "sparse_ffn":
-        assert unit.activation is not None
-        activation, packed = unit.activation, list(unit.packed)
-        return lambda: blocks.feed_forward(x, packed, biases, activation)
-    kept = [bias for bias in biases if bias is not None]
-    bias = torch.cat(kept) if kept else None
-    return lambda: unit.packed[0].multiply(x, bias)
+    fused = all(isinstance(layer, PackedLinear) for layer in layers)
+    *inputs, output = layers
+    lean = blocks.Lean(tuple(inputs), output, unit.activation if fused else None, blocks.ACTIVATIONS[unit.activation])
+    return lambda: lean(x)
 
 
 def _is_self(block: SubBlock) -> bool:

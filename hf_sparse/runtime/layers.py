@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError
+from ..targets import InRuntimeForm
 from .packed import PARTS, Kernel, Packed
 
 _BACK = "call hf_sparse.to_dense_runtime(model) first"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(InRuntimeForm, nn.Module):
     """What an `nn.Linear` becomes: the same module (name, hooks, bias), whose weight lies packed in buffers.
 
     The state dict has the dense `weight`, unpacked. `weight` can be read, as a dense copy: changing that changes

@@ -15,10 +15,12 @@ import torch
 from ..kernels import library_status
 from ..latency import TimesFile, cache_folder, machine
 
-MARGIN = 0.03
-"""How much faster than dense a kernel has to be at every number of tokens, as a fraction of the dense time."""
+MARGIN = 0.05
+"""How much faster than dense a kernel has to be at every number of tokens timed, as a fraction of its own time: the
+numbers between are not timed, and a little worse."""
 
-_ROUNDS = 7
+_ROUNDS = 9
+_LEAST = 0.001
 _SECONDS = 1.0
 
 
@@ -41,29 +43,64 @@ class Trial:
     tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """What dense and packed products took.
+
+    Args:
+        dense: median, in seconds.
+        packed: median, in seconds.
+        low: lower quartile of dense over packed, round by round.
+    """
+
+    dense: float
+    packed: float
+    low: float
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the dense product the packed one is."""
+        return self.dense / max(self.packed, 1e-12)
+
+    @property
+    def won(self) -> bool:
+        """Whether it is faster by more than the margin, and in three rounds of four."""
+        return self.gain >= 1.0 + MARGIN and self.low >= 1.0
+
+
 Run = Callable[[], object]
-Clock = Callable[[Trial, Run, Run], tuple[float, float]]
-"""What is timed, its dense and its packed product -> seconds of each."""
+Clock = Callable[[Trial, Run, Run], Race]
+"""What is timed, its dense and its packed product -> what they took."""
 
 
 @torch.no_grad()
-def race(trial: Trial, dense: Run, packed: Run) -> tuple[float, float]:
-    """Time two products in turns, the first one changing; the medians.
+def race(trial: Trial, dense: Run, packed: Run) -> Race:
+    """Time two products in turns, the first one changing.
 
-    Units: seconds.
+    Of one thread the time of the processor counts, which other programs disturb less than that of the clock.
     """
-    for run in (dense, packed, dense, packed):  # caches, pages, threads
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    runs = (dense, packed)
+    for run in (*runs, *runs):  # caches, pages, threads
         run()
+    began = time.perf_counter()
+    for run in runs:
+        run()
+    # A single short call says little: each turn takes a millisecond at least.
+    calls = max(1, round(2 * _LEAST / max(time.perf_counter() - began, 1e-6)))
     seconds: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
     for number in range(_ROUNDS):
         for side in (0, 1) if number % 2 else (1, 0):
-            start = time.perf_counter()
-            (dense, packed)[side]()
-            seconds[side].append(time.perf_counter() - start)
-        if number >= 2 and time.perf_counter() - began > _SECONDS:
+            start = clock()
+            for _ in range(calls):
+                runs[side]()
+            seconds[side].append((clock() - start) / calls)
+        if number >= 3 and time.perf_counter() - began > _SECONDS:
             break
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    ratios = [a / max(b, 1e-12) for a, b in zip(*seconds, strict=True)]
+    low = statistics.quantiles(ratios, n=4, method="inclusive")[0]
+    return Race(statistics.median(seconds[0]), statistics.median(seconds[1]), low)
 
 
 class SpeedTable:
@@ -78,16 +115,18 @@ class SpeedTable:
         self.file = TimesFile(Path(path) if path is not None else cache_folder() / "runtime.json")
         self.clock = clock
 
-    def gain(self, trial: Trial, dense: Run, packed: Run) -> float:
-        """Return the time of the dense product over that of the packed one, measured unless it is known."""
+    def race(self, trial: Trial, dense: Run, packed: Run) -> Race:
+        """Return what the products take, measured unless it is known."""
         key = f"{_versions()}; {dataclasses.astuple(trial)}"
         known = self.file.read().get(key)
-        if known is None or len(known) != 2:
-            known = list(self.clock(trial, dense, packed))
+        if known is None or len(known) != 3:
+            known = list(dataclasses.astuple(self.clock(trial, dense, packed)))
             self.file.write({**self.file.read(), key: known})
-        return known[0] / max(known[1], 1e-12)
+        return Race(*known)
 
 
 def _versions() -> str:
     own = getattr(sys.modules["hf_sparse"], "__version__", "unknown")  # set by a floor above this one
-    return f"{machine()}, hf_sparse {own}, kernels {library_status().isa or 'absent'}"
+    status = library_status()
+    built = int(Path(status.path).stat().st_mtime) if status.path is not None and Path(status.path).is_file() else 0
+    return f"{machine()}, hf_sparse {own}, kernels {status.isa or 'absent'} of {built}"

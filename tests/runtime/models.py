@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_sparse import SparsityConfig, sparsify
 from hf_sparse.runtime import SpeedTable
-from hf_sparse.runtime.timing import Run, Trial
+from hf_sparse.runtime.timing import Race, Run, Trial
 from tests.structures import build
 
 
@@ -34,9 +34,10 @@ class Fixed:
         self.seconds = seconds
         self.asked: list[Trial] = []
 
-    def __call__(self, trial: Trial, dense: Run, packed: Run) -> tuple[float, float]:
+    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Race:
         self.asked.append(trial)
-        return 1.0, self.seconds.get(trial.kind, 0.5)
+        seconds = self.seconds.get(trial.kind, 0.5)
+        return Race(1.0, seconds, 1.0 / seconds)
 
 
 def table(path: Any, **seconds: float) -> SpeedTable:

@@ -14,17 +14,21 @@ from torch import nn
 
 from hf_sparse import (
     BackendError,
+    Pruner,
     RecipeError,
     SparseConfig,
     SparsityConfig,
+    compact,
     sparsify,
     summarize,
     to_dense_runtime,
     to_runtime,
 )
 from hf_sparse.architectures import known_sub_blocks
-from hf_sparse.runtime import blocks, is_runtime
+from hf_sparse.importance import head_importance
+from hf_sparse.runtime import SpeedTable, blocks, is_runtime
 from hf_sparse.runtime.layers import PackedLinear
+from hf_sparse.runtime.timing import Race, Trial
 from tests.runtime.models import Fixed, answers, sparse, table
 from tests.structures import FAMILIES, batch, build
 
@@ -324,8 +328,8 @@ def test_auto_keeps_dense_where_dense_wins(tmp_path: Any) -> None:
     dense = by_name["bert.encoder.layer.0.attention.output.dense"]
     assert dense.reason is not None
     assert "dense is faster" in dense.reason
-    assert dense.gains[128] == 0.5
-    assert by_name["bert.encoder.layer.0.output.dense"].gains[128] == 4.0
+    assert dense.gains[200] == 0.5
+    assert by_name["bert.encoder.layer.0.output.dense"].gains[200] == 4.0
     assert type(model.bert.encoder.layer[0].attention.output.dense) is nn.Linear
 
 
@@ -350,7 +354,7 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Any) -> None:
     to_runtime(sparse("bert"), table=first)
     assert len(clock.asked) == len(set(clock.asked))
     asked = {(trial.kind, trial.tokens) for trial in clock.asked}
-    assert {tokens for _, tokens in asked} == {16, 128, 1024}, "an encoder never sees one token at a time"
+    assert {tokens for _, tokens in asked} == {17, 65, 200, 1024}, "an encoder never sees one token at a time"
     again = table(tmp_path)
     to_runtime(sparse("bert"), table=again)
     assert again.clock.asked == []  # type: ignore[attr-defined]
@@ -359,15 +363,60 @@ def test_each_shape_is_timed_once_and_kept(tmp_path: Any) -> None:
 def test_model_that_generates_is_timed_with_one_token_too(tmp_path: Any) -> None:
     times = table(tmp_path)
     to_runtime(sparse("t5"), table=times)
-    assert 1 in {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
+    assert {1, 2, 5, 8} < {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
+
+
+def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
+    times = table(tmp_path)
+    to_runtime(sparse("t5"), tokens=(64, 32), table=times)
+    assert {trial.tokens for trial in times.clock.asked} == {32, 64}  # type: ignore[attr-defined]
+    for wrong in ((), (0, 3)):
+        with pytest.raises(BackendError, match="from 1 on"):
+            to_runtime(sparse("bert"), tokens=wrong, table=times)
+
+
+@pytest.mark.parametrize(
+    ("race", "won"),
+    [
+        (Race(1.0, 0.5, 1.9), True),
+        (Race(1.0, 0.97, 1.02), False),  # less than the margin
+        (Race(1.0, 0.9, 0.99), False),  # slower in one round of four
+        (Race(1.0, 1.2, 0.8), False),
+    ],
+)
+def test_packed_product_wins_by_a_margin_and_in_most_rounds(race: Race, won: bool) -> None:
+    assert race.won is won
+
+
+def test_one_number_of_tokens_that_loses_keeps_the_layer_dense(tmp_path: Any) -> None:
+    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
+        return Race(1.0, 1.1, 0.9) if trial.tokens == 65 else Race(1.0, 0.2, 4.9)
+
+    report = to_runtime(sparse("bert"), table=SpeedTable(tmp_path / "t.json", clock))
+    assert not report.sparse
+    assert "at 65 tokens" in str(report.layers[0].reason)
+
+
+def test_race_takes_the_real_modules(tmp_path: Any) -> None:
+    found = []
+
+    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
+        one, other = dense(), packed()
+        for a, b in zip(*(each if isinstance(each, list) else [each] for each in (one, other)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        found.append(trial.kind)
+        return Race(1.0, 0.2, 4.9)
+
+    for family in ("bert", "t5-gated"):
+        with torch.no_grad():
+            to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
+    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_ffn"}
 
 
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
-    from hf_sparse.runtime import SpeedTable
-
     report = to_runtime(nn.Sequential(sparse_linear()).eval(), table=SpeedTable(tmp_path / "t.json"))
     (layer,) = report.layers
-    assert set(layer.gains) == {16, 128, 1024}
+    assert set(layer.gains) == {17, 65, 200, 1024}
     assert all(gain > 0 for gain in layer.gains.values())
 
 
@@ -450,8 +499,6 @@ def test_loading_weights_into_packed_layers_is_refused() -> None:
 
 
 def masked() -> Any:
-    from hf_sparse import Pruner
-
     model = nn.Sequential(nn.Linear(16, 16)).eval()
     Pruner(model, SparsityConfig(targets="*", sparsity=0.5, schedule="constant")).attach()
     return model
@@ -493,6 +540,35 @@ def test_runtime_form_of_a_runtime_form_is_refused() -> None:
     to_runtime(model, "cpu")
     with pytest.raises(BackendError, match="already"):
         to_runtime(model, "cpu")
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        compact,
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head")),
+        lambda model: sparsify(
+            model, SparsityConfig(sparsity=0.5, pattern="head", scorer="head_importance"), [batch("bert")]
+        ),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head+neuron")),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5)),
+        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, targets="*")),
+        lambda model: Pruner(model, SparsityConfig(sparsity=0.5)).attach(),
+        lambda model: head_importance(model, [batch("bert")]),
+    ],
+    ids=["compact", "heads", "head importance", "head+neuron", "default", "all", "Pruner", "importance"],
+)
+def test_pruning_and_cutting_a_runtime_model_names_the_way_back(change: Any, some: bool) -> None:
+    model = sparse("bert")
+    if some:
+        with torch.no_grad():
+            model.bert.encoder.layer[1].intermediate.dense.weight.normal_()
+    to_runtime(model, "cpu")
+    with pytest.raises(BackendError, match=r"'bert.encoder.layer.0.attention.self.query' .*to_dense_runtime\(model\)"):
+        change(model)
+    to_dense_runtime(model)
+    compact(model)
 
 
 def test_way_back_needs_a_way_there() -> None:
