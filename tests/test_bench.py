@@ -13,6 +13,7 @@ from hf_sparse import BackendError, SparsityConfig, sparsify
 from hf_sparse.bench import Comparison, Timing, compare, in_turns
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
+from hf_sparse.kernels.int8 import why_not_int8
 from hf_sparse.runtime import RuntimeReport
 from hf_sparse.runtime.packed import Packed
 from tests.structures import batch, build
@@ -38,6 +39,17 @@ def test_bench_says_what_was_measured_where(saved: Path, tmp_path: Path, capsys:
     assert found["runtime"]["bytes"] < found["dense"]["bytes"]
     assert found["dense"]["seconds"] == sorted(found["dense"]["seconds"])
     assert found["report"]["backend"] == "csr"
+
+
+@pytest.mark.skipif(why_not_int8() is not None, reason=f"no int8 products here: {why_not_int8()}")
+def test_bench_takes_int8_and_says_how_far_off_it_is(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--backend", "cpu-int8", "--threads", "1", "--length", "8", "--rounds", "2", "--layers"]
+    assert main(["bench", str(saved), *arguments, "--json", str(out)]) == 0
+    assert "not exact" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert 1e-5 < found["difference"] < 0.1
+    assert all(layer["error"] > 0 for layer in found["report"]["layers"] if layer["reason"] is None)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +83,9 @@ def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypat
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "C++ kernels" in text
-    assert text.count("verified") == 2
+    assert text.count("verified") == (3 if why_not_int8() is None else 2)
     monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: torch.zeros(len(x), self.out_features))
     wrong = {finding.name: finding for finding in diagnose().findings}
     assert not wrong["CSR products of torch"].works
     assert "WRONG" in wrong["CSR products of torch"].says
+    assert why_not_int8() is not None or "WRONG" in wrong["int8 products"].says
