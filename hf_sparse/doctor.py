@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 
 from .kernels import library_status
+from .kernels.int8 import why_not_int8
 from .latency import machine
 from .runtime.packed import HEIGHTS, Kernel, Packed
 from .runtime.timing import SpeedTable
@@ -59,7 +60,7 @@ def diagnose() -> Diagnosis:
         Finding("C++ kernels", status.available, status.message),
     ]
     label = "sparse products" if status.available else "sparse products (plain torch, slow)"
-    found += [_try(label, "cpu", list(HEIGHTS)), _try("CSR products of torch", "csr", [1])]
+    found += [_try(label, "cpu", list(HEIGHTS)), _try("CSR products of torch", "csr", [1]), _try_int8()]
     cuda = torch.cuda.is_available()
     says = (
         f"{torch.cuda.get_device_name()}: sparse models run there, dense: the sparse kernels here are for the CPU"
@@ -70,6 +71,22 @@ def diagnose() -> Diagnosis:
     path = SpeedTable().file.path
     found.append(Finding("measured times", path.is_file(), f"{path}" if path.is_file() else f"{path}: none yet"))
     return Diagnosis(tuple(found))
+
+
+@torch.no_grad()
+def _try_int8() -> Finding:
+    """Compare the int8 products with dense ones on whole numbers, where they round nothing."""
+    name, why = "int8 products", why_not_int8()
+    if why is not None:
+        return Finding(name, False, f"backend 'cpu-int8' cannot run here: {why}")
+    generator = torch.Generator().manual_seed(0)
+    right = True
+    for tokens in (1, 67):
+        weight, x = (torch.randint(-126, 127, (n, 150), generator=generator).float() for n in (37, tokens))
+        weight *= torch.rand(37, 150, generator=generator) < 0.2
+        weight[:, 0], x[:, 0] = 127.0, -127.0
+        right &= torch.equal(Packed.of(weight, "int8").multiply(x, None).double(), x.double() @ weight.double().T)
+    return Finding(name, right, "verified: exact on whole numbers" if right else "WRONG on whole numbers")
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ class SparseConfig(QuantizationConfigMixin):
         manifest: what the checkpoint contains; written by saving, never by hand.
         quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if that is asked for, and then
             quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
-        backend: "auto", "cpu", "csr" or "dense": once the model is loaded, and pruned if that is asked for, it is
-            brought into runtime form for inference, as by `hf_sparse.to_runtime`. A wish of the one who loads: it is
-            written nowhere.
+        backend: "auto", "cpu", "cpu-int8" (not exact), "csr" or "dense": once the model is loaded, and pruned if that
+            is asked for, it is brought into runtime form for inference, as by `hf_sparse.to_runtime`. A wish of the
+            one who loads: it is written nowhere.
         **sparsity: the keywords of `SparsityConfig`.
 
     Raises:

@@ -4,7 +4,8 @@ With one thread the time of the processor counts, so that other programs disturb
 
     python scripts/bench_kernels.py --threads 1 --tokens 128 --isa avx2
 
-Every result is compared with the dense one first. Weights and masks are random. A ratio above 1 is a gain.
+Every result is compared with the dense one first. Weights and masks are random. A ratio above 1 is a gain. With --int8
+the products round weights and inputs to int8, and may be 3 % off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.kernels import library_status, pack
+from hf_sparse.kernels import PackedInt8, library_status, pack, pack_int8
+from hf_sparse.kernels.int8 import int8_linear, why_not_int8
 from hf_sparse.kernels.library import library
 from hf_sparse.kernels.ops import ffn, linear
 
@@ -30,11 +32,20 @@ def masked(out: int, width: int, zeros: float, rows: int) -> Tensor:
     return torch.randn(out, width) * 0.05 * kept.repeat_interleave(rows, 0)[:out]
 
 
-def ratios(dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int, threads: int) -> list[float]:
+def int8_ffn(x: Tensor, up: PackedInt8, bias: Tensor, down: PackedInt8, back: Tensor) -> Tensor:
+    """Compute a feed-forward pair in int8."""
+    sizes = (up.rows, down.rows, up.out_features, down.out_features, up.in_features)
+    out: Tensor = torch.ops.hf_sparse.int8_ffn(x, *up.parts, bias, *down.parts, back, *sizes, "gelu")
+    return out
+
+
+def ratios(
+    dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int, threads: int, limit: float
+) -> list[float]:
     """Time both in turn, the order changing from round to round; dense over sparse for each round."""
     expected, found = dense(), sparse()
     error = float((expected - found).norm() / expected.norm())
-    if not error < 1e-5:
+    if not error < limit:
         raise SystemExit(f"the sparse product is wrong: relative error {error:.1e}")
     clock = time.process_time if threads == 1 else time.perf_counter
     result = []
@@ -59,6 +70,7 @@ def main() -> None:
     parser.add_argument("--isa", help="avx512, avx2, portable, neon; the best by default")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-ffn", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="weights and inputs rounded to int8, in place of fp32")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -67,6 +79,8 @@ def main() -> None:
         if options.isa not in native.isas:
             parser.error(f"--isa {options.isa}: this processor can do {', '.join(native.isas)}")
         native.isa = options.isa
+    if options.int8 and (why := why_not_int8()) is not None:
+        parser.error(f"--int8 cannot run here: {why}")
     print(f"{library_status().message}; {options.threads} thread(s), torch {torch.__version__}")
     with torch.inference_mode():
         for width, out in options.shape or [(768, 3072), (3072, 768)]:
@@ -82,13 +96,20 @@ def measure(width: int, out: int, tokens: int, rows: int, zeros: float, options:
     bias, back = torch.randn(out), torch.randn(width)
     up, down = pack(first, rows), pack(second, rows)
     cases = {"linear": (lambda: F.linear(x, first, bias), lambda: linear(x, up, bias))}
+    if options.int8:
+        short = min(rows, 4)
+        rounded = pack_int8(first, short), pack_int8(second, short)
+        cases["linear"] = (cases["linear"][0], lambda: int8_linear(x, rounded[0], bias))
     if out > width and not options.no_ffn:
         cases["ffn"] = (
             lambda: F.linear(F.gelu(F.linear(x, first, bias)), second, back),
-            lambda: ffn(x, up, bias, down, back, "gelu"),
+            (lambda: int8_ffn(x, rounded[0], bias, rounded[1], back))
+            if options.int8
+            else (lambda: ffn(x, up, bias, down, back, "gelu")),
         )
     for name, (dense, sparse) in cases.items():
-        low, middle, high = statistics.quantiles(ratios(dense, sparse, options.rounds, options.threads), n=4)
+        limit = 0.03 if options.int8 else 1e-5
+        low, middle, high = statistics.quantiles(ratios(dense, sparse, options.rounds, options.threads, limit), n=4)
         if options.json:
             facts = {"case": name, "in": width, "out": out, "tokens": tokens, "rows": rows, "zeros": zeros}
             print(json.dumps({**facts, "ratio": middle, "quartiles": [low, high], "bytes": up.nbytes}), flush=True)

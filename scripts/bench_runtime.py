@@ -3,8 +3,9 @@
     python scripts/bench_runtime.py --json runtime.json               # all of it, about an hour
     python scripts/bench_runtime.py --models bert-base --batches 1 --threads 1 --sparsities 0.9 --rounds 7
 
-Outputs are compared before anything is timed. Then the dense model (torch, eager), the sparse ones, and with --ort
-ONNX Runtime in float32 and int8 (dense: it does not use zeros) run in turns; the speed-up is the median of the ratios
+Outputs are compared before anything is timed. Then the dense model (torch, eager), the sparse ones, with --int8 the
+same with backend "cpu-int8" (not exact: how far off is a column), and with --ort ONNX Runtime in float32 and int8
+(dense: it does not use zeros) run in turns; the speed-up is the median of the ratios
 within a round, with quartiles. T5 is timed as its encoder, and as greedy decoding of 64 tokens.
 """
 
@@ -28,7 +29,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import to_runtime
-from hf_sparse.bench import compare, in_turns, quartiles, size, threads_of_torch
+from hf_sparse.bench import INT8_TOLERANCE, compare, in_turns, quartiles, size, threads_of_torch
 from hf_sparse.kernels import library_status
 from hf_sparse.latency import machine
 from hf_sparse.runtime.vocabulary import lay_by_columns
@@ -108,12 +109,19 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                 inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name.startswith("t5") else {})
                 difference = compare(sparse, same, inputs)
                 bytes_now, bytes_dense = size(sparse), size(same)
-                del same
                 runs = {"dense": work(name, dense, ids), "sparse": work(name, sparse, ids), **peers}
                 if name == "t5-small-decode":  # what of the gain is the layout of the vocabulary alone
                     layout = make(name)
                     lay_by_columns(layout, layout.lm_head)
                     runs["dense by columns"] = work(name, layout, ids)
+                int8: dict[str, float] = {}
+                if options.int8:
+                    rounded = make(name)
+                    prune(rounded, sparsity, pattern)
+                    to_runtime(rounded, "cpu-int8")
+                    int8["int8_difference"] = compare(rounded, same, inputs, INT8_TOLERANCE)
+                    runs["sparse-int8"] = work(name, rounded, ids)
+                del same
                 seconds = in_turns(runs, options.rounds)
                 ratios = {
                     run: quartiles([a / b for a, b in zip(seconds["dense"], found, strict=True)])
@@ -128,6 +136,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                     "pattern": pattern,
                     "sparsity": sparsity,
                     "difference": difference,
+                    **int8,
                     "layers": f"{len(report.sparse)}/{len(report.layers)}",
                     "bytes": bytes_now,
                     "dense_bytes": bytes_dense,
@@ -148,6 +157,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--backend", default="cpu", help="see hf_sparse.to_runtime (cpu)")
+    parser.add_argument("--int8", action="store_true", help='also time backend "cpu-int8"')
     parser.add_argument("--ort", action="store_true", help="also time ONNX Runtime, float32 and int8")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
 from hf_sparse.model_card import plain
 from hf_sparse.page import escape
+from hf_sparse.kernels.int8 import why_not_int8
 from hf_sparse.runtime import RuntimeReport
 from hf_sparse.runtime.packed import Packed
 from hf_sparse.speed import SPEED, Speed, read_speed
@@ -130,6 +131,17 @@ def test_speed_without_its_circumstances_is_refused(change: dict[str, Any], reas
         Speed.from_dict([])
 
 
+@pytest.mark.skipif(why_not_int8() is not None, reason=f"no int8 products here: {why_not_int8()}")
+def test_bench_takes_int8_and_says_how_far_off_it_is(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--backend", "cpu-int8", "--threads", "1", "--length", "8", "--rounds", "2", "--layers"]
+    assert main(["bench", str(saved), *arguments, "--json", str(out)]) == 0
+    assert "not exact" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert 1e-5 < found["difference"] < 0.1
+    assert all(layer["error"] > 0 for layer in found["report"]["layers"] if layer["reason"] is None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"), [(["--batch", "0"], "batch is at least 1"), (["--length", "99"], "32 positions")]
 )
@@ -161,8 +173,9 @@ def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypat
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "C++ kernels" in text
-    assert text.count("verified") == 2
+    assert text.count("verified") == (3 if why_not_int8() is None else 2)
     monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: torch.zeros(len(x), self.out_features))
     wrong = {finding.name: finding for finding in diagnose().findings}
     assert not wrong["CSR products of torch"].works
     assert "WRONG" in wrong["CSR products of torch"].says
+    assert why_not_int8() is not None or "WRONG" in wrong["int8 products"].says

@@ -14,8 +14,20 @@ Example:
 
 from __future__ import annotations
 
-from . import ops  # registers the operators
+from . import int8, ops  # registers the operators
+from .int8_packing import PackedInt8, pack_int8, unpack_int8
 from .library import LibraryStatus, library_status
 from .packing import PackedWeight, pack, unpack
 
-__all__ = ["LibraryStatus", "PackedWeight", "library_status", "ops", "pack", "unpack"]
+__all__ = [
+    "LibraryStatus",
+    "PackedInt8",
+    "PackedWeight",
+    "int8",
+    "library_status",
+    "ops",
+    "pack",
+    "pack_int8",
+    "unpack",
+    "unpack_int8",
+]

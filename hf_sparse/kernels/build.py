@@ -25,6 +25,7 @@ X86_KERNELS = {
     "avx512": ("kAvx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
     "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),
 }
+INT8_FLAGS = [*X86_KERNELS["avx512"][2], "-mavx512vnni"]
 
 
 class BuildError(Exception):
@@ -67,13 +68,18 @@ def build(
             defines.append(f"-DHF_SPARSE_NEON={int(neon)}")
             source = str(SOURCES / "kernels.cpp")
             _run([*compiler, *flags, *instructions, *defines, "-c", source, "-o", objects[-1]])
-        source, dispatch, made = str(SOURCES / "dispatch.cpp"), f"{folder}/dispatch.o", f"{folder}/library.so"
+        if x86:
+            objects.append(f"{folder}/int8.o")
+            _run([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
+        made, openmp = f"{folder}/library.so", ["-fopenmp"]
         try:
-            _run([*compiler, *flags, "-fopenmp", "-c", source, "-o", dispatch])
-            _run([*compiler, *extra, "-fopenmp", "-shared", *objects, dispatch, *link, "-o", made])
+            _run([*compiler, *flags, *openmp, "-c", str(SOURCES / "dispatch.cpp"), "-o", f"{folder}/dispatch.o"])
         except BuildError:  # Apple's compiler has no OpenMP: one thread
-            _run([*compiler, *flags, "-c", source, "-o", dispatch])
-            _run([*compiler, *extra, "-shared", *objects, dispatch, *link, "-o", made])
+            openmp = []
+        for name in ("dispatch", "int8_dispatch"):
+            objects.append(f"{folder}/{name}.o")
+            _run([*compiler, *flags, *openmp, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]])
+        _run([*compiler, *extra, *openmp, "-shared", *objects, *link, "-o", made])
         # Beside the target first, then renamed: a process that has the old file mapped keeps it.
         beside = target.with_suffix(f".{os.getpid()}.tmp")
         shutil.copyfile(made, beside)

@@ -104,7 +104,8 @@ Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]
 """values, columns, pointers, bias, rows, out_features, in_features."""
 
 
-def _check(x: Tensor, activation: str, *weights: Weight) -> None:
+def check_input(x: Tensor, activation: str, in_features: int) -> None:
+    """Refuse what no sparse product takes, whatever its weights are in."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise BackendError(
             "the sparse products have no backward, and their input needs a gradient: call the model under "
@@ -112,11 +113,15 @@ def _check(x: Tensor, activation: str, *weights: Weight) -> None:
         )
     if activation not in ACTIVATIONS:
         raise BackendError(f"unknown activation {activation!r}; the sparse products know {', '.join(ACTIVATIONS)}")
-    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != weights[0][6]:
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
         raise BackendError(
-            f"a sparse product of {weights[0][6]} inputs was called with {tuple(x.shape)} in {x.dtype}; "
+            f"a sparse product of {in_features} inputs was called with {tuple(x.shape)} in {x.dtype}; "
             "the last dimension has to be the inputs, in floating point"
         )
+
+
+def _check(x: Tensor, activation: str, *weights: Weight) -> None:
+    check_input(x, activation, weights[0][6])
     for values, columns, pointers, bias, rows, out_features, in_features in weights:
         check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse product")
         if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):

@@ -11,6 +11,7 @@ from torch import nn
 from ..architectures import known_sub_blocks
 from ..errors import BackendError
 from ..kernels import library_status
+from ..kernels.int8 import why_not_int8
 from ..latency import machine
 from . import blocks, vocabulary
 from .choosing import FEW, LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
@@ -21,7 +22,7 @@ from .timing import MARGIN, SpeedTable
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
-Backend = Literal["auto", "cpu", "csr", "dense"]
+Backend = Literal["auto", "cpu", "cpu-int8", "csr", "dense"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _FROZEN = "hf_sparse_runtime_frozen"
@@ -39,14 +40,16 @@ def to_runtime(
     """Pack the sparse linear layers of a model for inference, in place, where that is faster.
 
     Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
-    generates, the product with the vocabulary stays dense and is laid out by columns ("auto" and "cpu"). The model
+    generates, the product with the vocabulary stays dense and is laid out by columns (but for "csr"). The model
     computes what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
     `to_dense_runtime`. A model of which nothing is packed stays as it is.
 
     Args:
         backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
             every number of tokens timed; "cpu" packs every sparse layer for the own kernels; "csr" for torch's CSR;
-            "dense" packs nothing, and says what there is.
+            "dense" packs nothing, and says what there is. "cpu-int8" is "cpu" with weights and inputs rounded to int8,
+            several times faster and **not exact**: the report has the error of each layer, and only you can say what it
+            does to your model's answers. "auto" never chooses it. It keeps the exact weights, packed, for the way back.
         keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
         tokens: numbers of tokens (texts times their length) that "auto" times; None = some from 17 to 1024, and for a
             model that generates also from 1 to 8. A call with fewer than the least of them may be slower than dense.
@@ -57,7 +60,8 @@ def to_runtime(
 
     Raises:
         BackendError: if no layer has zeros enough, the model cannot be packed (still masked, quantised, offloaded,
-            not float32, not on the CPU, packed already), or "cpu" is asked for and the kernels are missing.
+            not float32, not on the CPU, packed already), or "cpu" is asked for and the kernels are missing, or
+            "cpu-int8" and the processor has no AVX-512 with VNNI.
         SparsityError: if the file of the times cannot be written.
 
     Example:
@@ -77,6 +81,8 @@ def to_runtime(
         raise BackendError(
             f"backend 'cpu' was asked for, and the kernels are missing: {status.message} (backend 'auto' does without)"
         )
+    if backend == "cpu-int8" and (why := why_not_int8()) is not None:
+        raise BackendError(f"backend 'cpu-int8' was asked for, and cannot run here: {why} ('cpu' computes in float32)")
     choices = survey(model)
     _refuse_nothing(model, choices)
     dense_bytes = {name: choice.layer.weight.nbytes for name, choice in choices.items()}
@@ -88,12 +94,14 @@ def to_runtime(
             choice.reason = choice.reason or "backend 'dense' was asked for"
     else:
         kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
+        kernel = "int8" if backend == "cpu-int8" else kernel
         counts = sorted(set(tokens)) if tokens is not None else (*FEW, *TOKENS) if _generates(model) else TOKENS
         for alternatives in units(model, choices, kernel):
             chosen += _best(alternatives, choices, timed, counts)
+    errors = _errors(chosen) if backend == "cpu-int8" else {}
     if chosen:
         _swap(model, chosen, keep_dense)
-        if backend in ("auto", "cpu"):
+        if backend in ("auto", "cpu", "cpu-int8"):
             _lay_out(model, choices, timed)
     layers = []
     for name, choice in choices.items():
@@ -104,7 +112,7 @@ def to_runtime(
         else:
             position = unit.names.index(name)
             whole = unit.packed[position if len(unit.packed) > 1 else 0]
-            rows = whole.rows
+            rows = whole.height
             # What is packed as one is shared out by height.
             share = 1.0 if len(unit.packed) == len(unit.names) else shapes[name][0] / whole.out_features
             size = round(whole.nbytes * share) + (dense_bytes[name] if keep_dense else 0)
@@ -113,12 +121,13 @@ def to_runtime(
                 name,
                 shapes[name],
                 choice.sparsity,
-                choice.kernel,
+                choice.kernel.replace("sparse", "int8") if name in errors else choice.kernel,
                 rows,
                 size,
                 dense_bytes[name],
                 choice.gains,
                 choice.reason,
+                errors.get(name),
             )
         )
     return RuntimeReport(backend, machine(), status.message, tuple(layers))
@@ -176,6 +185,19 @@ def _best(
         f"{1 / gains[worst]:.2f} of its time at {worst} tokens"
     )
     return []
+
+
+def _errors(chosen: list[Unit]) -> dict[str, float]:
+    """Measure how far the product of each layer is from the exact one; layers that are one product are one here too."""
+    found = {}
+    for unit in chosen:
+        if unit.kernel == "sparse_qkv":
+            whole = unit.packed[0].error(torch.cat([layer.weight for layer in unit.layers]))
+            found.update(dict.fromkeys(unit.names, whole))
+        else:
+            for name, layer, packed in zip(unit.names, unit.layers, unit.packed, strict=True):
+                found[name] = packed.error(layer.weight)
+    return found
 
 
 def _swap(model: nn.Module, chosen: list[Unit], keep_dense: bool) -> None:

@@ -61,11 +61,12 @@ def feed_forward(x: Tensor, packed: list[Packed], biases: list[Tensor | None], a
     """
     parts: list[Any] = []
     for weight, bias in zip(packed, biases, strict=True):
-        parts += [weight.values, weight.columns, weight.pointers, bias]
+        parts += [*weight.operands, bias]
     first, last = packed[0], packed[-1]
     sizes = (first.out_features, last.out_features, first.in_features)
-    operator = torch.ops.hf_sparse.sparse_ffn if len(packed) == 2 else torch.ops.hf_sparse.sparse_gated_ffn
-    out: Tensor = operator(x, *parts, *(weight.rows for weight in packed), *sizes, activation)
+    name = "int8" if first.kernel == "int8" else "sparse"
+    operator = getattr(torch.ops.hf_sparse, f"{name}_ffn" if len(packed) == 2 else f"{name}_gated_ffn")
+    out: Tensor = operator(x, *parts, *(weight.height for weight in packed), *sizes, activation)
     return out
 
 
@@ -155,4 +156,4 @@ def restore(model: nn.Module) -> None:
 
 def is_packed(layer: nn.Module) -> bool:
     """Return whether a layer is packed for the own kernels."""
-    return isinstance(layer, PackedLinear) and layer.kernel == "cpu"
+    return isinstance(layer, PackedLinear) and layer.kernel != "csr"

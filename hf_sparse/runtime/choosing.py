@@ -147,17 +147,17 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> list[
     def alone(name: str) -> Unit:
         if name not in packs:
             layer = able[name]
-            packs[name] = Packed.of(layer.weight, kernel, choose_rows(layer.weight) if kernel == "cpu" else 1)
-        return Unit("sparse_linear" if kernel == "cpu" else "csr", (name,), (able[name],), (packs[name],))
+            packs[name] = Packed.of(layer.weight, kernel, choose_rows(layer.weight) if kernel != "csr" else 1)
+        return Unit("sparse_linear" if kernel != "csr" else "csr", (name,), (able[name],), (packs[name],))
 
-    for block in known_sub_blocks(model) if kernel == "cpu" else ():
+    for block in known_sub_blocks(model) if kernel != "csr" else ():
         names = tuple(block.inputs)
         together: Unit | None = None
         if block.kind == "attention" and _is_self(block) and all(name in able for name in names):
             layers = tuple(able[name] for name in names)
             if len({layer.bias is None for layer in layers}) == 1 and not any(_hooked(layer) for layer in layers):
                 weight = torch.cat([layer.weight.detach() for layer in layers])
-                together = Unit("sparse_qkv", names, layers, (Packed.of(weight, "cpu", choose_rows(weight)),))
+                together = Unit("sparse_qkv", names, layers, (Packed.of(weight, kernel, choose_rows(weight)),))
         elif block.kind == "feed_forward":
             names = (*names, block.output_name)
             activation = blocks.activation_of(block)

@@ -53,7 +53,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
         own = self if self.joint is None else self.joint.layers[0]
         height = self.out_features if self.joint is None else self.joint.out_features
         shape = (height, self.in_features)
-        return Packed(own.kernel, own.rows, *shape, own.values, own.columns, own.pointers, own.negative)
+        return Packed(own.kernel, own.rows, *shape, *[getattr(own, name) for name in PARTS])
 
     @property
     def weight(self) -> Tensor:

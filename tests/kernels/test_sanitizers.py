@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UBSan, driven through its C interface by a small program without Python."""
+"""The C++ under AddressSanitizer and UBSan, driven through its C interface by small programs without Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from hf_sparse.kernels.build import BuildError, build, find_compiler
 
-DRIVER = Path(__file__).parent / "sanitized.cpp"
+DRIVERS = ("sanitized.cpp", "sanitized_int8.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -20,8 +20,9 @@ def test_no_sanitizer_complains(tmp_path):
         library = build(tmp_path / "_cpu.so", SANITIZERS)
     except BuildError as error:
         pytest.skip(f"needs a C++ compiler with sanitizers: {error}")
-    program = tmp_path / "driver"
-    subprocess.run([*compiler, *SANITIZERS, "-std=c++17", str(DRIVER), str(library), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all right" in done.stdout
+    for driver in DRIVERS:
+        program, source = tmp_path / "driver", str(Path(__file__).parent / driver)
+        subprocess.run([*compiler, *SANITIZERS, "-std=c++17", source, str(library), "-o", str(program)], check=True)
+        done = subprocess.run([str(program)], capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "all right" in done.stdout

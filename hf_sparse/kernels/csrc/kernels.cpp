@@ -349,6 +349,6 @@ void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
 extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest, gather,
-                                          scatter,              product, multiply, vector};
+                                          scatter,              product, multiply, vector, activate};
 
 }  // namespace hf_sparse

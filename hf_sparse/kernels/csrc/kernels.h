@@ -41,6 +41,8 @@ struct Kernels {
   void (*multiply)(float* a, const float* b, int64_t count);
   // One token, outputs in the lanes. `in` has padded_inputs features.
   void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
+  // In place; count is a multiple of the lanes.
+  void (*activate)(float* at, int64_t count, Activation act);
 };
 
 extern const Kernels kPortable;

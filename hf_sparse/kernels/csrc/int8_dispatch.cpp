@@ -1,0 +1,177 @@
+// The C interface of the int8 products: checks the weight, cuts the work into tiles, shares it among threads. They are
+// for AVX-512 with VNNI alone; activations and the gate are those of the fp32 kernels.
+#include "int8.h"
+#include "kernels.h"
+#include "threads.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace hf_sparse;
+
+// Whether this processor has what the int8 products need.
+EXPORT int hf_sparse_int8_runs() {
+#ifdef HF_SPARSE_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
+#else
+  return 0;
+#endif
+}
+
+#ifdef HF_SPARSE_X86
+
+namespace hf_sparse {
+namespace {
+
+enum Result : int { kOk, kBadWeight, kNoMemory, kBadArgument };
+
+thread_local Scratch bytes, outputs, gates, hiddens;
+
+// Nothing that a weight holds may lead outside: neither pointers that run backwards or past the quads, nor columns past
+// the inputs.
+bool sound(const Int8Weight& w) {
+  if (w.rows != 1 && w.rows != 2 && w.rows != 4) return false;
+  if (w.out_features < 0 || w.in_features < 0 || w.in_features > 65536 || w.quads < 0) return false;
+  const int64_t count = groups(w);
+  int32_t backwards = w.pointers[0] < 0;
+  for (int64_t g = 0; g < count; g++) backwards |= w.pointers[g + 1] < w.pointers[g];
+  return !backwards && w.pointers[count] <= w.quads && int8::below(w.columns, 4 * w.quads, w.in_features);
+}
+
+struct Tile {
+  int width, tokens;
+  alignas(64) float steps[kInt8Tile];
+};
+
+int64_t tiles_of(int64_t tokens) { return (tokens + kInt8Tile - 1) / kInt8Tile; }
+
+Tile tile_at(int64_t index, int64_t tokens) {
+  const int64_t left = tokens - index * kInt8Tile;
+  return {left <= kInt8Few ? kInt8Few : kInt8Tile, int(left < kInt8Tile ? left : kInt8Tile), {}};
+}
+
+uint8_t* take_bytes(int64_t count) { return reinterpret_cast<uint8_t*>(bytes.take(count / 4)); }
+
+// A tile of inputs as bytes, or null without memory.
+const uint8_t* read(Tile& tile, const float* x, int64_t features) {
+  uint8_t* out = take_bytes(features * tile.width);
+  if (out) int8::read(x, features, tile.tokens, features, tile.width, out, tile.steps);
+  return out;
+}
+
+// Outputs computed at a time, so that they are still in the first cache for what is done with them.
+constexpr int64_t kOutputs = 64;
+
+// Call use(first, last) for groups that are as many outputs.
+template <typename Use>
+void each(const Int8Weight& w, int64_t first, int64_t last, const Use& use) {
+  const int64_t step = kOutputs / w.rows;
+  for (int64_t g = first; g < last; g += step) use(g, g + step < last ? g + step : last);
+}
+
+int64_t rows_of(const Int8Weight& w, int64_t first, int64_t last) {
+  return (last * w.rows < w.out_features ? last * w.rows : w.out_features) - first * w.rows;
+}
+
+bool write(const Int8Weight& w, const Tile& tile, const uint8_t* in, int64_t first, int64_t last, Activation act,
+           float* y) {
+  float* out = outputs.take(kOutputs * tile.width);
+  if (!out) return false;
+  each(w, first, last, [&](int64_t g, int64_t end) {
+    const int64_t rows = rows_of(w, g, end);
+    int8::product(w, in, tile.width, tile.steps, out, g, end);
+    if (act != kNone) kAvx512.activate(out, rows * tile.width, act);
+    int8::write(out, tile.width, rows, tile.tokens, y + g * w.rows, w.out_features);
+  });
+  return true;
+}
+
+int linear(const Int8Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
+  const int64_t tiles = tiles_of(tokens), count = groups(w);
+  // Where there are fewer tiles than threads, each tile's outputs are cut as well.
+  const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
+  bool failed = false;
+  share(tiles * cuts, threads, [&](int64_t i) {
+    const int64_t index = i / cuts, start = index * kInt8Tile;
+    const int64_t first = count * (i % cuts) / cuts, last = count * (i % cuts + 1) / cuts;
+    Tile tile = tile_at(index, tokens);
+    const uint8_t* in = read(tile, x + start * w.in_features, w.in_features);
+    if (!in || !write(w, tile, in, first, last, act, y + start * w.out_features)) failed = true;
+  });
+  return failed ? kNoMemory : kOk;
+}
+
+// The hidden features of a tile, activated and gated; null without memory.
+const float* hidden_of(const Int8Weight& first, const Int8Weight* second, const Tile& tile, const uint8_t* in,
+                       Activation act) {
+  float* h = hiddens.take(groups(first) * first.rows * tile.width);
+  float* other = second ? gates.take(kOutputs * tile.width) : nullptr;
+  if (!h || (second && !other)) return nullptr;
+  each(first, 0, groups(first), [&](int64_t g, int64_t end) {
+    float* to = h + g * first.rows * tile.width;
+    int8::product(first, in, tile.width, tile.steps, to, g, end);
+    kAvx512.activate(to, rows_of(first, g, end) * tile.width, act);
+  });
+  if (second)
+    each(*second, 0, groups(*second), [&](int64_t g, int64_t end) {
+      int8::product(*second, in, tile.width, tile.steps, other, g, end);
+      kAvx512.multiply(h + g * second->rows * tile.width, other, rows_of(*second, g, end) * tile.width);
+    });
+  return h;
+}
+
+int ffn(const Int8Weight& first, const Int8Weight* second, const Int8Weight& down, const float* x, float* y,
+        int64_t tokens, Activation act, int threads) {
+  const int64_t inner = first.in_features, hidden = first.out_features;
+  // With fewer tiles than threads, each product is shared out by outputs instead.
+  if (tiles_of(tokens) < threads) {
+    const int64_t room = (tokens * hidden + 15) / 16 * 16;
+    float* h = hiddens.take(2 * room);
+    if (!h) return kNoMemory;
+    int result = hidden ? linear(first, x, h, tokens, act, threads) : kOk;
+    if (second && hidden && result == kOk) {
+      result = linear(*second, x, h + room, tokens, kNone, threads);
+      if (result == kOk) kAvx512.multiply(h, h + room, room);
+    }
+    return result == kOk ? linear(down, h, y, tokens, kNone, threads) : result;
+  }
+  bool failed = false;
+  share(tiles_of(tokens), threads, [&](int64_t i) {
+    const int64_t start = i * kInt8Tile;
+    Tile tile = tile_at(i, tokens);
+    const uint8_t* in = read(tile, x + start * inner, inner);
+    const float* h = in ? hidden_of(first, second, tile, in, act) : nullptr;
+    uint8_t* rounded = h ? take_bytes(hidden * tile.width) : nullptr;
+    if (rounded) int8::quantise(h, hidden, tile.width, rounded, tile.steps);
+    if (!rounded || !write(down, tile, rounded, 0, groups(down), kNone, y + start * down.out_features)) failed = true;
+  });
+  return failed ? kNoMemory : kOk;
+}
+
+}  // namespace
+}  // namespace hf_sparse
+
+// y = activation(x w^T + bias), x rounded to int8 token by token.
+EXPORT int hf_sparse_int8_linear(const Int8Weight* w, const float* x, float* y, int64_t tokens, int32_t activation,
+                                 int32_t threads) {
+  if (!hf_sparse_int8_runs() || tokens < 0) return kBadArgument;
+  if (!sound(*w)) return kBadWeight;
+  if (tokens == 0 || w->out_features == 0) return kOk;
+  return linear(*w, x, y, tokens, Activation(activation), threads);
+}
+
+// y = (activation(x first^T + bias) [* (x second^T + bias)]) down^T + bias, x and what is in brackets rounded to int8
+// token by token; second may be null.
+EXPORT int hf_sparse_int8_ffn(const Int8Weight* first, const Int8Weight* second, const Int8Weight* down, const float* x,
+                              float* y, int64_t tokens, int32_t activation, int32_t threads) {
+  if (!hf_sparse_int8_runs() || tokens < 0) return kBadArgument;
+  if (!sound(*first) || (second && !sound(*second)) || !sound(*down)) return kBadWeight;
+  if (down->in_features != first->out_features) return kBadArgument;
+  if (second && (second->out_features != first->out_features || second->in_features != first->in_features))
+    return kBadArgument;
+  if (tokens == 0 || down->out_features == 0) return kOk;
+  return ffn(*first, second, *down, x, y, tokens, Activation(activation), threads);
+}
+
+#endif

@@ -1,0 +1,70 @@
+// Calls every int8 product on exactly allocated memory, with sound and with hostile weights.
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "../../hf_sparse/kernels/csrc/int8.h"
+
+using hf_sparse::Int8Weight;
+extern "C" int hf_sparse_int8_runs();
+extern "C" int hf_sparse_int8_linear(const Int8Weight*, const float*, float*, int64_t, int32_t, int32_t);
+extern "C" int hf_sparse_int8_ffn(const Int8Weight*, const Int8Weight*, const Int8Weight*, const float*, float*, int64_t,
+                                  int32_t, int32_t);
+
+static std::mt19937 random_bits(0);
+
+struct Packed {
+  std::vector<int8_t> values;
+  std::vector<uint16_t> columns;
+  std::vector<int32_t> pointers, offsets;
+  std::vector<float> scales, bias;
+  Int8Weight weight;
+
+  // `hostile` values, columns within the inputs, offsets and scales are anything: wrong sums, but no wrong read.
+  Packed(int out, int in, int rows, int percent, bool hostile) : offsets(out), scales(out, 0.01f), bias(out, 0.5f) {
+    const int groups = (out + rows - 1) / rows;
+    pointers.push_back(0);
+    for (int g = 0; g < groups; g++) {
+      for (int j = 0; j < in; j++)
+        if (int(random_bits() % 100) < percent) columns.push_back(uint16_t(hostile ? random_bits() % in : unsigned(j)));
+      while (columns.size() % 4) columns.push_back(0);
+      pointers.push_back(int32_t(columns.size() / 4));
+    }
+    for (size_t i = 0; i < columns.size() * rows; i++)
+      values.push_back(int8_t(hostile ? random_bits() : random_bits() % 255 - 127));
+    for (int i = 0; hostile && i < out; i++) offsets[i] = int32_t(random_bits()), scales[i] = float(random_bits());
+    weight = {values.data(), columns.data(),  pointers.data(),           scales.data(),
+              offsets.data(), bias.data(), int64_t(columns.size() / 4), rows, out, in};
+  }
+};
+
+int main() {
+  if (!hf_sparse_int8_runs()) return std::puts("no AVX-512 VNNI here: all right"), 0;
+  for (int rows = 1; rows <= 4; rows *= 2)
+    for (int out : {1, 5, 33, 129, 260})
+      for (int in : {1, 5, 33, 129, 260})
+        for (int count : {0, 1, 2, 7, 15, 16, 17, 63, 64, 65, 81, 130}) {
+          const int percent = int(random_bits() % 101), threads = 1 + int(random_bits() % 3);
+          const bool hostile = random_bits() % 3 == 0;
+          Packed first(out, in, rows, percent, hostile), second(out, in, rows, percent, hostile);
+          Packed down(in, out, rows == 4 ? 1 : rows * 2, percent, hostile);
+          std::vector<float> x(size_t(count) * in), y(size_t(count) * out), z(size_t(count) * in);
+          for (float& value : x) value = hostile && random_bits() % 9 == 0 ? 1.0f / 0.0f : float(random_bits() % 99);
+          int bad = hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, count % 5, threads);
+          bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, x.data(), z.data(), count, 1, threads);
+          bad |= hf_sparse_int8_ffn(&first.weight, &second.weight, &down.weight, x.data(), z.data(), count, 4, threads);
+          if (bad) return std::puts("a sound weight was refused"), 1;
+          if (!first.columns.empty()) {
+            uint16_t& column = first.columns[random_bits() % first.columns.size()];
+            const uint16_t before = column;
+            column = uint16_t(in + random_bits() % (65536 - in));
+            if (!hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, 0, threads))
+              return std::puts("a hostile column was taken"), 1;
+            column = before;
+          }
+          first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
+          if (!hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, 0, threads))
+            return std::puts("hostile pointers were taken"), 1;
+        }
+  std::puts("all right");
+}
