@@ -13,7 +13,7 @@ import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
-from .packing import CHUNK
+from .packing import chunk_width
 
 if TYPE_CHECKING:
     from .ops import Weight
@@ -156,7 +156,7 @@ def _structure(weight: Weight) -> tuple[_Weight, Tensor | None]:
     at = None if bias is None else bias.data_ptr()
     return _Weight(
         *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), at, columns.numel()),
-        *(rows, out_features, in_features, CHUNK),
+        *(rows, out_features, in_features, chunk_width(in_features, pointers.shape[0])),
     ), bias
 
 

@@ -1,7 +1,7 @@
-"""The form of a weight that the sparse products read: columns in chunks that stay in the first cache, rows x 1 blocks.
+"""The form of a weight that the sparse products read: columns in chunks that stay in a cache, rows x 1 blocks.
 
-The columns of a weight are cut into chunks of `CHUNK`. Inside a chunk, group after group of `rows` outputs, every block
-column that holds a nonzero is kept: one byte says where in the chunk it is, `rows` floats what it holds.
+The columns of a weight are cut into chunks of equal width. Inside a chunk, group after group of `rows` outputs, every
+block column that holds a nonzero is kept: one byte says where in the chunk it is, `rows` floats what it holds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,20 @@ from torch import Tensor
 
 from ..errors import BackendError
 
-CHUNK = 128
-"""Columns a chunk: with 64 tokens of fp32 they fill a first cache of 32 KiB; at most 256, so that a byte can say it."""
+WIDEST = 256
+"""Most columns a chunk: a byte says where in it a block is."""
+
+NARROW = 128
+"""Columns a chunk of 1 x 1 and 2 x 1 blocks, of which more than `DENSE` are kept: as 64 tokens of fp32 fill 32 KiB."""
+
+MIDDLE = 192
+"""The same, where fewer are kept: the sums, stored and loaded between chunks, then cost more than a second cache does.
+Taller blocks load an input once for all their rows, which the second cache can serve: they take `WIDEST`."""
+
+DENSE = 0.3
+
+_STEP = 16
+"""The width of a chunk is a multiple of this, a whole number of blocks of any height."""
 
 ROWS = (1, 2, 4, 8, 16)
 """Heights of a block that the products know."""
@@ -54,6 +66,11 @@ class PackedWeight:
             _check_indexes(self)
 
     @property
+    def chunk(self) -> int:
+        """Columns a chunk."""
+        return chunk_width(self.in_features, self.pointers.shape[0])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all three tensors."""
         return sum(tensor.nbytes for tensor in (self.values, self.columns, self.pointers))
@@ -80,9 +97,13 @@ def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
         raise BackendError(f"pack was asked for blocks of {rows} rows; the products know {', '.join(map(str, ROWS))}")
     weight = weight.detach()
     out, width = weight.shape
-    groups, chunks = -(-out // rows), -(-width // CHUNK)
-    padded = torch.nn.functional.pad(weight, (0, chunks * CHUNK - width, 0, groups * rows - out))
-    blocks = padded.view(groups, rows, chunks, CHUNK).permute(2, 0, 3, 1)  # chunk, group, column, row
+    groups, wanted = -(-out // rows), WIDEST
+    if rows <= 2:
+        wanted = NARROW if int(weight.count_nonzero()) > DENSE * weight.numel() else MIDDLE
+    chunk = chunk_width(width, -(-width // wanted))
+    chunks = -(-width // chunk)
+    padded = torch.nn.functional.pad(weight, (0, chunks * chunk - width, 0, groups * rows - out))
+    blocks = padded.view(groups, rows, chunks, chunk).permute(2, 0, 3, 1)  # chunk, group, column, row
     kept = (blocks != 0).any(dim=-1)
     if int(kept.sum()) > torch.iinfo(torch.int32).max:
         raise BackendError(f"a weight of shape {tuple(weight.shape)} has more blocks than int32 can count")
@@ -106,17 +127,29 @@ def unpack(packed: PackedWeight) -> Tensor:
 def dense(values: Tensor, columns: Tensor, pointers: Tensor, rows: int, out_features: int, in_features: int) -> Tensor:
     """Write the blocks into zeros; the parts of a `PackedWeight` one by one, as the operators have them."""
     chunks, groups = pointers.shape[0], pointers.shape[1] - 1
-    weight = values.new_zeros(chunks * groups * CHUNK, rows)
-    weight[block_cells(columns, pointers)] = values
-    weight = weight.view(chunks, groups, CHUNK, rows).permute(1, 3, 0, 2).reshape(groups * rows, chunks * CHUNK)
+    chunk = chunk_width(in_features, chunks)
+    weight = values.new_zeros(chunks * groups * chunk, rows)
+    weight[block_cells(columns, pointers, chunk)] = values
+    weight = weight.view(chunks, groups, chunk, rows).permute(1, 3, 0, 2).reshape(groups * rows, chunks * chunk)
     return weight[:out_features, :in_features].contiguous()
 
 
-def block_cells(columns: Tensor, pointers: Tensor) -> Tensor:
+def chunk_width(in_features: int, chunks: int) -> int:
+    """Say how many columns each chunk has, but for the last one, if there are so many.
+
+    Example:
+        >>> chunk_width(768, 3), chunk_width(768, 5), chunk_width(7, 1)
+        (256, 160, 16)
+    """
+    each = -(-in_features // max(chunks, 1))
+    return max(-(-each // _STEP), 1) * _STEP
+
+
+def block_cells(columns: Tensor, pointers: Tensor, chunk: int) -> Tensor:
     """Say where each block lies, counted over (chunk, group, column)."""
     counts = pointers.long().diff(dim=1).flatten()
     slots = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-    return slots * CHUNK + columns.long()
+    return slots * chunk + columns.long()
 
 
 def check_layout(
@@ -125,7 +158,11 @@ def check_layout(
     """Refuse tensors whose shapes, types or memory do not fit together; reads no element, so it is cheap."""
     if rows not in ROWS or out_features < 0 or in_features < 0:
         raise BackendError(f"{whose}: blocks of {rows} rows in a weight of shape ({out_features}, {in_features})")
-    shape = (-(-in_features // CHUNK), -(-out_features // rows) + 1)
+    chunks = pointers.shape[0] if pointers.dim() == 2 else 0
+    chunk = chunk_width(in_features, chunks)
+    if chunk > WIDEST or chunks != -(-in_features // chunk):
+        chunks = -(-in_features // WIDEST)
+    shape = (chunks, -(-out_features // rows) + 1)
     if (
         values.dtype != torch.float32
         or columns.dtype != torch.uint8
@@ -159,9 +196,8 @@ def _check_indexes(packed: PackedWeight) -> None:
     if not fits:
         raise BackendError(f"the pointers of a PackedWeight do not count its {blocks} blocks from first to last")
     if blocks:
-        chunks = -(-packed.in_features // CHUNK)
-        last = int(pointers[-1, 0])
-        wide = int(packed.columns.max()) >= CHUNK
+        chunk, last = packed.chunk, int(pointers[-1, 0])
+        wide = int(packed.columns.max()) >= chunk
         tail = packed.columns[last:]
-        if wide or (tail.numel() and int(tail.max()) >= packed.in_features - (chunks - 1) * CHUNK):
+        if wide or (tail.numel() and int(tail.max()) >= packed.in_features - (pointers.shape[0] - 1) * chunk):
             raise BackendError(f"the columns of a PackedWeight go beyond its {packed.in_features} inputs")

@@ -25,12 +25,31 @@ def test_unpack_gives_back_every_bit(rows, shape, zeros):
 
 
 def test_block_columns_of_zeros_are_dropped():
-    weight = torch.zeros(8, 200)
-    weight[5, 130] = 2
+    weight = torch.zeros(8, 400)
+    weight[5, 250] = 2
     packed = pack(weight, 4)
+    assert packed.chunk == 208  # two of equal width, in steps of 16
     assert packed.values.tolist() == [[0, 2, 0, 0]]
-    assert packed.columns.tolist() == [2]
+    assert packed.columns.tolist() == [42]
     assert packed.pointers.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "zeros", "chunk"),
+    [(1, 0.2, 128), (1, 0.9, 192), (2, 0.9, 192), (4, 0.2, 256), (4, 0.9, 256), (16, 0.9, 256)],
+)
+def test_chunks_are_as_wide_as_the_blocks_can_do_with(rows, zeros, chunk):
+    packed = pack(sparse(32, 768, zeros), rows)
+    assert packed.chunk == chunk
+    assert packed.pointers.shape == (768 // chunk, 32 // rows + 1)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 127, 129, 255, 256, 257, 300, 769, 3000])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_every_width_has_chunks_that_its_pointers_tell(rows, width):
+    packed = pack(torch.ones(5, width), rows)
+    assert packed.pointers.shape[0] == -(-width // packed.chunk)
+    assert torch.equal(unpack(packed), torch.ones(5, width))
 
 
 def test_a_ninety_percent_weight_takes_a_seventh():

@@ -86,6 +86,7 @@ __attribute__((noinline)) void activate(float* at, int64_t count, Activation act
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define WIDE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
 #endif
 #ifndef SHUFFLE
@@ -104,11 +105,40 @@ INLINE void transpose4(const float* in, int64_t from, float* out, int64_t to) {
   *reinterpret_cast<Quad*>(out + 3 * to) = SHUFFLE(ef, gh, 2, 3, 6, 7);
 }
 
+// Turn kLanes rows of kLanes floats into as many columns. Each step interleaves the halves of the rows, so that log2(kLanes)
+// of them rotate every index (row, place) into (place, row); whole vectors, hence whole cache lines, are written.
+#if HF_SPARSE_BYTES == 64 && defined(WIDE_SHUFFLE)
+#define HF_SPARSE_TURNS 1
+INLINE void turn(const float* in, int64_t from, float* out, int64_t to) {
+  Vec row[16], next[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) row[i] = *reinterpret_cast<const LooseVec*>(in + i * from);
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; step++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      next[2 * i] = WIDE_SHUFFLE(row[i], row[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = WIDE_SHUFFLE(row[i], row[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) *reinterpret_cast<LooseVec*>(out + i * to) = row[i];
+}
+#endif
+
 // out[j, i] = in[i, j] for i < rows, j < cols, 32 columns at a time so that both sides stay in the first cache.
 void transpose(const float* in, int64_t from, int64_t rows, int64_t cols, float* out, int64_t to) {
   for (int64_t c = 0; c < cols; c += 32) {
     const int64_t end = c + 32 < cols ? c + 32 : cols, whole = c + (end - c) / 4 * 4;
     int64_t i = 0;
+#ifdef HF_SPARSE_TURNS
+    for (; i + 16 <= rows && end == c + 32; i += 16) {
+      turn(in + i * from + c, from, out + c * to + i, to);
+      turn(in + i * from + c + 16, from, out + (c + 16) * to + i, to);
+    }
+#endif
     for (; i + 4 <= rows; i += 4) {
       for (int64_t j = c; j < whole; j += 4) transpose4(in + i * from + j, from, out + j * to + i, to);
       for (int64_t j = whole; j < end; j++)
@@ -137,16 +167,88 @@ void multiply(float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(a + i, load(a + i) * load(b + i));
 }
 
+#if HF_SPARSE_BYTES == 64 && defined(WIDE_SHUFFLE)
+#define HF_SPARSE_SINGLES 1
+
+// Spread one place of a vector over all of it. GCC would make the constant place anew for each output, so it is hidden from
+// its eyes: made once, kept in a register.
+#ifdef __clang__
+struct Places {};
+#define SPREAD(from, i, places) __builtin_shufflevector(from, from, i, i, i, i, i, i, i, i, i, i, i, i, i, i, i, i)
+#else
+struct Places {
+  IntVec at[8];
+  Places() {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      at[i] = i - IntVec{};
+      asm("" : "+v"(at[i]));
+    }
+  }
+};
+#define SPREAD(from, i, places) __builtin_shuffle(from, places.at[i])
+#endif
+
+template <int kPlace, int kVecs>
+INLINE void single(const float* __restrict in, Vec values, uint64_t columns, const Places& places, Vec (&sum)[kVecs]) {
+  const float* x = in + (columns >> (8 * kPlace) & 255) * (kVecs * kLanes);
+  const Vec weight = SPREAD(values, kPlace, places);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; v++) sum[v] += weight * load(x + v * kLanes);
+}
+
+// The single values of one output, eight and four at a time; returns how many were left to do. One 512-bit load a cycle is
+// the limit here, so columns and values are loaded together and taken apart in registers, by units that are idle.
+template <int kVecs>
+INLINE int64_t singles(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
+                       int64_t count, const Places& places, Vec (&sum)[kVecs]) {
+  typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+  int64_t p = 0;
+  for (; p + 8 <= count; p += 8) {
+    const Eight some = *reinterpret_cast<const Eight*>(values + p);
+    const Vec all = WIDE_SHUFFLE(some, some, 0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+    uint64_t at;
+    __builtin_memcpy(&at, columns + p, 8);
+    single<0>(in, all, at, places, sum);
+    single<1>(in, all, at, places, sum);
+    single<2>(in, all, at, places, sum);
+    single<3>(in, all, at, places, sum);
+    single<4>(in, all, at, places, sum);
+    single<5>(in, all, at, places, sum);
+    single<6>(in, all, at, places, sum);
+    single<7>(in, all, at, places, sum);
+  }
+  if (p + 4 <= count) {
+    const Quad some = *reinterpret_cast<const Quad*>(values + p);
+    const Eight more = WIDE_SHUFFLE(some, some, 0, 1, 2, 3, -1, -1, -1, -1);
+    const Vec all = WIDE_SHUFFLE(more, more, 0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    uint32_t at;
+    __builtin_memcpy(&at, columns + p, 4);
+    single<0>(in, all, at, places, sum);
+    single<1>(in, all, at, places, sum);
+    single<2>(in, all, at, places, sum);
+    single<3>(in, all, at, places, sum);
+    p += 4;
+  }
+  return p;
+}
+#else
+struct Places {};
+#endif
+
 // kPart of the kRows outputs of each block times kVecs vectors of tokens; kUnroll blocks at once where the sums in flight
 // would otherwise be too few to hide the latency of a fused multiply-add.
 template <int kRows, int kPart, int kVecs>
 INLINE void walk(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
-                 int64_t count, Vec (&sum)[kPart][kVecs]) {
+                 int64_t count, const Places& places, Vec (&sum)[kPart][kVecs]) {
   constexpr int kTile = kVecs * kLanes;
   constexpr int kUnroll = kPart * kVecs >= 4 ? 1 : 4 / (kPart * kVecs);
-  Vec more[kUnroll][kPart][kVecs] = {};
   int64_t p = 0;
+#ifdef HF_SPARSE_SINGLES
+  if constexpr (kRows == 1 && kVecs >= 3) p = singles(in, values, columns, count, places, sum[0]);
+#endif
   if (kUnroll > 1) {
+    Vec more[kUnroll][kPart][kVecs] = {};
     for (; p + kUnroll <= count; p += kUnroll)
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; u++) {
@@ -181,33 +283,50 @@ INLINE void walk(const float* __restrict in, const float* __restrict values, con
   }
 }
 
+// Groups first to last of one chunk. Apart from all else, so that nothing but the sums competes for registers.
+template <int kRows, int kVecs>
+__attribute__((noinline)) void sweep(const Weight& w, int64_t chunk, const float* features, float* out, int64_t first,
+                                     int64_t last) {
+  constexpr int kTile = kVecs * kLanes;
+  constexpr int kPart = kRows < 4 ? kRows : 4;  // taller blocks in parts of 4: more sums than registers help nobody
+  const int32_t* pointers = w.in_features ? w.pointers + chunk * (groups(w) + 1) : nullptr;
+  const Places places;
+  for (int64_t g = first; g < last; g++) {
+    const int64_t begin = pointers ? pointers[g] : 0, end = pointers ? pointers[g + 1] : 0;
+    for (int part = 0; part < kRows; part += kPart) {
+      float* to = out + (g * kRows + part) * kTile;
+      Vec sum[kPart][kVecs];
+#pragma GCC unroll 8
+      for (int r = 0; r < kPart; r++) {
+        const int64_t row = g * kRows + part + r;
+        const Vec bias = splat(chunk == 0 && w.bias && row < w.out_features ? w.bias[row] : 0.0f);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; v++) sum[r][v] = chunk ? load(to + r * kTile + v * kLanes) : bias;
+      }
+      walk<kRows, kPart, kVecs>(features, w.values + begin * kRows + part, w.columns + begin, end - begin, places, sum);
+#pragma GCC unroll 8
+      for (int r = 0; r < kPart; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; v++) store(to + r * kTile + v * kLanes, sum[r][v]);
+    }
+  }
+}
+
 template <int kRows, int kVecs>
 void product_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
   constexpr int kTile = kVecs * kLanes;
-  constexpr int kPart = kRows < 4 ? kRows : 4;  // taller blocks in parts of 4: more sums than registers help nobody
-  const int64_t count = groups(w), parts = chunks(w);
-  for (int64_t c = 0; c < (parts ? parts : 1); c++) {
-    const int32_t* pointers = w.pointers + c * (count + 1);
+  constexpr int64_t kAtOnce = kRows < 16 ? 16 / kRows : 1;  // groups that are still in the first cache for the activation
+  const int64_t parts = chunks(w) ? chunks(w) : 1;
+  for (int64_t c = 0; c < parts; c++) {
     const float* features = in + c * w.chunk * kTile;
-    for (int64_t g = first; g < last; g++) {
-      const int64_t begin = parts ? pointers[g] : 0, end = parts ? pointers[g + 1] : 0;
-      for (int part = 0; part < kRows; part += kPart) {
-        float* to = out + (g * kRows + part) * kTile;
-        Vec sum[kPart][kVecs];
-#pragma GCC unroll 8
-        for (int r = 0; r < kPart; r++) {
-          const int64_t row = g * kRows + part + r;
-          const Vec bias = splat(c == 0 && w.bias && row < w.out_features ? w.bias[row] : 0.0f);
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; v++) sum[r][v] = c ? load(to + r * kTile + v * kLanes) : bias;
-        }
-        walk<kRows, kPart, kVecs>(features, w.values + begin * kRows + part, w.columns + begin, end - begin, sum);
-#pragma GCC unroll 8
-        for (int r = 0; r < kPart; r++)
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; v++) store(to + r * kTile + v * kLanes, sum[r][v]);
-        if (act != kNone && c + 1 >= parts) activate(to, kPart * kTile, act);
-      }
+    if (act == kNone || c + 1 < parts) {
+      sweep<kRows, kVecs>(w, c, features, out, first, last);
+      continue;
+    }
+    for (int64_t g = first; g < last; g += kAtOnce) {
+      const int64_t end = g + kAtOnce < last ? g + kAtOnce : last;
+      sweep<kRows, kVecs>(w, c, features, out, g, end);
+      activate(out + g * kRows * kTile, (end - g) * kRows * kTile, act);
     }
   }
 }
