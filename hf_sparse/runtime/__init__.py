@@ -102,7 +102,7 @@ def to_runtime(
     if chosen:
         _swap(model, chosen, keep_dense)
         if backend in ("auto", "cpu", "cpu-int8"):
-            _lay_out(model, choices, timed)
+            _lay_out(model, choices, timed, tokens or vocabulary.TOKENS)
     layers = []
     for name, choice in choices.items():
         unit = next((unit for unit in chosen if name in unit.names), None)
@@ -219,18 +219,20 @@ def _swap(model: nn.Module, chosen: list[Unit], keep_dense: bool) -> None:
         parameter.requires_grad_(False)
 
 
-def _lay_out(model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None) -> None:
+def _lay_out(model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]) -> None:
     layer = vocabulary.vocabulary_of(model)
     choice = next((choice for choice in choices.values() if choice.layer is layer), None)
     if layer is None or choice is None:
         return
     if table is not None:
-        choice.gains = vocabulary.gains_by_columns(layer, table)
-        if not vocabulary.pays(choice.gains):
+        races = vocabulary.races_by_columns(layer, table, tokens)
+        choice.gains = {count: race.gain for count, race in races.items()}
+        if not vocabulary.pays(races):
             return
     vocabulary.lay_by_columns(model, layer)
     choice.kernel = vocabulary.KERNEL
-    gained = f", {choice.gains[1]:.1f}x with one token" if choice.gains else ""
+    least = min(choice.gains, default=0)
+    gained = f", {choice.gains[least]:.1f}x at {least} token{'s' if least > 1 else ''}" if least else ""
     choice.reason = f"dense, laid out by columns{gained} ({choice.reason})"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.runtime import vocabulary
-from hf_sparse.runtime.timing import SpeedTable
+from hf_sparse.runtime.timing import Race, Run, SpeedTable, Trial
 from tests.runtime.models import answers, sparse, table
 from tests.structures import batch
 
@@ -77,9 +76,11 @@ class Timed:
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds
 
-    def __call__(self, trial: Any, dense: Any, packed: Any) -> tuple[float, float]:
-        torch.testing.assert_close(dense(), packed()) if trial.kind == vocabulary.KERNEL else None
-        return 1.0, self.seconds[trial.tokens] if trial.kind == vocabulary.KERNEL else 0.5
+    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Race:
+        if trial.kind != vocabulary.KERNEL:
+            return Race(1.0, 0.5, 2.0)
+        torch.testing.assert_close(dense(), packed())
+        return Race(1.0, self.seconds[trial.tokens], 1.0 / self.seconds[trial.tokens])
 
 
 @pytest.mark.parametrize(
