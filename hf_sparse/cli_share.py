@@ -73,6 +73,7 @@ def add_commands(commands: Any) -> None:
     card.add_argument("folder", metavar="DIR", help="folder of a saved model")
     card.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
     card.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
+    card.add_argument("--force", action="store_true", help="also in place of a card that was written by hand")
     card.set_defaults(command=_card)
 
     push = commands.add_parser("push", help="upload a saved model to the Hub")
@@ -163,11 +164,10 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    from .model_card import CARD, card_text, facts_of
+    from .model_card import card_text, facts_of, write_card
 
-    path = Path(options.folder) / CARD
-    path.write_text(card_text(facts_of(options.folder, options.against, options.license)), encoding="utf-8")
-    print(f"Wrote {path}")
+    text = card_text(facts_of(options.folder, options.against, options.license))
+    print(f"Wrote {write_card(options.folder, text, options.force)}")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from .codecs import CODECS, decode, encode, layout
 from .codecs.base import as_bits
 from .compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from .errors import CheckpointError, RecipeError
-from .files import MANIFEST_KEY, check_files, read_manifest, replace_file
+from .files import MANIFEST_KEY, check_files, read_json, read_manifest, replace_file
 from .manifest import Manifest, TensorEntry
 from .masking import STATE_SUFFIXES
 from .packing import FORMATS as PROFILES
@@ -115,7 +115,7 @@ def convert(
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
     if source.is_file():
         return _convert_file(source, output, spec)
-    config = _read_config(source / "config.json")
+    config = read_json(source / "config.json") or {}
     method = _method(config) if config else None
     with staged(output, writes=True) as folder:
         done = _convert(files, method, Path(folder), spec, limit)
@@ -156,18 +156,6 @@ def _limit(size: int | str) -> int:
     if limit <= 0:
         raise RecipeError(f"the size of a shard is a number of bytes, or a text as in '2GB' or '500MB', not {size!r}")
     return limit
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} should hold a mapping")
-    return config
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -47,6 +47,23 @@ def reading(path: PathLike) -> Iterator[None]:
         raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
 
 
+def read_json(path: PathLike) -> dict[str, Any] | None:
+    """Read a JSON file beside a model, such as its config; one that is not there is None, and damage is never that.
+
+    Raises:
+        CheckpointError: if it is there and cannot be read, or holds no mapping.
+    """
+    if not Path(path).is_file():
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{os.fspath(path)} should hold a mapping, not {found!r:.80}")
+    return found
+
+
 @contextlib.contextmanager
 def _opened(path: PathLike) -> Iterator[Any]:
     with reading(path), safe_open(path, framework="pt") as file:

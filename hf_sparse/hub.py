@@ -63,7 +63,7 @@ def push_folder(
 
     Args:
         revision: a branch, made if there is none.
-        create_pr: open a pull request instead of changing the branch.
+        create_pr: open a pull request instead of changing the branch, which has to be there; also for models of others.
         keep_card: leave a card alone that the repository has already.
 
     Raises:
@@ -77,7 +77,7 @@ def push_folder(
     api = HfApi(library_name="hf_sparse", token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
+        if revision is not None and not create_pr and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if keep_card and api.file_exists(repo_id, CARD, revision=revision):
             del files[CARD]

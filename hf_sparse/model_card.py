@@ -7,7 +7,7 @@ data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadat
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
+from .files import read_json
 from .inspection import Inspection, inspect
 from .speed import SPEED, Speed, read_speed
 
@@ -65,7 +66,9 @@ def facts_of(
     """
     folder = Path(folder)
     inspection = inspect(folder)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"folder {folder} has no config.json: it has to hold a saved model")
     recipe = read_recipe(folder / "recipe.yaml")
     data = recipe.get("data") or {}
     named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
@@ -121,21 +124,9 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}. The folder has to hold a saved model") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return data
-
-
 def _metrics(folder: Path) -> dict[str, float]:
-    path = folder / "eval_results.json"
-    if not path.is_file():
-        return {}
-    found = {key.removeprefix("eval_"): value for key, value in _json(path).items() if key.startswith("eval_")}
+    measured = read_json(folder / "eval_results.json") or {}
+    found = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
     return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and type(v) in (int, float)}
 
 
@@ -172,7 +163,35 @@ def card_text(facts: CardFacts, tags: Sequence[str] = ()) -> str:
     Args:
         tags: more of them for the metadata.
     """
-    return f"---\n{_metadata(facts, tags).to_yaml()}\n---\n\n{_body(facts)}"
+    text = f"---\n{_metadata(facts, tags).to_yaml()}\n---\n\n{_body(facts)}"
+    return f"{text}\n{_seal(text)}\n"
+
+
+def _seal(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"<!-- Written by hf_sparse, and written anew as long as nobody edits it: {digest} -->"
+
+
+def is_ours(text: str) -> bool:
+    """Return whether a card is as hf_sparse wrote it, so that nothing is lost when another takes its place."""
+    body, _, seal = text.removesuffix("\n").rpartition("\n")
+    return seal == _seal(body)
+
+
+def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -> Path:
+    """Write the card of a folder.
+
+    Args:
+        force: also in place of a card that somebody wrote or edited.
+
+    Raises:
+        RecipeError: if there is such a card.
+    """
+    path = Path(folder) / CARD
+    if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+        raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from .architectures import SubBlock, known_sub_blocks
 from .compaction import EDITS_ATTRIBUTE
 from .edits import Cut, Edits
 from .errors import RecipeError
+from .files import read_json
 from .inspection import inspect
 from .loading import load_whole
 from .recipe_sections import DataSection
@@ -92,9 +92,7 @@ def _sizes(folder: Path, against: Path | None) -> str:
 
 
 def _metrics(folder: Path) -> list[str]:
-    found = _json(folder / "eval_results.json")
-    if not isinstance(found, Mapping):
-        return []
+    found = read_json(folder / "eval_results.json") or {}
     values = [
         f"{str(key).removeprefix('eval_')} {value:.4f}"
         for key, value in found.items()
@@ -111,13 +109,6 @@ def _speed(folder: Path, bench: str | os.PathLike[str] | None) -> str:
     found = read_speed(path)
     note = f"{found.model}: medians and quartiles of a forward pass, measured in turns."
     return page.section("Speed", page.table(("", "measured"), found.rows), note)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _finite(value: Any) -> bool:
@@ -238,9 +229,9 @@ def _buckets(left: Tensor) -> Tensor:
 
 
 def _training(folder: Path) -> str:
-    state = _json(folder / "trainer_state.json")
+    state = read_json(folder / "trainer_state.json")
     title = "Over training"
-    if not isinstance(state, Mapping) or not isinstance(state.get("log_history"), list):
+    if state is None or not isinstance(state.get("log_history"), list):
         return page.left_out(title, "there is no trainer_state.json beside the model")
     series: dict[str, dict[float, float]] = {}
     for row in state["log_history"]:

@@ -39,7 +39,7 @@ from .hub import guard_trainer
 from .inspection import Inspection, inspect
 from .loading import load_tokenizer
 from .metrics import build_metrics
-from .model_card import CARD, card_text, facts_of
+from .model_card import card_text, facts_of, write_card
 from .recipe import Recipe
 from .recipe_sections import ModelSection
 from .report import Summary, summarize
@@ -130,7 +130,10 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if trainer.is_world_process_zero():
         report = report_text(recipe, texts, result, inspect(output))
         (output / "report.md").write_text(report, encoding="utf-8")
-        (output / CARD).write_text(card_text(facts_of(output)), encoding="utf-8")
+        try:
+            write_card(output, card_text(facts_of(output)))
+        except RecipeError as error:
+            logger.warning("the model card was not written: %s", error)
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
+from .ablation import head_losses, layer_losses
 from .allocation import by_sensitivity, erdos_renyi, groups_of
 from .architectures import known_sub_blocks
 from .data import load_split
 from .drawing import new_figure, write_figure
-from .errors import RecipeError, SparsityError
+from .errors import RecipeError
 from .heads import HeadTable
 from .importance import head_importance
-from .kth import keep_highest
 from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
 from .recipe_sections import DataSection
 from .recipe_text import dump_yaml
 from .selection import kept_count
 from .targets import match_layers
-
-Batch = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +35,7 @@ class Sensitivity:
         shapes: of the weights.
         heads: importance of the heads; None where no family of architectures knows the model.
         samples: how many texts it was measured on.
+        masked: by attention, the loss with each head masked alone, and one for each level of heads masked together.
     """
 
     levels: tuple[float, ...]
@@ -48,15 +44,22 @@ class Sensitivity:
     shapes: dict[str, tuple[int, int]]
     heads: HeadTable | None
     samples: int
+    masked: dict[str, tuple[list[float], list[float]]] = dataclasses.field(default_factory=dict)
 
     def allocations(self, sparsity: float) -> dict[str, list[dict[str, Any]]]:
         """Return the groups of a recipe for a total sparsity, by how they were found."""
         sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
         increases = {name: [loss - self.dense for loss in losses] for name, losses in self.losses.items()}
-        return {
+        groups = {
             "sensitivity": groups_of(by_sensitivity(sizes, self.levels, increases, sparsity), sizes),
             "erdos_renyi": groups_of(erdos_renyi(self.shapes, sparsity), sizes),
         }
+        numbers = {name: len(alone) for name, (alone, _) in self.masked.items()}
+        if numbers and kept_count(sum(numbers.values()), sparsity) >= len(numbers):  # each attention keeps a head
+            minds = {name: [loss - self.dense for loss in together] for name, (_, together) in self.masked.items()}
+            heads = groups_of(by_sensitivity(numbers, self.levels, minds, sparsity), numbers)
+            groups["heads"] = [{**group, "pattern": "head"} for group in heads]
+        return groups
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -65,6 +68,9 @@ class Sensitivity:
             "dense_loss": self.dense,
             "losses": {name: list(losses) for name, losses in self.losses.items()},
             "heads": None if self.heads is None else self.heads.to_dict(),
+            "masked_heads": {
+                name: {"alone": alone, "together": together} for name, (alone, together) in self.masked.items()
+            },
             "samples": self.samples,
         }
 
@@ -74,7 +80,20 @@ class Sensitivity:
         for name, losses in self.losses.items():
             lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in losses))
         lines.append(f"Increase of the loss, which is {self.dense:.4f} dense, on {self.samples} texts")
+        if self.masked:
+            lines += ["", *self._masked_lines()]
         return "\n".join(lines) + ("" if self.heads is None else f"\n\n{self.heads}")
+
+    def _masked_lines(self) -> list[str]:
+        wide = max(len(name) for name in (*self.masked, "heads masked together"))
+        lines = [f"{'heads masked together':<{wide}}  " + " ".join(f"{level:>9.1%}" for level in self.levels)]
+        for name, (_, together) in self.masked.items():
+            lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in together))
+        most = max(len(alone) for alone, _ in self.masked.values())
+        lines += ["", f"{'one head masked alone':<{wide}}  " + " ".join(f"{head:>7}" for head in range(most))]
+        for name, (alone, _) in self.masked.items():
+            lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+7.3f}" for loss in alone))
+        return lines
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the loss over sparsity, one line for each layer, and write it to a file (png, pdf or svg by its ending).
@@ -83,74 +102,34 @@ class Sensitivity:
             BackendError: without matplotlib.
             RecipeError: for an ending that matplotlib cannot write.
         """
-        figure = new_figure(9, max(4.0, 0.2 * len(self.losses)))
-        axes = figure.subplots()
-        for place, (name, losses) in enumerate(self.losses.items()):
+        lines = {**self.losses, **{f"{name} (heads)": together for name, (_, together) in self.masked.items()}}
+        figure = new_figure(9, max(4.0, 0.2 * len(lines)) + (2.2 if self.masked else 0.0))
+        upper, *lower = figure.subplots(
+            1 + bool(self.masked), squeeze=False, height_ratios=[2, 1] if self.masked else None
+        )[:, 0]
+        for place, (name, losses) in enumerate(lines.items()):
             style = ("-", "--", ":", "-.")[place // 10 % 4]  # matplotlib has ten colours
-            axes.plot((0.0, *self.levels), (self.dense, *losses), style, marker="o", markersize=3, label=name)
-        axes.set_xlabel("sparsity of this layer alone")
-        axes.set_ylabel("loss")
-        axes.set_title(f"Sensitivity of layers, {self.samples} texts", fontsize=10)
+            marker = "o" if name in self.losses else "s"
+            upper.plot((0.0, *self.levels), (self.dense, *losses), style, marker=marker, markersize=3, label=name)
+        upper.set_xlabel("sparsity of this layer alone, or fraction of its heads masked")
+        upper.set_ylabel("loss")
+        upper.set_title(f"Sensitivity of layers and heads, {self.samples} texts", fontsize=10)
+        for axes in lower:
+            _draw_heads(figure, axes, self.masked, self.dense)
         figure.legend(loc="outside right upper", fontsize=7)
         write_figure(figure, path)
 
 
-def layer_losses(
-    model: nn.Module, layers: Mapping[str, nn.Linear], data: Sequence[Batch], levels: Sequence[float]
-) -> tuple[float, dict[str, tuple[float, ...]]]:
-    """Return the loss of the model, and with the lowest magnitudes of one layer removed, for each layer and level.
-
-    The weights are restored to the last bit, whatever happens.
-
-    Raises:
-        RecipeError: for levels that are not ascending in (0, 1), or no batch.
-        SparsityError: if the model returns no loss, or there are NaN among the weights.
-
-    Source: Han et al. 2015, "Learning both Weights and Connections", section 4.
-    """
-    if not levels or list(levels) != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
-        raise RecipeError(f"levels are ascending sparsities above 0 and below 1, not {list(levels)}")
-    if not data:
-        raise RecipeError("sensitivity needs data, and there was no batch")
-    training = model.training
-    model.eval()
-    try:
-        dense = mean_loss(model, data)
-        found = {}
-        for name, layer in tqdm(layers.items(), desc="Sensitivity"):
-            found[name] = tuple(_pruned_losses(model, layer.weight, data, levels))
-    finally:
-        model.train(training)
-    return dense, found
-
-
-@torch.no_grad()
-def _pruned_losses(model: nn.Module, weight: Tensor, data: Sequence[Batch], levels: Sequence[float]) -> list[float]:
-    before = weight.clone()
-    losses = []
-    try:
-        for level in levels:
-            (kept,), _ = keep_highest([before.abs().float()], kept_count(weight.numel(), level))
-            weight.copy_(torch.where(kept, before, 0.0))
-            losses.append(mean_loss(model, data))
-    finally:
-        weight.copy_(before)
-    return losses
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, data: Iterable[Batch]) -> float:
-    """Return the mean of the losses of batches, each counted by its rows."""
-    total, rows = 0.0, 0
-    for batch in data:
-        loss = getattr(model(**batch), "loss", None)
-        if loss is None:
-            raise SparsityError(
-                "the model returned no loss, which sensitivity is about; are there labels in the batch?"
-            )
-        size = len(batch["labels"])
-        total, rows = total + float(loss) * size, rows + size
-    return total / rows
+def _draw_heads(figure: Any, axes: Any, masked: Mapping[str, tuple[list[float], list[float]]], dense: float) -> None:
+    most = max(len(alone) for alone, _ in masked.values())
+    table = [[loss - dense for loss in alone] + [math.nan] * (most - len(alone)) for alone, _ in masked.values()]
+    limit = max((abs(value) for row in table for value in row if not math.isnan(value)), default=0.0) or 1.0
+    image = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_facecolor("lightgrey")  # heads that are not there
+    axes.set_xticks(range(most))
+    axes.set_yticks(range(len(masked)), masked, fontsize=7)
+    axes.set_xlabel("head masked alone")
+    figure.colorbar(image, ax=axes, label="increase of the loss")
 
 
 def sensitivity(
@@ -178,7 +157,8 @@ def sensitivity(
     attentions = [block.name for block in known_sub_blocks(model) if block.kind == "attention"]
     heads = HeadTable(tuple(attentions), head_importance(model, data), len(rows)) if attentions else None
     shapes = {layer: (module.out_features, module.in_features) for layer, module in layers.items()}
-    return Sensitivity(tuple(levels), dense, losses, shapes, heads, len(rows))
+    masked = head_losses(model, data, levels)
+    return Sensitivity(tuple(levels), dense, losses, shapes, heads, len(rows), masked)
 
 
 def as_recipe(groups: list[dict[str, Any]]) -> str:

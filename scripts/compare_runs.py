@@ -1,16 +1,15 @@
 """Print a Markdown table of finished runs, one row per method and sparsity, with the spread over seeds.
 
-    python scripts/compare_runs.py runs/sst2/* [--metric accuracy] [--json results.json]
+    python scripts/compare_runs.py runs/sst2/* [--metric accuracy]
 
 Reads `recipe.yaml` and `eval_results.json` of each folder that `hf-sparse train` wrote. Runs whose recipes differ in
 more than the sparsity section, the seed and paths cannot be compared; they are refused. (`hf-sparse compare` also
-draws them.)
+draws them, and files of results.)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,19 +22,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--metric", default="accuracy")
-    parser.add_argument("--json", type=Path, help="also write every run's figures here")
     options = parser.parse_args()
     try:
         runs = [read_run(folder, options.metric) for folder in options.runs]
         print(by_seed(runs, options.metric))
     except SparsityError as error:
         sys.exit(str(error))
-    if options.json:
-        records = [
-            {"method": run.method, "sparsity": run.asked, "seed": run.seed, options.metric: run.value}
-            for run in sorted(runs, key=lambda run: (run.asked, run.method, run.seed))
-        ]
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

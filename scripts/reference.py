@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -58,15 +59,16 @@ def read_plan(path: Path = PLAN) -> tuple[dict[str, Any], list[Entry]]:
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     entries = []
     for row in plan["results"]:
-        task = plan["tasks"][row["task"]]
-        levels = row.get("sparsity", 0.0)
-        own = row.get("model", task["model"]) == task["model"]
-        fixed = {"model": task["model"], **row, "seeds": tuple(row.get("seeds", [0])), "own_model": own}
-        entries += [
-            Entry(recipe=task["recipe"], **{**fixed, "sparsity": level})
-            for level in (levels if isinstance(levels, list) else [levels])
-        ]
+        for name, level in itertools.product(_listed(row["task"]), _listed(row.get("sparsity", 0.0))):
+            task = plan["tasks"][name]
+            fixed = {"model": task["model"], **row, "task": name, "sparsity": level}
+            fixed |= {"seeds": tuple(row.get("seeds", [0])), "own_model": fixed["model"] == task["model"]}
+            entries.append(Entry(recipe=task["recipe"], **fixed))
     return plan, entries
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class Machine:

@@ -183,6 +183,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="file that results are added to")
     parser.add_argument("--again", action="store_true", help="also run what the file has")
     parser.add_argument("--bench", action="store_true", help="run nothing: time the models of runs that are done")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="run nothing: add the results of another file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE",
                         help="change all recipes, for a trial; needs --results of its own")  # fmt: skip
     options = parser.parse_args()
@@ -197,6 +198,9 @@ def main() -> int:
         parser.error("--set makes another run than the plan's, so it needs another --results FILE")
     models.setdefault("t5", options.output.resolve() / "models" / plan["models"]["t5"])
     machine = Machine(plan, entries, options.output.resolve(), options.data.resolve(), models, options.overrides)
+    if options.take is not None:
+        add_results(options.results, read_results(options.take))
+        return 0
     if not options.names:
         print("\n".join(listing(machine, options.results)))
         return 0

@@ -12,7 +12,16 @@ from safetensors.torch import save_file as save_plain
 
 from hf_sparse.codecs import CODECS, encode
 from hf_sparse.errors import CheckpointError
-from hf_sparse.files import MANIFEST_KEY, check_files, load_file, read_header, read_manifest, replace_file, save_file
+from hf_sparse.files import (
+    MANIFEST_KEY,
+    check_files,
+    load_file,
+    read_header,
+    read_json,
+    read_manifest,
+    replace_file,
+    save_file,
+)
 from hf_sparse.manifest import Manifest
 
 PACKED = "encoder.weight"
@@ -296,3 +305,13 @@ def test_save_leaves_the_old_file_when_a_tensor_cannot_be_stored(path):
     with pytest.raises(CheckpointError, match="target 'v' is not among"):
         save_file({"w": torch.zeros(2)}, path, targets=["v"])
     assert path.read_bytes() == old
+
+
+def test_json_that_is_not_there_is_none_and_damage_is_an_error(tmp_path):
+    assert read_json(tmp_path / "config.json") is None
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+    for text, reason in (("{", "cannot read"), ("[1]", "should hold a mapping"), ("[" * 100_000, "cannot read")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=reason):
+            read_json(tmp_path / "config.json")

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
     1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection speed",
-    2: "architectures attaching compaction distillation examples importance masking measuring permutation plan "
-    "pruner ranks report targets units warmup zeros",
+    2: "ablation architectures attaching compaction distillation examples importance masking measuring "
+    "permutation plan pruner ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection "
     "loading loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "

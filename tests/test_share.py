@@ -14,11 +14,11 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse.ablation import head_losses, layer_losses, mean_loss
 from hf_sparse.cli import main
 from hf_sparse.pareto import _front, pareto
 from hf_sparse.report_page import groups_left, shrink
 from hf_sparse.results import Result, add_results
-from hf_sparse.sensitivity import layer_losses
 from hf_sparse.stress import Stress, ece, shortened, with_typos
 
 from . import tiny
@@ -210,6 +210,22 @@ def test_sensitivity_loss_is_that_of_a_model_pruned_there(dense: Path) -> None:
     assert losses[name][0] == pytest.approx(float(model(**batch).loss.detach()), abs=1e-7)
 
 
+def test_loss_without_a_head_is_that_of_a_model_in_which_it_is_pruned(dense: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0, 1])}
+    name = "bert.encoder.layer.1.attention"
+    alone, (none, half, most) = head_losses(model, [batch], [0.1, 0.5, 0.9])[name]
+    assert none == mean_loss(model, [batch])
+    order = sorted(range(4), key=alone.__getitem__)
+    for heads, loss in [*(([head], alone[head]) for head in range(4)), (order[:2], half), (order[:3], most)]:
+        other = AutoModelForSequenceClassification.from_pretrained(dense)
+        with torch.no_grad():
+            for head in heads:
+                other.bert.encoder.layer[1].attention.output.dense.weight[:, 8 * head : 8 * head + 8] = 0.0
+        assert loss == pytest.approx(mean_loss(other, [batch]), abs=1e-6)
+    assert not model.bert.encoder.layer[1].attention.output.dense._forward_pre_hooks
+
+
 def test_sensitivity_command_suggests_groups_that_a_recipe_takes(dense: Path, tmp_path: Path, capsys: Any) -> None:
     texts = tiny.write_sentences(tmp_path / "texts.jsonl")
     command = ["sensitivity", str(dense), "--data", str(texts), "--length", "16", "--sparsity", "0.8"]
@@ -224,9 +240,21 @@ def test_sensitivity_command_suggests_groups_that_a_recipe_takes(dense: Path, tm
         weights = [model.get_submodule(group.targets[0]).weight for group in config.groups if group.targets]
         total = sum(weight.numel() for weight in weights)
         assert sum(int(weight.count_nonzero()) for weight in weights) == total // 5
+    assert "# heads" not in out  # two attentions of four heads: one head would be left for both
+    assert main([*command[:-1], "0.5"]) == 0
+    out = capsys.readouterr().out
+    block = out.split("# heads, 0.5 in total\n")[1]
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    sparsify(model, SparsityConfig.from_dict(yaml.safe_load(block)["sparsity"]))
+    assert sum(int(left.left.gt(0).sum()) for left in groups_left(model) if left.kind == "attention") == 4
+    assert "one head masked alone" in out
     assert main([*command, "--json"]) == 0
     out = capsys.readouterr().out
     assert len(json.loads(out)["losses"]) == 12
+    assert {name: len(found["alone"]) for name, found in json.loads(out)["masked_heads"].items()} == {
+        "bert.encoder.layer.0.attention": 4,
+        "bert.encoder.layer.1.attention": 4,
+    }
 
 
 def write_run(folder: Path, accuracy: float, sparsity: Any = None, seed: int = 0, steps: int = 10) -> str:

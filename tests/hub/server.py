@@ -196,13 +196,20 @@ class Handler(BaseHTTPRequestHandler):
     def token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def may_write(self) -> bool:
-        """Answer 401 or 403 unless the token is the owner's."""
+    def may_write(self, name: str = "user/", asks: bool = False) -> bool:
+        """Answer 401 or 403 unless the token is the owner's, or that of somebody else who asks (a pull request)."""
         if self.token not in (WRITER, READER):
             self._error(401, "Invalid credentials in Authorization header")
-        elif self.token == READER:
+            return False
+        if self.token == READER or not (asks or name.startswith("user/")):
             self._error(403, "You have read access but not write access to this repository")
-        return self.token == WRITER
+            return False
+        return True
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request is to open a pull request."""
+        return bool(self.query.get("create_pr"))
 
     def readable(self, name: str, revision: str) -> tuple[Repo, str] | None:
         """Return a repository and a commit, or answer 401 or 404."""
@@ -224,10 +231,10 @@ class Handler(BaseHTTPRequestHandler):
         return self._error(401, "Invalid credentials in Authorization header")
 
     def create(self, body: bytes) -> Any:
-        if not self.may_write():
-            return None
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
+        if not self.may_write(name):
+            return None
         if name in self.server.repos:
             return self._json(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
         repo = self.server.repos[name] = Repo(private=asked.get("visibility") == "private")
@@ -235,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": f"{self.server.url}/{name}", "name": name, "id": name}
 
     def branch(self, body: bytes, name: str, branch: str) -> Any:
-        if not self.may_write() or (found := self.readable(name, "main")) is None:
+        if not self.may_write(name) or (found := self.readable(name, "main")) is None:
             return None
         repo, sha = found
         if branch in repo.branches:
@@ -277,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
     # -- upload ------------------------------------------------------------------------------------------------------
 
     def preupload(self, body: bytes, name: str, revision: str) -> Any:
-        if not self.may_write() or (found := self.readable(name, revision)) is None:
+        if not self.may_write(name, self.asks) or (found := self.readable(name, revision)) is None:
             return None
         repo, sha = found
         files = []
@@ -332,7 +339,7 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def commit(self, body: bytes, name: str, revision: str) -> Any:
-        if not self.may_write() or (found := self.readable(name, revision)) is None:
+        if not self.may_write(name, self.asks) or (found := self.readable(name, revision)) is None:
             return None
         repo, sha = found
         files = dict(repo.commits[sha])
@@ -349,7 +356,7 @@ class Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "deletedFile":
                 files.pop(value["path"], None)
         answer: dict[str, Any] = {}
-        if self.query.get("create_pr"):
+        if self.asks:
             number = sum(branch.startswith("refs/pr/") for branch in repo.branches) + 1
             revision = f"refs/pr/{number}"
             repo.branches[revision] = []

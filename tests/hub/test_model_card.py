@@ -108,6 +108,24 @@ def test_folder_without_model_or_with_a_recipe_that_is_none_is_refused(saved, ca
     assert "is no recipe" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="no file or folder"):
         facts_of(saved / "nothing")
+    (saved / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        facts_of(saved)
+
+
+def test_card_that_somebody_wrote_or_edited_is_kept(saved, capsys):
+    path = saved / "README.md"
+    assert main(["card", str(saved)]) == 0
+    ours = path.read_text(encoding="utf-8")
+    assert main(["card", str(saved), "--license", "mit"]) == 0  # as it was written, so it may be written anew
+    assert path.read_text(encoding="utf-8") != ours
+    for text in ("# By hand\n", ours.replace("not recorded", "mit"), ours + "More.\n", ""):
+        path.write_text(text, encoding="utf-8")
+        assert main(["card", str(saved)]) == 2
+        assert "add --force" in capsys.readouterr().err
+        assert path.read_text(encoding="utf-8") == text
+    assert main(["card", str(saved), "--force"]) == 0
+    assert path.read_text(encoding="utf-8") == ours
 
 
 def test_committed_cards_are_what_the_script_writes(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -19,11 +20,13 @@ import hf_sparse
 from hf_sparse import CheckpointError, HubError, RecipeError, SparsityCallback, SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.hub import push_folder
+from hf_sparse.recipe import Recipe
+from hf_sparse.run import run
 
 from ..integration.ranks import ROOT
-from ..tiny import save_bert
+from ..tiny import save_bert, write_sentences
 from ..training import Rows, arguments, bert
-from .server import READER, Fault, LocalHub
+from .server import READER, Fault, LocalHub, Repo
 
 REPO = "user/small"
 INPUT = torch.tensor([[2, 5, 7, 8, 3]])
@@ -128,6 +131,52 @@ def test_command_pushes_to_a_branch_and_as_a_pull_request(hub, saved, capsys):
     assert "config.json" in hub.files(REPO, "refs/pr/1")
     assert "config.json" not in hub.files(REPO)
     assert_same(saved, revision="v1")
+
+
+def test_model_of_somebody_else_takes_a_pull_request_and_nothing_more(hub, saved, capsys):
+    theirs = hub.repos["other/model"] = Repo()
+    theirs.commit("main", {"README.md": b"# Theirs\n"})
+    theirs.branches["v1"] = list(theirs.branches["main"])
+    assert main(["push", str(saved), "other/model"]) == 2
+    assert "another repository, or --create-pr" in capsys.readouterr().err
+    assert main(["push", str(saved), "other/model", "--create-pr"]) == 0
+    assert f"{hub.url}/other/model/discussions/1" in capsys.readouterr().out
+    assert main(["push", str(saved), "other/model", "--create-pr", "--revision", "v1"]) == 0
+    for branch in ("main", "v1"):
+        assert hub.files("other/model", branch) == {"README.md": b"# Theirs\n"}
+    assert_same(saved, "other/model", revision="refs/pr/1")
+    assert main(["push", str(saved), "other/new", "--create-pr"]) == 2
+    assert "403" in capsys.readouterr().err
+    assert "other/new" not in hub.repos
+
+
+def test_run_of_a_recipe_pushes_what_it_measured_and_no_pickle(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_bert(tmp_path / "bert")
+    recipe = {
+        "model": str(tmp_path / "bert"),
+        "data": {
+            "train": str(write_sentences(tmp_path / "train.jsonl", slice(0, 18))),
+            "validation": str(write_sentences(tmp_path / "validation.jsonl", slice(18, None))),
+            "max_length": 8,
+        },
+        "sparsity": {"sparsity": 0.5, "schedule": "constant"},
+        "training": {
+            "output_dir": str(tmp_path / "out"), "max_steps": 4, "save_steps": 2, "use_cpu": True, "disable_tqdm": True,
+            "push_to_hub": True, "hub_model_id": REPO, "hub_private_repo": True,
+        },
+    }  # fmt: skip
+    result = run(Recipe.from_dict(recipe))
+    files = hub.files(REPO)
+    assert set(files) == {
+        ".gitattributes", "README.md", "config.json", "eval_results.json", "model.safetensors", "recipe.yaml",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert hub.repos[REPO].private
+    assert len(hub.repos[REPO].commits) == 2  # one for the empty repository, one at the end
+    assert f"{result.metrics['eval_accuracy']:.4f}" in files["README.md"].decode()
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    assert_same(tmp_path / "out")
 
 
 def test_weights_in_parts_arrive_whole(hub, saved):

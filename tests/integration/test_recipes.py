@@ -83,8 +83,10 @@ def test_trained_model_loads_as_sparse_as_asked_and_exactly(recipe, tmp_path):
     path = recipe(sparsity={"sparsity": 0.75, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "speed.json").write_text("of a model that was there before")
+    (tmp_path / "out" / "README.md").write_text("# By hand")
     result = train(path, output=tmp_path / "out")
     assert not (tmp_path / "out" / "speed.json").exists()
+    assert (tmp_path / "out" / "README.md").read_text() == "# By hand"
     assert result.summary.sparsity == 0.75
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert summarize(model).sparsity == 0.75

@@ -57,7 +57,7 @@ def command(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *words:
 
 def test_plan_names_each_result_once_and_every_recipe_of_it_is_one(data: Path, tmp_path: Path) -> None:
     names = [entry.name for entry in ENTRIES]
-    assert len(names) == len(set(names)) > 30
+    assert len(names) == len(set(names)) > 90
     save_bert(tmp_path / "bert")
     models = dict.fromkeys(PLAN["models"], tmp_path / "bert")
     machine = reference.Machine(PLAN, ENTRIES, tmp_path / "runs", data, models)
@@ -136,6 +136,12 @@ def test_results_are_run_once_and_what_they_need_before_them(
     speed = Speed.from_dict(timed.speed)
     assert (speed.model, speed.against, speed.batch) == ("compact", "sst2-dense-0", 1)
     assert speed.sparse_bytes < speed.dense_bytes
+
+    monkeypatch.setattr(
+        sys, "argv", [*["reproduce.py", "--take"], str(tmp_path / "r.json"), "--results", str(tmp_path / "s.json")]
+    )
+    assert reproduce.main() == 0
+    assert read_results(tmp_path / "s.json") == read_results(tmp_path / "r.json")
 
 
 def test_g2p_model_is_made_where_there_is_none(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
