@@ -20,6 +20,20 @@ STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_l
 """Endings of the keys that only a training that goes on needs; everyone else ignores them."""
 
 
+class _Masked(torch.autograd.Function):
+    """Forward `W * M`; backward `dL/dW = dL/dW' * M`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return _kept_values(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return _kept_values(gradients[0], mask), None
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forward `W * M`; backward `dL/dW = dL/dW' * M` and `dL/dS = dL/dW' * W`, pooled to the groups of S.
 
@@ -31,13 +45,13 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(weight, mask)
         ctx.pattern = pattern
         ctx.dtype = scores.dtype
-        return apply_mask(weight, mask)
+        return _kept_values(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, mask = ctx.saved_tensors
-        for_weight = apply_mask(gradient, mask) if ctx.needs_input_grad[0] else None
+        for_weight = _kept_values(gradient, mask) if ctx.needs_input_grad[0] else None
         for_scores = None
         if ctx.needs_input_grad[1]:
             for_scores = ctx.pattern.pool(gradient * weight, "sum").to(ctx.dtype)
@@ -51,20 +65,44 @@ class _Watched(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, mask: Tensor | None, owner: MaskedWeight) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.owner = owner
-        return apply_mask(weight, mask)
+        return _kept_values(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         (mask,) = ctx.saved_tensors
         ctx.owner.gather(gradient)
-        return apply_mask(gradient, mask), None, None
+        return _kept_values(gradient, mask), None, None
 
 
 def apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Return `W * M` with exact zeros; without a mask, the weight."""
-    # Not `weight * mask`: that makes -0.0 of negative weights and NaN of infinite ones.
-    return weight.view_as(weight) if mask is None else torch.where(placed_as(mask, weight), weight, 0.0)
+    if mask is None:
+        return weight.view_as(weight)
+    if _by_bits(weight):
+        return _Masked.apply(weight, mask)  # type: ignore[no-untyped-call]
+    return _kept_values(weight, mask)
+
+
+def _kept_values(values: Tensor, mask: Tensor | None) -> Tensor:
+    # Not `values * mask`: that makes -0.0 of negative values and NaN of infinite ones.
+    if mask is None:
+        return values.view_as(values)
+    if not _by_bits(values):
+        return torch.where(placed_as(mask, values), values, 0.0)
+    # The same by multiplying bits with 0 or 1. On a CPU that is three to ten times as fast as `where`, which decides
+    # for each entry by itself.
+    bits = _BITS[values.element_size()]
+    return mask.to(bits).mul_(values.view(bits)).view(values.dtype)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _by_bits(values: Tensor) -> bool:
+    # Compilers and exporters make their own of `where`, and no sense of bits.
+    plain = values.device.type == "cpu" and not isinstance(values, DTensor) and values.element_size() in _BITS
+    return plain and not torch.compiler.is_compiling()
 
 
 def placed_as(whole: Tensor, other: Tensor) -> Tensor:

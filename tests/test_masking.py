@@ -13,7 +13,7 @@ from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig, spar
 from hf_sparse.attaching import attach_mask
 from hf_sparse.codecs import encode
 from hf_sparse.codecs.base import pack_bits
-from hf_sparse.masking import MaskedWeight, hidden, masked_weight
+from hf_sparse.masking import MaskedWeight, apply_mask, hidden, masked_weight
 from hf_sparse.patterns import Element
 
 
@@ -222,3 +222,18 @@ def test_summary_says_what_is_there() -> None:
     assert "0.weight" in str(summary)
     assert "75.00%" in str(summary)
     assert summary.to_dict()["weights"][0]["shape"] == [8, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_masked_weight_and_its_gradient_are_exact_whatever_the_values(dtype: torch.dtype) -> None:
+    special = torch.tensor([[1.5, -1.5, 0.0, -0.0, float("inf"), -float("inf"), float("nan"), 6e-8]] * 2, dtype=dtype)
+    mask = torch.tensor([[True] * 8, [False] * 8])
+    for values in (special, special.t().contiguous().t()):  # also where rows do not follow each other in memory
+        weight = nn.Parameter(values)
+        masked = apply_mask(weight, mask)
+        masked.backward(values)
+        assert weight.grad is not None
+        for found in (masked.detach(), weight.grad):
+            assert found.dtype == dtype
+            assert torch.equal(found[0].contiguous().view(torch.uint8), values[0].contiguous().view(torch.uint8))
+            assert not found[1].contiguous().view(torch.uint8).any()  # +0, also of infinities and NaN
