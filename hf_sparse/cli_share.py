@@ -28,7 +28,8 @@ def add_commands(commands: Any) -> None:
         "runs", nargs="+", metavar="RUN", help="folders that hf-sparse train wrote, or a file of results"
     )
     compare.add_argument("--metric", default="accuracy", help="that is compared (accuracy)")
-    compare.add_argument("--task", help="whose results of a file are compared, where it has several")
+    for key in ("task", "model"):
+        compare.add_argument(f"--{key}", help="whose results of a file are compared, where it has several")
     compare.add_argument(
         "--bench", action="append", default=[], metavar="FILE",
         help="what `bench` wrote; may be repeated (speed.json of each DIR)",
@@ -109,7 +110,8 @@ def _compare(options: argparse.Namespace) -> None:
     times = read_latency(folders, options.bench)
     runs = [read_run(folder, options.metric, ms) for folder, ms in zip(folders, times, strict=True)]
     if files := [run for run in options.runs if Path(run).is_file()]:
-        runs += runs_of([result for file in files for result in read_results(file)], options.metric, options.task)
+        results = [result for file in files for result in read_results(file)]
+        runs += runs_of(results, options.metric, options.task, options.model)
     lines = [head(options.metric), ["---"] * len(head(options.metric)), *rows(runs)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if options.plot is not None:

@@ -50,25 +50,27 @@ class Run:
     spread: tuple[float, float] | None = None
 
 
-def runs_of(results: Sequence[Result], metric: str = "accuracy", task: str | None = None) -> list[Run]:
+def runs_of(
+    results: Sequence[Result], metric: str = "accuracy", task: str | None = None, model: str | None = None
+) -> list[Run]:
     """Return one run for each name among results, with the means over seeds.
 
     Args:
-        task: whose results are wanted; None = that of all of them.
+        task, model: whose results are wanted; None = there is one only.
 
     Raises:
-        RecipeError: if there are several tasks and none is named, or none has the metric.
+        RecipeError: if there are several tasks or models and none is named, or none has the metric.
     """
-    tasks = list(dict.fromkeys(result.task for result in results))
-    if task is None and len(tasks) > 1:
-        raise RecipeError(f"there are results of several tasks, so name one with --task: {', '.join(tasks)}")
-    known = [result for result in results if task in (None, result.task) and metric in result.metrics]
-    if not known:
-        metrics = sorted({name for result in results if task in (None, result.task) for name in result.metrics})
-        raise RecipeError(
-            f"no result of {task or 'these'} has metric '{metric}'; there are {', '.join(metrics) or 'none'}"
-        )
-    return [_mean_run(found, metric) for found in by_name(known).values()]
+    known = list(results)
+    for key, wanted in (("task", task), ("model", model)):
+        known = [result for result in known if wanted in (None, getattr(result, key))]
+        if len(names := list(dict.fromkeys(getattr(result, key) for result in known))) > 1:
+            raise RecipeError(f"there are results of several {key}s, so name one with --{key}: {', '.join(names)}")
+    measured = [result for result in known if metric in result.metrics]
+    if not measured:
+        metrics = sorted({name for result in known for name in result.metrics})
+        raise RecipeError(f"no result of these has metric '{metric}'; there are {', '.join(metrics) or 'none'}")
+    return [_mean_run(found, metric) for found in by_name(measured).values()]
 
 
 def _mean_run(found: Sequence[Result], metric: str) -> Run:

@@ -105,7 +105,8 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
         front = sorted(points[place] for place in _front(points, metric))
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1)
         for place, point in zip(known, points, strict=True):
-            _draw_run(axes, runs[place], point, methods.index(runs[place].method))
+            # The axis of weights left says the sparsity itself.
+            _draw_run(axes, runs[place], point, methods.index(runs[place].method), cost != "left")
         axes.set_xlabel(COSTS[cost])
         axes.set_ylabel(f"{metric}, upwards is better")
         axes.margins(0.15)
@@ -124,12 +125,12 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
     write_figure(figure, path)
 
 
-def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int) -> None:
+def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int, named: bool) -> None:
     if run.spread is not None:
         axes.vlines(point[0], *run.spread, color=f"C{method % 10}", alpha=0.5, linewidth=1.5)
     marker = "osD^vPX*<>"[(method + method // 10) % 10]  # ten colours and ten marks, and no pair twice in a hundred
     axes.scatter(*point, color=f"C{method % 10}", marker=marker, label=run.method, zorder=2)
-    if run.asked:
+    if run.asked and named:
         shift, side = ((-6, "right"), (6, "left"))[method % 2]  # neighbours in the legend are often neighbours here
         axes.annotate(
             f"{100 * run.asked:g} %", point, textcoords="offset points", xytext=(shift, -2.5), ha=side, fontsize=7

@@ -107,7 +107,13 @@ def _dense(result: Result, twin: Sequence[Result]) -> str:
 
 
 def _drawn(results: Sequence[Result]) -> bool:
-    return len(by_name(results)) > 2
+    return len(by_name(result for result in results if result.model == _own_model(result.task))) > 2
+
+
+def _own_model(task: str) -> str:
+    """Return the model that the methods of a task are compared with; others are teachers."""
+    plan = read_plan()[0]
+    return str(plan["models"][plan["tasks"][task]["model"]])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -121,7 +127,7 @@ def write(folder: Path) -> None:
     (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
     for task, metric in MAIN.items():
         if _drawn(here := [result for result in results if result.task == task]):
-            plot(runs_of(here, metric), metric, folder / "reference" / f"pareto-{task}.png")
+            plot(runs_of(here, metric, model=_own_model(task)), metric, folder / "reference" / f"pareto-{task}.png")
 
 
 def main() -> None:

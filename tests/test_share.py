@@ -330,5 +330,8 @@ def test_compare_takes_a_file_of_results_with_the_means_over_seeds(tmp_path: Pat
     add_results(path, [result("else", 0, 0.1, task="u")])
     assert main(["compare", str(path), "--metric", "wer"]) == 2
     assert "name one with --task: t, u" in capsys.readouterr().err
-    assert main(["compare", str(path), "--metric", "wer", "--task", "t"]) == 0
+    add_results(path, [result("larger", 0, 0.1, model="n")])
+    assert main(["compare", str(path), "--metric", "wer", "--task", "t"]) == 2
+    assert "name one with --model: m, n" in capsys.readouterr().err
+    assert main(["compare", str(path), "--metric", "wer", "--task", "t", "--model", "m"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
