@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from . import compaction, pruner
 from .codecs import SUFFIXES, decode
+from .codecs.base import TORCH_DTYPES
 from .compaction import apply_edits
 from .config import SparsityConfig
 from .edits import Edits
@@ -29,6 +30,7 @@ from .packing import EDITS_KEY, FORMATS, pack_state, refuse_edited, save_packed,
 from .report import WEIGHTS_ATTRIBUTE
 from .requantize import check_one_device, hand_over, quantize, second_quantizer
 from .runtime import is_runtime, to_dense_runtime, to_runtime
+from .runtime.waiting import can_wait, waiting
 from .sparse_config import METHOD, SparseConfig
 from .zeros import free_zeros, keep_zeros
 
@@ -60,6 +62,8 @@ class Unpack(ConversionOps):
         }
         parts = {suffix: part for suffix, part in parts.items() if suffix not in STATE_SUFFIXES}
         try:
+            if (later := self.hf_quantizer.waiting(full_layer_name, parts, model, self.dtype)) is not None:
+                return {target_patterns[0]: later}
             weight = self.hf_quantizer.unpack(full_layer_name, parts, model)
         except CheckpointError as error:
             # transformers turns what an op raises into a general report; ours is kept and raised after loading.
@@ -179,12 +183,28 @@ class SparseQuantizer(HfQuantizer):
         # transformers judges dense weights (a head for another task, with ignore_mismatched_sizes), but looks at no
         # weight that is quantized on the way.
         judged = weight is parts[""] and not self.param_needs_quantization(model, name)
-        if weight.shape != expected and not judged:
-            raise CheckpointError(
-                f"'{name}' has shape {tuple(weight.shape)} in the checkpoint, but the model built from config.json has "
-                f"{tuple(expected)}"
-            )
+        if not judged:
+            _check_shape(name, tuple(weight.shape), tuple(expected))
         return weight
+
+    def waiting(
+        self, name: str, parts: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype | None
+    ) -> nn.Parameter | None:
+        """Return a weight that is decoded when `to_runtime` packs it, so that all are never dense at once; or None.
+
+        Raises:
+            CheckpointError: for another shape; what can only be seen by decoding is raised then.
+        """
+        entry = None if self.manifest is None else self.manifest.tensors.get(_key_in(self.manifest, name, model))
+        packs = self.quantization_config.backend not in (None, "dense") and self.prune_to is None
+        if not packs or self.second is not None or entry is None or entry.codec == "dense":
+            return None
+        kind = dtype or TORCH_DTYPES[entry.dtype]
+        if not can_wait(model.get_submodule(name.rpartition(".")[0]), name, kind, self.device_map):
+            return None
+        expected = tuple(model.get_parameter_or_buffer(name).shape)
+        _check_shape(name, entry.shape, expected)
+        return waiting(expected, kind, lambda: decode(entry, parts, name).to(kind))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failures:
@@ -270,6 +290,13 @@ def _refuse_shards(model: PreTrainedModel) -> None:
         raise BackendError(
             f"a packed checkpoint cannot be loaded into shards ({', '.join(parallel)}): transformers cuts the tensors "
             "of the file before they are decoded. Save it with format='dense' and load that with tp_plan"
+        )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"'{name}' has shape {found} in the checkpoint, but the model built from config.json has {expected}"
         )
 
 

@@ -2,6 +2,7 @@
 
     python scripts/bench_loading.py                          # BERT-base at 90 %, fp32, five rounds, about two minutes
     python scripts/bench_loading.py --layers 2 --rounds 1    # a first impression
+    python scripts/bench_loading.py --backend cpu            # into runtime form too: SparseConfig(backend="cpu")
 
 Each load runs in a process of its own, dense and packed in turns, and ends with reading every weight once: files are
 mapped into memory, so a dense model that nobody has used yet is not in memory at all. The peak is how far the resident
@@ -26,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
-from hf_sparse import SparsityConfig, sparsify
+from hf_sparse import SparseConfig, SparsityConfig, sparsify
 from hf_sparse.files import MANIFEST_KEY, read_header
 from hf_sparse.manifest import Manifest
 
@@ -46,17 +47,18 @@ def memory(key: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
 
 
-def measure(folder: Path, tiny: Path) -> None:
+def measure(folder: Path, tiny: Path, backend: str | None) -> None:
     """Load in this process, and print what it took as JSON."""
     torch.set_num_threads(1)
-    transformers.BertModel.from_pretrained(tiny)
+    wish: dict[str, Any] = {} if backend is None else {"quantization_config": SparseConfig(backend=backend)}
+    transformers.BertModel.from_pretrained(tiny, **wish)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory("VmRSS")
-    model = transformers.BertModel.from_pretrained(folder)
+    model = transformers.BertModel.from_pretrained(folder, **wish)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *model.buffers()):
             parameter.view(-1)[::512].sum()  # a number of every page, without a copy
-    print(json.dumps({"peak": memory("VmHWM") - before}))
+    print(json.dumps({"peak": memory("VmHWM") - before, "after": memory("VmRSS") - before}))
 
 
 def packed_bytes(path: Path) -> int:
@@ -67,9 +69,10 @@ def packed_bytes(path: Path) -> int:
     return sum(tensor.nbytes for key, tensor in stored.items() if key not in dense)
 
 
-def once(folder: Path, tiny: Path) -> dict[str, float]:
+def once(folder: Path, tiny: Path, backend: str | None = None) -> dict[str, float]:
     """Measure one load in a process of its own."""
     command = [sys.executable, __file__, "--measure", str(folder), str(tiny)]
+    command += ["--backend", backend] if backend is not None else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -86,10 +89,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", help="load into runtime form too: auto, cpu or csr")
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure)
+        measure(*options.measure, backend=options.backend)
         return
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -106,15 +110,17 @@ def main() -> None:
         mapped = packed_bytes(folder / "packed" / "model.safetensors")
         del model
         found: dict[str, list[dict[str, float]]] = {"dense": [], "packed": []}
+        found |= {"runtime": []} if options.backend is not None else {}
         for _ in range(options.rounds):
             for which, runs in found.items():
-                runs.append(once(folder / which, folder / "tiny"))
+                form = folder / ("packed" if which == "runtime" else which)
+                runs.append(once(form, folder / "tiny", options.backend if which == "runtime" else None))
     peaks = {which: [run["peak"] / 1e6 for run in runs] for which, runs in found.items()}
     print(f"model {size / 1e6:.1f} MB, largest tensor {largest / 1e6:.1f} MB, packed parts {mapped / 1e6:.1f} MB")
     for which, values in peaks.items():
-        print(
-            f"peak of loading {which:>6}: {quoted(values)} MB, {statistics.median(values) * 1e6 / size:.3f} x the model"
-        )
+        after = quoted([run["after"] / 1e6 for run in found[which]])
+        share = statistics.median(values) * 1e6 / size
+        print(f"peak of loading {which:>7}: {quoted(values)} MB, {share:.3f} x the model, afterwards {after} MB")
     differences = [packed - dense for packed, dense in zip(peaks["packed"], peaks["dense"], strict=True)]
     print(f"packed minus dense: {quoted(differences)} MB")
     limit = (size + largest + mapped) / 1e6

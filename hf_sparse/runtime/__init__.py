@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..architectures import known_sub_blocks
+from ..architectures import SubBlock, known_sub_blocks
 from ..errors import BackendError
-from ..kernels import library_status
+from ..kernels import LibraryStatus, library_status
 from ..kernels.int8 import why_not_int8
 from ..latency import machine
 from . import blocks, vocabulary
@@ -19,6 +19,7 @@ from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
 from .report import LayerReport, RuntimeReport
 from .timing import MARGIN, SpeedTable
+from .waiting import arrive, give_back
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
@@ -72,22 +73,14 @@ def to_runtime(
         'csr'
         >>> hf_sparse.to_dense_runtime(model)
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
-    if tokens is not None and (not tokens or min(tokens) < 1):
-        raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
     status = library_status()
-    if backend == "cpu" and not status.available:
-        raise BackendError(
-            f"backend 'cpu' was asked for, and the kernels are missing: {status.message} (backend 'auto' does without)"
-        )
-    if backend == "cpu-int8" and (why := why_not_int8()) is not None:
-        raise BackendError(f"backend 'cpu-int8' was asked for, and cannot run here: {why} ('cpu' computes in float32)")
+    _refuse_wish(backend, tokens, status)
     choices = survey(model)
     _refuse_nothing(model, choices)
     dense_bytes = {name: choice.layer.weight.nbytes for name, choice in choices.items()}
     shapes = {name: tuple(choice.layer.weight.shape) for name, choice in choices.items()}
     chosen: list[Unit] = []
+    errors: dict[str, float] = {}
     timed = (table or SpeedTable()) if backend == "auto" else None
     if backend == "dense":
         for choice in choices.values():
@@ -96,41 +89,29 @@ def to_runtime(
         kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
         kernel = "int8" if backend == "cpu-int8" else kernel
         counts = sorted(set(tokens)) if tokens is not None else (*FEW, *TOKENS) if _generates(model) else TOKENS
-        for alternatives in units(model, choices, kernel):
-            chosen += _best(alternatives, choices, timed, counts)
-    errors = _errors(chosen) if backend == "cpu-int8" else {}
-    if chosen:
-        _swap(model, chosen, keep_dense)
-        if backend in ("auto", "cpu", "cpu-int8"):
-            _lay_out(model, choices, timed, tokens or vocabulary.TOKENS)
-    layers = []
-    for name, choice in choices.items():
-        unit = next((unit for unit in chosen if name in unit.names), None)
-        rows = size = 0
-        if unit is None:
-            size = dense_bytes[name]
-        else:
-            position = unit.names.index(name)
-            whole = unit.packed[position if len(unit.packed) > 1 else 0]
-            rows = whole.height
-            # What is packed as one is shared out by height.
-            share = 1.0 if len(unit.packed) == len(unit.names) else shapes[name][0] / whole.out_features
-            size = round(whole.nbytes * share) + (dense_bytes[name] if keep_dense else 0)
-        layers.append(
-            LayerReport(
-                name,
-                shapes[name],
-                choice.sparsity,
-                choice.kernel.replace("sparse", "int8") if name in errors else choice.kernel,
-                rows,
-                size,
-                dense_bytes[name],
-                choice.gains,
-                choice.reason,
-                errors.get(name),
-            )
-        )
-    return RuntimeReport(backend, machine(), status.message, tuple(layers))
+        trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
+        readers = [block for block in known_sub_blocks(model) if blocks.kind(block) is blocks.LeanT5]
+        try:
+            for alternatives in units(model, choices, kernel):
+                best = _best(alternatives, choices, timed, counts)
+                for unit in best:
+                    errors.update(_errors(unit) if kernel == "int8" else {})
+                    _pack(unit, keep_dense)
+                chosen += best
+        except BaseException:
+            if is_runtime(model):
+                to_dense_runtime(model)
+            raise
+        if chosen:
+            _freeze(model, trainable, readers)
+    arrive(model.modules())
+    if chosen and backend != "csr":
+        _lay_out(model, choices, timed, tokens or vocabulary.TOKENS)
+    layers = tuple(
+        _layer_report(name, choice, chosen, shapes[name], dense_bytes[name], keep_dense, errors.get(name))
+        for name, choice in choices.items()
+    )
+    return RuntimeReport(backend, machine(), status.message, layers)
 
 
 @torch.no_grad()
@@ -164,6 +145,28 @@ def is_runtime(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
+def _layer_report(
+    name: str,
+    choice: Choice,
+    chosen: list[Unit],
+    shape: tuple[int, ...],
+    dense_bytes: int,
+    keep_dense: bool,
+    error: float | None,
+) -> LayerReport:
+    rows, size = 0, dense_bytes
+    unit = next((unit for unit in chosen if name in unit.names), None)
+    if unit is not None:
+        whole = unit.packed[unit.names.index(name) if len(unit.packed) > 1 else 0]
+        # What is packed as one is shared out by height.
+        share = 1.0 if len(unit.packed) == len(unit.names) else shape[0] / whole.out_features
+        rows, size = whole.height, round(whole.nbytes * share) + (dense_bytes if keep_dense else 0)
+    kernel = choice.kernel if error is None else choice.kernel.replace("sparse", "int8")
+    return LayerReport(
+        name, shape, choice.sparsity, kernel, rows, size, dense_bytes, choice.gains, choice.reason, error
+    )
+
+
 def _best(
     alternatives: list[Unit], choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]
 ) -> list[Unit]:
@@ -187,32 +190,35 @@ def _best(
     return []
 
 
-def _errors(chosen: list[Unit]) -> dict[str, float]:
+def _errors(unit: Unit) -> dict[str, float]:
     """Measure how far the product of each layer is from the exact one; layers that are one product are one here too."""
-    found = {}
-    for unit in chosen:
-        if unit.kernel == "sparse_qkv":
-            whole = unit.packed[0].error(torch.cat([layer.weight for layer in unit.layers]))
-            found.update(dict.fromkeys(unit.names, whole))
-        else:
-            for name, layer, packed in zip(unit.names, unit.layers, unit.packed, strict=True):
-                found[name] = packed.error(layer.weight)
-    return found
+    if unit.kernel == "sparse_qkv":
+        return dict.fromkeys(unit.names, unit.packed[0].error(torch.cat([layer.weight for layer in unit.layers])))
+    parts = zip(unit.names, unit.layers, unit.packed, strict=True)
+    return {name: packed.error(layer.weight) for name, layer, packed in parts}
 
 
-def _swap(model: nn.Module, chosen: list[Unit], keep_dense: bool) -> None:
-    readers = [block for block in known_sub_blocks(model) if blocks.kind(block) is blocks.LeanT5]
-    vars(model)[_FROZEN] = tuple(name for name, own in model.named_parameters() if own.requires_grad)
-    for unit in chosen:
-        if unit.kernel == "sparse_qkv":
-            become_packed(unit.layers, unit.packed[0], keep_dense)
-        else:
-            for layer, packed in zip(unit.layers, unit.packed, strict=True):
-                become_packed([layer], packed, keep_dense)
-        if unit.kernel == "sparse_ffn":
-            assert unit.block is not None
-            blocks.become_lean(unit.block, unit.activation)
-    for block in readers:  # T5 looks at the dtype of the last weight in each pass, which would unpack it
+def _pack(unit: Unit, keep_dense: bool) -> None:
+    if unit.kernel == "sparse_qkv":
+        become_packed(unit.layers, unit.packed[0], keep_dense)
+    else:
+        for layer, packed in zip(unit.layers, unit.packed, strict=True):
+            become_packed([layer], packed, keep_dense)
+    if unit.kernel == "sparse_ffn":
+        assert unit.block is not None
+        blocks.become_lean(unit.block, unit.activation)
+    give_back()
+
+
+def _freeze(model: nn.Module, trainable: tuple[str, ...], readers: list[SubBlock]) -> None:
+    """Let nothing train until the way back, and no T5 look for weights that are packed.
+
+    Args:
+        trainable: names of the parameters that did.
+        readers: sub-blocks that look at the dtype of their last weight in each pass, which would unpack it.
+    """
+    vars(model)[_FROZEN] = trainable
+    for block in readers:
         if isinstance(block.output, PackedLinear) and blocks.kind(block) is not None:
             blocks.become_lean(block, None)
     for parameter in model.parameters():
@@ -234,6 +240,19 @@ def _lay_out(model: nn.Module, choices: dict[str, Choice], table: SpeedTable | N
     least = min(choice.gains, default=0)
     gained = f", {choice.gains[least]:.1f}x at {least} token{'s' if least > 1 else ''}" if least else ""
     choice.reason = f"dense, laid out by columns{gained} ({choice.reason})"
+
+
+def _refuse_wish(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+    if tokens is not None and (not tokens or min(tokens) < 1):
+        raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
+    if backend == "cpu" and not status.available:
+        raise BackendError(
+            f"backend 'cpu' was asked for, and the kernels are missing: {status.message} (backend 'auto' does without)"
+        )
+    if backend == "cpu-int8" and (why := why_not_int8()) is not None:
+        raise BackendError(f"backend 'cpu-int8' was asked for, and cannot run here: {why} ('cpu' computes in float32)")
 
 
 def _refuse_nothing(model: nn.Module, choices: dict[str, Choice]) -> None:

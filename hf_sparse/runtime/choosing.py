@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from . import blocks
 from .layers import PackedLinear, become_packed
 from .packed import Kernel, Packed, choose_rows
 from .timing import Race, SpeedTable, Trial
+from .waiting import arrive, look
 
 LEAST = 0.1
 """Fraction of zeros below which no kernel is tried: none can win there."""
@@ -84,7 +85,7 @@ def survey(model: nn.Module) -> dict[str, Choice]:
             continue
         _refuse(name, module)
         assert isinstance(module, nn.Linear)
-        weight = module.weight.detach()
+        weight = look(module.weight)
         sparsity = 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
         reason = None
         if not weight.numel():
@@ -134,28 +135,31 @@ def _refuse(name: str, module: nn.Module) -> None:
         )
 
 
-def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> list[list[Unit]]:
-    """Return what can be packed: for each sub-block or layer the alternatives, the largest company first.
+def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> Iterator[list[Unit]]:
+    """Yield what can be packed: for each sub-block or layer the alternatives, the largest company first.
 
-    The layers of an alternative that loses are looked at one by one, unless they are part of another.
+    The layers of an alternative that loses are looked at one by one, unless they are part of another. Weights that wait
+    arrive here; whoever packs a unit before asking for the next one never has more than one unit dense.
     """
     able = {name: choice.layer for name, choice in choices.items() if choice.reason is None}
     packs: dict[str, Packed] = {}
     taken: set[str] = set()
-    out: list[list[Unit]] = []
 
     def alone(name: str) -> Unit:
         if name not in packs:
             layer = able[name]
+            arrive([layer])
             packs[name] = Packed.of(layer.weight, kernel, choose_rows(layer.weight) if kernel != "csr" else 1)
         return Unit("sparse_linear" if kernel != "csr" else "csr", (name,), (able[name],), (packs[name],))
 
     for block in known_sub_blocks(model) if kernel != "csr" else ():
         names = tuple(block.inputs)
         together: Unit | None = None
+        packs.clear()
         if block.kind == "attention" and _is_self(block) and all(name in able for name in names):
             layers = tuple(able[name] for name in names)
             if len({layer.bias is None for layer in layers}) == 1 and not any(_hooked(layer) for layer in layers):
+                arrive(layers)
                 weight = torch.cat([layer.weight.detach() for layer in layers])
                 together = Unit("sparse_qkv", names, layers, (Packed.of(weight, kernel, choose_rows(weight)),))
         elif block.kind == "feed_forward":
@@ -168,10 +172,12 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> list[
                 if not (gated and any(layer.bias is not None for layer in layers)):
                     together = Unit("sparse_ffn", names, layers, packed, block, activation)
         if together is not None:
-            out.append([together, *(alone(name) for name in names)])
             taken.update(names)
-    out += [[alone(name)] for name in able if name not in taken]
-    return out
+            yield [together, *(alone(name) for name in names)]
+    for name in able:
+        if name not in taken:
+            packs.clear()
+            yield [alone(name)]
 
 
 def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, Race]:

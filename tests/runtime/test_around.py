@@ -99,7 +99,7 @@ class Answers(Dataset):
         return answers(self.model, self.inputs)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_of_a_data_loader_compute_with_a_model_that_was_used(start: str) -> None:
     if start not in torch.multiprocessing.get_all_start_methods():
@@ -111,7 +111,11 @@ def test_workers_of_a_data_loader_compute_with_a_model_that_was_used(start: str)
         wide = {key: value.repeat(16, 1) for key, value in inputs.items()}
         answers(model, wide)
         loader: Any = DataLoader(
-            Answers(model, inputs), batch_size=None, num_workers=2, timeout=60, multiprocessing_context=start
+            Answers(model, inputs),
+            batch_size=None,
+            num_workers=2,
+            timeout=60 if start == "fork" else 600,
+            multiprocessing_context=start,
         )
         found = list(loader)
     finally:
