@@ -11,7 +11,7 @@ from ..architectures import known_sub_blocks
 from ..errors import BackendError
 from ..kernels import library_status
 from ..latency import machine
-from . import blocks
+from . import attention, blocks
 from .choosing import LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
@@ -123,6 +123,7 @@ def to_dense_runtime(model: nn.Module) -> None:
             f"to_dense_runtime was asked for a {type(model).__name__} that is not in runtime form: none of its layers "
             "is packed"
         )
+    attention.restore(model)
     blocks.restore(model)
     done: set[int] = set()
     for module in list(model.modules()):
@@ -164,11 +165,14 @@ def _best(
 
 
 def _swap(model: nn.Module, chosen: list[Unit], keep_dense: bool) -> None:
-    readers = [block for block in known_sub_blocks(model) if blocks.kind(block) is blocks.LeanT5]
+    known = known_sub_blocks(model)
+    readers = [block for block in known if blocks.kind(block) is blocks.LeanT5]
+    attentions = {tuple(block.inputs): block for block in known if block.kind == "attention"}
     vars(model)[_FROZEN] = tuple(name for name, own in model.named_parameters() if own.requires_grad)
     for unit in chosen:
         if unit.kernel == "sparse_qkv":
             become_packed(unit.layers, unit.packed[0], keep_dense)
+            attention.become_lean(attentions[unit.names])
         else:
             for layer, packed in zip(unit.layers, unit.packed, strict=True):
                 become_packed([layer], packed, keep_dense)
