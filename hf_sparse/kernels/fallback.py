@@ -37,6 +37,17 @@ def ffn(x: Tensor, weights: list[Weight], activation: str) -> Tensor:
     return _linear(hidden, weights[-1], "none").to(x.dtype)
 
 
+def attention(x: Tensor, heads: int, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute the attention of queries, keys and values that lie beside each other.
+
+    Shapes: x: (batch, length, 3 * inner). Result: (batch, length, inner).
+    """
+    batch, length, width = x.shape
+    query, key, value = x.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).reshape(batch, length, width // 3)
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """Apply an activation by its name in the operators."""
     match activation:

@@ -73,15 +73,11 @@ class Library:
     def __init__(self, path: str, isa: str | None = None) -> None:
         try:
             self._c = ctypes.CDLL(path)
-            self._c.hf_sparse_isa.restype = ctypes.c_char_p
+            self._declare()
         except (OSError, AttributeError) as error:
             raise BackendError(
                 f"the C++ kernels at {path} cannot be loaded ({error}); rebuild them: {_BUILD}"
             ) from error
-        pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Weight)
-        tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-        self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
-        self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, pointer, pointer, *tail]
         self.path = path
         self.isas: dict[str, int] = {}
         place = 0
@@ -95,6 +91,18 @@ class Library:
                 f"the C++ kernels were asked for {self.isa!r} ({ISA_VARIABLE}); this processor can do "
                 f"{', '.join(self.isas)}, and 'none' means plain torch"
             )
+
+    def _declare(self) -> None:
+        # A name that is missing means that the library is of another version of the sources.
+        self._c.hf_sparse_isa.restype = ctypes.c_char_p
+        pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Weight)
+        tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+        self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
+        self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, pointer, pointer, *tail]
+        self._c.hf_sparse_attention.argtypes = [
+            *(ctypes.c_int, weight, pointer, pointer, pointer),
+            *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
+        ]
 
     def linear(self, x: Tensor, weight: Weight, activation: str) -> Tensor:
         """Compute one product; x in fp32 on the CPU."""
@@ -116,6 +124,20 @@ class Library:
         result = self._c.hf_sparse_ffn(
             *(self.isas[self.isa], structures[0], second, structures[-1]),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
+        )
+        return _checked(result, y)
+
+    def attention(self, x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float) -> Tensor:
+        """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None."""
+        x = x.contiguous()
+        batch, length = x.shape[:2]
+        y = x.new_empty((batch, length, weight[5] // 3))
+        structure, _keep = _structure(weight)
+        mask = None if mask is None else mask.contiguous()
+        step = length * length if mask is not None and mask.shape[0] > 1 else 0
+        result = self._c.hf_sparse_attention(
+            *(self.isas[self.isa], structure, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
+            *(step, batch, length, heads, scale, torch.get_num_threads()),
         )
         return _checked(result, y)
 

@@ -13,7 +13,7 @@ from ..errors import BackendError
 from ..kernels import LibraryStatus, library_status
 from ..kernels.int8 import why_not_int8
 from ..latency import machine
-from . import blocks, vocabulary
+from . import attention, blocks, vocabulary
 from .choosing import FEW, LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
@@ -126,6 +126,7 @@ def to_dense_runtime(model: nn.Module) -> None:
             f"to_dense_runtime was asked for a {type(model).__name__} that is not in runtime form: none of its layers "
             "is packed"
         )
+    attention.restore(model)
     blocks.restore(model)
     vocabulary.lay_by_rows(model)
     done: set[int] = set()
@@ -201,6 +202,9 @@ def _errors(unit: Unit) -> dict[str, float]:
 def _pack(unit: Unit, keep_dense: bool) -> None:
     if unit.kernel == "sparse_qkv":
         become_packed(unit.layers, unit.packed[0], keep_dense)
+        if unit.packed[0].kernel == "cpu":
+            assert unit.block is not None
+            attention.become_lean(unit.block)
     else:
         for layer, packed in zip(unit.layers, unit.packed, strict=True):
             become_packed([layer], packed, keep_dense)

@@ -161,7 +161,7 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> Itera
             if len({layer.bias is None for layer in layers}) == 1 and not any(_hooked(layer) for layer in layers):
                 arrive(layers)
                 weight = torch.cat([layer.weight.detach() for layer in layers])
-                together = Unit("sparse_qkv", names, layers, (Packed.of(weight, kernel, choose_rows(weight)),))
+                together = Unit("sparse_qkv", names, layers, (Packed.of(weight, kernel, choose_rows(weight)),), block)
         elif block.kind == "feed_forward":
             names = (*names, block.output_name)
             activation = blocks.activation_of(block)

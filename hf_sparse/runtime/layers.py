@@ -168,7 +168,7 @@ class Joint:
         if held.get("input") is x and held.get("version") == _version(x) and index in held["parts"]:
             parts = held["parts"]
         else:
-            whole = layer.packed.multiply(x, self._bias())
+            whole = layer.packed.multiply(x, self.bias())
             parts = dict(enumerate(whole.split(self.heights, dim=-1)))
             held["input"], held["version"], held["parts"] = x, _version(x), parts
         out: Tensor = parts.pop(index)
@@ -176,7 +176,8 @@ class Joint:
             held.clear()
         return out
 
-    def _bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:
+        """Return the biases of all layers, one after the other."""
         # Put together at each call: a bias can be changed in place.
         biases = [layer.bias for layer in self.layers]
         return None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])

@@ -12,6 +12,9 @@ extern "C" int hf_sparse_linear(int, const Weight*, const float*, float*, int64_
 extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const float*, float*, int64_t, int32_t,
                              int32_t);
 
+extern "C" int hf_sparse_attention(int, const Weight*, const float*, float*, const float*, int64_t, int64_t, int64_t,
+                                   int32_t, float, int32_t);
+
 static std::mt19937 random_bits(0);
 
 struct Packed {
@@ -22,7 +25,7 @@ struct Packed {
 
   // `hostile` columns are any byte, also past the chunk and past the inputs: wrong sums, but no wrong read.
   Packed(int out, int in, int rows, int percent, bool hostile) : bias(out, 0.5f) {
-    const int chunk = 128, groups = (out + rows - 1) / rows;
+    const int chunk = 16 << random_bits() % 5, groups = (out + rows - 1) / rows;
     for (int c = 0; c < (in + chunk - 1) / chunk; c++) {
       pointers.push_back(int32_t(columns.size()));
       for (int g = 0; g < groups; g++) {
@@ -61,6 +64,22 @@ int main() {
             if (!hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
               return std::printf("%s: hostile pointers were taken\n", name), 1;
           }
+    for (int rows = 1; rows <= 16; rows *= 4)
+      for (int size : {1, 7, 16})
+        for (int count : tokens) {
+          const int heads = 1 + int(random_bits() % 3), in = sizes[random_bits() % 5], out = 3 * heads * size;
+          const int threads = 1 + int(random_bits() % 3), batch = int(random_bits() % 3);
+          Packed qkv(out, in, rows, int(random_bits() % 101), random_bits() % 3 == 0);
+          std::vector<float> x(size_t(batch) * count * in, 1.0f), y(size_t(batch) * count * heads * size);
+          std::vector<float> mask(size_t(batch) * count * count, 0.5f);
+          int bad = hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), nullptr, 0, batch, count, heads, 1, threads);
+          bad |= hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), mask.data(), int64_t(count) * count, batch, count,
+                                     heads, 1, threads);
+          if (bad) return std::printf("%s: a sound weight of an attention was refused\n", name), 1;
+          qkv.pointers[random_bits() % qkv.pointers.size()] = int32_t(random_bits() | (1u << 30));
+          if (!hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), nullptr, 0, batch, count, heads, 1, threads))
+            return std::printf("%s: hostile pointers of an attention were taken\n", name), 1;
+        }
     std::printf("%s\n", name);
   }
   std::puts("all right");

@@ -110,6 +110,90 @@ def test_ffn_matches_fp64(way, rows, threads):
         torch.set_num_threads(before)
 
 
+def test_ffn_without_an_activation(way):
+    up, down, x = sparse(40, 30, 0.5), sparse(30, 40, 0.5), torch.randn(17, 30)
+    wanted = x.double() @ up.double().T @ down.double().T
+    close(ops.ffn(x, pack(up), None, pack(down), None, "none"), wanted)
+
+
+def attend(x, weight, bias, heads, mask, scale):
+    return fallback.attention(reference(x, weight, bias, "none"), heads, mask, scale)
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(1, 1), (4, 1), (16, 1), (1, 2), (4, 3)])
+def test_attention_matches_fp64(way, rows, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for heads, size, width in ((3, 16, 50), (1, 5, 33), (2, 64, 128)):
+            weight, bias = 0.3 * sparse(3 * heads * size, width, 0.8), torch.randn(3 * heads * size)
+            packed = pack(weight, rows)
+            for batch, length in ((1, 1), (2, 15), (1, 16), (3, 17), (2, 64), (1, 130), (0, 20), (2, 0)):
+                x = torch.randn(batch, length, width)
+                wanted = attend(x, weight, bias, heads, None, size**-0.5)
+                close(ops.attention(x, packed, bias, heads), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [7, 33, 70])
+def test_attention_with_a_mask(way, length):
+    weight = 0.3 * sparse(3 * 2 * 8, 30, 0.5)
+    packed, x = pack(weight, 4), torch.randn(3, length, 30)
+    keys = torch.arange(length) < torch.tensor([[length], [length - 5], [1]])
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for mask in (
+        keys[:, None, None, :],
+        keys[:, None, None, :].expand(3, 1, length, length),
+        causal[None, None],
+        causal & keys[:, None, None, :],
+        torch.randn(3, 1, length, length),
+        torch.randn(1, 1, length, length).masked_fill(~causal, -torch.inf),
+        torch.randn(3, 1, length, length).masked_fill(~causal, torch.finfo(torch.float32).min),
+        torch.randn(3, 1, length, 2 * length)[..., ::2],
+    ):
+        exact = mask if mask.dtype == torch.bool else mask.double()
+        close(ops.attention(x, packed, None, 2, mask, 0.3), attend(x, weight, None, 2, exact, 0.3))
+
+
+def test_attention_that_may_see_nothing_gives_zeros(way):
+    packed, x = pack(torch.randn(3 * 2 * 8, 30)), torch.randn(1, 40, 30)
+    seen = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    seen[0, 0, 7] = False
+    y = ops.attention(x, packed, None, 2, seen)
+    assert torch.equal(y[0, 7], torch.zeros(16))
+    assert bool(y[0, 8].count_nonzero() == 16)
+
+
+def test_attention_of_large_scores_does_not_overflow(way):
+    weight, x = torch.randn(3 * 8, 30), 3 * torch.randn(2, 33, 30)  # scores of some hundreds
+    found, wanted = ops.attention(x, pack(weight), None, 1), attend(x, weight, None, 1, None, 8**-0.5)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.05)
+
+
+def test_attention_of_a_long_and_scattered_input(way):
+    weight, x = 0.3 * sparse(3 * 8, 16, 0.5), torch.randn(1, 4097, 32)[..., ::2]
+    close(ops.attention(x, pack(weight, 4), None, 1), attend(x, weight, None, 1, None, 8**-0.5))
+
+
+@pytest.mark.parametrize(
+    ("x", "heads", "mask", "said"),
+    [
+        (torch.randn(20, 6), 1, None, "batch, length"),
+        (torch.randn(1, 20, 6), 0, None, "0 heads"),
+        (torch.randn(1, 20, 6), 4, None, "4 heads"),
+        (torch.randn(2, 20, 6), 1, torch.zeros(3, 1, 20, 20), "mask of shape"),
+        (torch.randn(2, 20, 6), 1, torch.zeros(2, 1, 20, 19), "mask of shape"),
+        (torch.randn(2, 20, 6), 1, torch.zeros(2, 20, 20), "mask of shape"),
+        (torch.randn(2, 20, 6), 1, torch.zeros(2, 1, 20, 20).long(), "mask of shape"),
+        (torch.randn(2, 20, 5), 1, None, "6 inputs"),
+    ],
+)
+def test_attention_that_does_not_fit_is_refused(x, heads, mask, said):
+    with pytest.raises(BackendError, match=said):
+        ops.attention(x, pack(torch.eye(6)), None, heads, mask)
+
+
 def test_a_zero_weight_ignores_what_is_not_finite_and_a_nonzero_one_passes_it_on(way):
     weight = torch.zeros(2, 40)
     weight[1, 3] = 2.0
@@ -200,6 +284,12 @@ def arguments(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) 
 def test_operators_pass_the_checks_of_torch(way):
     packed = pack(sparse(20, 30, 0.5), 2)
     torch.library.opcheck(torch.ops.hf_sparse.sparse_linear, arguments(packed, torch.randn(2, 5, 30), torch.randn(20)))
+    many = pack(sparse(24, 30, 0.5), 2)
+    parts = (many.values, many.columns, many.pointers, None)
+    for mask in (None, torch.ones(2, 1, 1, 17, dtype=torch.bool)):
+        torch.library.opcheck(
+            torch.ops.hf_sparse.sparse_attention, (torch.randn(2, 17, 30), *parts, mask, 2, 24, 30, 2, 0.5)
+        )
     back = pack(sparse(30, 20, 0.5))
     torch.library.opcheck(
         torch.ops.hf_sparse.sparse_ffn,
@@ -214,8 +304,10 @@ class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = pack(sparse(40, 30, 0.5), 4), pack(sparse(30, 40, 0.5))
+        self.qkv = pack(sparse(90, 30, 0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = ops.attention(x, self.qkv, None, 2)
         return ops.linear(ops.ffn(x.relu(), self.up, None, self.down, None), self.up) + 1
 
 

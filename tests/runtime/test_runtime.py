@@ -285,8 +285,9 @@ def test_exported_model_gives_the_same(strict: bool) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (), ids, strict=strict)
     calls = [str(node.target) for node in exported.graph.nodes if "hf_sparse" in str(node.target)]
-    assert sorted(set(calls)) == ["hf_sparse.sparse_ffn.default", "hf_sparse.sparse_linear.default"]
-    assert len(calls) == 6, "per layer: query, key and value together, the output of attention, the feed-forward part"
+    kinds = ("sparse_attention", "sparse_ffn", "sparse_linear")
+    assert sorted(set(calls)) == [f"hf_sparse.{kind}.default" for kind in kinds]
+    assert len(calls) == 6, "per layer: attention with its inputs, the layer after it, the feed-forward part"
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(**ids).logits, expected, atol=1e-5, rtol=1e-5)
 

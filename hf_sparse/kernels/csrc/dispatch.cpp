@@ -121,6 +121,49 @@ int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t 
   return failed ? kNoMemory : kOk;
 }
 
+// One sequence: the products of all its tiles, then every head of each.
+int attention(const Kernels& k, const Weight& w, const float* x, float* y, const float* mask, int64_t length, int heads,
+              float scale, int threads) {
+  const int64_t inner = w.out_features / 3, features = groups(w) * w.rows;
+  const int tile = tile_width(k, k.widest(w.rows), length, threads);
+  const int64_t tiles = (length + tile - 1) / tile, step = features * tile;
+  float* all = hiddens.take(tiles * step);
+  if (!all) return kNoMemory;
+  bool failed = false;
+  const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
+  share(tiles * cuts, threads, [&](int64_t i) {
+    const int64_t start = i / cuts * tile, count = groups(w);
+    float* in = inputs.take(padded_inputs(w) * tile);
+    if (!in) {
+      failed = true;
+      return;
+    }
+    const int here = int(length - start < tile ? length - start : tile);
+    k.gather(x + start * w.in_features, w.in_features, here, w.in_features, tile, in);
+    k.product(w, in, all + i / cuts * step, tile, count * (i % cuts) / cuts, count * (i % cuts + 1) / cuts, kNone);
+  });
+  if (failed) return kNoMemory;
+  const Attention a{all, step, length, inner, tile, int32_t(inner / heads), scale};
+  const int64_t parts = tiles >= threads ? 1 : threads < heads ? threads : heads;
+  share(tiles * parts, threads, [&](int64_t i) {
+    const int64_t t = i / parts, start = t * tile;
+    const int here = int(length - start < tile ? length - start : tile);
+    float* out = outputs.take(int64_t(a.size) * tile);
+    float* scores = gates.take((mask ? 2 : 1) * tiles * tile * tile);
+    if (!out || !scores) {
+      failed = true;
+      return;
+    }
+    float* shown = mask ? scores + tiles * tile * tile : nullptr;
+    if (mask) k.gather(mask + start * length, length, here, length, tile, shown);
+    for (int64_t head = heads * (i % parts) / parts; head < heads * (i % parts + 1) / parts; head++) {
+      k.attend(a, head, t, shown, scores, out);
+      k.scatter(out, tile, a.size, here, y + start * inner + head * a.size, inner);
+    }
+  });
+  return failed ? kNoMemory : kOk;
+}
+
 }  // namespace
 }  // namespace hf_sparse
 
@@ -193,4 +236,23 @@ EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, con
     k.scatter(out, tile, down->out_features, here, y + start * down->out_features, down->out_features);
   });
   return failed ? kNoMemory : kOk;
+}
+
+// Self-attention: w has the queries, keys and values of all heads above each other; y is batch x length x a third of its
+// outputs. `mask` (or null) is length x length, added to the scores; `mask_step` floats from one sequence to the next.
+EXPORT int hf_sparse_attention(int isa, const Weight* w, const float* x, float* y, const float* mask, int64_t mask_step,
+                               int64_t batch, int64_t length, int32_t heads, float scale, int32_t threads) {
+  if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || batch < 0 || length < 0 || heads < 1) return kBadArgument;
+  if (w->rows < 1 || w->out_features % (3 * int64_t(heads)) || mask_step < 0) return kBadArgument;
+  if (!sound(*w)) return kBadPointers;
+  if (batch == 0 || length == 0 || w->out_features == 0) return kOk;
+  const int64_t in = length * w->in_features, out = length * (w->out_features / 3);
+  const int within = batch >= threads ? 1 : threads;  // enough sequences: one each; else all threads share each of them
+  int result = kOk;
+  share(batch, within == 1 ? threads : 1, [&](int64_t b) {
+    const int one = attention(*kAll[isa], *w, x + b * in, y + b * out, mask ? mask + b * mask_step : nullptr, length, heads,
+                              scale, within);
+    if (one != kOk) result = one;
+  });
+  return result;
 }

@@ -1,8 +1,9 @@
 // The products for one instruction set. Built once per set, with its compiler flags and
 //   -DHF_SPARSE_KERNELS=<name of the table in kernels.h>  -DHF_SPARSE_BYTES=<bytes of a vector register>
-// in vector extensions of GCC and Clang, which any target has. Everything but the table is local to the file, and no
-// header with inline functions is used: the linker must never take the AVX-512 copy of a shared function for all.
-#include "kernels.h"
+// Everything but the table is local to the file, and no header with inline functions that have a name outside is used: the
+// linker must never take the AVX-512 copy of a shared function for all.
+#include "attention.h"
+#include "transpose.h"
 
 #ifdef __AVX512BW__
 #include <immintrin.h>  // its functions are always inlined
@@ -10,158 +11,6 @@
 
 namespace hf_sparse {
 namespace {
-
-constexpr int kLanes = HF_SPARSE_BYTES / 4;
-constexpr bool kManyRegisters = HF_SPARSE_BYTES == 64 || HF_SPARSE_NEON;  // 32 registers, not 16
-
-typedef float Vec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
-typedef float LooseVec __attribute__((vector_size(HF_SPARSE_BYTES), aligned(4), may_alias));
-typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t IntQuad __attribute__((vector_size(16)));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Vec splat(float value) { return value - Vec{}; }
-INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-INLINE void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
-
-// e^x by range reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 6 (relative error below 2e-7).
-INLINE Vec exponential(Vec x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * splat(1.44269504088896341f) + magic;
-  const Vec n = shifted - magic;
-  const Vec r = (x - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
-  Vec p = splat(1.0f / 720);
-  p = p * r + splat(1.0f / 120);
-  p = p * r + splat(1.0f / 24);
-  p = p * r + splat(1.0f / 6);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
-  const IntVec power = __builtin_convertvector(n, IntVec) + 127;
-  return p * reinterpret_cast<Vec>(power << 23);
-}
-
-// x Phi(x); Phi by Abramowitz and Stegun 7.1.26 for erf (absolute error 1.5e-7).
-INLINE Vec gelu(Vec x) {
-  const Vec z = x * splat(0.70710678118654752f);
-  const Vec a = z < Vec{} ? -z : z;
-  const Vec t = splat(1.0f) / (a * splat(0.3275911f) + splat(1.0f));
-  Vec p = splat(1.061405429f);
-  p = p * t + splat(-1.453152027f);
-  p = p * t + splat(1.421413741f);
-  p = p * t + splat(-0.284496736f);
-  p = p * t + splat(0.254829592f);
-  const Vec tail = splat(0.5f) * p * t * exponential(-a * a);  // Phi(-|x|): keeps its digits where x is negative
-  return x * (z < Vec{} ? tail : splat(1.0f) - tail);
-}
-
-INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
-
-INLINE Vec apply(Vec x, Activation act) {
-  switch (act) {
-    case kGelu:
-      return gelu(x);
-    case kGeluTanh:  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
-      return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
-    case kRelu:
-      return x < Vec{} ? Vec{} : x;  // keeps NaN
-    case kSilu:
-      return x * sigmoid(x);
-    default:
-      return x;
-  }
-}
-
-__attribute__((noinline)) void activate(float* at, int64_t count, Activation act) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    LooseVec* p = reinterpret_cast<LooseVec*>(at + i);
-    *p = apply(*p, act);
-  }
-}
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#define WIDE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#ifndef SHUFFLE
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntQuad{i, j, k, l})
-#endif
-
-// Turn 4 rows of 4 floats, `from` apart, into 4 columns, `to` apart.
-INLINE void transpose4(const float* in, int64_t from, float* out, int64_t to) {
-  const Quad a = *reinterpret_cast<const Quad*>(in), b = *reinterpret_cast<const Quad*>(in + from);
-  const Quad c = *reinterpret_cast<const Quad*>(in + 2 * from), d = *reinterpret_cast<const Quad*>(in + 3 * from);
-  const Quad ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
-  const Quad ef = SHUFFLE(a, b, 2, 6, 3, 7), gh = SHUFFLE(c, d, 2, 6, 3, 7);
-  *reinterpret_cast<Quad*>(out) = SHUFFLE(ab, cd, 0, 1, 4, 5);
-  *reinterpret_cast<Quad*>(out + to) = SHUFFLE(ab, cd, 2, 3, 6, 7);
-  *reinterpret_cast<Quad*>(out + 2 * to) = SHUFFLE(ef, gh, 0, 1, 4, 5);
-  *reinterpret_cast<Quad*>(out + 3 * to) = SHUFFLE(ef, gh, 2, 3, 6, 7);
-}
-
-// Turn kLanes rows of kLanes floats into as many columns. Each step interleaves the halves of the rows, so that log2(kLanes)
-// of them rotate every index (row, place) into (place, row); whole vectors, hence whole cache lines, are written.
-#if HF_SPARSE_BYTES == 64 && defined(WIDE_SHUFFLE)
-#define HF_SPARSE_TURNS 1
-INLINE void turn(const float* in, int64_t from, float* out, int64_t to) {
-  Vec row[16], next[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) row[i] = *reinterpret_cast<const LooseVec*>(in + i * from);
-#pragma GCC unroll 4
-  for (int step = 0; step < 4; step++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      next[2 * i] = WIDE_SHUFFLE(row[i], row[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      next[2 * i + 1] = WIDE_SHUFFLE(row[i], row[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) row[i] = next[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) *reinterpret_cast<LooseVec*>(out + i * to) = row[i];
-}
-#endif
-
-// out[j, i] = in[i, j] for i < rows, j < cols, 32 columns at a time so that both sides stay in the first cache.
-void transpose(const float* in, int64_t from, int64_t rows, int64_t cols, float* out, int64_t to) {
-  for (int64_t c = 0; c < cols; c += 32) {
-    const int64_t end = c + 32 < cols ? c + 32 : cols, whole = c + (end - c) / 4 * 4;
-    int64_t i = 0;
-#ifdef HF_SPARSE_TURNS
-    for (; i + 16 <= rows && end == c + 32; i += 16) {
-      turn(in + i * from + c, from, out + c * to + i, to);
-      turn(in + i * from + c + 16, from, out + (c + 16) * to + i, to);
-    }
-#endif
-    for (; i + 4 <= rows; i += 4) {
-      for (int64_t j = c; j < whole; j += 4) transpose4(in + i * from + j, from, out + j * to + i, to);
-      for (int64_t j = whole; j < end; j++)
-        for (int k = 0; k < 4; k++) out[j * to + i + k] = in[(i + k) * from + j];
-    }
-    for (; i < rows; i++)
-      for (int64_t j = c; j < end; j++) out[j * to + i] = in[i * from + j];
-  }
-}
-
-void gather(const float* x, int64_t stride, int tokens, int64_t features, int tile, float* out) {
-  transpose(x, stride, tokens, features, out, tile);
-  for (int64_t j = 0; tokens < tile && j < features; j++)
-    for (int i = tokens; i < tile; i++) out[j * tile + i] = 0;
-}
-
-void scatter(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride) {
-  // 64 features at a time: rows of the output are far apart, rows of the tile near.
-  for (int64_t j = 0; j < features; j += 64) {
-    const int64_t count = features - j < 64 ? features - j : 64;
-    transpose(in + j * tile, tile, count, tokens, y + j, stride);
-  }
-}
 
 void multiply(float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(a + i, load(a + i) * load(b + i));
@@ -467,7 +316,7 @@ void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t
 
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
-extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest, gather,
-                                          scatter,              product, multiply, vector, activate};
+extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest,   gather, scatter,
+                                          product,              multiply, vector, activate, attend};
 
 }  // namespace hf_sparse

@@ -27,6 +27,17 @@ inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chun
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
 inline int64_t padded_inputs(const Weight& w) { return chunks(w) * w.chunk + 256; }
 
+// A sequence whose queries, keys and values lie in tiles, head after head: `inner` features each.
+struct Attention {
+  const float* tiles;
+  int64_t step;  // floats from one tile to the next
+  int64_t length;
+  int64_t inner;
+  int32_t tile;
+  int32_t size;  // features of a head
+  float scale;
+};
+
 // The kernels of one instruction set. A tile is feature-major: `tile` floats for feature 0, then for feature 1, ...
 struct Kernels {
   const char* name;
@@ -43,6 +54,9 @@ struct Kernels {
   void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
   // In place; count is a multiple of the lanes.
   void (*activate)(float* at, int64_t count, Activation act);
+  // What one head makes of one tile of queries. `mask` (or null) is added to the scores: a tile, keys for features.
+  // `scores` has room for as many tokens as all tiles, times the tile.
+  void (*attend)(const Attention& a, int64_t head, int64_t queries, const float* mask, float* scores, float* out);
 };
 
 extern const Kernels kPortable;

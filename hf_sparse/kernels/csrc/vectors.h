@@ -1,0 +1,81 @@
+// Vectors and functions of them, in vector extensions of GCC and Clang, which any target has; part of kernels.cpp.
+#pragma once
+#include "kernels.h"
+
+namespace hf_sparse {
+namespace {
+
+constexpr int kLanes = HF_SPARSE_BYTES / 4;
+constexpr bool kManyRegisters = HF_SPARSE_BYTES == 64 || HF_SPARSE_NEON;  // 32 registers, not 16
+
+typedef float Vec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(HF_SPARSE_BYTES), may_alias));
+typedef float LooseVec __attribute__((vector_size(HF_SPARSE_BYTES), aligned(4), may_alias));
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t IntQuad __attribute__((vector_size(16)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vec splat(float value) { return value - Vec{}; }
+INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+INLINE void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+
+// e^x by range reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 6 (relative error below 2e-7).
+INLINE Vec exponential(Vec x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * splat(1.44269504088896341f) + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
+  Vec p = splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const IntVec power = __builtin_convertvector(n, IntVec) + 127;
+  return p * reinterpret_cast<Vec>(power << 23);
+}
+
+// x Phi(x); Phi by Abramowitz and Stegun 7.1.26 for erf (absolute error 1.5e-7).
+INLINE Vec gelu(Vec x) {
+  const Vec z = x * splat(0.70710678118654752f);
+  const Vec a = z < Vec{} ? -z : z;
+  const Vec t = splat(1.0f) / (a * splat(0.3275911f) + splat(1.0f));
+  Vec p = splat(1.061405429f);
+  p = p * t + splat(-1.453152027f);
+  p = p * t + splat(1.421413741f);
+  p = p * t + splat(-0.284496736f);
+  p = p * t + splat(0.254829592f);
+  const Vec tail = splat(0.5f) * p * t * exponential(-a * a);  // Phi(-|x|): keeps its digits where x is negative
+  return x * (z < Vec{} ? tail : splat(1.0f) - tail);
+}
+
+INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+
+INLINE Vec apply(Vec x, Activation act) {
+  switch (act) {
+    case kGelu:
+      return gelu(x);
+    case kGeluTanh:  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
+      return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
+    case kRelu:
+      return x < Vec{} ? Vec{} : x;  // keeps NaN
+    case kSilu:
+      return x * sigmoid(x);
+    default:
+      return x;
+  }
+}
+
+__attribute__((noinline)) void activate(float* at, int64_t count, Activation act) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    LooseVec* p = reinterpret_cast<LooseVec*>(at + i);
+    *p = apply(*p, act);
+  }
+}
+
+}  // namespace
+}  // namespace hf_sparse

@@ -1,0 +1,109 @@
+"""Self-attention whose query, key and value are packed together: the product and all heads in one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import SubBlock
+from ..architectures.base import Changed, become
+
+_UNUSUAL = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
+
+
+class LeanSelf(Changed):
+    """A self-attention module of BERT or its kin, without the layer after it.
+
+    Whatever is unusual (a cache, a causal mask, weights that are asked for, another implementation of attention) is
+    computed as before, with the packed layers one by one.
+    """
+
+    lean: tuple[str, str, str]
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what the module returns."""
+        if args or not _usual(self, hidden_states, attention_mask, kwargs):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        return self.finish(heads(self, hidden_states, attention_mask)), None
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Return what comes after the heads."""
+        return out
+
+
+class LeanDistilBertSelf(LeanSelf):
+    """A self-attention module of DistilBERT, which has the layer after it inside."""
+
+    def finish(self: Any, out: Tensor) -> Tensor:
+        """Return the output of that layer."""
+        product: Tensor = self.out_lin(out)
+        return product
+
+
+_KINDS: dict[str, type[LeanSelf]] = {
+    "BertSelfAttention": LeanSelf,
+    "RobertaSelfAttention": LeanSelf,
+    "XLMRobertaSelfAttention": LeanSelf,
+    "CamembertSelfAttention": LeanSelf,
+    "ElectraSelfAttention": LeanSelf,
+    "DistilBertSelfAttention": LeanDistilBertSelf,
+}
+
+
+def heads(module: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute all heads of a self-attention module.
+
+    Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
+    """
+    first = getattr(module, module.lean[0])
+    first.check(hidden)
+    packed = first.packed
+    out: Tensor = torch.ops.hf_sparse.sparse_attention(
+        *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias(), mask),
+        *(packed.rows, packed.out_features, packed.in_features),
+        *(packed.out_features // (3 * module.attention_head_size), float(module.scaling)),
+    )
+    return out
+
+
+def _usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    if module.training or getattr(module.config, "_attn_implementation", None) != "sdpa" or module.is_causal:
+        return False
+    if kwargs.get("past_key_values") is not None or any(kwargs.get(name) not in (None, False) for name in _UNUSUAL):
+        return False
+    if hidden.dim() != 3 or getattr(module, module.lean[0]).joint is None:
+        return False
+    if mask is None:
+        return True
+    batch, length = hidden.shape[:2]
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
+    return (
+        fits and mask.shape[2] in (1, length) and mask.shape[3] == length and mask.dtype in (torch.bool, hidden.dtype)
+    )
+
+
+def become_lean(block: SubBlock) -> None:
+    """Let the self-attention of a sub-block, whose query, key and value are packed together, compute with them."""
+    core = block.core
+    mixin = _KINDS.get(type(core).__name__)
+    if mixin is None or isinstance(core, Changed):
+        return
+    prefix = len(block.table.core) + 1 if block.table.core else 0  # type: ignore[union-attr]
+    names = tuple(path[prefix:] for path in block.table.inputs)
+    if not all(hasattr(core, name) for name in names):
+        return
+    become(core, mixin)
+    made: Any = core
+    made.lean = names
+
+
+def restore(model: nn.Module) -> None:
+    """Give all such modules of a model the class that they had."""
+    for module in model.modules():
+        if isinstance(module, LeanSelf):
+            del module.lean
+            module.__class__ = module.plain  # type: ignore[assignment]

@@ -1,0 +1,121 @@
+"""Self-attention in runtime form: what it takes over gives the same, and what it does not is computed as before."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse import to_dense_runtime, to_runtime
+from hf_sparse.runtime.attention import LeanSelf
+from tests.runtime.models import answers, sparse
+
+
+@pytest.fixture(autouse=True)
+def present(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hf_sparse.runtime as runtime
+    from hf_sparse.kernels import LibraryStatus
+
+    monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count how often the operator is called from the modules."""
+    from hf_sparse.runtime import attention
+
+    made: list[int] = []
+    real = attention.heads
+    monkeypatch.setattr(attention, "heads", lambda *given: made.append(1) or real(*given))
+    return made
+
+
+def texts(length: int, padded: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(5, 40, (3, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, length // 2 :] = mask[2, length - 1 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("pattern", ["element", {"name": "block", "rows": 4, "cols": 1}])
+def test_outputs_are_those_of_the_dense_model(family: str, pattern: Any, calls: list[int]) -> None:
+    model = sparse(family, pattern=pattern)
+    lengths = [(length, padded) for length in (1, 2, 15, 16, 17, 30) for padded in (False, True)]
+    expected = [answers(model, texts(*length)) for length in lengths]
+    to_runtime(model, "cpu")
+    found = [answers(model, texts(*length)) for length in lengths]
+    assert len(calls) == 2 * len(lengths), "both layers, each time"
+    for value, wanted in zip(found, expected, strict=True):
+        close(value, wanted)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_way_back_leaves_no_trace(family: str) -> None:
+    model = sparse(family)
+    before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
+    to_runtime(model, "cpu")
+    assert sum(isinstance(module, LeanSelf) for module in model.modules()) == 2
+    to_dense_runtime(model)
+    assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == before
+
+
+def test_attention_weights_are_given_where_they_are_asked_for(calls: list[int]) -> None:
+    model, inputs = sparse("bert"), texts(17, True)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True)
+        to_runtime(model, "cpu")
+        found = model(**inputs, output_attentions=True)
+    assert not calls
+    for value, wanted in zip(found.attentions, expected.attentions, strict=True):
+        close(value, wanted)
+    model.set_attn_implementation("sdpa")
+    close(answers(model, inputs), expected.logits)
+    assert calls
+
+
+def test_decoder_keeps_its_causal_attention(calls: list[int]) -> None:
+    model, inputs = sparse("bert", is_decoder=True), texts(17, False)
+    expected = answers(model, inputs)
+    to_runtime(model, "cpu")
+    close(answers(model, inputs), expected)
+    assert not calls
+
+
+def test_changed_bias_is_seen_and_copies_stand_alone() -> None:
+    model, inputs = sparse("bert"), texts(17, True)
+    to_runtime(model, "cpu")
+    before, other = answers(model, inputs), copy.deepcopy(model)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.value.bias.add_(1.0)
+    assert not torch.allclose(answers(model, inputs), before, atol=1e-3)
+    assert torch.equal(answers(other, inputs), before)
+
+
+def test_hook_on_an_input_of_attention_is_still_called(calls: list[int]) -> None:
+    model, seen = sparse("bert"), []
+    model.bert.encoder.layer[1].attention.self.key.register_forward_hook(lambda *_: seen.append(1))
+    expected: Any = answers(model, texts(17, True))
+    to_runtime(model, "cpu")
+    close(answers(model, texts(17, True)), expected)
+    assert seen == [1, 1]
+    assert calls == [1]
+
+
+def test_compiled_and_padded_model_gives_the_same() -> None:
+    torch._dynamo.reset()
+    model, inputs = sparse("bert"), texts(17, True)
+    expected = answers(model, inputs)
+    to_runtime(model, "cpu")
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(answers(compiled, inputs), expected)
