@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_sparse.runtime as runtime
 from hf_sparse import BackendError, to_dense_runtime, to_runtime
@@ -142,6 +143,25 @@ def test_compiler_sees_through_whole_models(family: str) -> None:
     expected = answers(model, inputs)
     compiled: Any = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(answers(compiled, inputs), expected, atol=5e-3, rtol=5e-2)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "t5-gated"])
+def test_every_product_of_packed_layers_is_in_int8(family: str) -> None:
+    """The exact weights lie beside the rounded ones, and nothing may multiply by them by mistake."""
+    model, inputs = sparse(family), batch(family)
+    to_runtime(model, "cpu-int8")
+    called: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        answers(model, inputs)
+    own = {name.split(".")[1] for name in called if name.startswith("hf_sparse.")}
+    assert own
+    assert all(name.startswith("int8") for name in own), own
 
 
 def test_rows_are_chosen_for_the_int8_products() -> None:
