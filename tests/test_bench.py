@@ -15,7 +15,7 @@ from hf_sparse.bench import Comparison, Timing, in_turns
 from hf_sparse.bench import compare as compare_outputs
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
-from hf_sparse.model_card import plain
+from hf_sparse.markdown import plain
 from hf_sparse.page import escape
 from hf_sparse.runtime import RuntimeReport
 from hf_sparse.runtime.packed import Packed
