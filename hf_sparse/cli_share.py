@@ -103,6 +103,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from .compare import read_latency, read_run, runs_of
+    from .markdown import table
     from .pareto import compare_page, head, plot, rows
     from .results import read_results
 
@@ -112,8 +113,7 @@ def _compare(options: argparse.Namespace) -> None:
     if files := [run for run in options.runs if Path(run).is_file()]:
         results = [result for file in files for result in read_results(file)]
         runs += runs_of(results, options.metric, options.task, options.model)
-    lines = [head(options.metric), ["---"] * len(head(options.metric)), *rows(runs)]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    print(table(head(options.metric), rows(runs)))
     if options.plot is not None:
         plot(runs, options.metric, options.plot)
     if options.html is not None:

@@ -16,6 +16,9 @@ from .errors import CheckpointError
 KINDS = {"attention": "heads", "feed_forward": "neurons"}
 """The key of FORMAT.md for each kind of sub-block."""
 
+EDITS_KEY = "edits"
+"""Where `extra` of a manifest keeps what was cut out of the model."""
+
 MAX_GROUPS = 2**24
 """More heads or neurons in one sub-block are a mistake or an attack."""
 

@@ -17,9 +17,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .edits import EDITS_KEY, Edits
 from .errors import CheckpointError, RecipeError
-from .files import read_json
+from .files import read_json, read_manifest
 from .inspection import Inspection, inspect
+from .markdown import fenced, plain, table
 from .speed import SPEED, Speed, read_speed
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
@@ -27,6 +29,9 @@ NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity",
 OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
+MEASURED = "eval_results.json"
+BEFORE_COMPACTION = "before_compaction"
+"""Key of that file: what it says was measured before what was removed was cut out of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +94,26 @@ def facts_of(
         speed=read_speed(speed) if speed.is_file() else None,
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
         license=license,
+        note=_cut_out(folder),
         pruned=inspection.packed or bool(recipe.get("sparsity")),
     )
+
+
+def _cut_out(folder: Path) -> str | None:
+    """Say what was cut out of the model, by its files."""
+    manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
+    if not manifests or EDITS_KEY not in manifests[0].extra:
+        return None
+    edits = Edits.from_dict(manifests[0].extra[EDITS_KEY])
+    left = " and ".join(
+        f"{sum(len(cut.kept) for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
+        for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
+        if cuts
+    )
+    said = f"In the parts that were made smaller, {left} are left; the others are cut out, and not counted below."
+    if (read_json(folder / MEASURED) or {}).get(BEFORE_COMPACTION):
+        said += " Metrics were measured before that, which changes outputs by rounding alone."
+    return said
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -125,7 +148,7 @@ def _shown(value: Any) -> Any:
 
 
 def _metrics(folder: Path) -> dict[str, float]:
-    measured = read_json(folder / "eval_results.json") or {}
+    measured = read_json(folder / MEASURED) or {}
     found = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
     return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and type(v) in (int, float)}
 
@@ -138,23 +161,6 @@ def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:
         kind[0] += weight.parameters
         kind[1] += weight.nonzeros
     return [(name, size, 1.0 - kept / size if size else 0.0) for name, (size, kept) in totals.items()]
-
-
-def plain(text: object) -> str:
-    r"""Return text of one line that Markdown and HTML show as it is.
-
-    Example:
-        >>> plain("a|b <script>")
-        'a\\|b &lt;script&gt;'
-    """
-    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
-
-
-def _fenced(text: str, language: str = "") -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"
 
 
 def card_text(facts: CardFacts, tags: Sequence[str] = ()) -> str:
@@ -236,20 +242,20 @@ def _body(facts: CardFacts) -> str:
     parts = [
         f"# {plain(facts.title)}",
         "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.",
-        _table(("", ""), about),
+        table(("", ""), about),
     ]
     if facts.note:
         parts.append(plain(facts.note))
     parts += ["## Metrics", _metric_table(facts), "## Sparsity", _sparsity(facts)]
-    parts += ["## Size", _table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured."]
+    parts += ["## Size", table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured."]
     parts += ["## Speed", _speed(facts.speed)]
     if facts.loads:
         code = f"import hf_sparse  # first: it teaches transformers the format\nfrom transformers import {auto}\n\n"
         parts += [
             "## How to load",
-            _fenced(f'{code}model = {auto}.from_pretrained("user/repo")  # or a folder', "python"),
+            fenced(f'{code}model = {auto}.from_pretrained("user/repo")  # or a folder', "python"),
         ]
-    parts += ["## Recipe", _fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.", "## Limits", LIMITS]
+    parts += ["## Recipe", fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.", "## Limits", LIMITS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -259,29 +265,22 @@ LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run fast
 - What the base model cannot do or should not be used for holds here too."""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _metric_table(facts: CardFacts) -> str:
     rows = [
         (plain(name), f"{facts.dense_metrics[name]:.4f}" if name in facts.dense_metrics else "not measured", f"{v:.4f}")
         for name, v in facts.metrics.items()
     ]
-    return _table(("metric", "dense", "this model"), rows) or "Not measured."
+    return table(("metric", "dense", "this model"), rows) or "Not measured."
 
 
 def _sparsity(facts: CardFacts) -> str:
     rows = [
         (plain(name), f"{size:,}" if size else "not recorded", f"{zeros:.2%}") for name, size, zeros in facts.groups
     ]
-    return _table(("weights", "parameters", "zeros"), rows) or "Not recorded."
+    return table(("weights", "parameters", "zeros"), rows) or "Not recorded."
 
 
 def _speed(speed: Speed | None) -> str:
     if speed is None:
         return "Not measured."
-    return _table(("forward pass", "median and quartiles, in turns with dense"), [(k, plain(v)) for k, v in speed.rows])
+    return table(("forward pass", "median and quartiles, in turns with dense"), [(k, plain(v)) for k, v in speed.rows])

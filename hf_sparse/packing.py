@@ -28,7 +28,7 @@ from . import report
 from .codecs import encode
 from .codecs.base import pack_bits
 from .compaction import EDITS_ATTRIBUTE
-from .edits import Edits
+from .edits import EDITS_KEY, Edits
 from .errors import RecipeError, SparsityError
 from .files import settle_header
 from .hub import push_model
@@ -38,9 +38,6 @@ from .report import WEIGHTS_ATTRIBUTE
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
 """What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
-
-EDITS_KEY = "edits"
-"""Where `extra` of the manifest keeps what was cut out of the model."""
 
 
 def pack_state(

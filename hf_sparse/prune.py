@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from .compaction import compact
 from .config import SparsityConfig
 from .data import load_split
 from .errors import RecipeError
+from .files import read_json
 from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
+from .model_card import BEFORE_COMPACTION, MEASURED
 from .oneshot import sparsify
 from .recipe_sections import DataSection
 from .report import Summary, summarize
@@ -81,9 +85,19 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
             "Prune it first, with pattern head, neuron or layer"
         )
     _save(model, name, output, revision)
+    _carry_over(Path(name), Path(output))
     after = model.num_parameters()
     left = [f"{where}: {len(cut.kept)} of {cut.before} {kind}" for kind, where, cut in edits]
     return "\n".join([*left, f"{before:,} parameters before, {after:,} after ({after / before:.1%})"])
+
+
+def _carry_over(source: Path, output: Path) -> None:
+    """Let what was recorded of a model lie beside the same model with what was removed cut out."""
+    if (source / "recipe.yaml").is_file():
+        shutil.copyfile(source / "recipe.yaml", output / "recipe.yaml")
+    if (measured := read_json(source / MEASURED)) is not None:
+        text = json.dumps({**measured, BEFORE_COMPACTION: True}, indent=4)
+        (output / MEASURED).write_text(text + "\n", encoding="utf-8")
 
 
 def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:

@@ -20,13 +20,13 @@ from .codecs import SUFFIXES, decode
 from .codecs.base import TORCH_DTYPES
 from .compaction import apply_edits
 from .config import SparsityConfig
-from .edits import Edits
+from .edits import EDITS_KEY, Edits
 from .errors import BackendError, CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files
 from .manifest import Manifest
 from .masking import STATE_SUFFIXES
 from .oneshot import prune_further, sparsify
-from .packing import EDITS_KEY, FORMATS, pack_state, refuse_edited, save_packed, save_plain
+from .packing import FORMATS, pack_state, refuse_edited, save_packed, save_plain
 from .report import WEIGHTS_ATTRIBUTE
 from .requantize import check_one_device, hand_over, quantize, second_quantizer
 from .runtime import is_runtime, to_dense_runtime, to_runtime

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hf_sparse.compare import runs_of
 from hf_sparse.errors import RecipeError
+from hf_sparse.markdown import table
 from hf_sparse.pareto import plot
 from hf_sparse.results import AFTER, Result, by_name, dense_twin, read_results
 from hf_sparse.speed import Speed, verdict
@@ -72,7 +73,7 @@ def _speed(runs: Sequence[Result]) -> str:
 
 def claims(results: Sequence[Result]) -> str:
     """Return the table of claims."""
-    return _table(
+    return table(
         ("claim", "where", "our results", "figures"),
         [(found.claim, found.where, f"**{found.said}**", found.figures) for found in verdicts(results)],
     )
@@ -96,7 +97,7 @@ def section(results: Sequence[Result], task: str) -> str:
         rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
     head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
     picture = f"![{MAIN[task]} against size and weights left](reference/pareto-{task}.png)\n\n" if _drawn(here) else ""
-    return f"{title}\n\n{picture}{_table(head, rows)}"
+    return f"{title}\n\n{picture}{table(head, rows)}"
 
 
 def _dense(result: Result, twin: Sequence[Result]) -> str:
@@ -114,10 +115,6 @@ def _own_model(task: str) -> str:
     """Return the model that the methods of a task are compared with; others are teachers."""
     plan = read_plan()[0]
     return str(plan["models"][plan["tasks"][task]["model"]])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def write(folder: Path) -> None:

@@ -34,6 +34,7 @@ class Entry:
     steps: int | None = None
     compact: bool = False
     teacher: str | None = None
+    hidden: bool = False
     after: str | None = None
     own_model: bool = True
 
@@ -42,10 +43,15 @@ class Entry:
         """What the result is called."""
         words = [self.task, self.method] + ([f"{100 * self.sparsity:g}"] if self.sparsity else [])
         words += [self.model] if not self.own_model else []
-        words += [f"taught by {self.teacher}"] if self.teacher else []
+        words += [self.taught] if self.teacher else []
         words += ["after dense"] if self.after else []
         words += [f"{self.steps} steps"] if self.steps else []
         return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+    @property
+    def taught(self) -> str:
+        """By whom, and by what."""
+        return f"taught by {self.teacher}" + (" with hidden states" if self.hidden else "")
 
     @property
     def needs(self) -> str | None:
@@ -128,6 +134,8 @@ class Machine:
             out.append(f"training.max_steps={entry.steps}")
         if entry.needs and entry.teacher:
             out.append(f"distillation.teacher={json.dumps(str(self.folder(entry.needs, 0)))}")
+        if entry.hidden:
+            out.append("distillation.hidden_weight=1.0")
         return [*out, *self.overrides]
 
     def load(self, entry: Entry, seed: int) -> Recipe:

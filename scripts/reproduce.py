@@ -107,9 +107,7 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         name=entry.name,
         task=entry.task,
         model=machine.plan["models"][entry.model],
-        method=entry.method
-        + (f", taught by {entry.teacher}" if entry.teacher else "")
-        + (AFTER if entry.after else ""),
+        method=entry.method + (f", {entry.taught}" if entry.teacher else "") + (AFTER if entry.after else ""),
         sparsity=entry.sparsity,
         seed=seed,
         metrics={key: value for key, value in named.items() if key not in METRICS_LEFT_OUT},

@@ -16,7 +16,7 @@ from hf_sparse.bench import compare as compare_outputs
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
 from hf_sparse.kernels.int8 import why_not_int8
-from hf_sparse.model_card import plain
+from hf_sparse.markdown import plain
 from hf_sparse.page import escape
 from hf_sparse.runtime import RuntimeReport
 from hf_sparse.runtime.packed import Packed
@@ -74,8 +74,8 @@ def test_what_bench_saves_is_what_card_report_and_compare_read(saved: Path, tmp_
     capsys.readouterr()
     assert main(["compare", str(dense), str(saved)]) == 0
     _, _, first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith(f"| {1e3 * speed.dense[1]:.2f} |")
-    assert second.endswith(f"| {1e3 * speed.sparse[1]:.2f} |")
+    assert first.endswith(f"| {1e3 * speed.dense[1]:.2f} | - |")
+    assert second.endswith(f"| {1e3 * speed.sparse[1]:.2f} | - |")
     (saved / SPEED).unlink()
     assert main(["compare", str(dense), str(saved), "--bench", str(tmp_path / "out.json")]) == 0
     assert second in capsys.readouterr().out

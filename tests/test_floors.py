@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_sparse"
 FLOORS = {
     0: "config distillation_config edits errors manifest registry",
-    1: "allocation budget codecs kth latency losses patterns radix schedules scorers selection speed",
+    1: "allocation budget codecs kth latency losses markdown patterns radix schedules scorers selection speed",
     2: "ablation architectures attaching compaction distillation examples importance masking measuring "
     "permutation plan pruner ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",

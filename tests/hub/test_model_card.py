@@ -113,6 +113,21 @@ def test_folder_without_model_or_with_a_recipe_that_is_none_is_refused(saved, ca
         facts_of(saved)
 
 
+def test_card_of_a_compacted_model_says_what_is_left_and_what_was_measured_before(saved, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    groups = [{"pattern": "head", "sparsity": 0.5}, {"pattern": "neuron", "sparsity": 0.25}]
+    hf_sparse.sparsify(model, SparsityConfig(groups=groups)).save_pretrained(saved)
+    assert main(["compact", str(saved), "--output", str(tmp_path / "compact")]) == 0
+    assert main(["card", str(tmp_path / "compact"), "--against", str(tmp_path / "dense")]) == 0
+    card = ModelCard.load(tmp_path / "compact" / "README.md")
+    assert "4 of 8 heads and 96 of 128 neurons are left" in card.text
+    assert "Metrics were measured before that" in card.text
+    assert "| accuracy | 0.8750 | 0.8125 |" in card.text
+    assert card.data.base_model == "org/base"
+    (tmp_path / "compact" / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.5}), encoding="utf-8")
+    assert "before that" not in card_text(facts_of(tmp_path / "compact"))  # trained on, and measured anew
+
+
 def test_card_that_somebody_wrote_or_edited_is_kept(saved, capsys):
     path = saved / "README.md"
     assert main(["card", str(saved)]) == 0
