@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure, options.backend)
+        folder, tiny = options.measure
+        measure(folder, tiny, options.backend)
         return
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
-from bench_runtime import make, prune
+from bench_runtime import make, prune  # type: ignore[import-not-found]  # beside it, for Python; mypy: scripts.
 from torch import Tensor, nn
 
 from hf_sparse import to_runtime

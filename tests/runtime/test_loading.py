@@ -55,7 +55,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     alive: list[Any] = []
     most: list[int] = []
-    real = quantizer.decode
+    real = quantizer.decode  # type: ignore[attr-defined]
 
     def decode(*args: Any) -> torch.Tensor:
         weight = real(*args)
@@ -107,8 +107,8 @@ def test_weights_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest.Monk
 def test_peak_of_memory_stays_far_below_the_dense_model(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    def save(folder: Path, **sizes: int) -> int:
-        shape = {"vocab_size": 16, "num_attention_heads": 2, "max_position_embeddings": 8, **sizes}
+    def save(folder: Path, **sizes: Any) -> int:
+        shape: dict[str, Any] = {"vocab_size": 16, "num_attention_heads": 2, "max_position_embeddings": 8, **sizes}
         model = BertModel(BertConfig(**shape))
         sparsify(model, SparsityConfig(sparsity=0.95))
         model.save_pretrained(folder)
