@@ -63,7 +63,7 @@ def diagnose() -> Diagnosis:
     found += [_try(label, "cpu", list(HEIGHTS)), _try("CSR products of torch", "csr", [1]), _try_int8()]
     cuda = torch.cuda.is_available()
     says = (
-        f"{torch.cuda.get_device_name()}: sparse models run there, dense: the sparse kernels here are for the CPU"
+        f"{torch.cuda.get_device_name()}: to_runtime times 2:4 and blocks there (scripts/verify_gpu.py checks them)"
         if cuda
         else "no CUDA device; none is needed for the CPU kernels"
     )

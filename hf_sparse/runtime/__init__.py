@@ -13,8 +13,9 @@ from ..errors import BackendError
 from ..kernels import LibraryStatus, library_status
 from ..kernels.int8 import why_not_int8
 from ..latency import machine
-from . import attention, blocks, vocabulary
-from .choosing import FEW, LEAST, TOKENS, Choice, Unit, measure, survey, units, wins
+from ..targets import InRuntimeForm
+from . import attention, blocks, gpu, vocabulary
+from .choosing import FEW, LEAST, TOKENS, Choice, Unit, hooked, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
 from .report import LayerReport, RuntimeReport
@@ -51,6 +52,7 @@ def to_runtime(
             "dense" packs nothing, and says what there is. "cpu-int8" is "cpu" with weights and inputs rounded to int8,
             several times faster and **not exact**: the report has the error of each layer, and only you can say what it
             does to your model's answers. "auto" never chooses it. It keeps the exact weights, packed, for the way back.
+            A model on a GPU knows "auto" alone: 2:4 and blocks, by kernels that have not been run on a GPU yet.
         keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
         tokens: numbers of tokens (texts times their length) that "auto" times; None = some from 17 to 1024, and for a
             model that generates also from 1 to 8. A call with fewer than the least of them may be slower than dense.
@@ -75,6 +77,8 @@ def to_runtime(
     """
     status = library_status()
     _refuse_wish(backend, tokens, status)
+    if backend == "auto" and _on_gpu(model):
+        return _to_gpu(model, keep_dense, tokens, table or SpeedTable())
     choices = survey(model)
     _refuse_nothing(model, choices)
     dense_bytes = {name: choice.layer.weight.nbytes for name, choice in choices.items()}
@@ -129,6 +133,9 @@ def to_dense_runtime(model: nn.Module) -> None:
     attention.restore(model)
     blocks.restore(model)
     vocabulary.lay_by_rows(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, gpu.GpuLinear):
+            model.set_submodule(name, module.back())
     done: set[int] = set()
     for module in list(model.modules()):
         if isinstance(module, PackedLinear) and id(module) not in done:
@@ -143,7 +150,36 @@ def to_dense_runtime(model: nn.Module) -> None:
 
 def is_runtime(model: nn.Module) -> bool:
     """Return whether any layer of a model is packed for inference."""
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    return any(isinstance(module, InRuntimeForm) for module in model.modules())
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel()]
+    return bool(layers) and all(layer.weight.is_cuda for layer in layers)
+
+
+def _to_gpu(model: nn.Module, keep_dense: bool, tokens: Sequence[int] | None, table: SpeedTable) -> RuntimeReport:
+    """Do what `to_runtime` does, for a model on a GPU: 2:4 and blocks, by kernels that no one has verified yet."""
+    choices = survey(model, gpu=True)
+    _refuse_nothing(model, choices)
+    trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
+    reports = []
+    for name, choice in choices.items():
+        layer, size = choice.layer, choice.layer.weight.nbytes
+        if choice.reason is None and hooked(layer):
+            choice.reason = "hooks are on it, which a sparse layer would not call"
+        if choice.reason is not None:
+            shape = tuple(layer.weight.shape)
+            reports.append(LayerReport(name, shape, choice.sparsity, "dense", 0, size, size, {}, choice.reason))
+            continue
+        capability = torch.cuda.get_device_capability(layer.weight.device) if torch.cuda.is_available() else None
+        made, report = gpu.choose(name, layer, choice.sparsity, table, tokens or gpu.TOKENS, keep_dense, capability)
+        reports.append(report)
+        if made is not None:
+            model.set_submodule(name, made)
+    if is_runtime(model):
+        _freeze(model, trainable, [])
+    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", tuple(reports))
 
 
 def _layer_report(

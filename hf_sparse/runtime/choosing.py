@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..architectures import SubBlock, known_sub_blocks
 from ..architectures.base import Changed, FeedForward
 from ..errors import BackendError
+from ..targets import InRuntimeForm
 from ..zeros import is_guard
 from . import blocks
 from .layers import PackedLinear, become_packed
@@ -64,8 +65,11 @@ class Unit:
     activation: str | None = None
 
 
-def survey(model: nn.Module) -> dict[str, Choice]:
+def survey(model: nn.Module, *, gpu: bool = False) -> dict[str, Choice]:
     """Look at every linear layer of a model.
+
+    Args:
+        gpu: whether it is on a GPU, where other types than float32 compute too.
 
     Raises:
         BackendError: for layers whose weights are not plain numbers in memory, or not of the CPU.
@@ -76,14 +80,14 @@ def survey(model: nn.Module) -> dict[str, Choice]:
             owners[id(own)] = owners.get(id(own), 0) + 1
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, InRuntimeForm):
             raise BackendError(
                 f"to_runtime was asked for a model that is in runtime form already ('{name}' is packed). Call "
                 "hf_sparse.to_dense_runtime(model) first to choose again"
             )
         if not isinstance(module, nn.Linear) and type(module).__name__ not in _FOREIGN:
             continue
-        _refuse(name, module)
+        _refuse(name, module, gpu)
         assert isinstance(module, nn.Linear)
         weight = look(module.weight)
         sparsity = 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
@@ -105,7 +109,7 @@ def survey(model: nn.Module) -> dict[str, Choice]:
 _FOREIGN = ("QuantLinear", "MarlinLinear", "BitLinear", "AutoBitLinear", "EetqLinear", "HQQLinear")
 
 
-def _refuse(name: str, module: nn.Module) -> None:
+def _refuse(name: str, module: nn.Module, gpu: bool) -> None:
     """Raise `BackendError` if a layer is none whose weight can be packed."""
     asked = f"to_runtime was asked for a model whose layer '{name}'"
     if parametrize.is_parametrized(module):
@@ -124,9 +128,12 @@ def _refuse(name: str, module: nn.Module) -> None:
             f"{asked} is offloaded, or on the meta device: there is no weight to pack. Load it onto the CPU whole, "
             'without device_map or with device_map={"": "cpu"}'
         )
+    if gpu:
+        return
     if weight.device.type != "cpu":
         raise BackendError(
-            f"{asked} is on {weight.device}; the sparse kernels are for the CPU. Move it there: model.to('cpu')"
+            f"{asked} is on {weight.device}; the kernels that were asked for are for the CPU. Move it "
+            "there: model.to('cpu'), or use backend 'auto'"
         )
     if weight.dtype != torch.float32:
         raise BackendError(
@@ -158,7 +165,7 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> Itera
         packs.clear()
         if block.kind == "attention" and _is_self(block) and all(name in able for name in names):
             layers = tuple(able[name] for name in names)
-            if len({layer.bias is None for layer in layers}) == 1 and not any(_hooked(layer) for layer in layers):
+            if len({layer.bias is None for layer in layers}) == 1 and not any(hooked(layer) for layer in layers):
                 arrive(layers)
                 weight = torch.cat([layer.weight.detach() for layer in layers])
                 together = Unit("sparse_qkv", names, layers, (Packed.of(weight, kernel, choose_rows(weight)),), block)
@@ -237,7 +244,8 @@ def _is_self(block: SubBlock) -> bool:
     return plain and "Cross" not in type(core).__name__ and not block.name.endswith("EncDecAttention")
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Return whether a module has forward hooks, but for the one that keeps zeros."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not is_guard(hook) for hook in hooks)
 
@@ -249,4 +257,4 @@ def _watched(block: SubBlock) -> bool:
     paths = {path.rpartition(".")[0] for path in (*table.inputs, table.output)} - {""}
     inside = [*block.inputs.values(), block.output, *(block.module.get_submodule(path) for path in paths)]
     function = blocks.function_of(block)
-    return any(_hooked(module) for module in [*inside, *([function] if isinstance(function, nn.Module) else [])])
+    return any(hooked(module) for module in [*inside, *([function] if isinstance(function, nn.Module) else [])])

@@ -34,6 +34,7 @@ class Trial:
         sparsity: of all of them together, in whole percents.
         rows: of their packed forms.
         tokens: rows of the input.
+        device: its name, if it is not the CPU; runs then wait for it.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Trial:
     sparsity: int
     rows: tuple[int, ...]
     tokens: int
+    device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ def race(trial: Trial, dense: Run, packed: Run) -> Race:
 
     Of one thread the time of the processor counts, which other programs disturb less than that of the clock.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    alone = torch.get_num_threads() == 1 and not trial.device
+    clock = time.thread_time if alone else time.perf_counter
     runs = (dense, packed)
     for run in (*runs, *runs):  # caches, pages, threads
         run()
