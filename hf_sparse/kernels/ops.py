@@ -23,12 +23,12 @@ _library.define(
 )
 _library.define(
     f"sparse_ffn(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, int up_rows, int down_rows, "
-    'int hidden_features, int out_features, int in_features, str activation="none") -> Tensor'
+    "int hidden_features, int out_features, int in_features, str activation) -> Tensor"
 )
 _library.define(
     f"sparse_gated_ffn(Tensor x, {_WEIGHT.format('gate_')}, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, "
     "int gate_rows, int up_rows, int down_rows, int hidden_features, int out_features, int in_features, "
-    'str activation="none") -> Tensor'
+    "str activation) -> Tensor"
 )
 _library.define(
     f"sparse_attention(Tensor x, {_WEIGHT.format('')}, Tensor? mask, int rows, int out_features, int in_features, "
