@@ -108,7 +108,12 @@ def gated_ffn(
 
 
 def attention(
-    x: Tensor, qkv: PackedWeight, bias: Tensor | None, heads: int, mask: Tensor | None = None, scale: float | None = None
+    x: Tensor,
+    qkv: PackedWeight,
+    bias: Tensor | None,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Compute the self-attention of every head: `softmax(scale * q k^T + mask) v`, `q, k, v = x @ qkv.T + bias`.
 

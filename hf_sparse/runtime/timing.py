@@ -18,6 +18,9 @@ from ..latency import TimesFile, cache_folder, machine
 MARGIN = 0.03
 """How much faster than dense a kernel has to be at every number of tokens, as a fraction of the dense time."""
 
+_KERNELS = 2
+"""Counts up where the kernels change speed, so that times of the old ones are measured again."""
+
 _ROUNDS = 7
 _SECONDS = 1.0
 
@@ -90,4 +93,4 @@ class SpeedTable:
 
 def _versions() -> str:
     own = getattr(sys.modules["hf_sparse"], "__version__", "unknown")  # set by a floor above this one
-    return f"{machine()}, hf_sparse {own}, kernels {library_status().isa or 'absent'}"
+    return f"{machine()}, hf_sparse {own}, kernels {library_status().isa or 'absent'}, {_KERNELS}"

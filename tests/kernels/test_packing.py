@@ -35,7 +35,8 @@ def test_block_columns_of_zeros_are_dropped():
 
 
 @pytest.mark.parametrize(
-    ("rows", "zeros", "chunk"), [(1, 0.2, 128), (1, 0.9, 192), (2, 0.9, 192), (4, 0.2, 256), (4, 0.9, 256), (16, 0.9, 256)]
+    ("rows", "zeros", "chunk"),
+    [(1, 0.2, 128), (1, 0.9, 192), (2, 0.9, 192), (4, 0.2, 256), (4, 0.9, 256), (16, 0.9, 256)],
 )
 def test_chunks_are_as_wide_as_the_blocks_can_do_with(rows, zeros, chunk):
     packed = pack(sparse(32, 768, zeros), rows)

@@ -29,7 +29,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     made: list[int] = []
     real = attention.heads
-    monkeypatch.setattr(attention, "heads", lambda *given: made.append(1) or real(*given))
+
+    def counted(*given: Any) -> Tensor:
+        made.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(attention, "heads", counted)
     return made
 
 
