@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class LeanSelf(Changed):
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Return what the module returns."""
-        if args or not _usual(self, hidden_states, attention_mask, kwargs):
+        if args or not usual(self, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         return self.finish(heads(self, hidden_states, attention_mask)), None
 
@@ -70,7 +71,13 @@ def heads(module: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
-def _usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def is_known(module: nn.Module, names: Collection[str]) -> bool:
+    """Return whether a module is one of transformers, of a class with one of these names."""
+    return type(module).__name__ in names and type(module).__module__.startswith("transformers.models.")
+
+
+def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Return whether the operator computes what a self-attention module is asked for."""
     if module.training or getattr(module.config, "_attn_implementation", None) != "sdpa" or module.is_causal:
         return False
     if kwargs.get("past_key_values") is not None or any(kwargs.get(name) not in (None, False) for name in _UNUSUAL):
@@ -89,9 +96,9 @@ def _usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, A
 def become_lean(block: SubBlock) -> None:
     """Let the self-attention of a sub-block, whose query, key and value are packed together, compute with them."""
     core = block.core
-    mixin = _KINDS.get(type(core).__name__)
-    if mixin is None or isinstance(core, Changed):
+    if not is_known(core, _KINDS):
         return
+    mixin = _KINDS[type(core).__name__]
     prefix = len(block.table.core) + 1 if block.table.core else 0  # type: ignore[union-attr]
     names = tuple(path[prefix:] for path in block.table.inputs)
     if not all(hasattr(core, name) for name in names):
