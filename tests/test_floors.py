@@ -17,7 +17,7 @@ FLOORS = {
     "ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection loading "
-    "loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
+    "learning loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
     "teacher_cache",
     5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page prune recipe "
     "recipe_sections recipe_text report_page run sensitivity stages stress teach text_metrics",
