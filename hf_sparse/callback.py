@@ -157,9 +157,7 @@ class SparsityCallback(TrainerCallback):
         if args.load_best_model_at_end:
             _check_best_model(pruner, args, state)
         assert self._terms is not None
-        self._terms.batches = float(args.gradient_accumulation_steps)
-        if args.average_tokens_across_devices:
-            self._terms.batches *= args.world_size
+        self._terms.count_batches(args)
         pruner.progress = state.global_step / state.max_steps
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)

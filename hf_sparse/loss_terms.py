@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from .distillation import Distiller
 from .errors import RecipeError
@@ -23,14 +24,14 @@ class LossTerms:
 
     Args:
         model: whose outputs have a loss.
-        pruner: whose penalty is added, where its scorers have one.
+        pruner: whose penalty is added, where its scorers have one; None where nothing is pruned.
         distiller: None trains on the task alone.
 
     Attributes:
         batches: how many batches make an optimizer step, where the Trainer sums their losses instead of averaging them.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, distiller: Distiller | None = None) -> None:
+    def __init__(self, model: nn.Module, pruner: Pruner | None, distiller: Distiller | None = None) -> None:
         self.pruner = pruner
         self.distiller = distiller
         self.batches = 1.0
@@ -44,7 +45,17 @@ class LossTerms:
     @property
     def any(self) -> bool:
         """Whether there is anything to add."""
-        return self.pruner.has_penalty or self.distiller is not None
+        return self._penalized is not None or self.distiller is not None
+
+    @property
+    def _penalized(self) -> Pruner | None:
+        return self.pruner if self.pruner is not None and self.pruner.has_penalty else None
+
+    def count_batches(self, args: TrainingArguments) -> None:
+        """Learn from the arguments of a Trainer how many batches it makes a step of."""
+        self.batches = float(args.gradient_accumulation_steps)
+        if args.average_tokens_across_devices:
+            self.batches *= args.world_size
 
     def refuse_if(self, condition: object, why: str) -> None:
         """Raise `RecipeError` if there are terms and they would be lost.
@@ -77,7 +88,7 @@ class LossTerms:
         return args, {**kwargs, **self.distiller.wanted()}
 
     def _applies(self, model: nn.Module) -> bool:
-        return self.pruner.attached and model.training and torch.is_grad_enabled()
+        return (self.pruner is None or self.pruner.attached) and model.training and torch.is_grad_enabled()
 
     def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         if not self._applies(model):
@@ -88,8 +99,8 @@ class LossTerms:
         if self.distiller is not None:
             taught = self._taught(outputs, args, kwargs, share)
             loss = self.distiller.config.task_weight * loss + taught.to(loss)
-        if self.pruner.has_penalty:
-            loss = loss + share * self.pruner.penalty().to(loss)
+        if self._penalized is not None:
+            loss = loss + share * self._penalized.penalty().to(loss)
         if self._reached is None and loss.requires_grad:
             self._reached = False
             loss.register_hook(self._note)
@@ -118,8 +129,8 @@ class LossTerms:
         self._reached = True
 
     def _lost(self, why: str) -> RecipeError:
-        if self.pruner.has_penalty:
-            name = next(plan.scorer.name for plan in self.pruner.plans if plan.scorer.penalized)
+        if self._penalized is not None:
+            name = next(plan.scorer.name for plan in self._penalized.plans if plan.scorer.penalized)
             what, instead = f"scorer '{name}'", "use scorer 'movement', which needs no term"
         else:
             what, instead = "distillation", "leave the teacher out"

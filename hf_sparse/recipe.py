@@ -226,9 +226,13 @@ def _check_kind(value: Any, hint: Any, where: str) -> None:
 def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
     if section is None:
         return None
-    if sparsity is None:
-        raise RecipeError("the recipe has a 'distillation' section but no 'sparsity': there is no student to be pruned")
-    return DistillationConfig.from_dict(section)
+    config = DistillationConfig.from_dict(section)
+    if sparsity is None and config.teacher == "self":
+        raise RecipeError(
+            "the recipe has a 'distillation' section with teacher 'self', but no 'sparsity': there is no student to be "
+            "pruned. Name another model as teacher"
+        )
+    return config
 
 
 def _spelled_distillation(config: DistillationConfig) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from .errors import RecipeError, SparsityError
 from .filling import fill
 from .hub import guard_trainer
 from .inspection import Inspection, inspect
+from .learning import DistillationCallback
 from .loading import load_tokenizer
 from .metrics import build_metrics
 from .model_card import card_text, facts_of, write_card
@@ -99,6 +100,8 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     callbacks: list[TrainerCallback] = [timer]
     if recipe.sparsity is not None:
         callbacks.append(SparsityCallback(recipe.sparsity, distillation=recipe.distillation))
+    elif recipe.distillation is not None:
+        callbacks.append(DistillationCallback(recipe.distillation))
     trainer = (Seq2SeqTrainer if recipe.model.predicts == "text" else Trainer)(
         model=model,
         args=arguments,

@@ -7,12 +7,16 @@ training: {learning_rate: 3.0e-5}                           # what all stages sh
 stages:
   - {name: dense, training: {num_train_epochs: 3}}
   - {name: pruned, sparsity: {sparsity: 0.75, pattern: head+neuron}, distillation: {teacher: self}}
-  - {name: filled, compact: true, model: {fill: true}}      # cut out what was removed, then train the zeros again
+  - name: filled                                            # cut out what was removed, then train the zeros again
+    compact: true
+    model: {fill: true}
+    distillation: {teacher: dense}                          # the stage of that name
 ```
 
 A stage is a partial recipe. Its `model`, `data` and `training` are merged into those that all share, key by key; any
 other section takes the place of the shared one. `compact: true` cuts removed heads and neurons out of the model of the
-stage before. A stage writes into the folder of its name in the output folder, the last one into the output folder.
+stage before. A `teacher` that is the name of an earlier stage is its model. A stage writes into the folder of its name
+in the output folder, the last one into the output folder.
 """
 
 from __future__ import annotations
@@ -117,6 +121,11 @@ def _stage(
             source, start = start, os.path.join(whole, f"{before[-1].name}_compact")
         model = dataclasses.replace(recipe.model, name=start, revision=None)
         recipe = dataclasses.replace(recipe, model=model)
+    outputs = {stage.name: str(stage.output) for stage in before}
+    teacher = _mapping(merged, "distillation").get("teacher")  # as written: a folder of that name is not meant
+    if recipe.distillation is not None and teacher in outputs:
+        taught = dataclasses.replace(recipe.distillation, teacher=outputs[teacher])
+        recipe = dataclasses.replace(recipe, distillation=taught)
     return Stage(name, recipe, source)
 
 

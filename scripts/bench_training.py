@@ -6,6 +6,9 @@ Weights and data are random; the loop is the real `Trainer.train`, with its data
 round every variant trains a fresh model for some steps, in an order that turns from round to round, and its mean time
 per step (masks need not be renewed at every step, so a median would hide them) is divided by the plain Trainer's of the
 same round. What else the machine does then falls on both. The figure to quote is the median ratio with its quartiles.
+
+Memory is the peak of what the process held (VmHWM), each variant in a new process of its own that trains a few steps:
+in one process the memory that an earlier variant has freed would hide what a later one takes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -46,6 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any] | None] = {
     "magnitude": {"scorer": "magnitude"},
     "movement": {"scorer": "movement"},
+    "movement_bf16": {"scorer": {"name": "movement", "dtype": "bfloat16"}},
     "soft_movement": {"scorer": "soft_movement"},
     "block": {"scorer": "movement", "pattern": {"name": "block", "rows": 32, "cols": 32}},
     "heads+neurons": {"scorer": "movement", "pattern": "head+neuron"},
@@ -81,16 +87,8 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def reset_peak_memory() -> None:
-    """Start the kernel's record of peak memory anew, where it lets us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
 def peak_memory_mib() -> float | None:
-    """Return the largest resident memory since the last reset; None where the kernel keeps no record."""
+    """Return the largest resident memory of this process; None where the kernel keeps no record."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -98,10 +96,17 @@ def peak_memory_mib() -> float | None:
     return int(found[1]) / 1024 if found else None
 
 
-def run(variant: str, options: argparse.Namespace, folder: str) -> tuple[float, float | None]:
-    """Train a fresh model and return seconds per step, and peak memory in MiB."""
+def memory_of(variant: str) -> float | None:
+    """Return the peak memory in MiB of a new process, started with our own options, that trains one variant."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", variant]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: float | None = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def run(variant: str, options: argparse.Namespace, folder: str) -> float:
+    """Train a fresh model and return seconds per step."""
     gc.collect()
-    reset_peak_memory()
     torch.manual_seed(0)
     config = BertConfig(**SHAPES[options.model_shape])
     callbacks: list[TrainerCallback] = []
@@ -131,7 +136,7 @@ def run(variant: str, options: argparse.Namespace, folder: str) -> tuple[float, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a run of some seconds is too short to learn scores, and need not be told so
         trainer.train()
-    return (clock.ends[-1] - clock.ends[options.warmup - 1]) / options.steps, peak_memory_mib()
+    return (clock.ends[-1] - clock.ends[options.warmup - 1]) / options.steps
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -139,13 +144,12 @@ def quartiles(values: list[float]) -> list[float]:
     return [values[0]] * 3 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")
 
 
-def summary(variant: str, rounds: list[dict[str, tuple[float, float | None]]]) -> dict[str, Any]:
+def summary(variant: str, rounds: list[dict[str, float]], memory: dict[str, float | None]) -> dict[str, Any]:
     """Return the figures of one variant over all rounds."""
-    memory = [peak for result in rounds if (peak := result[variant][1]) is not None]
     return {
-        "milliseconds_per_step": quartiles([1e3 * result[variant][0] for result in rounds]),
-        "ratio_to_plain": quartiles([result[variant][0] / result[PLAIN][0] for result in rounds]),
-        "peak_memory_mib": statistics.median(memory) if memory else None,
+        "milliseconds_per_step": quartiles([1e3 * result[variant] for result in rounds]),
+        "ratio_to_plain": quartiles([result[variant] / result[PLAIN] for result in rounds]),
+        "peak_memory_mib": memory.get(variant),
     }
 
 
@@ -172,6 +176,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5, help="steps measured per variant and round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least one")
+    parser.add_argument("--no-memory", action="store_true", help="leave the processes that measure memory out")
+    parser.add_argument("--peak-of", choices=[PLAIN, *METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, and nothing else")
     options = parser.parse_args()
     if min(options.warmup, options.steps, options.rounds, options.threads) < 1:
@@ -185,8 +191,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     variants = [PLAIN, *options.methods]
-    rounds: list[dict[str, tuple[float, float | None]]] = []
+    rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
+        if options.peak_of is not None:
+            run(options.peak_of, options, folder)
+            print(json.dumps(peak_memory_mib()))
+            return
+        memory = {} if options.no_memory else {variant: memory_of(variant) for variant in variants}
         run(PLAIN, options, folder)  # the first run of a process pays for what the others share
         for number in range(options.rounds):
             turn = number % len(variants)
@@ -196,7 +207,7 @@ def main() -> None:
             }
             rounds.append(results)
             if not options.json:
-                times = ", ".join(f"{variant} {1e3 * results[variant][0]:.0f} ms" for variant in variants)
+                times = ", ".join(f"{variant} {1e3 * results[variant]:.0f} ms" for variant in variants)
                 print(f"round {number + 1}/{options.rounds}: {times}", flush=True)
     report = {
         "cpu": processor(),
@@ -205,7 +216,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         **{key: getattr(options, key) for key in ("model_shape", "batch", "length", "sparsity", "rounds", "steps")},
-        "variants": {variant: summary(variant, rounds) for variant in variants},
+        "variants": {variant: summary(variant, rounds, memory) for variant in variants},
     }
     if options.json:
         print(json.dumps(report, indent=2))
@@ -216,13 +227,16 @@ def main() -> None:
         f"{report['cpu']}, {options.threads} thread(s), torch {torch.__version__}, "
         f"transformers {transformers.__version__}\n"
     )
-    print(f"{'':14}{'ms per step':>12}{'ratio to plain':>16}{'quartiles':>16}{'peak MiB':>10}")
+    head = f"{'':14}{'ms per step':>12}{'quartiles':>18}{'ratio to plain':>16}{'quartiles':>16}{'peak MiB':>10}"
+    print(f"{head}{'to plain':>10}")
     for variant, figures in report["variants"].items():
+        first, time_per_step, third = figures["milliseconds_per_step"]
         low, middle, high = figures["ratio_to_plain"]
-        memory = figures["peak_memory_mib"]
+        peak, plain = figures["peak_memory_mib"], memory.get(PLAIN)
+        more = "-" if peak is None or plain is None else f"{peak - plain:+.0f}"
         print(
-            f"{variant:14}{figures['milliseconds_per_step'][1]:12.1f}{middle:16.3f}"
-            f"{f'{low:.3f} - {high:.3f}':>16}{'-' if memory is None else f'{memory:.0f}':>10}"
+            f"{variant:14}{time_per_step:12.1f}{f'{first:.1f} - {third:.1f}':>18}{middle:16.3f}"
+            f"{f'{low:.3f} - {high:.3f}':>16}{'-' if peak is None else f'{peak:.0f}':>10}{more:>10}"
         )
 
 

@@ -17,8 +17,8 @@ FLOORS = {
     "permutation plan pruner ranks report targets units warmup zeros",
     3: "compressed_tensors files kernels runtime shards",
     4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection "
-    "loading loss_terms model_card oneshot optimizer packing quantizer requantize saving sparse_config teacher "
-    "teacher_cache",
+    "learning loading loss_terms model_card oneshot optimizer packing quantizer requantize saving "
+    "sparse_config teacher teacher_cache",
     5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page pareto "
     "prune recipe recipe_sections recipe_text report_page results run sensitivity stages stress teach "
     "text_metrics",

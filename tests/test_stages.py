@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ PRUNED = {
     "sparsity": {"pattern": "head+neuron", "sparsity": 0.5, "schedule": {"name": "cubic", "begin": 0.0, "end": 0.5}},
     "distillation": {"teacher": "self"},
 }
-STAGES: list[Any] = [{"name": "dense"}, PRUNED, {"name": "filled", "compact": True, "model": {"fill": True}}]
+FILLED = {"name": "filled", "compact": True, "model": {"fill": True}, "distillation": {"teacher": "dense"}}
+STAGES: list[Any] = [{"name": "dense"}, PRUNED, FILLED]
 
 
 @pytest.fixture
@@ -59,7 +61,11 @@ def test_dense_pruned_compacted_and_filled_in_one_go(write: Any, capsys: Any) ->
     name = "bert.encoder.layer.0.intermediate.dense.weight"
     assert filled[name].shape[0] < dense[name].shape[0]
     assert filled[name].shape == weights("all/pruned_compact")[name].shape
-    assert yaml.safe_load(Path("all/recipe.yaml").read_text())["sparsity"] is None
+    written = yaml.safe_load(Path("all/recipe.yaml").read_text())
+    assert written["sparsity"] is None
+    assert Path(written["distillation"]["teacher"]) == Path("all/dense")
+    logged = json.loads(Path("all/trainer_state.json").read_text())["log_history"]
+    assert logged[0]["distillation_kl"] > 0
 
 
 class KilledError(Exception):

@@ -16,6 +16,7 @@ from hf_sparse.cli import main
 from hf_sparse.inspection import inspect
 from hf_sparse.recipe import Recipe
 from hf_sparse.run import run
+from hf_sparse.stages import has_stages
 from tests.tiny import save_bert, save_t5, write_sentences, write_spellings
 
 SHIPPED = Path(__file__).parent.parent.parent / "recipes"
@@ -227,7 +228,42 @@ def test_inspect_refuses_a_folder_with_a_missing_shard(recipe, tmp_path):
         inspect(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+STAGED = [path for path in sorted(SHIPPED.glob("*.yaml")) if has_stages(path)]
+
+
+@pytest.mark.parametrize("path", STAGED, ids=lambda path: path.stem)
+def test_shipped_recipe_with_stages_trains_a_tiny_model_through_all_of_them(recipe, tmp_path, path):
+    recipe()
+    overrides = {
+        "model.name": tmp_path / "bert",
+        "data": f"{{train: {tmp_path}/train.jsonl, validation: {tmp_path}/validation.jsonl, max_length: 8}}",
+        "training.max_steps": 8,
+        "training.logging_steps": 4,
+        "training.eval_strategy": "no",
+        "training.save_strategy": "no",
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+    }
+    out = tmp_path / "out"
+    changes = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    assert main(["train", str(path), "--output", str(out), *changes]) == 0
+    pruned = AutoModelForSequenceClassification.from_pretrained(out / "pruned")
+    assert summarize(pruned).sparsity == pytest.approx(0.5, abs=1e-3)
+    small = AutoModelForSequenceClassification.from_pretrained(out)
+    layer = small.bert.encoder.layer[0]
+    assert layer.intermediate.dense.out_features == 32  # of 64
+    assert layer.attention.self.query.out_features == 16  # two of four heads, 8 wide each
+    for folder in ("pruned", "."):
+        history = json.loads((out / folder / "trainer_state.json").read_text())["log_history"]
+        assert history[0]["distillation_kl"] >= 0
+        taught = yaml.safe_load((out / folder / "recipe.yaml").read_text())["distillation"]["teacher"]
+        assert taught == str(out / "dense")
+
+
+WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in STAGED]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_path, path):
     recipe()
     writes = "task: seq2seq" in path.read_text(encoding="utf-8")
