@@ -197,7 +197,9 @@ def main() -> int:
     models.setdefault("t5", options.output.resolve() / "models" / plan["models"]["t5"])
     machine = Machine(plan, entries, options.output.resolve(), options.data.resolve(), models, options.overrides)
     if options.take is not None:
-        add_results(options.results, read_results(options.take))
+        timed = [dataclasses.replace(result, speed=None) for result in read_results(options.results) if result.speed]
+        # What differs in nothing but that it was not timed would take a speed away.
+        add_results(options.results, [result for result in read_results(options.take) if result not in timed])
         return 0
     if not options.names:
         print("\n".join(listing(machine, options.results)))
