@@ -578,7 +578,7 @@ def test_way_back_needs_a_way_there() -> None:
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(BackendError, match="'auto', 'cpu', 'csr', 'dense'"):
+    with pytest.raises(BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense'"):
         to_runtime(sparse("bert"), "gpu")
 
 
@@ -634,7 +634,7 @@ def test_dense_checkpoint_is_pruned_and_packed_in_one_load(tmp_path: Any) -> Non
 
 
 def test_config_refuses_unknown_backends_and_two_wishes() -> None:
-    with pytest.raises(RecipeError, match="'auto', 'cpu', 'csr', 'dense'"):
+    with pytest.raises(RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense'"):
         SparseConfig(backend="gpu")
     with pytest.raises(RecipeError, match="one of the two"):
         SparseConfig(backend="auto", quantization_config={"load_in_8bit": True})
