@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ from bench_runtime import make, prune  # type: ignore[import-not-found]  # besid
 from torch import Tensor, nn
 
 from hf_sparse import to_runtime
-from hf_sparse.bench import quartiles, threads_of_torch
+from hf_sparse.bench import INT8_TOLERANCE, quartiles, threads_of_torch
 from hf_sparse.kernels import library_status
 from hf_sparse.latency import machine
 
@@ -179,15 +180,19 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int, sp
             if "deepsparse" in options.engines:
                 export(model, ids, file)
                 start(f"deepsparse {pattern}", "deepsparse", file, expected)
-            report = to_runtime(model, options.backend)
-            layers[pattern] = f"{len(report.sparse)}/{len(report.layers)}"
-            label = f"ours {pattern}"
-            differences[label] = float((answer(model, ids) - expected).abs().max() / expected.abs().max())
-            if not differences[label] <= TOLERANCE:
-                raise SystemExit(f"{label} is {differences[label]:.1e} from torch on the same weights")
-            runs[label] = here(model, ids)
-            if options.compile:
-                runs[f"ours compiled {pattern}"] = here(torch.compile(model), ids)
+            wishes = {f"ours {pattern}": (options.backend, TOLERANCE)}
+            if options.int8:
+                wishes[f"ours int8 {pattern}"] = ("cpu-int8", INT8_TOLERANCE)
+            for label, (backend, tolerance) in wishes.items():
+                own = copy.deepcopy(model)
+                report = to_runtime(own, backend)
+                layers[pattern] = f"{len(report.sparse)}/{len(report.layers)}"
+                differences[label] = float((answer(own, ids) - expected).abs().max() / expected.abs().max())
+                if not differences[label] <= tolerance:
+                    raise SystemExit(f"{label} is {differences[label]:.1e} from torch on the same weights")
+                runs[label] = here(own, ids)
+                if options.compile and backend == options.backend:
+                    runs[f"ours compiled {pattern}"] = here(torch.compile(own), ids)
         others = [engine for engine in options.engines if engine != "deepsparse"]
         if others:
             file = Path(folder) / "dense.onnx"
@@ -202,8 +207,10 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int, sp
         return quartiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
 
     rivals = {
-        f"ours {pattern} over {rival}": ratio(full, f"ours {pattern}")
+        f"{ours} over {rival}": ratio(full, ours)
         for pattern in options.patterns
+        for ours in (f"ours {pattern}", f"ours int8 {pattern}")
+        if ours in seconds
         for rival, full in [(f"deepsparse {pattern}",) * 2, *((other, other) for other in others)]
         if full in seconds
     }
@@ -227,7 +234,11 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         each = 1e3 * row["seconds"][run][1]
         yield f"  {run:<22} {middle:5.2f}x [{low:.2f}, {high:.2f}] {each:8.1f} ms{far}"
     for pair, (low, middle, high) in row["ahead"].items():
-        bar = BARS.get(pair.split()[1], 1.0) if "deepsparse" in pair and row["sparsity"] == 0.9 else 1.0
+        bar = (
+            BARS.get(pair.split(" over ")[0].split()[-1], 1.0)
+            if "deepsparse" in pair and row["sparsity"] == 0.9
+            else 1.0
+        )
         yield f"  {pair:<44} {middle:5.2f} [{low:.2f}, {high:.2f}]  {'holds' if middle >= bar else 'MISSED'} ({bar})"
 
 
@@ -245,6 +256,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--backend", default="cpu", help="see hf_sparse.to_runtime (cpu)")
+    parser.add_argument("--int8", action="store_true", help="ours in int8 too")
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile too")
     parser.add_argument(
         "--clock", choices=["auto", "wall", "cpu"], default="auto", help="auto: of the processor for one thread"
