@@ -258,9 +258,10 @@ template <int kTables>
 INLINE __m512 look_up(const __m512* x, __m512i columns) {
   if constexpr (kTables == 2) return _mm512_permutex2var_ps(x[0], columns, x[1]);
   if constexpr (kTables > 2) {
-    const __mmask16 upper = _mm512_test_epi32_mask(columns, _mm512_set1_epi32(kTables * 8));
-    const __m512 low = look_up<kTables / 2>(x, columns);
-    return _mm512_mask_mov_ps(low, upper, look_up<kTables / 2>(x + kTables / 2, columns));
+    constexpr int kLow = kTables == 12 ? 8 : kTables / 2;  // a power of two: one bit of the column chooses
+    const __mmask16 upper = _mm512_test_epi32_mask(columns, _mm512_set1_epi32(kLow * 16));
+    const __m512 low = look_up<kLow>(x, columns);
+    return _mm512_mask_mov_ps(low, upper, look_up<kTables - kLow>(x + kLow, columns));
   }
 }
 
@@ -300,7 +301,9 @@ void vector_of_singles(const Weight& w, const float* in, float* out, int64_t fir
 void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
   const auto product =
 #ifdef __AVX512BW__
-      w.rows == 1 ? (w.chunk <= 128 ? vector_of_singles<8> : vector_of_singles<16>)
+      w.rows == 1 ? (w.chunk <= 128   ? vector_of_singles<8>
+                     : w.chunk <= 192 ? vector_of_singles<12>
+                                      : vector_of_singles<16>)
 #else
       w.rows == 1 ? vector_of<1>
 #endif
