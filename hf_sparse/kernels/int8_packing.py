@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .packing import check_matrix
 
 ROWS = (1, 2, 4)
 """Heights of a block that the products know."""
@@ -82,14 +83,7 @@ def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
         >>> packed.columns.tolist(), packed.values[..., 0].tolist(), packed.offsets.tolist()
         ([[1, 0, 0, 0]], [[127, 127]], [-16256, -16256])
     """
-    if weight.dim() != 2 or weight.dtype != torch.float32:
-        raise BackendError(
-            f"pack_int8 takes a weight of shape (out, in) in float32, not {tuple(weight.shape)} in {weight.dtype}"
-        )
-    if rows not in ROWS:
-        raise BackendError(
-            f"pack_int8 was asked for blocks of {rows} rows; the products know {', '.join(map(str, ROWS))}"
-        )
+    check_matrix("pack_int8", weight, rows, ROWS)
     weight = weight.detach()
     out, width = weight.shape
     if width > MOST_INPUTS:

@@ -6,6 +6,7 @@ block column that holds a nonzero is kept: one byte says where in the chunk it i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,12 +90,7 @@ def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
     Raises:
         BackendError: not a matrix of fp32, or a height that the products do not know.
     """
-    if weight.dim() != 2 or weight.dtype != torch.float32:
-        raise BackendError(
-            f"pack takes a weight of shape (out, in) in float32, not {tuple(weight.shape)} in {weight.dtype}"
-        )
-    if rows not in ROWS:
-        raise BackendError(f"pack was asked for blocks of {rows} rows; the products know {', '.join(map(str, ROWS))}")
+    check_matrix("pack", weight, rows, ROWS)
     weight = weight.detach()
     out, width = weight.shape
     groups, wanted = -(-out // rows), WIDEST
@@ -117,6 +113,22 @@ def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
         out_features=out,
         in_features=width,
     )
+
+
+def check_matrix(asked: str, weight: Tensor, rows: int, known: Sequence[int]) -> None:
+    """Refuse what is no matrix of fp32, and heights of blocks that the products do not know.
+
+    Args:
+        asked: the function that was called.
+    """
+    if weight.dim() != 2 or weight.dtype != torch.float32:
+        raise BackendError(
+            f"{asked} takes a weight of shape (out, in) in float32, not {tuple(weight.shape)} in {weight.dtype}"
+        )
+    if rows not in known:
+        raise BackendError(
+            f"{asked} was asked for blocks of {rows} rows; the products know {', '.join(map(str, known))}"
+        )
 
 
 def unpack(packed: PackedWeight) -> Tensor:

@@ -1,10 +1,6 @@
 // The C interface: chooses the instruction set, checks pointers, cuts the work into tiles, shares it among threads.
-#include <stdlib.h>
-#ifndef _WIN32
-#include <pthread.h>
-#endif
-
 #include "kernels.h"
+#include "threads.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,28 +26,6 @@ bool runs_here(const Kernels* kernels) {
   return kernels == &kPortable;
 }
 
-// GNU's OpenMP hangs in a forked child whose parent has used it: the child has the pool's records, not its threads.
-bool forked = false;
-#ifndef _WIN32
-const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
-
-// Memory that a thread keeps between calls: fresh pages would cost more than some products.
-struct Scratch {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Scratch() { free(data); }
-  float* take(int64_t floats) {
-    if (floats > size) {
-      free(data);
-      size = (floats + 1023) / 1024 * 1024;
-      data = static_cast<float*>(aligned_alloc(64, size * sizeof(float)));
-      if (!data) size = 0;
-      for (int64_t i = 0; i < size; i++) data[i] = 0;
-    }
-    return data;
-  }
-};
 thread_local Scratch inputs, outputs, gates, hiddens;
 
 // Pointers that run backwards or past the blocks would read outside; columns cannot (see padded_inputs).
@@ -69,16 +43,6 @@ bool sound(const Weight& w) {
 }
 
 int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
-template <typename Work>
-void share(int64_t count, int threads, const Work& work) {
-  if (threads <= 1 || count <= 1 || forked) {
-    for (int64_t i = 0; i < count; i++) work(i);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) work(i);
-}
 
 // Tokens a tile: as wide as the registers allow, but no wider than there are tokens for, and a tile for each thread.
 int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
