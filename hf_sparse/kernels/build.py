@@ -20,7 +20,7 @@ LOG = Path(__file__).parent / "_cpu.log"
 """Why the last build gave no library; gone where it gave one."""
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
-FLAGS += ["-fno-exceptions", "-fno-rtti"]
+FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 X86_KERNELS = {
     "avx512": ("kAvx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
     "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .packing import dense
 
 if TYPE_CHECKING:
-    from .ops import Weight
+    from .ops import Norm, Weight
 
 SPARSE_FROM = 0.85
 """Share of zeros from which torch's CSR product, tokens in chunks, beats its dense one on a CPU."""
@@ -46,6 +46,12 @@ def attention(x: Tensor, heads: int, mask: Tensor | None, scale: float) -> Tenso
     query, key, value = x.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).reshape(batch, length, width // 3)
+
+
+def normalise(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """Compute the layer norm of a sum."""
+    weight, bias, eps = norm
+    return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

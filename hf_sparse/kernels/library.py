@@ -16,7 +16,7 @@ from ..errors import BackendError
 from .packing import chunk_width
 
 if TYPE_CHECKING:
-    from .ops import Weight
+    from .ops import Norm, Weight
 
 TARGET = Path(__file__).with_name("_cpu.so")
 """The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""
@@ -59,6 +59,12 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Norm(ctypes.Structure):
+    """`Norm` of csrc/kernels.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
 class Library:
     """The loaded library and the instruction set to call it with.
 
@@ -95,12 +101,12 @@ class Library:
     def _declare(self) -> None:
         # A name that is missing means that the library is of another version of the sources.
         self._c.hf_sparse_isa.restype = ctypes.c_char_p
-        pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Weight)
+        pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.POINTER(_Norm)
         tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
         self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
-        self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, pointer, pointer, *tail]
+        self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, norm, pointer, pointer, *tail]
         self._c.hf_sparse_attention.argtypes = [
-            *(ctypes.c_int, weight, pointer, pointer, pointer),
+            *(ctypes.c_int, weight, weight, norm, pointer, pointer, pointer),
             *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
         ]
 
@@ -114,30 +120,45 @@ class Library:
         )
         return _checked(result, y)
 
-    def ffn(self, x: Tensor, weights: list[Weight], activation: str) -> Tensor:
-        """Compute (gate,) up and down, tile by tile."""
+    def ffn(self, x: Tensor, weights: list[Weight], activation: str, norm: Norm | None = None) -> Tensor:
+        """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and what comes out."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], weights[-1][5]))
         parts = [_structure(weight) for weight in weights]
         structures = [part[0] for part in parts]
         second = structures[1] if len(parts) == 3 else None
+        normed, _keep = _norm(norm)
         result = self._c.hf_sparse_ffn(
-            *(self.isas[self.isa], structures[0], second, structures[-1]),
+            *(self.isas[self.isa], structures[0], second, structures[-1], normed),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
         )
         return _checked(result, y)
 
-    def attention(self, x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float) -> Tensor:
-        """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None."""
+    def attention(
+        self,
+        x: Tensor,
+        weight: Weight,
+        mask: Tensor | None,
+        heads: int,
+        scale: float,
+        output: Weight | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None.
+
+        With an output weight, the product with it; with a norm, that of the sum of x and what comes out.
+        """
         x = x.contiguous()
         batch, length = x.shape[:2]
-        y = x.new_empty((batch, length, weight[5] // 3))
+        y = x.new_empty((batch, length, weight[5] // 3 if output is None else output[5]))
         structure, _keep = _structure(weight)
+        after, _bias = (None, None) if output is None else _structure(output)
+        normed, _parts = _norm(norm)
         mask = None if mask is None else mask.contiguous()
         step = length * length if mask is not None and mask.shape[0] > 1 else 0
         result = self._c.hf_sparse_attention(
-            *(self.isas[self.isa], structure, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
-            *(step, batch, length, heads, scale, torch.get_num_threads()),
+            *(self.isas[self.isa], structure, after, normed, x.data_ptr(), y.data_ptr()),
+            *(None if mask is None else mask.data_ptr(), step, batch, length, heads, scale, torch.get_num_threads()),
         )
         return _checked(result, y)
 
@@ -180,6 +201,15 @@ def _structure(weight: Weight) -> tuple[_Weight, Tensor | None]:
         *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), at, columns.numel()),
         *(rows, out_features, in_features, chunk_width(in_features, pointers.shape[0])),
     ), bias
+
+
+def _norm(norm: Norm | None) -> tuple[_Norm | None, tuple[Tensor | None, ...]]:
+    """Give the C structure, and the tensors that have to live as long."""
+    if norm is None:
+        return None, ()
+    weight, bias, eps = norm
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
 
 
 def _tail(x: Tensor, activation: str) -> tuple[int, int, int]:

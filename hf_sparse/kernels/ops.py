@@ -1,11 +1,15 @@
 """The operators `hf_sparse::sparse_linear`, `sparse_ffn`, `sparse_gated_ffn` and `sparse_attention`, for inference.
 
+`sparse_ffn_norm` and `sparse_attention_norm` are the whole sub-blocks of BERT: with the inputs added and the layer norm.
+
 They have no backward: an input that needs a gradient is refused, since a gradient that is silently missing trains a
 wrong model. Inputs may have any leading shape. A zero weight contributes nothing even where the input is infinite or
 NaN (the dense product would give NaN).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +39,18 @@ _library.define(
     "int heads, float scale) -> Tensor"
 )
 
+_NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
+_library.define(
+    f"sparse_ffn_norm(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, {_NORM}, int up_rows, "
+    "int down_rows, int hidden_features, int features, str activation) -> Tensor"
+)
+_library.define(
+    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {_NORM}, Tensor? mask, int rows, "
+    "int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
+)
+
 SHORTEST = 16
-"""Tokens from which the own attention is used: it works on tiles of as many."""
+"""Tokens from which the own attention and layer norm are used: they work on tiles of as many, one for each thread."""
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -138,8 +152,66 @@ def attention(
     )
 
 
+def ffn_norm(
+    x: Tensor,
+    up: PackedWeight,
+    up_bias: Tensor | None,
+    down: PackedWeight,
+    down_bias: Tensor | None,
+    norm: Norm,
+    activation: str = "gelu",
+) -> Tensor:
+    """Compute `layer_norm(x + ffn(x, ...))`, the whole feed-forward sub-block of BERT.
+
+    Shapes:
+        x: (..., in). up: (hidden, in). down: (in, hidden). Weight and bias of the norm: (in,). Result: (..., in).
+
+    Raises:
+        BackendError: as `linear`; or a norm of another size or type.
+    """
+    return torch.ops.hf_sparse.sparse_ffn_norm(
+        x,
+        *(up.values, up.columns, up.pointers, up_bias),
+        *(down.values, down.columns, down.pointers, down_bias),
+        *(*norm, up.rows, down.rows, up.out_features, up.in_features, activation),
+    )
+
+
+def attention_norm(
+    x: Tensor,
+    qkv: PackedWeight,
+    bias: Tensor | None,
+    output: PackedWeight,
+    output_bias: Tensor | None,
+    norm: Norm,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute `layer_norm(x + attention(x, ...) @ output.T + output_bias)`, the whole attention sub-block of BERT.
+
+    Shapes:
+        x: (batch, length, in). output: (in, inner), where qkv is (3 * inner, in). Else as `attention`.
+        Result: (batch, length, in).
+
+    Raises:
+        BackendError: as `attention`; or a norm of another size or type.
+    """
+    size = output.in_features // max(heads, 1)
+    return torch.ops.hf_sparse.sparse_attention_norm(
+        x,
+        *(qkv.values, qkv.columns, qkv.pointers, bias),
+        *(output.values, output.columns, output.pointers, output_bias),
+        *(*norm, mask, qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
+        max(size, 1) ** -0.5 if scale is None else scale,
+    )
+
+
 Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]
 """values, columns, pointers, bias, rows, out_features, in_features."""
+
+Norm = tuple[Tensor, Tensor | None, float]
+"""weight, bias, epsilon of a layer norm."""
 
 
 def check_input(x: Tensor, activation: str, in_features: int) -> None:
@@ -160,6 +232,10 @@ def check_input(x: Tensor, activation: str, in_features: int) -> None:
 
 def _check(x: Tensor, activation: str, *weights: Weight) -> None:
     check_input(x, activation, weights[0][6])
+    _check_weights(*weights)
+
+
+def _check_weights(*weights: Weight) -> None:
     for values, columns, pointers, bias, rows, out_features, in_features in weights:
         check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse product")
         if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
@@ -215,6 +291,40 @@ def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weights[-1][5]))
 
 
+def _check_norm(x: Tensor, norm: Norm) -> None:
+    for part in norm[:2]:
+        if part is not None and (part.shape != x.shape[-1:] or part.dtype != x.dtype):
+            raise BackendError(
+                f"a layer norm {tuple(part.shape)} in {part.dtype} for {x.shape[-1]} features in {x.dtype}"
+            )
+
+
+def _ffn_norm_parts(parts: tuple) -> tuple[list[Weight], Norm]:
+    """Sort the arguments of `sparse_ffn_norm`."""
+    up_rows, down_rows, hidden, features = parts[11:]
+    return [(*parts[:4], up_rows, hidden, features), (*parts[4:8], down_rows, features, hidden)], parts[8:11]
+
+
+def _ffn_norm(x, *arguments):  # type: ignore[no-untyped-def]
+    parts, activation = _split(arguments)
+    weights, norm = _ffn_norm_parts(parts)
+    _check(x, activation, *weights)
+    _check_norm(x, norm)
+    native = library() if _native(x, *weights) else None
+    if native and x.shape[:-1].numel() >= SHORTEST * torch.get_num_threads():
+        return native.ffn(x, weights, activation, norm)
+    made = native.ffn(x, weights, activation) if native else fallback.ffn(x, weights, activation)
+    return fallback.normalise(made, x, norm)
+
+
+def _ffn_norm_fake(x, *arguments):  # type: ignore[no-untyped-def]
+    parts, activation = _split(arguments)
+    weights, norm = _ffn_norm_parts(parts)
+    _check(x, activation, *weights)
+    _check_norm(x, norm)
+    return x.new_empty(x.shape)
+
+
 def _check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int) -> None:
     _check(x, "none", weight)
     if x.dim() != 3:
@@ -233,24 +343,53 @@ def _check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int)
         )
 
 
+def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float, *after: Any) -> Tensor:
+    """Compute the heads, and what comes after them: nothing, or the output weight and the norm."""
+    output, norm = after or (None, None)
+    weights = [weight] if output is None else [weight, output]
+    native = library() if _native(x, *weights) and (mask is None or mask.is_cpu) else None
+    length = x.shape[1]
+    if native is not None and length >= SHORTEST:
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+            mask = mask[:, 0].expand(-1, length, -1)
+        return native.attention(x, weight, mask, heads, scale, output, norm)
+    product = native.linear if native else fallback.linear
+    made = fallback.attention(product(x, weight, "none"), heads, mask, scale)
+    return made if output is None else fallback.normalise(product(made, output, "none"), x, norm)
+
+
 def _attention(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
     weight = (values, columns, pointers, bias, rows, out_features, in_features)
     _check_attention(x, weight, mask, heads)
-    native = library() if _native(x, weight) and (mask is None or mask.is_cpu) else None
-    length = x.shape[1]
-    if native is None or length < SHORTEST:
-        product = native.linear(x, weight, "none") if native else fallback.linear(x, weight, "none")
-        return fallback.attention(product, heads, mask, scale)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-        mask = mask[:, 0].expand(-1, length, -1)
-    return native.attention(x, weight, mask, heads, scale)
+    return _heads(x, weight, mask, heads, scale)
 
 
 def _attention_fake(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
     _check_attention(x, (values, columns, pointers, bias, rows, out_features, in_features), mask, heads)
     return x.new_empty((*x.shape[:-1], out_features // 3))
+
+
+def _attention_norm_parts(parts: tuple) -> tuple[Weight, Tensor | None, int, float, Weight, Norm]:
+    """Check and sort the arguments of `sparse_attention_norm`."""
+    x, *rest = parts
+    mask, rows, output_rows, inner, features, heads, scale = rest[11:]
+    weight: Weight = (*rest[:4], rows, 3 * inner, features)
+    output: Weight = (*rest[4:8], output_rows, features, inner)
+    _check_attention(x, weight, mask, heads)
+    _check_weights(output)
+    _check_norm(x, rest[8:11])
+    return weight, mask, heads, scale, output, rest[8:11]
+
+
+def _attention_norm(x, *parts):  # type: ignore[no-untyped-def]
+    return _heads(x, *_attention_norm_parts((x, *parts)))
+
+
+def _attention_norm_fake(x, *parts):  # type: ignore[no-untyped-def]
+    _attention_norm_parts((x, *parts))
+    return x.new_empty(x.shape)
 
 
 library()  # now: a process that forks later is then known to have done so
@@ -259,7 +398,9 @@ for _name, _run, _fake in (
     ("sparse_linear", _linear, _linear_fake),
     ("sparse_ffn", _ffn, _ffn_fake),
     ("sparse_gated_ffn", _ffn, _ffn_fake),
+    ("sparse_ffn_norm", _ffn_norm, _ffn_norm_fake),
     ("sparse_attention", _attention, _attention_fake),
+    ("sparse_attention_norm", _attention_norm, _attention_norm_fake),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..architectures import SubBlock
 from ..architectures.base import Changed, become
+from ..kernels.ops import Norm
+from .after import norm_of, watched
+from .layers import PackedLinear
 
 _UNUSUAL = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
 
@@ -45,6 +48,23 @@ class LeanDistilBertSelf(LeanSelf):
         return product
 
 
+class LeanBlock(Changed):
+    """The attention of BERT or its kin: the module around the self-attention, its output layer and the layer norm."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what the module returns."""
+        core, after = self.self, self.output
+        if not args and usual(core, hidden_states, attention_mask, kwargs) and not watched(core):
+            packed = isinstance(after.dense, PackedLinear) and after.dense.kernel == "cpu" and after.dense.joint is None
+            if packed and (norm := norm_of(after)) is not None:
+                return whole(core, after.dense, norm, hidden_states, attention_mask), None
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+
+
+_BLOCKS = ("BertAttention", "RobertaAttention", "XLMRobertaAttention", "CamembertAttention", "ElectraAttention")
+
 _KINDS: dict[str, type[LeanSelf]] = {
     "BertSelfAttention": LeanSelf,
     "RobertaSelfAttention": LeanSelf,
@@ -67,6 +87,24 @@ def heads(module: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias(), mask),
         *(packed.rows, packed.out_features, packed.in_features),
         *(packed.out_features // (3 * module.attention_head_size), float(module.scaling)),
+    )
+    return out
+
+
+def whole(module: Any, output: PackedLinear, norm: Norm, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute all heads of a self-attention module, the output layer after it, and the norm of the sum with the input.
+
+    Shapes: `(batch, length, in)` -> `(batch, length, in)`
+    """
+    first = getattr(module, module.lean[0])
+    first.check(hidden)
+    output.check(hidden)
+    packed, after = first.packed, output.packed
+    out: Tensor = torch.ops.hf_sparse.sparse_attention_norm(
+        *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias()),
+        *(after.values, after.columns, after.pointers, output.bias, *norm, mask),
+        *(packed.rows, after.rows, after.in_features, packed.in_features),
+        *(after.in_features // module.attention_head_size, float(module.scaling)),
     )
     return out
 
@@ -106,11 +144,13 @@ def become_lean(block: SubBlock) -> None:
     become(core, mixin)
     made: Any = core
     made.lean = names
+    if is_known(block.module, _BLOCKS) and not isinstance(block.module, Changed):
+        become(block.module, LeanBlock)
 
 
 def restore(model: nn.Module) -> None:
     """Give all such modules of a model the class that they had."""
     for module in model.modules():
-        if isinstance(module, LeanSelf):
-            del module.lean
+        if isinstance(module, (LeanSelf, LeanBlock)):
+            vars(module).pop("lean", None)
             module.__class__ = module.plain  # type: ignore[assignment]

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..architectures import SubBlock
 from ..architectures.base import Changed, become
+from ..kernels.ops import Norm
+from .after import norm_of
 from .layers import PackedLinear
 from .packed import Packed
 
@@ -40,9 +42,14 @@ class Lean:
     ) -> None:
         self.inputs, self.output, self.activation, self.function = inputs, output, activation, function
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the output of the last layer."""
-        if self.activation is None:
+    @property
+    def fused(self) -> bool:
+        """Whether its layers compute in one operator."""
+        return self.activation is not None
+
+    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """Return the output of the last layer; or with a norm, that of the sum of x and the output."""
+        if not self.fused:
             hidden = self.function(self.inputs[0](x))
             for gate in self.inputs[1:]:
                 hidden = hidden * gate(x)
@@ -51,11 +58,19 @@ class Lean:
         layers: list[Any] = [*self.inputs, self.output]
         for layer in layers:
             layer.check(x)
-        return feed_forward(x, [layer.packed for layer in layers], [layer.bias for layer in layers], self.activation)
+        assert self.activation is not None
+        packed, biases = [layer.packed for layer in layers], [layer.bias for layer in layers]
+        return feed_forward(x, packed, biases, self.activation, norm)
+
+    def takes_norm(self) -> bool:
+        """Return whether the operator of its layers can add the input and compute a layer norm."""
+        return self.fused and len(self.inputs) == 1 and getattr(self.output, "kernel", None) == "cpu"
 
 
-def feed_forward(x: Tensor, packed: list[Packed], biases: list[Tensor | None], activation: str) -> Tensor:
-    """Compute first layers, activation and last layer in one operator.
+def feed_forward(
+    x: Tensor, packed: list[Packed], biases: list[Tensor | None], activation: str, norm: Norm | None = None
+) -> Tensor:
+    """Compute first layers, activation and last layer in one operator; with a norm, that of the sum of x and all that.
 
     Shapes: `(..., in)` -> `(..., out)`
     """
@@ -63,6 +78,11 @@ def feed_forward(x: Tensor, packed: list[Packed], biases: list[Tensor | None], a
     for weight, bias in zip(packed, biases, strict=True):
         parts += [*weight.operands, bias]
     first, last = packed[0], packed[-1]
+    if norm is not None:
+        whole: Tensor = torch.ops.hf_sparse.sparse_ffn_norm(
+            *(x, *parts, *norm, first.height, last.height, first.out_features, first.in_features, activation)
+        )
+        return whole
     sizes = (first.out_features, last.out_features, first.in_features)
     name = "int8" if first.kernel == "int8" else "sparse"
     operator = getattr(torch.ops.hf_sparse, f"{name}_ffn" if len(packed) == 2 else f"{name}_gated_ffn")
@@ -77,6 +97,9 @@ class LeanBert(Changed):
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         """Return what the layer returns for these tokens."""
+        if self.lean.takes_norm() and (norm := norm_of(self.output)) is not None:
+            whole: Tensor = self.lean(attention_output, norm)
+            return whole
         hidden = self.output.dropout(self.lean(attention_output))
         out: Tensor = self.output.LayerNorm(hidden + attention_output)
         return out

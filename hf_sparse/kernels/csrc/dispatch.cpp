@@ -85,47 +85,68 @@ int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t 
   return failed ? kNoMemory : kOk;
 }
 
-// One sequence: the products of all its tiles, then every head of each.
-int attention(const Kernels& k, const Weight& w, const float* x, float* y, const float* mask, int64_t length, int heads,
-              float scale, int threads) {
+// What comes after the heads of an attention: their product with the output weight, to which the inputs are added, and
+// the layer norm of the sum. Or nothing, where the weight is null.
+struct After {
+  const Weight* output;
+  const Norm* norm;
+};
+
+// One sequence: the products of all its tiles, then every head of each, then what comes after.
+int attention(const Kernels& k, const Weight& w, const After& after, const float* x, float* y, const float* mask,
+              int64_t length, int heads, float scale, int threads) {
   const int64_t inner = w.out_features / 3, features = groups(w) * w.rows;
-  const int tile = tile_width(k, k.widest(w.rows), length, threads);
-  const int64_t tiles = (length + tile - 1) / tile, step = features * tile;
-  float* all = hiddens.take(tiles * step);
+  const int64_t width = after.output ? after.output->out_features : inner;
+  int widest = k.widest(w.rows);
+  if (after.output) widest = smaller(widest, k.widest(after.output->rows));
+  const int tile = tile_width(k, widest, length, threads);
+  // From one tile to the next: of inputs, of queries, keys and values, of what the heads make of them, of outputs.
+  const int64_t tiles = (length + tile - 1) / tile, step = features * tile, in_step = padded_inputs(w) * tile;
+  const int64_t mixed_step = (after.output ? padded_inputs(*after.output) : inner) * tile;
+  const int64_t out_step = after.output ? groups(*after.output) * after.output->rows * tile : 0;
+  float* all = hiddens.take(tiles * (step + in_step + mixed_step + out_step));
   if (!all) return kNoMemory;
-  bool failed = false;
+  float *const read = all + tiles * step, *const mixed = read + tiles * in_step, *const out = mixed + tiles * mixed_step;
   const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
+  const auto here = [&](int64_t t) { return int(length - t * tile < tile ? length - t * tile : tile); };
+  if (cuts > 1)
+    for (int64_t t = 0; t < tiles; t++)
+      k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, read + t * in_step);
   share(tiles * cuts, threads, [&](int64_t i) {
-    const int64_t start = i / cuts * tile, count = groups(w);
-    float* in = inputs.take(padded_inputs(w) * tile);
-    if (!in) {
-      failed = true;
-      return;
-    }
-    const int here = int(length - start < tile ? length - start : tile);
-    k.gather(x + start * w.in_features, w.in_features, here, w.in_features, tile, in);
-    k.product(w, in, all + i / cuts * step, tile, count * (i % cuts) / cuts, count * (i % cuts + 1) / cuts, kNone);
+    const int64_t t = i / cuts, count = groups(w);
+    float* in = read + t * in_step;
+    if (cuts == 1) k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, in);
+    k.product(w, in, all + t * step, tile, count * (i % cuts) / cuts, count * (i % cuts + 1) / cuts, kNone);
   });
-  if (failed) return kNoMemory;
   const Attention a{all, step, length, inner, tile, int32_t(inner / heads), scale};
   const int64_t parts = tiles >= threads ? 1 : threads < heads ? threads : heads;
+  bool failed = false;
   share(tiles * parts, threads, [&](int64_t i) {
-    const int64_t t = i / parts, start = t * tile;
-    const int here = int(length - start < tile ? length - start : tile);
-    float* out = outputs.take(int64_t(a.size) * tile);
+    const int64_t t = i / parts;
     float* scores = gates.take((mask ? 2 : 1) * tiles * tile * tile);
-    if (!out || !scores) {
+    if (!scores) {
       failed = true;
       return;
     }
     float* shown = mask ? scores + tiles * tile * tile : nullptr;
-    if (mask) k.gather(mask + start * length, length, here, length, tile, shown);
-    for (int64_t head = heads * (i % parts) / parts; head < heads * (i % parts + 1) / parts; head++) {
-      k.attend(a, head, t, shown, scores, out);
-      k.scatter(out, tile, a.size, here, y + start * inner + head * a.size, inner);
-    }
+    if (mask) k.gather(mask + t * tile * length, length, here(t), length, tile, shown);
+    for (int64_t head = heads * (i % parts) / parts; head < heads * (i % parts + 1) / parts; head++)
+      k.attend(a, head, t, shown, scores, mixed + t * mixed_step + head * a.size * tile);
   });
-  return failed ? kNoMemory : kOk;
+  if (failed) return kNoMemory;
+  if (after.output) {
+    share(tiles * cuts, threads, [&](int64_t i) {
+      const int64_t t = i / cuts, count = groups(*after.output);
+      k.product(*after.output, mixed + t * mixed_step, out + t * out_step, tile, count * (i % cuts) / cuts,
+                count * (i % cuts + 1) / cuts, kNone);
+    });
+  }
+  share(tiles, threads, [&](int64_t t) {
+    float* from = after.output ? out + t * out_step : mixed + t * mixed_step;
+    if (after.norm) k.normalise(from, read + t * in_step, width, tile, *after.norm);
+    k.scatter(from, tile, width, here(t), y + t * tile * width, width);
+  });
+  return kOk;
 }
 
 }  // namespace
@@ -148,20 +169,23 @@ EXPORT int hf_sparse_linear(int isa, const Weight* w, const float* x, float* y, 
   return linear(*kAll[isa], *w, x, y, tokens, Activation(activation), threads);
 }
 
-// y = (activation(x first^T + bias) [* (x second^T + bias)]) down^T + bias; second may be null.
-EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, const Weight* down, const float* x,
-                         float* y, int64_t tokens, int32_t activation, int32_t threads) {
+// y = (activation(x first^T + bias) [* (x second^T + bias)]) down^T + bias; second may be null. With a norm, which needs
+// at least as many tokens as lanes for each thread: y = norm(x + that).
+EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, const Weight* down, const Norm* norm,
+                         const float* x, float* y, int64_t tokens, int32_t activation, int32_t threads) {
   if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || tokens < 0) return kBadArgument;
   if (!sound(*first) || (second && !sound(*second)) || !sound(*down)) return kBadPointers;
   if (down->in_features != first->out_features) return kBadArgument;
   if (second && (second->out_features != first->out_features || second->in_features != first->in_features))
     return kBadArgument;
+  if (norm && down->out_features != first->in_features) return kBadArgument;
   if (tokens == 0 || down->out_features == 0) return kOk;
   const Kernels& k = *kAll[isa];
   const Activation act = Activation(activation);
   const int64_t inner = first->in_features, hidden = first->out_features;
   // With fewer tokens than a tile and several threads, or one token, each product is shared out by outputs instead.
   if (tokens < k.lanes || (threads > 1 && tokens < int64_t(k.lanes) * threads)) {
+    if (norm) return kBadArgument;
     float* h = hiddens.take(2 * up(tokens * hidden, k.lanes));
     if (!h) return kNoMemory;
     float* other = h + up(tokens * hidden, k.lanes);
@@ -197,25 +221,31 @@ EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, con
       k.multiply(h, other, hidden * tile);
     }
     k.product(*down, h, out, tile, 0, groups(*down), kNone);
+    if (norm) k.normalise(out, in, down->out_features, tile, *norm);
     k.scatter(out, tile, down->out_features, here, y + start * down->out_features, down->out_features);
   });
   return failed ? kNoMemory : kOk;
 }
 
 // Self-attention: w has the queries, keys and values of all heads above each other; y is batch x length x a third of its
-// outputs. `mask` (or null) is length x length, added to the scores; `mask_step` floats from one sequence to the next.
-EXPORT int hf_sparse_attention(int isa, const Weight* w, const float* x, float* y, const float* mask, int64_t mask_step,
-                               int64_t batch, int64_t length, int32_t heads, float scale, int32_t threads) {
+// outputs. `mask` (or null) is length x length, added to the scores; `mask_step` floats from one sequence to the next. With
+// an output weight (or null), y is the product with it, and with a norm (or null) y = norm(x + that).
+EXPORT int hf_sparse_attention(int isa, const Weight* w, const Weight* output, const Norm* norm, const float* x, float* y,
+                               const float* mask, int64_t mask_step, int64_t batch, int64_t length, int32_t heads,
+                               float scale, int32_t threads) {
   if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || batch < 0 || length < 0 || heads < 1) return kBadArgument;
   if (w->rows < 1 || w->out_features % (3 * int64_t(heads)) || mask_step < 0) return kBadArgument;
-  if (!sound(*w)) return kBadPointers;
-  if (batch == 0 || length == 0 || w->out_features == 0) return kOk;
-  const int64_t in = length * w->in_features, out = length * (w->out_features / 3);
+  if (!sound(*w) || (output && !sound(*output))) return kBadPointers;
+  if (output && output->in_features != w->out_features / 3) return kBadArgument;
+  if (norm && (!output || output->out_features != w->in_features)) return kBadArgument;
+  const int64_t width = output ? output->out_features : w->out_features / 3;
+  if (batch == 0 || length == 0 || w->out_features == 0 || width == 0) return kOk;
+  const int64_t in = length * w->in_features, out = length * width;
   const int within = batch >= threads ? 1 : threads;  // enough sequences: one each; else all threads share each of them
   int result = kOk;
   share(batch, within == 1 ? threads : 1, [&](int64_t b) {
-    const int one = attention(*kAll[isa], *w, x + b * in, y + b * out, mask ? mask + b * mask_step : nullptr, length, heads,
-                              scale, within);
+    const int one = attention(*kAll[isa], *w, {output, norm}, x + b * in, y + b * out, mask ? mask + b * mask_step : nullptr,
+                              length, heads, scale, within);
     if (one != kOk) result = one;
   });
   return result;

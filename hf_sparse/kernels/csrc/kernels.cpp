@@ -3,11 +3,8 @@
 // Everything but the table is local to the file, and no header with inline functions that have a name outside is used: the
 // linker must never take the AVX-512 copy of a shared function for all.
 #include "attention.h"
+#include "norm.h"
 #include "transpose.h"
-
-#ifdef __AVX512BW__
-#include <immintrin.h>  // its functions are always inlined
-#endif
 
 namespace hf_sparse {
 namespace {
@@ -46,12 +43,14 @@ INLINE void single(const float* __restrict in, Vec values, uint64_t columns, con
   for (int v = 0; v < kVecs; v++) sum[v] += weight * load(x + v * kLanes);
 }
 
-// The single values of one output, eight and four at a time; returns how many were left to do. One 512-bit load a cycle is
-// the limit here, so columns and values are loaded together and taken apart in registers, by units that are idle.
+// The single values of one output, eight and four at a time; returns how many were left to do. Columns and values are
+// loaded together and taken apart in registers, since loads are as scarce as multiplications. Every second value has sums
+// of its own: four sums in a row would wait for each other.
 template <int kVecs>
 INLINE int64_t singles(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
                        int64_t count, const Places& places, Vec (&sum)[kVecs]) {
   typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+  Vec other[kVecs] = {};
   int64_t p = 0;
   for (; p + 8 <= count; p += 8) {
     const Eight some = *reinterpret_cast<const Eight*>(values + p);
@@ -59,13 +58,13 @@ INLINE int64_t singles(const float* __restrict in, const float* __restrict value
     uint64_t at;
     __builtin_memcpy(&at, columns + p, 8);
     single<0>(in, all, at, places, sum);
-    single<1>(in, all, at, places, sum);
+    single<1>(in, all, at, places, other);
     single<2>(in, all, at, places, sum);
-    single<3>(in, all, at, places, sum);
+    single<3>(in, all, at, places, other);
     single<4>(in, all, at, places, sum);
-    single<5>(in, all, at, places, sum);
+    single<5>(in, all, at, places, other);
     single<6>(in, all, at, places, sum);
-    single<7>(in, all, at, places, sum);
+    single<7>(in, all, at, places, other);
   }
   if (p + 4 <= count) {
     const Quad some = *reinterpret_cast<const Quad*>(values + p);
@@ -74,11 +73,13 @@ INLINE int64_t singles(const float* __restrict in, const float* __restrict value
     uint32_t at;
     __builtin_memcpy(&at, columns + p, 4);
     single<0>(in, all, at, places, sum);
-    single<1>(in, all, at, places, sum);
+    single<1>(in, all, at, places, other);
     single<2>(in, all, at, places, sum);
-    single<3>(in, all, at, places, sum);
+    single<3>(in, all, at, places, other);
     p += 4;
   }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; v++) sum[v] += other[v];
   return p;
 }
 #else
@@ -320,6 +321,6 @@ void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
 extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest,   gather, scatter,
-                                          product,              multiply, vector, activate, attend};
+                                          product,              multiply, vector, activate, normalise, attend};
 
 }  // namespace hf_sparse

@@ -27,6 +27,13 @@ inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chun
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
 inline int64_t padded_inputs(const Weight& w) { return chunks(w) * w.chunk + 256; }
 
+// The layer norm after a sub-block of BERT: (x - mean) / root(variance + eps) weight + bias, over `out_features`.
+struct Norm {
+  const float* weight;
+  const float* bias;  // or null
+  float eps;
+};
+
 // A sequence whose queries, keys and values lie in tiles, head after head: `inner` features each.
 struct Attention {
   const float* tiles;
@@ -54,6 +61,8 @@ struct Kernels {
   void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
   // In place; count is a multiple of the lanes.
   void (*activate)(float* at, int64_t count, Activation act);
+  // out = norm(out + residual), in place.
+  void (*normalise)(float* out, const float* residual, int64_t features, int tile, const Norm& norm);
   // What one head makes of one tile of queries. `mask` (or null) is added to the scores: a tile, keys for features.
   // `scores` has room for as many tokens as all tiles, times the tile.
   void (*attend)(const Attention& a, int64_t head, int64_t queries, const float* mask, float* scores, float* out);

@@ -1,0 +1,30 @@
+"""What comes after a sub-block of BERT and its kin: dropout, which does nothing here, the residual, and the layer norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..kernels.ops import Norm
+from ..zeros import is_guard
+
+
+def norm_of(after: Any) -> Norm | None:
+    """Return the layer norm of such a module, for an operator to compute; None if that would be noticed.
+
+    Args:
+        after: a module with the attributes `dense`, `dropout` and `LayerNorm`.
+    """
+    norm = after.LayerNorm
+    if type(norm) is not nn.LayerNorm or norm.weight is None or len(norm.normalized_shape) != 1:
+        return None
+    if any(watched(module) for module in (after, after.dense, after.dropout, norm)):
+        return None
+    return norm.weight, norm.bias, norm.eps
+
+
+def watched(module: nn.Module) -> bool:
+    """Return whether somebody sees each call of a module: hooks (but for the one that keeps zeros), or a new forward."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return "forward" in vars(module) or any(not is_guard(hook) for hook in hooks)
