@@ -94,7 +94,12 @@ def encode(tensor: Tensor, codec: Spec = "auto") -> tuple[TensorEntry, dict[str,
     if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
         raise CheckpointError(f"the format cannot store a tensor of type {tensor.dtype} and layout {tensor.layout}")
     source = Source(tensor.detach().cpu())
-    return pack(source, _choose(source, codec))
+    for candidate in _ranked(source, codec):
+        entry, parts = pack(source, candidate)
+        # Some sizes are estimates: only what is there says whether readers will take it.
+        if _within_ratio(entry.nbytes, sum(part.nbytes for part in parts.values())):
+            break
+    return entry, parts
 
 
 def pack(source: Source, codec: Codec) -> tuple[TensorEntry, dict[str, Tensor]]:
@@ -117,14 +122,15 @@ def encode_all(
         return list(pool.map(encode, tensors, codecs))
 
 
-def _choose(source: Source, spec: Spec) -> Codec:
-    best: Codec = Dense()
-    dense = least = source.numel * source.item_bytes
+def _ranked(source: Source, spec: Spec) -> list[Codec]:
+    """Return the codecs that make a tensor smaller, the smallest first, and last of all the plain one."""
+    dense = source.numel * source.item_bytes
+    sizes: list[tuple[int, Codec]] = []
     for candidate in _candidates(source, spec) if len(source.shape) > 1 and source.numel else ():
         size = candidate.stored_bytes(source)
-        if size is not None and size < least and _within_ratio(dense, size):
-            best, least = candidate, size
-    return best
+        if size is not None and size < dense and _within_ratio(dense, size):
+            sizes.append((size, candidate))
+    return [*(codec for _, codec in sorted(sizes, key=lambda pair: pair[0])), Dense()]
 
 
 def _candidates(source: Source, spec: Spec) -> Iterable[Codec]:
