@@ -3,8 +3,8 @@
     python scripts/make_gelu_table.py [--check]
 
 In piece i, Phi(-a) is a polynomial of degree 4 in u = a * SCALE - i, -1/2 <= u <= 1/2, through five Chebyshev points,
-which is off by 4e-9 at most where a is small and by 2e-5 of itself where it is large. The last piece is zero: GELU(x) is x
-there, to fp32.
+which is off by 4e-9 at most where a is small and by 2e-5 of itself where it is large. The last piece is zero: there,
+GELU(x) is x to fp32.
 """
 
 from __future__ import annotations

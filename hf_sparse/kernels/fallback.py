@@ -84,7 +84,7 @@ def _linear(x: Tensor, weight: Weight, activation: str) -> Tensor:
         out[start : start + TOKENS] = (matrix @ flat[start : start + TOKENS].T).T
     if bias is not None:
         out += bias
-    return activate(out, activation).view(*x.shape[:-1], -1)
+    return activate(out, activation).view(*x.shape[:-1], matrix.shape[0])
 
 
 def _unpack(weight: Weight) -> Tensor:

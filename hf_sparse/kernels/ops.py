@@ -1,6 +1,6 @@
 """The operators `hf_sparse::sparse_linear`, `sparse_ffn`, `sparse_gated_ffn` and `sparse_attention`, for inference.
 
-`sparse_ffn_norm` and `sparse_attention_norm` are the whole sub-blocks of BERT: with the inputs added and the layer norm.
+`sparse_ffn_norm` and `sparse_attention_norm` are whole sub-blocks of BERT: with the inputs added and the layer norm.
 
 They have no backward: an input that needs a gradient is refused, since a gradient that is silently missing trains a
 wrong model. Inputs may have any leading shape. A zero weight contributes nothing even where the input is infinite or
@@ -45,8 +45,8 @@ _library.define(
     "int down_rows, int hidden_features, int features, str activation) -> Tensor"
 )
 _library.define(
-    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {_NORM}, Tensor? mask, int rows, "
-    "int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
+    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {_NORM}, Tensor? mask, "
+    "int rows, int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
 )
 
 SHORTEST = 16
@@ -371,24 +371,23 @@ def _attention_fake(x, values, columns, pointers, bias, mask, rows, out_features
     return x.new_empty((*x.shape[:-1], out_features // 3))
 
 
-def _attention_norm_parts(parts: tuple) -> tuple[Weight, Tensor | None, int, float, Weight, Norm]:
+def _attention_norm_parts(x: Tensor, parts: tuple) -> tuple[Weight, Tensor | None, int, float, Weight, Norm]:
     """Check and sort the arguments of `sparse_attention_norm`."""
-    x, *rest = parts
-    mask, rows, output_rows, inner, features, heads, scale = rest[11:]
-    weight: Weight = (*rest[:4], rows, 3 * inner, features)
-    output: Weight = (*rest[4:8], output_rows, features, inner)
+    mask, rows, output_rows, inner, features, heads, scale = parts[11:]
+    weight: Weight = (*parts[:4], rows, 3 * inner, features)
+    output: Weight = (*parts[4:8], output_rows, features, inner)
     _check_attention(x, weight, mask, heads)
     _check_weights(output)
-    _check_norm(x, rest[8:11])
-    return weight, mask, heads, scale, output, rest[8:11]
+    _check_norm(x, parts[8:11])
+    return weight, mask, heads, scale, output, parts[8:11]
 
 
 def _attention_norm(x, *parts):  # type: ignore[no-untyped-def]
-    return _heads(x, *_attention_norm_parts((x, *parts)))
+    return _heads(x, *_attention_norm_parts(x, parts))
 
 
 def _attention_norm_fake(x, *parts):  # type: ignore[no-untyped-def]
-    _attention_norm_parts((x, *parts))
+    _attention_norm_parts(x, parts)
     return x.new_empty(x.shape)
 
 

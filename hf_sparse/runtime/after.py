@@ -1,4 +1,4 @@
-"""What comes after a sub-block of BERT and its kin: dropout, which does nothing here, the residual, and the layer norm."""
+"""What comes after a sub-block of BERT and its kin: dropout, which does nothing here, the residual, the layer norm."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def norm_of(after: Any) -> Norm | None:
 
 
 def watched(module: nn.Module) -> bool:
-    """Return whether somebody sees each call of a module: hooks (but for the one that keeps zeros), or a new forward."""
+    """Return whether somebody sees each call of a module: hooks (but for the one that keeps zeros), a new forward."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return "forward" in vars(module) or any(not is_guard(hook) for hook in hooks)

@@ -7,11 +7,12 @@
 
 #include "../../hf_sparse/kernels/csrc/kernels.h"
 
+using hf_sparse::Norm;
 using hf_sparse::Weight;
 extern "C" const char* hf_sparse_isa(int place);
 extern "C" int hf_sparse_linear(int, const Weight*, const float*, float*, int64_t, int32_t, int32_t);
-extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const float*, float*, int64_t, int32_t,
-                             int32_t);
+extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const Norm*, const float*, float*, int64_t,
+                             int32_t, int32_t);
 
 static std::mt19937 bits(0);
 static float number() { return float(int(bits() % 2001) - 1000) / 1000; }
@@ -71,6 +72,20 @@ static double activated(double x, int act) {
   }
 }
 
+// The layer norm of a + b, of weight `scale` and bias 0.5.
+static std::vector<double> normed(const std::vector<double>& a, const std::vector<double>& b, const std::vector<float>& scale) {
+  const size_t width = scale.size();
+  std::vector<double> y(a.size());
+  for (size_t t = 0; t < a.size(); t += width) {
+    double mean = 0, squares = 0;
+    for (size_t i = t; i < t + width; i++) mean += (a[i] + b[i]) / double(width);
+    for (size_t i = t; i < t + width; i++) squares += std::pow(a[i] + b[i] - mean, 2) / double(width);
+    for (size_t i = t; i < t + width; i++)
+      y[i] = (a[i] + b[i] - mean) / std::sqrt(squares + 0.1) * scale[i - t] + 0.5;
+  }
+  return y;
+}
+
 static double worst = 0;
 static void compare(const std::vector<float>& found, const std::vector<double>& wanted) {
   double most = 1;
@@ -100,11 +115,18 @@ int main() {
             for (double& each : hidden) each = activated(each, act);
             int bad = hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, act, threads);
             compare(y, hidden);
-            bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, x.data(), z.data(), count, act, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, nullptr, x.data(), z.data(), count, act, threads);
             compare(z, down.times(hidden, count));
+            const std::vector<float> halves(down.bias.size(), 0.5f);
+            const Norm norm{down.bias.data(), halves.data(), 0.1f};
+            if (count >= 16 * threads) {
+              bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, act, threads);
+              compare(z, normed(exact, down.times(hidden, count), down.bias));
+            }
             const std::vector<double> gate = second.times(exact, count);
             for (size_t i = 0; i < hidden.size(); i++) hidden[i] *= gate[i];
-            bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, x.data(), z.data(), count, act, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, act,
+                                 threads);
             compare(z, down.times(hidden, count));
             if (bad) return std::printf("%s: a sound weight was refused\n", name), 1;
           }

@@ -6,14 +6,15 @@
 
 #include "../../hf_sparse/kernels/csrc/kernels.h"
 
+using hf_sparse::Norm;
 using hf_sparse::Weight;
 extern "C" const char* hf_sparse_isa(int place);
 extern "C" int hf_sparse_linear(int, const Weight*, const float*, float*, int64_t, int32_t, int32_t);
-extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const float*, float*, int64_t, int32_t,
-                             int32_t);
+extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, const Norm*, const float*, float*, int64_t,
+                             int32_t, int32_t);
 
-extern "C" int hf_sparse_attention(int, const Weight*, const float*, float*, const float*, int64_t, int64_t, int64_t,
-                                   int32_t, float, int32_t);
+extern "C" int hf_sparse_attention(int, const Weight*, const Weight*, const Norm*, const float*, float*, const float*,
+                                   int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
 static std::mt19937 random_bits(0);
 
@@ -57,8 +58,12 @@ int main() {
             Packed down(in, out, rows == 16 ? 1 : rows * 2, percent, hostile);
             std::vector<float> x(size_t(count) * in, 1.0f), y(size_t(count) * out), z(size_t(count) * in);
             int bad = hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, count % 5, threads);
-            bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, x.data(), z.data(), count, 1, threads);
-            bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, x.data(), z.data(), count, 4, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, nullptr, x.data(), z.data(), count, 1, threads);
+            bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, 4,
+                                 threads);
+            const Norm norm{down.bias.data(), count % 2 ? down.bias.data() : nullptr, 1e-5f};
+            if (count >= 16 * threads)
+              bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
             if (bad) return std::printf("%s: a sound weight was refused\n", name), 1;
             first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
             if (!hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
@@ -72,12 +77,20 @@ int main() {
           Packed qkv(out, in, rows, int(random_bits() % 101), random_bits() % 3 == 0);
           std::vector<float> x(size_t(batch) * count * in, 1.0f), y(size_t(batch) * count * heads * size);
           std::vector<float> mask(size_t(batch) * count * count, 0.5f);
-          int bad = hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), nullptr, 0, batch, count, heads, 1, threads);
-          bad |= hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), mask.data(), int64_t(count) * count, batch, count,
-                                     heads, 1, threads);
+          int bad = hf_sparse_attention(isa, &qkv.weight, nullptr, nullptr, x.data(), y.data(), nullptr, 0, batch, count,
+                                        heads, 1, threads);
+          bad |= hf_sparse_attention(isa, &qkv.weight, nullptr, nullptr, x.data(), y.data(), mask.data(),
+                                     int64_t(count) * count, batch, count, heads, 1, threads);
+          Packed after(in, heads * size, 1 << random_bits() % 5, int(random_bits() % 101), random_bits() % 3 == 0);
+          const Norm norm{after.bias.data(), after.bias.data(), 1e-5f};
+          std::vector<float> z(x.size());
+          for (const Norm* wanted : {static_cast<const Norm*>(nullptr), &norm})
+            bad |= hf_sparse_attention(isa, &qkv.weight, &after.weight, wanted, x.data(), z.data(), mask.data(), 0, batch,
+                                       count, heads, 1, threads);
           if (bad) return std::printf("%s: a sound weight of an attention was refused\n", name), 1;
           qkv.pointers[random_bits() % qkv.pointers.size()] = int32_t(random_bits() | (1u << 30));
-          if (!hf_sparse_attention(isa, &qkv.weight, x.data(), y.data(), nullptr, 0, batch, count, heads, 1, threads))
+          if (!hf_sparse_attention(isa, &qkv.weight, nullptr, nullptr, x.data(), y.data(), nullptr, 0, batch, count, heads,
+                                   1, threads))
             return std::printf("%s: hostile pointers of an attention were taken\n", name), 1;
         }
     std::printf("%s\n", name);

@@ -110,6 +110,42 @@ def test_ffn_matches_fp64(way, rows, threads):
         torch.set_num_threads(before)
 
 
+def normed(x, y, norm):
+    weight, bias, eps = norm
+    return F.layer_norm(x.double() + y, x.shape[-1:], weight.double(), None if bias is None else bias.double(), eps)
+
+
+@pytest.mark.parametrize(("rows", "threads"), [((1, 1), 1), ((4, 16), 1), ((8, 2), 2), ((1, 4), 3)])
+def test_whole_sub_blocks_match_fp64(way, rows, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for width, hidden, heads, size in ((50, 131, 3, 16), (128, 700, 2, 64), (33, 1, 1, 5)):
+            up, down, inner = sparse(hidden, width, 0.8), sparse(width, hidden, 0.8), heads * size
+            qkv, out = 0.3 * sparse(3 * inner, width, 0.8), sparse(width, inner, 0.8)
+            b, c, d = torch.randn(hidden), torch.randn(width), torch.randn(3 * inner)
+            up_, down_, qkv_, out_ = pack(up, rows[0]), pack(down, rows[1]), pack(qkv, rows[0]), pack(out, rows[1])
+            for norm in ((torch.randn(width), torch.randn(width), 1e-5), (torch.randn(width), None, 0.1)):
+                for batch, length in ((0, 20), (1, 1), (2, 15), (1, 16), (3, 17), (2, 64), (1, 130)):
+                    x = torch.randn(batch, length, width)
+                    y = F.linear(reference(x, up, b, "gelu"), down.double(), c.double())
+                    close(ops.ffn_norm(x, up_, b, down_, c, norm), normed(x, y, norm))
+                    y = F.linear(attend(x, qkv, d, heads, None, 0.2), out.double(), c.double())
+                    close(ops.attention_norm(x, qkv_, d, out_, c, norm, heads, None, 0.2), normed(x, y, norm))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("norm", [(torch.ones(7), None, 0.1), (torch.ones(8), torch.ones(1), 0.1),
+                                  (torch.ones(8).double(), None, 0.1)])  # fmt: skip
+def test_norms_that_do_not_fit_are_refused(norm):
+    x, eye, qkv = torch.randn(1, 20, 8), pack(torch.eye(8)), pack(torch.randn(24, 8))
+    with pytest.raises(BackendError, match="layer norm"):
+        ops.ffn_norm(x, eye, None, eye, None, norm)
+    with pytest.raises(BackendError, match="layer norm"):
+        ops.attention_norm(x, qkv, None, eye, None, norm, 2)
+
+
 def test_ffn_without_an_activation(way):
     up, down, x = sparse(40, 30, 0.5), sparse(30, 40, 0.5), torch.randn(17, 30)
     wanted = x.double() @ up.double().T @ down.double().T
@@ -298,16 +334,53 @@ def test_operators_pass_the_checks_of_torch(way):
             *(back.values, back.columns, back.pointers, torch.randn(30), 2, 1, 20, 30, 30, "gelu"),
         ),
     )
+    other, norm = (back.values, back.columns, back.pointers, torch.randn(30)), (torch.randn(30), torch.randn(30), 0.1)
+    torch.library.opcheck(
+        torch.ops.hf_sparse.sparse_ffn_norm,
+        (
+            torch.randn(17, 30),
+            *(packed.values, packed.columns, packed.pointers, None),
+            *other,
+            *norm,
+            2,
+            1,
+            20,
+            30,
+            "gelu",
+        ),
+    )
+    many = pack(sparse(60, 30, 0.5), 2)
+    three = (many.values, many.columns, many.pointers, torch.randn(60))
+    torch.library.opcheck(
+        torch.ops.hf_sparse.sparse_attention_norm,
+        (
+            torch.randn(2, 17, 30),
+            *parts,
+            *other,
+            *norm,
+            torch.ones(2, 1, 1, 17, dtype=torch.bool),
+            2,
+            1,
+            20,
+            30,
+            4,
+            0.5,
+        ),
+    )
 
 
 class Block(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = pack(sparse(40, 30, 0.5), 4), pack(sparse(30, 40, 0.5))
-        self.qkv = pack(sparse(90, 30, 0.5))
+        self.qkv, self.out = pack(sparse(90, 30, 0.5)), pack(sparse(30, 30, 0.5), 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = ops.attention(x, self.qkv, None, 2)
+        norm = (torch.ones(30), None, 1e-5)
+        x = ops.ffn_norm(
+            ops.attention_norm(x, self.qkv, None, self.out, None, norm, 2), self.up, None, self.down, None, norm
+        )
         return ops.linear(ops.ffn(x.relu(), self.up, None, self.down, None), self.up) + 1
 
 

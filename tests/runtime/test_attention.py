@@ -28,13 +28,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from hf_sparse.runtime import attention
 
     made: list[int] = []
-    real = attention.heads
 
-    def counted(*given: Any) -> Tensor:
-        made.append(1)
-        return real(*given)
+    def counting(real: Any) -> Any:
+        def counted(*given: Any) -> Tensor:
+            made.append(1)
+            return real(*given)
 
-    monkeypatch.setattr(attention, "heads", counted)
+        return counted
+
+    for name in ("heads", "whole"):
+        monkeypatch.setattr(attention, name, counting(getattr(attention, name)))
+    return made
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Say which sub-blocks were computed with their layer norm."""
+    from hf_sparse.runtime import attention, blocks
+
+    made: list[str] = []
+    for module, name in ((attention, "whole"), (blocks, "feed_forward")):
+        real = getattr(module, name)
+
+        def noted(*given: Any, real: Any = real, name: str = name) -> Tensor:
+            made.extend([name] if name == "whole" or given[-1] is not None else [])
+            out: Tensor = real(*given)
+            return out
+
+        monkeypatch.setattr(module, name, noted)
     return made
 
 
@@ -87,6 +108,48 @@ def test_attention_weights_are_given_where_they_are_asked_for(calls: list[int]) 
     model.set_attn_implementation("sdpa")
     close(answers(model, inputs), expected.logits)
     assert calls
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_residual_and_layer_norm_are_part_of_the_operators(family: str, norms: list[str]) -> None:
+    model = sparse(family)
+    expected = answers(model, texts(17, True))
+    to_runtime(model, "cpu")
+    close(answers(model, texts(17, True)), expected)
+    # DistilBERT has its layer norms one module further out.
+    assert norms == (["whole", "feed_forward"] * 2 if family == "bert" else [])
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("LayerNorm"):
+                module.weight.mul_(1.5)
+                module.bias.add_(0.1)
+    found = answers(model, texts(17, True))
+    to_dense_runtime(model)
+    close(found, answers(model, texts(17, True)))
+
+
+@pytest.mark.parametrize("sub_block", ["attention.", ""])
+@pytest.mark.parametrize("part", ["output", "output.dense", "output.dropout", "output.LayerNorm"])
+def test_what_comes_after_a_sub_block_is_still_seen_by_hooks(sub_block: str, part: str, norms: list[str]) -> None:
+    model, seen = sparse("bert"), []
+    expected = answers(model, texts(17, True))
+    to_runtime(model, "cpu")
+    watched = model.bert.encoder.layer[1].get_submodule(sub_block + part)
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    close(answers(model, texts(17, True)), expected)
+    feed_forward = not sub_block
+    # The feed-forward part of a layer has always been computed without its modules, but for those after the products.
+    assert seen == ([] if feed_forward and part in ("output", "output.dense") else [1])
+    assert norms == (["whole", "feed_forward", "whole"] if feed_forward else ["whole", "feed_forward", "feed_forward"])
+
+
+def test_replaced_layer_norm_is_computed(norms: list[str]) -> None:
+    model = sparse("bert")
+    model.bert.encoder.layer[0].attention.output.LayerNorm = torch.nn.Identity()
+    expected = answers(model, texts(17, True))
+    to_runtime(model, "cpu")
+    close(answers(model, texts(17, True)), expected)
+    assert norms == ["feed_forward", "whole", "feed_forward"]
 
 
 def test_decoder_keeps_its_causal_attention(calls: list[int]) -> None:

@@ -30,7 +30,8 @@ thread_local Scratch inputs, outputs, gates, hiddens;
 
 // Pointers that run backwards or past the blocks would read outside; columns cannot (see padded_inputs).
 bool sound(const Weight& w) {
-  if (w.chunk < 1 || w.chunk > 256 || w.out_features < 0 || w.in_features < 0 || w.blocks < 0) return false;
+  // A multiple of 16: the chunks of one weight are then whole blocks of rows of the weight before it.
+  if (w.chunk < 16 || w.chunk > 256 || w.chunk % 16 || w.out_features < 0 || w.in_features < 0 || w.blocks < 0) return false;
   if (w.rows != 1 && w.rows != 2 && w.rows != 4 && w.rows != 8 && w.rows != 16) return false;
   const int64_t count = groups(w);
   for (int64_t c = 0; c < chunks(w); c++) {
@@ -53,6 +54,10 @@ int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
   return int(width < widest ? width : widest);
 }
 
+// Chunks of hidden features that a feed-forward part computes at a time, and floats of queries, keys and values that an
+// attention does.
+constexpr int64_t kPanel = 2, kHeads = 1 << 16;
+
 int smaller(int a, int b) { return a < b ? a : b; }
 
 int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
@@ -66,7 +71,7 @@ int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t 
     const int64_t start = i / cuts * tile, first = count * (i % cuts) / cuts, last = count * (i % cuts + 1) / cuts;
     const int here = int(tokens - start < tile ? tokens - start : tile);
     float* in = inputs.take(padded_inputs(w) * tile);
-    float* out = outputs.take(count * w.rows * tile);
+    float* out = outputs.take(count * w.rows * tile);  // of a vector at its place, of a product from the first group on
     if (!in || !out) {
       failed = true;
       return;
@@ -79,8 +84,8 @@ int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t 
       return;
     }
     k.gather(x + start * w.in_features, w.in_features, here, w.in_features, tile, in);
-    k.product(w, in, out, tile, first, last, act);
-    k.scatter(out + begin * tile, tile, end - begin, here, y + start * w.out_features + begin, w.out_features);
+    k.product(w, in, out, tile, part(w, first, last), act);
+    k.scatter(out, tile, end - begin, here, y + start * w.out_features + begin, w.out_features);
   });
   return failed ? kNoMemory : kOk;
 }
@@ -92,58 +97,69 @@ struct After {
   const Norm* norm;
 };
 
-// One sequence: the products of all its tiles, then every head of each, then what comes after.
+// One sequence: queries, keys and values of some heads and what these make of them, heads after heads, then what comes after.
 int attention(const Kernels& k, const Weight& w, const After& after, const float* x, float* y, const float* mask,
               int64_t length, int heads, float scale, int threads) {
-  const int64_t inner = w.out_features / 3, features = groups(w) * w.rows;
+  const int64_t inner = w.out_features / 3, size = inner / heads;
   const int64_t width = after.output ? after.output->out_features : inner;
   int widest = k.widest(w.rows);
   if (after.output) widest = smaller(widest, k.widest(after.output->rows));
-  const int tile = tile_width(k, widest, length, threads);
-  // From one tile to the next: of inputs, of queries, keys and values, of what the heads make of them, of outputs.
-  const int64_t tiles = (length + tile - 1) / tile, step = features * tile, in_step = padded_inputs(w) * tile;
+  const int tile = tile_width(k, widest, length, after.output ? threads : 1);
+  // From one tile to the next: of inputs, of what the heads make of them, of outputs.
+  const int64_t tiles = (length + tile - 1) / tile, in_step = padded_inputs(w) * tile;
   const int64_t mixed_step = (after.output ? padded_inputs(*after.output) : inner) * tile;
   const int64_t out_step = after.output ? groups(*after.output) * after.output->rows * tile : 0;
-  float* all = hiddens.take(tiles * (step + in_step + mixed_step + out_step));
+  float* all = hiddens.take(tiles * (in_step + mixed_step + out_step));
   if (!all) return kNoMemory;
-  float *const read = all + tiles * step, *const mixed = read + tiles * in_step, *const out = mixed + tiles * mixed_step;
-  const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
+  float *const mixed = all + tiles * in_step, *const out = mixed + tiles * mixed_step;
   const auto here = [&](int64_t t) { return int(length - t * tile < tile ? length - t * tile : tile); };
-  if (cuts > 1)
-    for (int64_t t = 0; t < tiles; t++)
-      k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, read + t * in_step);
-  share(tiles * cuts, threads, [&](int64_t i) {
-    const int64_t t = i / cuts, count = groups(w);
-    float* in = read + t * in_step;
-    if (cuts == 1) k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, in);
-    k.product(w, in, all + t * step, tile, count * (i % cuts) / cuts, count * (i % cuts + 1) / cuts, kNone);
+  share(tiles, threads, [&](int64_t t) {
+    k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, all + t * in_step);
   });
-  const Attention a{all, step, length, inner, tile, int32_t(inner / heads), scale};
-  const int64_t parts = tiles >= threads ? 1 : threads < heads ? threads : heads;
+  // As many heads at a time as fit the second cache; all of them where blocks of rows lie across heads.
+  const int64_t fit = kHeads / (3 * size * tiles * tile);
+  const bool apart = size % w.rows == 0;
+  const int64_t each = !apart ? heads : fit < 1 ? 1 : fit < (heads + threads - 1) / threads ? fit : (heads + threads - 1) / threads;
   bool failed = false;
-  share(tiles * parts, threads, [&](int64_t i) {
-    const int64_t t = i / parts;
+  share((heads + each - 1) / each, threads, [&](int64_t i) {
+    const int64_t first = i * each, count = heads - first < each ? heads - first : each, features = count * size;
+    const int64_t step = (apart ? 3 * features : groups(w) * w.rows) * tile;
+    float* qkv = outputs.take(tiles * step);
     float* scores = gates.take((mask ? 2 : 1) * tiles * tile * tile);
-    if (!scores) {
+    if (!qkv || !scores) {
       failed = true;
       return;
     }
+    for (int64_t t = 0; t < tiles; t++) {
+      if (!apart) k.product(w, all + t * in_step, qkv + t * step, tile, hf_sparse::all(w), kNone);
+      for (int64_t which = 0; apart && which < 3; which++) {
+        const int64_t row = which * inner + first * size;
+        k.product(w, all + t * in_step, qkv + t * step + which * features * tile, tile,
+                  part(w, row / w.rows, (row + features) / w.rows), kNone);
+      }
+    }
+    const Attention a{qkv, step, length, features, tile, int32_t(size), scale};
     float* shown = mask ? scores + tiles * tile * tile : nullptr;
-    if (mask) k.gather(mask + t * tile * length, length, here(t), length, tile, shown);
-    for (int64_t head = heads * (i % parts) / parts; head < heads * (i % parts + 1) / parts; head++)
-      k.attend(a, head, t, shown, scores, mixed + t * mixed_step + head * a.size * tile);
+    for (int64_t t = 0; t < tiles; t++) {
+      if (mask) k.gather(mask + t * tile * length, length, here(t), length, tile, shown);
+      for (int64_t head = 0; head < count; head++)
+        k.attend(a, head, t, shown, scores, mixed + t * mixed_step + (first + head) * size * tile);
+    }
   });
   if (failed) return kNoMemory;
   if (after.output) {
+    // Where there are fewer tiles than threads, each tile's outputs are cut as well.
+    const int64_t cuts = tiles >= threads ? 1 : (threads + tiles - 1) / tiles;
     share(tiles * cuts, threads, [&](int64_t i) {
       const int64_t t = i / cuts, count = groups(*after.output);
-      k.product(*after.output, mixed + t * mixed_step, out + t * out_step, tile, count * (i % cuts) / cuts,
-                count * (i % cuts + 1) / cuts, kNone);
+      const int64_t first = count * (i % cuts) / cuts, last = count * (i % cuts + 1) / cuts;
+      k.product(*after.output, mixed + t * mixed_step, out + t * out_step + first * after.output->rows * tile, tile,
+                part(*after.output, first, last), kNone);
     });
   }
   share(tiles, threads, [&](int64_t t) {
     float* from = after.output ? out + t * out_step : mixed + t * mixed_step;
-    if (after.norm) k.normalise(from, read + t * in_step, width, tile, *after.norm);
+    if (after.norm) k.normalise(from, all + t * in_step, width, tile, *after.norm);
     k.scatter(from, tile, width, here(t), y + t * tile * width, width);
   });
   return kOk;
@@ -204,23 +220,28 @@ EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, con
     const int64_t start = i * tile;
     const int here = int(tokens - start < tile ? tokens - start : tile);
     const int64_t inputs_room = padded_inputs(second && second->chunk > first->chunk ? *second : *first);
-    const int64_t outs = groups(*first) * first->rows, seconds = second ? groups(*second) * second->rows : 0;
-    const int64_t room = padded_inputs(*down) + 16;
+    // The hidden features of as many chunks at a time as fit the second cache: none of them is kept.
+    const int64_t panel = down->chunk * kPanel, room = (panel + 256) * tile;
     float* in = inputs.take(inputs_room * tile);
-    float* h = hiddens.take((outs > room ? outs : room) * tile);
-    float* other = second ? gates.take(seconds * tile) : nullptr;
+    float* h = hiddens.take(room);
+    float* other = second ? gates.take(room) : nullptr;
     float* out = outputs.take(groups(*down) * down->rows * tile);
     if (!in || !h || !out || (second && !other)) {
       failed = true;
       return;
     }
     k.gather(x + start * inner, inner, here, inner, tile, in);
-    k.product(*first, in, h, tile, 0, groups(*first), act);
-    if (second) {
-      k.product(*second, in, other, tile, 0, groups(*second), kNone);
-      k.multiply(h, other, hidden * tile);
+    if (hidden == 0) k.product(*down, h, out, tile, all(*down), kNone);
+    for (int64_t from = 0; from < hidden; from += panel) {
+      const int64_t end = from + panel < hidden ? from + panel : hidden;
+      k.product(*first, in, h, tile, part(*first, from / first->rows, up(end, first->rows) / first->rows), act);
+      if (second) {
+        k.product(*second, in, other, tile, part(*second, from / second->rows, up(end, second->rows) / second->rows), kNone);
+        k.multiply(h, other, (end - from) * tile);
+      }
+      const Part columns{0, groups(*down), from / down->chunk, (end + down->chunk - 1) / down->chunk};
+      k.product(*down, h, out, tile, columns, kNone);
     }
-    k.product(*down, h, out, tile, 0, groups(*down), kNone);
     if (norm) k.normalise(out, in, down->out_features, tile, *norm);
     k.scatter(out, tile, down->out_features, here, y + start * down->out_features, down->out_features);
   });

@@ -144,7 +144,7 @@ __attribute__((noinline)) void sweep(const Weight& w, int64_t chunk, const float
   for (int64_t g = first; g < last; g++) {
     const int64_t begin = pointers ? pointers[g] : 0, end = pointers ? pointers[g + 1] : 0;
     for (int part = 0; part < kRows; part += kPart) {
-      float* to = out + (g * kRows + part) * kTile;
+      float* to = out + ((g - first) * kRows + part) * kTile;
       Vec sum[kPart][kVecs];
 #pragma GCC unroll 8
       for (int r = 0; r < kPart; r++) {
@@ -163,20 +163,19 @@ __attribute__((noinline)) void sweep(const Weight& w, int64_t chunk, const float
 }
 
 template <int kRows, int kVecs>
-void product_of(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
+void product_of(const Weight& w, const float* in, float* out, const Part& part, Activation act) {
   constexpr int kTile = kVecs * kLanes;
   constexpr int64_t kAtOnce = kRows < 16 ? 16 / kRows : 1;  // groups that are still in the first cache for the activation
-  const int64_t parts = chunks(w) ? chunks(w) : 1;
-  for (int64_t c = 0; c < parts; c++) {
-    const float* features = in + c * w.chunk * kTile;
-    if (act == kNone || c + 1 < parts) {
-      sweep<kRows, kVecs>(w, c, features, out, first, last);
+  for (int64_t c = part.from; c < part.to; c++, in += w.chunk * kTile) {
+    if (act == kNone || c + 1 < part.to) {
+      sweep<kRows, kVecs>(w, c, in, out, part.first, part.last);
       continue;
     }
-    for (int64_t g = first; g < last; g += kAtOnce) {
-      const int64_t end = g + kAtOnce < last ? g + kAtOnce : last;
-      sweep<kRows, kVecs>(w, c, features, out, g, end);
-      activate(out + g * kRows * kTile, (end - g) * kRows * kTile, act);
+    for (int64_t g = part.first; g < part.last; g += kAtOnce) {
+      const int64_t end = g + kAtOnce < part.last ? g + kAtOnce : part.last;
+      float* to = out + (g - part.first) * kRows * kTile;
+      sweep<kRows, kVecs>(w, c, in, to, g, end);
+      activate(to, (end - g) * kRows * kTile, act);
     }
   }
 }
@@ -191,26 +190,26 @@ constexpr int most_vectors(int rows) {
 int widest(int rows) { return most_vectors(rows) * kLanes; }
 
 template <int kRows, int kVecs>
-INLINE void pick(const Weight& w, const float* in, float* out, int vecs, int64_t first, int64_t last, Activation act) {
+INLINE void pick(const Weight& w, const float* in, float* out, int vecs, const Part& part, Activation act) {
   if constexpr (kVecs > 0) {
-    if (vecs == kVecs) return product_of<kRows, kVecs>(w, in, out, first, last, act);
-    pick<kRows, kVecs - 1>(w, in, out, vecs, first, last, act);
+    if (vecs == kVecs) return product_of<kRows, kVecs>(w, in, out, part, act);
+    pick<kRows, kVecs - 1>(w, in, out, vecs, part, act);
   }
 }
 
-void product(const Weight& w, const float* in, float* out, int tile, int64_t first, int64_t last, Activation act) {
+void product(const Weight& w, const float* in, float* out, int tile, const Part& part, Activation act) {
   const int vecs = tile / kLanes;
   switch (w.rows) {
     case 1:
-      return pick<1, most_vectors(1)>(w, in, out, vecs, first, last, act);
+      return pick<1, most_vectors(1)>(w, in, out, vecs, part, act);
     case 2:
-      return pick<2, most_vectors(2)>(w, in, out, vecs, first, last, act);
+      return pick<2, most_vectors(2)>(w, in, out, vecs, part, act);
     case 4:
-      return pick<4, most_vectors(4)>(w, in, out, vecs, first, last, act);
+      return pick<4, most_vectors(4)>(w, in, out, vecs, part, act);
     case 8:
-      return pick<8, most_vectors(8)>(w, in, out, vecs, first, last, act);
+      return pick<8, most_vectors(8)>(w, in, out, vecs, part, act);
     default:
-      return pick<16, most_vectors(16)>(w, in, out, vecs, first, last, act);
+      return pick<16, most_vectors(16)>(w, in, out, vecs, part, act);
   }
 }
 

@@ -27,6 +27,15 @@ inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chun
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
 inline int64_t padded_inputs(const Weight& w) { return chunks(w) * w.chunk + 256; }
 
+// What a product computes: groups first to last, from the columns of chunks from to to. A later range of chunks adds to what
+// an earlier one left in the outputs.
+struct Part {
+  int64_t first, last, from, to;
+};
+
+inline Part part(const Weight& w, int64_t first, int64_t last) { return {first, last, 0, chunks(w) ? chunks(w) : 1}; }
+inline Part all(const Weight& w) { return part(w, 0, groups(w)); }
+
 // The layer norm after a sub-block of BERT: (x - mean) / root(variance + eps) weight + bias, over `out_features`.
 struct Norm {
   const float* weight;
@@ -54,8 +63,8 @@ struct Kernels {
   // Tile width, a multiple of the lanes, that holds `tokens` of them.
   void (*gather)(const float* x, int64_t stride, int tokens, int64_t features, int tile, float* out);
   void (*scatter)(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride);
-  // Groups first to last of out = activation(w in + bias).
-  void (*product)(const Weight& w, const float* in, float* out, int tile, int64_t first, int64_t last, Activation act);
+  // out = activation(w in + bias): `in` and `out` are the features and the groups of the part alone.
+  void (*product)(const Weight& w, const float* in, float* out, int tile, const Part& part, Activation act);
   void (*multiply)(float* a, const float* b, int64_t count);
   // One token, outputs in the lanes. `in` has padded_inputs features.
   void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);

@@ -1,0 +1,22 @@
+"""The table of the GELU is what its script writes, and as near as it says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scripts import make_gelu_table
+
+
+def test_header_is_what_the_script_writes() -> None:
+    assert make_gelu_table.TARGET.read_text(encoding="utf-8") == make_gelu_table.text()
+
+
+def test_pieces_are_near_the_tail_of_the_normal_distribution() -> None:
+    table = make_gelu_table.table()
+    for a in np.linspace(0, 30.49 / make_gelu_table.SCALE, 4001):
+        piece = round(a * make_gelu_table.SCALE)
+        found = np.polyval(table[::-1, piece], a * make_gelu_table.SCALE - piece)
+        wanted = math.erfc(a / math.sqrt(2)) / 2
+        assert abs(found - wanted) < min(5e-9, 2.5e-5 * wanted), a
