@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures import SubBlock
@@ -80,15 +81,31 @@ def heads(module: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
 
     Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
     """
-    first = getattr(module, module.lean[0])
+    return mixed(getattr(module, module.lean[0]), module.attention_head_size, float(module.scaling), hidden, mask)
+
+
+def mixed(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute all heads of an attention from the first of its packed layers.
+
+    Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
+    """
     first.check(hidden)
     packed = first.packed
     out: Tensor = torch.ops.hf_sparse.sparse_attention(
         *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias(), mask),
-        *(packed.rows, packed.out_features, packed.in_features),
-        *(packed.out_features // (3 * module.attention_head_size), float(module.scaling)),
+        *(packed.rows, packed.out_features, packed.in_features, packed.out_features // (3 * size), scale),
     )
     return out
+
+
+def plain(layers: Sequence[nn.Module], size: int, scale: float, hidden: Tensor) -> Tensor:
+    """Compute the same with the layers one by one, as the modules of transformers do.
+
+    Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
+    """
+    query, key, value = (layer(hidden).unflatten(-1, (-1, size)).transpose(1, 2) for layer in layers)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return out.transpose(1, 2).flatten(2)
 
 
 def whole(module: Any, output: PackedLinear, norm: Norm, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -131,10 +148,15 @@ def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, An
     )
 
 
+def takes(block: SubBlock) -> bool:
+    """Return whether `become_lean` knows the self-attention of a sub-block."""
+    return is_known(block.core, _KINDS)
+
+
 def become_lean(block: SubBlock) -> None:
     """Let the self-attention of a sub-block, whose query, key and value are packed together, compute with them."""
     core = block.core
-    if not is_known(core, _KINDS):
+    if not takes(block):
         return
     mixin = _KINDS[type(core).__name__]
     prefix = len(block.table.core) + 1 if block.table.core else 0  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..architectures.base import Changed, FeedForward
 from ..errors import BackendError
 from ..targets import InRuntimeForm
 from ..zeros import is_guard
-from . import blocks
+from . import attention, blocks
 from .layers import PackedLinear, become_packed
 from .packed import Kernel, Packed, choose_rows
 from .timing import Race, SpeedTable, Trial
@@ -193,10 +194,13 @@ def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, R
     total = sum(layer.weight.numel() for layer in unit.layers)
     shapes = tuple(tuple(layer.weight.shape) for layer in unit.layers)
     rows = tuple(packed.rows for packed in unit.packed)
+    kind = unit.kernel
+    if (size := _heads(unit)) is not None:
+        kind, shapes = "sparse_attention", (*shapes, (unit.layers[0].out_features // size, size))
     races = {}
     for count in tokens:
         x = torch.randn(1, count, unit.layers[0].in_features)
-        trial = Trial(unit.kernel, shapes, round(100 * zeros / total), rows, count)
+        trial = Trial(kind, shapes, round(100 * zeros / total), rows, count)
         races[count] = table.race(trial, _run(unit, _copies(unit), x), _run(unit, _packed(unit), x))
     return races
 
@@ -228,6 +232,10 @@ def _packed(unit: Unit) -> list[nn.Module]:
 
 
 def _run(unit: Unit, layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
+    if (size := _heads(unit)) is not None:
+        scale, packed = size**-0.5, isinstance(layers[0], PackedLinear)
+        whole = partial(attention.mixed, layers[0]) if packed else partial(attention.plain, layers)
+        return lambda: whole(size, scale, x)
     if unit.kernel != "sparse_ffn":
         return lambda: [layer(x) for layer in layers]
     assert unit.activation is not None
@@ -235,6 +243,12 @@ def _run(unit: Unit, layers: list[nn.Module], x: Tensor) -> Callable[[], object]
     *inputs, output = layers
     lean = blocks.Lean(tuple(inputs), output, unit.activation if fused else None, blocks.ACTIVATIONS[unit.activation])
     return lambda: lean(x)
+
+
+def _heads(unit: Unit) -> int | None:
+    """Return the size of the heads of an attention whose heads are computed with its product; else None."""
+    whole = unit.kernel == "sparse_qkv" and unit.block is not None and unit.packed[0].kernel == "cpu"
+    return unit.block.size if whole and unit.block is not None and attention.takes(unit.block) else None
 
 
 def _is_self(block: SubBlock) -> bool:

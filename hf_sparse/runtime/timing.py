@@ -29,8 +29,8 @@ class Trial:
     """What is timed, as far as the time depends on it.
 
     Args:
-        kind: the kernel of the report.
-        shapes: of the weights.
+        kind: the kernel of the report; "sparse_attention" for a product of queries, keys and values with its heads.
+        shapes: of the weights; of an attention also the number of heads and their size.
         sparsity: of all of them together, in whole percents.
         rows: of their packed forms.
         tokens: rows of the input.

@@ -355,7 +355,7 @@ def test_operators_pass_the_checks_of_torch(way):
         torch.ops.hf_sparse.sparse_attention_norm,
         (
             torch.randn(2, 17, 30),
-            *parts,
+            *three,
             *other,
             *norm,
             torch.ones(2, 1, 1, 17, dtype=torch.bool),

@@ -83,7 +83,7 @@ def test_report_counts_the_exact_weights_that_are_kept() -> None:
 
 
 def test_auto_never_chooses_it_however_slow_the_exact_kernels_are(tmp_path: Any) -> None:
-    times = table(tmp_path, sparse_qkv=1e-9, sparse_linear=1e-9, sparse_ffn=1e-9)
+    times = table(tmp_path, sparse_attention=1e-9, sparse_linear=1e-9, sparse_ffn=1e-9)
     model = sparse("bert")
     report = to_runtime(model, table=times)
     assert report.sparse

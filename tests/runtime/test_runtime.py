@@ -285,9 +285,8 @@ def test_exported_model_gives_the_same(strict: bool) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (), ids, strict=strict)
     calls = [str(node.target) for node in exported.graph.nodes if "hf_sparse" in str(node.target)]
-    kinds = ("sparse_attention", "sparse_ffn", "sparse_linear")
-    assert sorted(set(calls)) == [f"hf_sparse.{kind}.default" for kind in kinds]
-    assert len(calls) == 6, "per layer: attention with its inputs, the layer after it, the feed-forward part"
+    kinds = ("sparse_attention_norm", "sparse_ffn_norm")
+    assert calls == [f"hf_sparse.{kind}.default" for kind in kinds] * 2, "all of each layer"
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(**ids).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -321,7 +320,7 @@ def test_unknown_activation_leaves_the_layers_apart() -> None:
 
 def test_auto_keeps_dense_where_dense_wins(tmp_path: Any) -> None:
     model = sparse("bert")
-    report = to_runtime(model, table=table(tmp_path, sparse_qkv=0.98, sparse_linear=2.0, sparse_ffn=0.25))
+    report = to_runtime(model, table=table(tmp_path, sparse_attention=0.98, sparse_linear=2.0, sparse_ffn=0.25))
     found = kernels_of(report)
     assert {found[f"bert.encoder.layer.0.attention.self.{part}"] for part in ("query", "key", "value")} == {"dense"}
     assert found["bert.encoder.layer.0.intermediate.dense"] == "sparse_ffn"
@@ -335,14 +334,14 @@ def test_auto_keeps_dense_where_dense_wins(tmp_path: Any) -> None:
 
 
 def test_auto_takes_the_layers_of_a_company_that_loses_one_by_one(tmp_path: Any) -> None:
-    report = to_runtime(sparse("bert"), table=table(tmp_path, sparse_qkv=1.0, sparse_ffn=1.0, sparse_linear=0.5))
+    report = to_runtime(sparse("bert"), table=table(tmp_path, sparse_attention=1.0, sparse_ffn=1.0, sparse_linear=0.5))
     assert {layer.kernel for layer in report.sparse} == {"sparse_linear"}
     assert len(report.sparse) == 12
 
 
 def test_model_of_which_nothing_wins_stays_as_it_is(tmp_path: Any) -> None:
     model = sparse("bert").requires_grad_(True)
-    report = to_runtime(model, table=table(tmp_path, sparse_qkv=1.0, sparse_ffn=1.0, sparse_linear=1.0))
+    report = to_runtime(model, table=table(tmp_path, sparse_attention=1.0, sparse_ffn=1.0, sparse_linear=1.0))
     assert not report.sparse
     assert not is_runtime(model)
     assert all(own.requires_grad for own in model.parameters())
@@ -411,7 +410,7 @@ def test_race_takes_the_real_modules(tmp_path: Any) -> None:
     for family in ("bert", "t5-gated"):
         with torch.no_grad():
             to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
-    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_ffn", "by_columns"}
+    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "by_columns"}
 
 
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
