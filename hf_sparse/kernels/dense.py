@@ -1,7 +1,7 @@
 """The operator `hf_sparse::dense_linear`: torch's product, but that of a few tokens by a kernel that only reads fast.
 
-For one token, torch's product with a weight of 32,128 x 512 read two fifths as fast as that kernel on one core, and with
-a copy of it by columns two thirds. It has no backward.
+For one token, torch reads a weight of 32,128 x 512 two fifths as fast as that kernel does on one core, and a copy of it
+by columns two thirds as fast. It has no backward.
 """
 
 from __future__ import annotations
