@@ -14,7 +14,7 @@ Example:
 
 from __future__ import annotations
 
-from . import int8, ops  # registers the operators
+from . import dense, int8, ops  # registers the operators
 from .int8_packing import PackedInt8, pack_int8, unpack_int8
 from .library import LibraryStatus, library_status
 from .packing import PackedWeight, pack, unpack
@@ -23,6 +23,7 @@ __all__ = [
     "LibraryStatus",
     "PackedInt8",
     "PackedWeight",
+    "dense",
     "int8",
     "library_status",
     "ops",

@@ -21,11 +21,13 @@ LOG = Path(__file__).parent / "_cpu.log"
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
 X86_KERNELS = {
-    "avx512": ("kAvx512", 64, ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]),
+    "avx512vbmi": ("kAvx512Vbmi", 64, [*AVX512, "-mavx512vbmi"]),
+    "avx512": ("kAvx512", 64, AVX512),
     "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),
 }
-INT8_FLAGS = [*X86_KERNELS["avx512"][2], "-mavx512vnni"]
+INT8_FLAGS = [*AVX512, "-mavx512vnni"]
 
 
 class BuildError(Exception):

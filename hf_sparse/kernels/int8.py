@@ -82,7 +82,7 @@ def why_not_int8() -> str | None:
 
 def _native() -> ctypes.CDLL | None:
     found = library()
-    return _open(found.path) if found is not None and found.isa == "avx512" else None
+    return _open(found.path) if found is not None and found.isa.startswith("avx512") else None
 
 
 @cache

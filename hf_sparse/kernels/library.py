@@ -110,6 +110,8 @@ class Library:
             *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
         ]
 
+        self._c.hf_sparse_dense.argtypes = [ctypes.c_int, *[pointer] * 4, *[ctypes.c_int64] * 3, ctypes.c_int32]
+
     def linear(self, x: Tensor, weight: Weight, activation: str) -> Tensor:
         """Compute one product; x in fp32 on the CPU."""
         x = x.contiguous()
@@ -131,6 +133,17 @@ class Library:
         result = self._c.hf_sparse_ffn(
             *(self.isas[self.isa], structures[0], second, structures[-1], normed),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
+        )
+        return _checked(result, y)
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the product of a few tokens with a dense weight; weight and bias contiguous."""
+        x = x.contiguous()
+        out, width = weight.shape
+        y = x.new_empty((*x.shape[:-1], out))
+        result = self._c.hf_sparse_dense(
+            *(self.isas[self.isa], weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr()),
+            *(y.data_ptr(), x.shape[:-1].numel(), width, out, torch.get_num_threads()),
         )
         return _checked(result, y)
 

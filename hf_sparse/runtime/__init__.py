@@ -42,7 +42,7 @@ def to_runtime(
     """Pack the sparse linear layers of a model for inference, in place, where that is faster.
 
     Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
-    generates, the product with the vocabulary stays dense and is laid out by columns (but for "csr"). The model
+    generates, the product with the vocabulary stays dense, and an own kernel reads it for a few tokens. The model
     computes what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
     `to_dense_runtime`. A model of which nothing is packed stays as it is.
 
@@ -109,8 +109,8 @@ def to_runtime(
         if chosen:
             _freeze(model, trainable, readers)
     arrive(model.modules())
-    if chosen and backend != "csr":
-        _lay_out(model, choices, timed, tokens or vocabulary.TOKENS)
+    if chosen and backend != "csr" and status.available:
+        _read_vocabulary(model, choices, timed, tokens or vocabulary.TOKENS)
     layers = tuple(
         _layer_report(name, choice, chosen, shapes[name], dense_bytes[name], keep_dense, errors.get(name))
         for name, choice in choices.items()
@@ -132,7 +132,7 @@ def to_dense_runtime(model: nn.Module) -> None:
         )
     attention.restore(model)
     blocks.restore(model)
-    vocabulary.lay_by_rows(model)
+    vocabulary.restore(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, gpu.GpuLinear):
             model.set_submodule(name, module.back())
@@ -265,21 +265,23 @@ def _freeze(model: nn.Module, trainable: tuple[str, ...], readers: list[SubBlock
         parameter.requires_grad_(False)
 
 
-def _lay_out(model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]) -> None:
+def _read_vocabulary(
+    model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]
+) -> None:
     layer = vocabulary.vocabulary_of(model)
     choice = next((choice for choice in choices.values() if choice.layer is layer), None)
     if layer is None or choice is None:
         return
     if table is not None:
-        races = vocabulary.races_by_columns(layer, table, tokens)
+        races = vocabulary.races(layer, table, tokens)
         choice.gains = {count: race.gain for count, race in races.items()}
         if not vocabulary.pays(races):
             return
-    vocabulary.lay_by_columns(model, layer)
+    vocabulary.read_fast(layer)
     choice.kernel = vocabulary.KERNEL
     least = min(choice.gains, default=0)
     gained = f", {choice.gains[least]:.1f}x at {least} token{'s' if least > 1 else ''}" if least else ""
-    choice.reason = f"dense, laid out by columns{gained} ({choice.reason})"
+    choice.reason = f"dense, with an own kernel for a few tokens{gained} ({choice.reason})"
 
 
 def _refuse_wish(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:

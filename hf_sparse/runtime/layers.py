@@ -52,8 +52,8 @@ class PackedLinear(InRuntimeForm, nn.Module):
         """The packed weight; of layers that are computed together, that of all of them."""
         own = self if self.joint is None else self.joint.layers[0]
         height = self.out_features if self.joint is None else self.joint.out_features
-        shape = (height, self.in_features)
-        return Packed(own.kernel, own.rows, *shape, *[getattr(own, name) for name in PARTS])
+        buffers = own._buffers  # the search for an attribute that is a buffer takes as long as a small product
+        return Packed(own.kernel, own.rows, height, self.in_features, *[buffers[name] for name in PARTS])  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +25,10 @@ INT8_HEIGHTS = {1: 1.0, 2: 0.68, 4: 0.6}
 """The same of the int8 products."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A weight as a kernel reads it; of "int8", the exact weight packed as for "cpu", and the rounded one beside it.
+
+    A tuple: layers make it anew in each call, which a dataclass takes several times as long for.
 
     Attributes:
         negative: bits of the zeros with a minus sign, which no kernel stores; None without any.

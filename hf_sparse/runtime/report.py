@@ -16,7 +16,8 @@ class LayerReport:
         shape: of its weight.
         sparsity: fraction of zeros.
         kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward part), "sparse_qkv" (query, key and value as one
-            product), the same three with "int8" for "sparse", "csr", "by_columns" (dense, another layout) or "dense".
+            product), the same three with "int8" for "sparse", "csr", "dense_few" (dense, by an own kernel for a few
+            tokens) or "dense".
         rows: output rows that share their columns in the packed form; 0 of a dense layer.
         bytes: what the weight takes now.
         dense_bytes: what it takes dense.

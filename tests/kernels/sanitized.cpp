@@ -16,6 +16,8 @@ extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, c
 extern "C" int hf_sparse_attention(int, const Weight*, const Weight*, const Norm*, const float*, float*, const float*,
                                    int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
+extern "C" int hf_sparse_dense(int, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int32_t);
+
 static std::mt19937 random_bits(0);
 
 struct Packed {
@@ -93,6 +95,29 @@ int main() {
                                    1, threads))
             return std::printf("%s: hostile pointers of an attention were taken\n", name), 1;
         }
+    for (int out : sizes)
+      for (int in : sizes)
+        for (int count = 0; count < 12; count++) {
+          std::vector<float> w(size_t(out) * in, 0.5f), bias(out), x(size_t(count) * in, 1.0f), y(size_t(count) * out);
+          const float* some = count % 2 ? bias.data() : nullptr;
+          if (hf_sparse_dense(isa, w.data(), some, x.data(), y.data(), count, in, out, 1 + int(random_bits() % 3)))
+            return std::printf("%s: a dense weight was refused\n", name), 1;
+          for (float each : y)
+            if (each != 0.5f * in) return std::printf("%s: %f is no sum of %d halves\n", name, each, in), 1;
+        }
+    // Rows with more values than their chunk has columns, which a sound weight cannot have: one token takes another way.
+    Packed crowded(40, 33, 1, 50, true);
+    const int times = 20000 / (int(crowded.columns.size()) + 1) + 1;
+    std::vector<float> values;
+    std::vector<uint8_t> columns;
+    for (int i = 0; i < times; i++) values.insert(values.end(), crowded.values.begin(), crowded.values.end());
+    for (int i = 0; i < times; i++) columns.insert(columns.end(), crowded.columns.begin(), crowded.columns.end());
+    for (int32_t& each : crowded.pointers) each *= times;
+    crowded.weight.values = values.data(), crowded.weight.columns = columns.data();
+    crowded.weight.blocks = int64_t(columns.size());
+    std::vector<float> one(33, 1.0f), made(40);
+    if (hf_sparse_linear(isa, &crowded.weight, one.data(), made.data(), 1, 0, 1))
+      return std::printf("%s: a crowded weight was refused\n", name), 1;
     std::printf("%s\n", name);
   }
   std::puts("all right");

@@ -62,6 +62,32 @@ def test_activations_match_fp64(way, rows, activation):
         torch.testing.assert_close(found.double(), reference(x, weight, None, activation), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("width", [64, 128, 192, 256])
+def test_one_token_and_singles_however_many_a_row_has(way, width):
+    """Rows from empty to full in every order: their values are multiplied together and summed apart."""
+    for rows in (1, 15, 16, 17, 64, 65, 200):
+        kept = torch.arange(width) < torch.randint(0, width + 1, (rows, 1))
+        weight = torch.randn(rows, width) * kept[:, torch.randperm(width)]
+        weight[rows // 2] = 1.0
+        x, bias = torch.randn(1, width), torch.randn(rows)
+        close(ops.linear(x, pack(weight), bias), reference(x, weight, bias, "none"))
+
+
+def test_one_token_and_rows_longer_than_their_chunk(way):
+    """Columns that come twice are no weight of `pack`, but every one counts, and none is written out of bounds."""
+    if way == "torch":
+        pytest.skip("torch sets the weight instead")
+    counts = torch.tensor([9000, 0, 3, 5000, *[400] * 16])
+    total = int(counts.sum())
+    values, columns = torch.randn(total, 1), torch.randint(0, 50, (total,)).to(torch.uint8)
+    pointers = torch.cat([torch.zeros(1), counts.cumsum(0)])[None].to(torch.int32)
+    x = torch.randn(1, 50)
+    found = torch.ops.hf_sparse.sparse_linear(x, values, columns, pointers, None, 1, len(counts), 50)
+    each = (values[:, 0] * x[0, columns.long()]).double()
+    wanted = torch.stack([part.sum() for part in each.split(counts.tolist())])[None]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_long_input(way, rows):
     weight, x = sparse(40, 64, 0.9), torch.randn(4097, 64)

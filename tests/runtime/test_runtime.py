@@ -410,7 +410,7 @@ def test_race_takes_the_real_modules(tmp_path: Any) -> None:
     for family in ("bert", "t5-gated"):
         with torch.no_grad():
             to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
-    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "by_columns"}
+    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "dense_few"}
 
 
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ enum Result : int { kOk, kBadPointers, kNoMemory, kBadArgument };
 
 const Kernels* const kAll[] = {
 #ifdef HF_SPARSE_X86
-    &kAvx512, &kAvx2,
+    &kAvx512Vbmi, &kAvx512, &kAvx2,
 #endif
     &kPortable};
 constexpr int kCount = sizeof(kAll) / sizeof(kAll[0]);
@@ -19,8 +19,10 @@ constexpr int kCount = sizeof(kAll) / sizeof(kAll[0]);
 bool runs_here(const Kernels* kernels) {
 #ifdef HF_SPARSE_X86
   __builtin_cpu_init();
-  if (kernels == &kAvx512) return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (kernels == &kAvx512Vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
+  if (kernels == &kAvx512) return avx512;
   if (kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return kernels == &kPortable;
@@ -270,4 +272,15 @@ EXPORT int hf_sparse_attention(int isa, const Weight* w, const Weight* output, c
     if (one != kOk) result = one;
   });
   return result;
+}
+
+// y = x weight^T + bias, all of them dense and by rows, for a few tokens.
+EXPORT int hf_sparse_dense(int isa, const float* weight, const float* bias, const float* x, float* y, int64_t tokens,
+                           int64_t in, int64_t out, int32_t threads) {
+  if (isa < 0 || isa >= kCount || !runs_here(kAll[isa]) || tokens < 0 || in < 0 || out < 0) return kBadArgument;
+  const int64_t parts = threads > 1 ? 4 * int64_t(threads) : 1;  // so that none waits long for the last
+  share(parts, threads, [&](int64_t i) {
+    kAll[isa]->dense(weight, bias, x, y, tokens, in, out, out * i / parts, out * (i + 1) / parts);
+  });
+  return kOk;
 }

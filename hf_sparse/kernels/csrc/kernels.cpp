@@ -3,7 +3,9 @@
 // Everything but the table is local to the file, and no header with inline functions that have a name outside is used: the
 // linker must never take the AVX-512 copy of a shared function for all.
 #include "attention.h"
+#include "dense.h"
 #include "norm.h"
+#include "singles.h"
 #include "transpose.h"
 
 namespace hf_sparse {
@@ -252,58 +254,12 @@ void vector_of(const Weight& w, const float* in, float* out, int64_t first, int6
   }
 }
 
-#ifdef __AVX512BW__
-// x[columns] of 16 columns out of kTables registers of 16 floats each: a gather from memory took three times as long.
-template <int kTables>
-INLINE __m512 look_up(const __m512* x, __m512i columns) {
-  if constexpr (kTables == 2) return _mm512_permutex2var_ps(x[0], columns, x[1]);
-  if constexpr (kTables > 2) {
-    constexpr int kLow = kTables == 12 ? 8 : kTables / 2;  // a power of two: one bit of the column chooses
-    const __mmask16 upper = _mm512_test_epi32_mask(columns, _mm512_set1_epi32(kLow * 16));
-    const __m512 low = look_up<kLow>(x, columns);
-    return _mm512_mask_mov_ps(low, upper, look_up<kTables - kLow>(x + kLow, columns));
-  }
-}
-
-// One token and single weights: 16 weights of a row at once. A column beyond the chunk picks some other input; it cannot
-// read outside.
-template <int kTables>
-void vector_of_singles(const Weight& w, const float* in, float* out, int64_t first, int64_t last) {
-  constexpr int kRows = 128;  // whose sums stay in the first cache from chunk to chunk
-  __m512 sums[kRows];
-  const int64_t parts = chunks(w);
-  for (int64_t begin = first; begin < last; begin += kRows) {
-    const int64_t count = last - begin < kRows ? last - begin : kRows;
-    for (int64_t i = 0; i < count; i++) sums[i] = _mm512_setzero_ps();
-    for (int64_t c = 0; c < parts; c++) {
-      const int32_t* pointers = w.pointers + c * (w.out_features + int64_t(1)) + begin;
-      __m512 x[kTables];
-      for (int t = 0; t < kTables; t++) x[t] = _mm512_loadu_ps(in + c * w.chunk + t * 16);
-      for (int64_t i = 0; i < count; i++) {
-        __m512 sum = sums[i];
-        for (int64_t p = pointers[i]; p < pointers[i + 1]; p += 16) {
-          const int64_t left = pointers[i + 1] - p;
-          const __mmask16 mask = left >= 16 ? 0xffff : (1u << left) - 1;
-          const __m512 values = _mm512_maskz_loadu_ps(mask, w.values + p);
-          const __m512i columns = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.columns + p));
-          // With the mask: 0 times an infinite input would be NaN.
-          sum = _mm512_mask3_fmadd_ps(values, look_up<kTables>(x, columns), sum, mask);
-        }
-        sums[i] = sum;
-      }
-    }
-    for (int64_t i = 0; i < count; i++)
-      out[begin + i] = _mm512_reduce_add_ps(sums[i]) + (w.bias ? w.bias[begin + i] : 0.0f);
-  }
-}
-#endif
-
 void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act) {
   const auto product =
 #ifdef __AVX512BW__
-      w.rows == 1 ? (w.chunk <= 128   ? vector_of_singles<8>
-                     : w.chunk <= 192 ? vector_of_singles<12>
-                                      : vector_of_singles<16>)
+      w.rows == 1 ? (w.chunk <= 128   ? vector_of_singles<2>
+                     : w.chunk <= 192 ? vector_of_singles<3>
+                                      : vector_of_singles<4>)
 #else
       w.rows == 1 ? vector_of<1>
 #endif
@@ -320,6 +276,6 @@ void vector(const Weight& w, const float* in, float* out, int64_t first, int64_t
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
 extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest,   gather, scatter,
-                                          product,              multiply, vector, activate, normalise, attend};
+                                          product,              multiply, vector, activate, normalise, attend, dense};
 
 }  // namespace hf_sparse

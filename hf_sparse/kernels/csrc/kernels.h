@@ -75,12 +75,16 @@ struct Kernels {
   // What one head makes of one tile of queries. `mask` (or null) is added to the scores: a tile, keys for features.
   // `scores` has room for as many tokens as all tiles, times the tile.
   void (*attend)(const Attention& a, int64_t head, int64_t queries, const float* mask, float* scores, float* out);
+  // Outputs first to last of y = x weight^T + bias, all of them dense.
+  void (*dense)(const float* weight, const float* bias, const float* x, float* y, int64_t tokens, int64_t in, int64_t out,
+                int64_t first, int64_t last);
 };
 
 extern const Kernels kPortable;
 #ifdef HF_SPARSE_X86
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vbmi;
 #endif
 
 }  // namespace hf_sparse
