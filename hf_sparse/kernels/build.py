@@ -73,20 +73,28 @@ def build(
         if x86:
             objects.append(f"{folder}/int8.o")
             _run([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
-        made, openmp = f"{folder}/library.so", ["-fopenmp"]
+        made = f"{folder}/library.so"
         try:
-            _run([*compiler, *flags, *openmp, "-c", str(SOURCES / "dispatch.cpp"), "-o", f"{folder}/dispatch.o"])
-        except BuildError:  # Apple's compiler has no OpenMP: one thread
-            openmp = []
-        for name in ("dispatch", "int8_dispatch"):
-            objects.append(f"{folder}/{name}.o")
-            _run([*compiler, *flags, *openmp, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]])
-        _run([*compiler, *extra, *openmp, "-shared", *objects, *link, "-o", made])
+            _link(compiler, [*flags, "-fopenmp"], extra, objects, link, made)
+        except BuildError:  # no OpenMP: Apple's compiler has none, and others need its library beside them
+            _link(compiler, flags, extra, objects, link, made)
         # Beside the target first, then renamed: a process that has the old file mapped keeps it.
         beside = target.with_suffix(f".{os.getpid()}.tmp")
         shutil.copyfile(made, beside)
         beside.replace(target)
     return target
+
+
+def _link(
+    compiler: list[str], flags: list[str], extra: tuple[str, ...], objects: list[str], link: tuple[str, ...], made: str
+) -> None:
+    """Compile what shares work among threads, and link all; by one thread if the flags do not name OpenMP."""
+    shared = []
+    for name in ("dispatch", "int8_dispatch"):
+        shared.append(str(Path(made).with_name(f"{name}.o")))
+        _run([*compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", shared[-1]])
+    openmp = [flag for flag in flags if flag == "-fopenmp"]
+    _run([*compiler, *extra, *openmp, "-shared", *objects, *shared, *link, "-o", made])
 
 
 def _run(command: list[str]) -> None:

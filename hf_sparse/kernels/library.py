@@ -85,6 +85,7 @@ class Library:
                 f"the C++ kernels at {path} cannot be loaded ({error}); rebuild them: {_BUILD}"
             ) from error
         self.path = path
+        self.shares = bool(self._c.hf_sparse_shares())
         self.isas: dict[str, int] = {}
         place = 0
         while (name := self._c.hf_sparse_isa(place)) != b"":
@@ -101,6 +102,7 @@ class Library:
     def _declare(self) -> None:
         # A name that is missing means that the library is of another version of the sources.
         self._c.hf_sparse_isa.restype = ctypes.c_char_p
+        self._c.hf_sparse_shares.argtypes = []
         pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.POINTER(_Norm)
         tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
         self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
@@ -181,7 +183,10 @@ def library_status() -> LibraryStatus:
     library, why = _load()
     if library is None:
         return LibraryStatus(False, None, None, f"{why}; sparse products run in plain torch, slower")
-    return LibraryStatus(True, library.path, library.isa, f"C++ kernels at {library.path}, using {library.isa}")
+    threads = "" if library.shares else ", on one thread: they were built without OpenMP"
+    return LibraryStatus(
+        True, library.path, library.isa, f"C++ kernels at {library.path}, using {library.isa}{threads}"
+    )
 
 
 def library() -> Library | None:

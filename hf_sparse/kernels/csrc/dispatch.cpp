@@ -178,6 +178,15 @@ EXPORT const char* hf_sparse_isa(int place) {
   return runs_here(kAll[place]) ? kAll[place]->name : nullptr;
 }
 
+// Whether work is shared among threads: not where the compiler had no OpenMP.
+EXPORT int hf_sparse_shares() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // y = activation(x w^T + bias); x is tokens x in_features, y tokens x out_features, both dense.
 EXPORT int hf_sparse_linear(int isa, const Weight* w, const float* x, float* y, int64_t tokens, int32_t activation,
                             int32_t threads) {

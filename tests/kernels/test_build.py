@@ -1,0 +1,34 @@
+"""The build of the C++ kernels where a compiler lacks something."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sparse.kernels import build, library, library_status, ops, pack
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("missing", ["-c", "-shared"])
+def test_without_openmp_the_kernels_work_on_one_thread_and_say_so(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"""#!/bin/sh
+case " $* " in *" -fopenmp "*" {missing} "*) echo "no OpenMP here" >&2; exit 1;; esac
+exec g++ "$@"
+""")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    made = library.Library(str(build.build(tmp_path / "_cpu.so", extra=("-O0",))))
+    assert not made.shares
+    monkeypatch.setattr(library, "_load", lambda: (made, ""))
+    assert "on one thread: they were built without OpenMP" in library_status().message
+    monkeypatch.setattr(ops, "library", lambda: made)
+    x, weight = torch.randn(33, 20), torch.randn(9, 20)
+    torch.testing.assert_close(ops.linear(x, pack(weight)), x @ weight.T, atol=1e-5, rtol=1e-5)
