@@ -20,7 +20,7 @@ def test_without_openmp_the_kernels_work_on_one_thread_and_say_so(
 ) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(f"""#!/bin/sh
-case " $* " in *" -fopenmp "*" {missing} "*) echo "no OpenMP here" >&2; exit 1;; esac
+case " $* " in *" -fopenmp "*) case " $* " in *" {missing} "*) echo "no OpenMP here" >&2; exit 1;; esac;; esac
 exec g++ "$@"
 """)
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
