@@ -60,7 +60,7 @@ int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
 // attention does.
 constexpr int64_t kPanel = 2, kHeads = 1 << 16;
 
-int smaller(int a, int b) { return a < b ? a : b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
   const bool few = tokens == 1 || tokens * (w.rows >= k.lanes ? w.rows / k.lanes : 1) < w.rows;
@@ -104,8 +104,7 @@ int attention(const Kernels& k, const Weight& w, const After& after, const float
               int64_t length, int heads, float scale, int threads) {
   const int64_t inner = w.out_features / 3, size = inner / heads;
   const int64_t width = after.output ? after.output->out_features : inner;
-  int widest = k.widest(w.rows);
-  if (after.output) widest = smaller(widest, k.widest(after.output->rows));
+  const int widest = int(smaller(k.widest(w.rows), k.widest(after.output ? after.output->rows : w.rows)));
   const int tile = tile_width(k, widest, length, after.output ? threads : 1);
   // From one tile to the next: of inputs, of what the heads make of them, of outputs.
   const int64_t tiles = (length + tile - 1) / tile, in_step = padded_inputs(w) * tile;
@@ -119,9 +118,9 @@ int attention(const Kernels& k, const Weight& w, const After& after, const float
     k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, all + t * in_step);
   });
   // As many heads at a time as fit the second cache; all of them where blocks of rows lie across heads.
-  const int64_t fit = kHeads / (3 * size * tiles * tile);
   const bool apart = size % w.rows == 0;
-  const int64_t each = !apart ? heads : fit < 1 ? 1 : fit < (heads + threads - 1) / threads ? fit : (heads + threads - 1) / threads;
+  const int64_t fit = kHeads / (3 * size * tiles * tile);
+  const int64_t each = apart ? smaller(fit < 1 ? 1 : fit, (heads + threads - 1) / threads) : heads;
   bool failed = false;
   share((heads + each - 1) / each, threads, [&](int64_t i) {
     const int64_t first = i * each, count = heads - first < each ? heads - first : each, features = count * size;
@@ -223,8 +222,8 @@ EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, con
     }
     return result == kOk ? linear(k, *down, h, y, tokens, kNone, threads) : result;
   }
-  int widest = smaller(k.widest(first->rows), k.widest(down->rows));
-  if (second) widest = smaller(widest, k.widest(second->rows));
+  const int lesser = second ? k.widest(second->rows) : k.widest(first->rows);
+  const int widest = int(smaller(lesser, smaller(k.widest(first->rows), k.widest(down->rows))));
   const int tile = tile_width(k, widest, tokens, threads);
   bool failed = false;
   share((tokens + tile - 1) / tile, threads, [&](int64_t i) {
