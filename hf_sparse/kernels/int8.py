@@ -99,10 +99,10 @@ def _open(path: str) -> ctypes.CDLL | None:
     made.hf_sparse_int8_linear.argtypes = (weight, *tail)
     norm = ctypes.POINTER(NormStructure)
     made.hf_sparse_int8_ffn.argtypes = (weight, weight, weight, norm, *tail)
-    made.hf_sparse_int8_attention.argtypes = (
-        *(weight, weight, norm, pointer, pointer, pointer, *[ctypes.c_int64] * 3),
-        *(ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
-    )
+    made.hf_sparse_int8_attention.argtypes = [
+        *(weight, weight, norm, pointer, pointer, pointer),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
+    ]
     return made
 
 
@@ -137,8 +137,8 @@ def compute(x: Tensor, weights: list[Weight], activation: str, norm: Norm | None
     """Compute one product, or (gate,) up and down; with a norm, that of the sum of x and what comes out."""
     own = native_for(x, weights)
     if own is None:
-        made = _plain(x, weights, activation)
-        return made if norm is None else fallback.normalise(made, x, norm)
+        out = _plain(x, weights, activation)
+        return out if norm is None else fallback.normalise(out, x, norm)
     tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
     if norm is not None and -(-tokens // TILE) < threads:  # fewer tiles than threads share the products by outputs
         return fallback.normalise(compute(x, weights, activation), x, norm)

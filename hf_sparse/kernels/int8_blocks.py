@@ -19,6 +19,9 @@ from .library import norm_structure
 from .ops import SHORTEST, Norm, added, check_heads, check_norm
 
 _NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
+MANY, SHORT = 3, 20
+"""So many sequences of less than so many tokens are faster in the products alone, where they share tiles."""
+
 _library = torch.library.Library("hf_sparse", "FRAGMENT")
 _library.define(
     f"int8_attention(Tensor x, {PARTS.format('')}, Tensor? mask, int rows, int out_features, int in_features, "
@@ -150,7 +153,8 @@ def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: fl
     """Compute the heads, and what comes after them: nothing, or the output weight and the norm."""
     output, norm = after or (None, None)
     own = int8.native_for(x, [weight] if output is None else [weight, output])
-    if own is None or x.shape[1] < SHORTEST or weight[-2] == 0 or not (mask is None or mask.is_cpu):
+    least = SHORT if x.shape[0] >= MANY else SHORTEST
+    if own is None or x.shape[1] < least or weight[-2] == 0 or not (mask is None or mask.is_cpu):
         made = fallback.attention(compute(x, [weight], "none"), heads, mask, scale)
         return made if output is None else fallback.normalise(compute(made, [output], "none"), x, norm)
     x, mask = x.contiguous(), added(mask, x)
