@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused():
         int8_blocks.int8_ffn_norm(x, up, None, output, None, (torch.ones(29), None, 1e-5))
     with pytest.raises(BackendError, match="no backward"):
         int8_blocks.int8_attention(x.requires_grad_(), qkv, None, 2)
-    with pytest.raises(BackendError, match="of an int8 weight of shape .90, 30."):
+    with pytest.raises(BackendError, match="of an int8 weight of shape"):
         int8_blocks.int8_attention_norm(x.detach(), qkv, None, qkv, None, norm, 2)
 
 
