@@ -57,7 +57,7 @@ def int8_attention(
         >>> from hf_sparse.kernels import pack_int8
         >>> x = torch.tensor([[[127.0, 1.0]]])
         >>> int8_attention(x, pack_int8(torch.eye(2).repeat(3, 1)), None, heads=1)  # one token: its own value
-        tensor([[[127.0000,   1.0000]]])
+        tensor([[[127.,   1.]]])
     """
     out: Tensor = torch.ops.hf_sparse.int8_attention(
         *(x, *qkv.parts, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
