@@ -14,7 +14,7 @@ Example:
 
 from __future__ import annotations
 
-from . import dense, int8, ops  # registers the operators
+from . import dense, int8, int8_blocks, ops  # registers the operators
 from .int8_packing import PackedInt8, pack_int8, unpack_int8
 from .library import LibraryStatus, library_status
 from .packing import PackedWeight, pack, unpack
@@ -25,6 +25,7 @@ __all__ = [
     "PackedWeight",
     "dense",
     "int8",
+    "int8_blocks",
     "library_status",
     "ops",
     "pack",

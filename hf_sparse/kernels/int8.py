@@ -15,29 +15,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
-from .fallback import activate
+from . import fallback
 from .int8_packing import NOTHING, STEPS, PackedInt8, check_int8, dense_int8
-from .library import ACTIVATIONS, library, library_status
-from .ops import check_input
+from .library import ACTIVATIONS, NormStructure, library, library_status, norm_structure
+from .ops import Norm, check_input
 
-_PARTS = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor {0}scales, Tensor {0}offsets, Tensor? {0}bias"
-_COUNT = 6
+PARTS = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor {0}scales, Tensor {0}offsets, Tensor? {0}bias"
+COUNT = 6
+TILE = 64
+"""Tokens of a tile in the C++."""
+
 _library = torch.library.Library("hf_sparse", "FRAGMENT")
 _library.define(
-    f"int8_linear(Tensor x, {_PARTS.format('')}, int rows, int out_features, int in_features, str activation) -> Tensor"
+    f"int8_linear(Tensor x, {PARTS.format('')}, int rows, int out_features, int in_features, str activation) -> Tensor"
 )
 _library.define(
-    f"int8_ffn(Tensor x, {_PARTS.format('up_')}, {_PARTS.format('down_')}, int up_rows, int down_rows, "
+    f"int8_ffn(Tensor x, {PARTS.format('up_')}, {PARTS.format('down_')}, int up_rows, int down_rows, "
     "int hidden_features, int out_features, int in_features, str activation) -> Tensor"
 )
 _library.define(
-    f"int8_gated_ffn(Tensor x, {_PARTS.format('gate_')}, {_PARTS.format('up_')}, {_PARTS.format('down_')}, "
+    f"int8_gated_ffn(Tensor x, {PARTS.format('gate_')}, {PARTS.format('up_')}, {PARTS.format('down_')}, "
     "int gate_rows, int up_rows, int down_rows, int hidden_features, int out_features, int in_features, "
     "str activation) -> Tensor"
 )
 
 
-class _Weight(ctypes.Structure):
+class WeightStructure(ctypes.Structure):
     """`Int8Weight` of csrc/int8.h."""
 
     _fields_ = (
@@ -73,14 +76,15 @@ def int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None, activ
 
 def why_not_int8() -> str | None:
     """Say why the C++ int8 products cannot run here; None if they can."""
-    if _native() is not None:
+    if native() is not None:
         return None
     status = library_status()
     lacks = "the int8 products need AVX-512 with VNNI, and these do not have it here"
     return f"{status.message}; {lacks}" if status.available else status.message
 
 
-def _native() -> ctypes.CDLL | None:
+def native() -> ctypes.CDLL | None:
+    """Give the library, or None where it has no int8 products or this processor cannot run them."""
     found = library()
     return _open(found.path) if found is not None and found.isa.startswith("avx512") else None
 
@@ -88,16 +92,22 @@ def _native() -> ctypes.CDLL | None:
 @cache
 def _open(path: str) -> ctypes.CDLL | None:
     made = ctypes.CDLL(path)  # the one that is loaded already
-    if not hasattr(made, "hf_sparse_int8_linear") or not made.hf_sparse_int8_runs():
+    if not hasattr(made, "hf_sparse_int8_attention") or not made.hf_sparse_int8_runs():
         return None
-    pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Weight)
+    pointer, weight = ctypes.c_void_p, ctypes.POINTER(WeightStructure)
     tail = (pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32)
     made.hf_sparse_int8_linear.argtypes = (weight, *tail)
-    made.hf_sparse_int8_ffn.argtypes = (weight, weight, weight, *tail)
+    norm = ctypes.POINTER(NormStructure)
+    made.hf_sparse_int8_ffn.argtypes = (weight, weight, weight, norm, *tail)
+    made.hf_sparse_int8_attention.argtypes = [
+        *(weight, weight, norm, pointer, pointer, pointer),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
+    ]
     return made
 
 
-def _check(x: Tensor, activation: str, weights: list[Weight]) -> None:
+def check_weights(x: Tensor, activation: str, weights: list[Weight]) -> None:
+    """Refuse what does not fit; the input has to be one of the first weight."""
     check_input(x, activation, weights[0][-1])
     for *parts, bias, rows, out_features, in_features in weights:
         check_int8(tuple(parts), rows, out_features, in_features)
@@ -108,53 +118,75 @@ def _check(x: Tensor, activation: str, weights: list[Weight]) -> None:
 def _sorted(arguments: tuple) -> tuple[list[Weight], str]:
     """Sort the arguments of an operator by weight: one; or (gate,) up, down."""
     *parts, activation = arguments
-    count = len(parts) // (_COUNT + 1)
-    tensors = [parts[_COUNT * i : _COUNT * (i + 1)] for i in range(count)]
+    count = len(parts) // (COUNT + 1)
+    tensors = [parts[COUNT * i : COUNT * (i + 1)] for i in range(count)]
     if count == 1:
-        return [(*tensors[0], *parts[_COUNT:])], activation
-    rows, (hidden, out, width) = parts[_COUNT * count : -3], parts[-3:]
+        return [(*tensors[0], *parts[COUNT:])], activation
+    rows, (hidden, out, width) = parts[COUNT * count : -3], parts[-3:]
     shapes = [(hidden, width)] * (count - 1) + [(out, hidden)]
     return [(*tensors[i], rows[i], *shapes[i]) for i in range(count)], activation
 
 
 def _run(x: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
     weights, activation = _sorted(arguments)
-    _check(x, activation, weights)
-    tensors: list[Tensor] = [x, *(part for weight in weights for part in weight[:6] if part is not None)]
-    native = _native() if x.dtype == torch.float32 and all(part.is_cpu for part in tensors) else None
-    if native is None:
-        return _plain(x, weights, activation)
+    check_weights(x, activation, weights)
+    return compute(x, weights, activation)
+
+
+def compute(x: Tensor, weights: list[Weight], activation: str, norm: Norm | None = None) -> Tensor:
+    """Compute one product, or (gate,) up and down; with a norm, that of the sum of x and what comes out."""
+    own = native_for(x, weights)
+    if own is None:
+        out = _plain(x, weights, activation)
+        return out if norm is None else fallback.normalise(out, x, norm)
+    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    if norm is not None and -(-tokens // TILE) < threads:  # fewer tiles than threads share the products by outputs
+        return fallback.normalise(compute(x, weights, activation), x, norm)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], weights[-1][-2]))
-    biases = [None if weight[5] is None else weight[5].to(torch.float32).contiguous() for weight in weights]
-    made = [_structure(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    tail = (x.data_ptr(), y.data_ptr(), x.shape[:-1].numel(), ACTIVATIONS.index(activation), torch.get_num_threads())
+    made_of = [structure(weight) for weight in weights]
+    made, normed = [part[0] for part in made_of], norm_structure(norm)
+    tail = (x.data_ptr(), y.data_ptr(), tokens, ACTIVATIONS.index(activation), threads)
     if len(made) == 1:
-        result = native.hf_sparse_int8_linear(made[0], *tail)
+        result = own.hf_sparse_int8_linear(made[0], *tail)
     else:
-        result = native.hf_sparse_int8_ffn(made[0], made[1] if len(made) == 3 else None, made[-1], *tail)
+        result = own.hf_sparse_int8_ffn(made[0], made[1] if len(made) == 3 else None, made[-1], normed[0], *tail)
+    return checked(result, y)
+
+
+def native_for(x: Tensor, weights: list[Weight]) -> ctypes.CDLL | None:
+    """Give the library if it takes these: fp32 on the CPU."""
+    tensors: list[Tensor] = [x, *(part for weight in weights for part in weight[:6] if part is not None)]
+    return native() if x.dtype == torch.float32 and all(part.is_cpu for part in tensors) else None
+
+
+def checked(result: int, y: Tensor) -> Tensor:
+    """Give the outputs, or raise what the library has said."""
     if result:
         reason = {1: "its pointers or columns lead outside of it: pack the weight again", 2: "not enough memory"}
         raise BackendError(f"an int8 product failed: {reason.get(result, 'arguments that do not fit together')}")
     return y
 
 
-def _structure(weight: Weight, bias: Tensor | None) -> _Weight:
+def structure(weight: Weight) -> tuple[WeightStructure, Tensor | None]:
+    """Give the C structure, and the bias that has to live as long."""
+    bias = None if weight[5] is None else weight[5].to(torch.float32).contiguous()
     addresses = [part.data_ptr() for part in weight[:5]]
-    return _Weight(*addresses, None if bias is None else bias.data_ptr(), weight[0].shape[0], *weight[6:])
+    at = None if bias is None else bias.data_ptr()
+    return WeightStructure(*addresses, at, weight[0].shape[0], *weight[6:]), bias
 
 
 def _fake(x: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
     weights, activation = _sorted(arguments)
-    _check(x, activation, weights)
+    check_weights(x, activation, weights)
     return x.new_empty((*x.shape[:-1], weights[-1][-2]))
 
 
 def _plain(x: Tensor, weights: list[Weight], activation: str) -> Tensor:
     inner = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if len(weights) == 1:
-        return activate(_product(inner, weights[0]), activation).to(x.dtype)
-    hidden = activate(_product(inner, weights[0]), activation)
+        return fallback.activate(_product(inner, weights[0]), activation).to(x.dtype)
+    hidden = fallback.activate(_product(inner, weights[0]), activation)
     if len(weights) == 3:
         hidden = hidden * _product(inner, weights[1])
     return _product(hidden, weights[-1]).to(x.dtype)

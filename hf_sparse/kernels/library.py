@@ -59,7 +59,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-class _Norm(ctypes.Structure):
+class NormStructure(ctypes.Structure):
     """`Norm` of csrc/kernels.h."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
@@ -103,7 +103,7 @@ class Library:
         # A name that is missing means that the library is of another version of the sources.
         self._c.hf_sparse_isa.restype = ctypes.c_char_p
         self._c.hf_sparse_shares.argtypes = []
-        pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.POINTER(_Norm)
+        pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.POINTER(NormStructure)
         tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
         self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
         self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, norm, pointer, pointer, *tail]
@@ -131,7 +131,7 @@ class Library:
         parts = [_structure(weight) for weight in weights]
         structures = [part[0] for part in parts]
         second = structures[1] if len(parts) == 3 else None
-        normed, _keep = _norm(norm)
+        normed, _keep = norm_structure(norm)
         result = self._c.hf_sparse_ffn(
             *(self.isas[self.isa], structures[0], second, structures[-1], normed),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
@@ -168,7 +168,7 @@ class Library:
         y = x.new_empty((batch, length, weight[5] // 3 if output is None else output[5]))
         structure, _keep = _structure(weight)
         after, _bias = (None, None) if output is None else _structure(output)
-        normed, _parts = _norm(norm)
+        normed, _parts = norm_structure(norm)
         mask = None if mask is None else mask.contiguous()
         step = length * length if mask is not None and mask.shape[0] > 1 else 0
         result = self._c.hf_sparse_attention(
@@ -221,13 +221,13 @@ def _structure(weight: Weight) -> tuple[_Weight, Tensor | None]:
     ), bias
 
 
-def _norm(norm: Norm | None) -> tuple[_Norm | None, tuple[Tensor | None, ...]]:
+def norm_structure(norm: Norm | None) -> tuple[NormStructure | None, tuple[Tensor | None, ...]]:
     """Give the C structure, and the tensors that have to live as long."""
     if norm is None:
         return None, ()
     weight, bias, eps = norm
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
+    return NormStructure(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
 
 
 def _tail(x: Tensor, activation: str) -> tuple[int, int, int]:

@@ -291,7 +291,8 @@ def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], weights[-1][5]))
 
 
-def _check_norm(x: Tensor, norm: Norm) -> None:
+def check_norm(x: Tensor, norm: Norm) -> None:
+    """Refuse a layer norm that is none of the features of x."""
     for part in norm[:2]:
         if part is not None and (part.shape != x.shape[-1:] or part.dtype != x.dtype):
             raise BackendError(
@@ -309,7 +310,7 @@ def _ffn_norm(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights, norm = _ffn_norm_parts(parts)
     _check(x, activation, *weights)
-    _check_norm(x, norm)
+    check_norm(x, norm)
     native = library() if _native(x, *weights) else None
     if native and x.shape[:-1].numel() >= SHORTEST * torch.get_num_threads():
         return native.ffn(x, weights, activation, norm)
@@ -321,16 +322,21 @@ def _ffn_norm_fake(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights, norm = _ffn_norm_parts(parts)
     _check(x, activation, *weights)
-    _check_norm(x, norm)
+    check_norm(x, norm)
     return x.new_empty(x.shape)
 
 
 def _check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int) -> None:
     _check(x, "none", weight)
+    check_heads(x, weight[5], mask, heads)
+
+
+def check_heads(x: Tensor, outputs: int, mask: Tensor | None, heads: int) -> None:
+    """Refuse heads and masks that do not fit an input of attention or its queries, keys and values."""
     if x.dim() != 3:
         raise BackendError(f"sparse attention takes x of shape (batch, length, in), not {tuple(x.shape)}")
-    if heads < 1 or weight[5] % (3 * heads):
-        raise BackendError(f"{weight[5]} outputs are no queries, keys and values of {heads} heads")
+    if heads < 1 or outputs % (3 * heads):
+        raise BackendError(f"{outputs} outputs are no queries, keys and values of {heads} heads")
     if mask is None:
         return
     batch, length = x.shape[:2]
@@ -343,6 +349,18 @@ def _check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int)
         )
 
 
+def added(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Make a mask one that is added to the scores.
+
+    Shapes: (1 or batch, 1, 1 or length, length) -> (1 or batch, length, length)
+    """
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    return mask[:, 0].expand(-1, x.shape[1], -1)
+
+
 def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float, *after: Any) -> Tensor:
     """Compute the heads, and what comes after them: nothing, or the output weight and the norm."""
     output, norm = after or (None, None)
@@ -350,11 +368,7 @@ def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: fl
     native = library() if _native(x, *weights) and (mask is None or mask.is_cpu) else None
     length = x.shape[1]
     if native is not None and length >= SHORTEST:
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-            mask = mask[:, 0].expand(-1, length, -1)
-        return native.attention(x, weight, mask, heads, scale, output, norm)
+        return native.attention(x, weight, added(mask, x), heads, scale, output, norm)
     product = native.linear if native else fallback.linear
     made = fallback.attention(product(x, weight, "none"), heads, mask, scale)
     return made if output is None else fallback.normalise(product(made, output, "none"), x, norm)
@@ -378,7 +392,7 @@ def _attention_norm_parts(x: Tensor, parts: tuple) -> tuple[Weight, Tensor | Non
     output: Weight = (*parts[4:8], output_rows, features, inner)
     _check_attention(x, weight, mask, heads)
     _check_weights(output)
-    _check_norm(x, parts[8:11])
+    check_norm(x, parts[8:11])
     return weight, mask, heads, scale, output, parts[8:11]
 
 

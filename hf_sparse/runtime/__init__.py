@@ -238,9 +238,8 @@ def _errors(unit: Unit) -> dict[str, float]:
 def _pack(unit: Unit, keep_dense: bool) -> None:
     if unit.kernel == "sparse_qkv":
         become_packed(unit.layers, unit.packed[0], keep_dense)
-        if unit.packed[0].kernel == "cpu":
-            assert unit.block is not None
-            attention.become_lean(unit.block)
+        assert unit.block is not None
+        attention.become_lean(unit.block)
     else:
         for layer, packed in zip(unit.layers, unit.packed, strict=True):
             become_packed([layer], packed, keep_dense)

@@ -58,8 +58,9 @@ class LeanBlock(Changed):
         """Return what the module returns."""
         core, after = self.self, self.output
         if not args and usual(core, hidden_states, attention_mask, kwargs) and not watched(core):
-            packed = isinstance(after.dense, PackedLinear) and after.dense.kernel == "cpu" and after.dense.joint is None
-            if packed and (norm := norm_of(after)) is not None:
+            packed = isinstance(after.dense, PackedLinear) and after.dense.joint is None
+            same = packed and after.dense.kernel == getattr(core, core.lean[0]).kernel
+            if same and (norm := norm_of(after)) is not None:
                 return whole(core, after.dense, norm, hidden_states, attention_mask), None
         return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
 
@@ -91,9 +92,10 @@ def mixed(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | No
     """
     first.check(hidden)
     packed = first.packed
-    out: Tensor = torch.ops.hf_sparse.sparse_attention(
-        *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias(), mask),
-        *(packed.rows, packed.out_features, packed.in_features, packed.out_features // (3 * size), scale),
+    name = "int8" if packed.kernel == "int8" else "sparse"
+    out: Tensor = getattr(torch.ops.hf_sparse, f"{name}_attention")(
+        *(hidden, *packed.operands, first.joint.bias(), mask),
+        *(packed.height, packed.out_features, packed.in_features, packed.out_features // (3 * size), scale),
     )
     return out
 
@@ -117,10 +119,10 @@ def whole(module: Any, output: PackedLinear, norm: Norm, hidden: Tensor, mask: T
     first.check(hidden)
     output.check(hidden)
     packed, after = first.packed, output.packed
-    out: Tensor = torch.ops.hf_sparse.sparse_attention_norm(
-        *(hidden, packed.values, packed.columns, packed.pointers, first.joint.bias()),
-        *(after.values, after.columns, after.pointers, output.bias, *norm, mask),
-        *(packed.rows, after.rows, after.in_features, packed.in_features),
+    name = "int8" if packed.kernel == "int8" else "sparse"
+    out: Tensor = getattr(torch.ops.hf_sparse, f"{name}_attention_norm")(
+        *(hidden, *packed.operands, first.joint.bias(), *after.operands, output.bias, *norm, mask),
+        *(packed.height, after.height, after.in_features, packed.in_features),
         *(after.in_features // module.attention_head_size, float(module.scaling)),
     )
     return out

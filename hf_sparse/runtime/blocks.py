@@ -64,7 +64,7 @@ class Lean:
 
     def takes_norm(self) -> bool:
         """Return whether the operator of its layers can add the input and compute a layer norm."""
-        return self.fused and len(self.inputs) == 1 and getattr(self.output, "kernel", None) == "cpu"
+        return self.fused and len(self.inputs) == 1 and getattr(self.output, "kernel", None) in ("cpu", "int8")
 
 
 def feed_forward(
@@ -78,13 +78,13 @@ def feed_forward(
     for weight, bias in zip(packed, biases, strict=True):
         parts += [*weight.operands, bias]
     first, last = packed[0], packed[-1]
+    name = "int8" if first.kernel == "int8" else "sparse"
     if norm is not None:
-        whole: Tensor = torch.ops.hf_sparse.sparse_ffn_norm(
+        whole: Tensor = getattr(torch.ops.hf_sparse, f"{name}_ffn_norm")(
             *(x, *parts, *norm, first.height, last.height, first.out_features, first.in_features, activation)
         )
         return whole
     sizes = (first.out_features, last.out_features, first.in_features)
-    name = "int8" if first.kernel == "int8" else "sparse"
     operator = getattr(torch.ops.hf_sparse, f"{name}_ffn" if len(packed) == 2 else f"{name}_gated_ffn")
     out: Tensor = operator(x, *parts, *(weight.height for weight in packed), *sizes, activation)
     return out

@@ -247,7 +247,7 @@ def _run(unit: Unit, layers: list[nn.Module], x: Tensor) -> Callable[[], object]
 
 def _heads(unit: Unit) -> int | None:
     """Return the size of the heads of an attention whose heads are computed with its product; else None."""
-    whole = unit.kernel == "sparse_qkv" and unit.block is not None and unit.packed[0].kernel == "cpu"
+    whole = unit.kernel == "sparse_qkv" and unit.block is not None
     return unit.block.size if whole and unit.block is not None and attention.takes(unit.block) else None
 
 

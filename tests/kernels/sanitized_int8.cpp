@@ -4,12 +4,16 @@
 #include <vector>
 
 #include "../../hf_sparse/kernels/csrc/int8.h"
+#include "../../hf_sparse/kernels/csrc/kernels.h"
 
 using hf_sparse::Int8Weight;
+using hf_sparse::Norm;
 extern "C" int hf_sparse_int8_runs();
 extern "C" int hf_sparse_int8_linear(const Int8Weight*, const float*, float*, int64_t, int32_t, int32_t);
-extern "C" int hf_sparse_int8_ffn(const Int8Weight*, const Int8Weight*, const Int8Weight*, const float*, float*, int64_t,
-                                  int32_t, int32_t);
+extern "C" int hf_sparse_int8_ffn(const Int8Weight*, const Int8Weight*, const Int8Weight*, const Norm*, const float*,
+                                  float*, int64_t, int32_t, int32_t);
+extern "C" int hf_sparse_int8_attention(const Int8Weight*, const Int8Weight*, const Norm*, const float*, float*,
+                                        const float*, int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
 static std::mt19937 random_bits(0);
 
@@ -51,8 +55,11 @@ int main() {
           std::vector<float> x(size_t(count) * in), y(size_t(count) * out), z(size_t(count) * in);
           for (float& value : x) value = hostile && random_bits() % 9 == 0 ? 1.0f / 0.0f : float(random_bits() % 99);
           int bad = hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, count % 5, threads);
-          bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, x.data(), z.data(), count, 1, threads);
-          bad |= hf_sparse_int8_ffn(&first.weight, &second.weight, &down.weight, x.data(), z.data(), count, 4, threads);
+          bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, nullptr, x.data(), z.data(), count, 1, threads);
+          bad |= hf_sparse_int8_ffn(&first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, 4, threads);
+          const Norm norm{down.bias.data(), count % 2 ? down.bias.data() : nullptr, 1e-5f};
+          if (count >= 64 * threads)
+            bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
           if (bad) return std::puts("a sound weight was refused"), 1;
           if (!first.columns.empty()) {
             uint16_t& column = first.columns[random_bits() % first.columns.size()];
@@ -65,6 +72,30 @@ int main() {
           first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
           if (!hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, 0, threads))
             return std::puts("hostile pointers were taken"), 1;
+        }
+  for (int rows = 1; rows <= 4; rows *= 2)
+    for (int size : {1, 7, 16})
+      for (int in : {1, 33, 130})
+        for (int count : {0, 1, 2, 15, 16, 17, 63, 64, 65, 130}) {
+          const int heads = 1 + int(random_bits() % 3), out = 3 * heads * size, batch = int(random_bits() % 3);
+          const int threads = 1 + int(random_bits() % 3);
+          const bool hostile = random_bits() % 3 == 0;
+          Packed qkv(out, in, rows, int(random_bits() % 101), hostile);
+          Packed after(in, heads * size, 1 << random_bits() % 3, int(random_bits() % 101), hostile);
+          std::vector<float> x(size_t(batch) * count * in), y(size_t(batch) * count * heads * size), z(x.size());
+          std::vector<float> mask(size_t(batch) * count * count, 0.5f);
+          for (float& value : x) value = hostile && random_bits() % 9 == 0 ? 1.0f / 0.0f : float(random_bits() % 99);
+          const Norm norm{after.bias.data(), count % 2 ? after.bias.data() : nullptr, 1e-5f};
+          const auto run = [&](const Packed* output, const Norm* wanted, const float* shown, int64_t step) {
+            return hf_sparse_int8_attention(&qkv.weight, output ? &output->weight : nullptr, wanted, x.data(),
+                                            output ? z.data() : y.data(), shown, step, batch, count, heads, 1, threads);
+          };
+          int bad = run(nullptr, nullptr, nullptr, 0) | run(nullptr, nullptr, mask.data(), int64_t(count) * count);
+          bad |= run(&after, nullptr, mask.data(), 0) | run(&after, &norm, nullptr, 0);
+          if (bad) return std::puts("a sound weight of an attention was refused"), 1;
+          Packed& broken = random_bits() % 2 ? qkv : after;
+          broken.pointers[random_bits() % broken.pointers.size()] = int32_t(random_bits() | (1u << 30));
+          if (!run(&after, &norm, nullptr, 0)) return std::puts("hostile pointers of an attention were taken"), 1;
         }
   std::puts("all right");
 }

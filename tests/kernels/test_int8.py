@@ -12,7 +12,7 @@ from hf_sparse.kernels import fallback, int8, pack_int8, unpack_int8
 from hf_sparse.kernels.int8_packing import ROWS
 from hf_sparse.kernels.library import ACTIVATIONS
 
-NATIVE = int8._native()
+NATIVE = int8.native()
 WAYS = ["torch", *(["vnni"] if NATIVE is not None else [])]
 SHAPES = [(1, 1), (3, 130), (33, 129), (64, 256), (45, 301)]
 TOKENS = (1, 2, 9, 16, 17, 33, 64, 65, 130)
@@ -20,7 +20,7 @@ TOKENS = (1, 2, 9, 16, 17, 33, 64, 65, 130)
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    monkeypatch.setattr(int8, "_native", lambda: NATIVE if request.param == "vnni" else None)
+    monkeypatch.setattr(int8, "native", lambda: NATIVE if request.param == "vnni" else None)
     return request.param
 
 

@@ -20,6 +20,13 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    monkeypatch.setattr(runtime, "why_not_int8", lambda: None)
+
+
+@pytest.fixture(params=["cpu", "cpu-int8"])
+def backend(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
 
 
 @pytest.fixture
@@ -68,54 +75,69 @@ def texts(length: int, padded: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+def close(found: Tensor, wanted: Tensor, backend: str = "cpu") -> None:
+    if backend == "cpu":
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+    else:
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def one_by_one(model: Any) -> Any:
+    """Return a copy whose products are still packed, but whose sub-blocks torch puts together."""
+    from hf_sparse.runtime import attention, blocks
+
+    plain = copy.deepcopy(model)
+    attention.restore(plain)
+    for module in plain.modules():
+        if isinstance(module, blocks.LeanBert):
+            module.lean.takes_norm = lambda: False  # type: ignore[method-assign]
+    return plain
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 @pytest.mark.parametrize("pattern", ["element", {"name": "block", "rows": 4, "cols": 1}])
-def test_outputs_are_those_of_the_dense_model(family: str, pattern: Any, calls: list[int]) -> None:
+def test_outputs_are_those_of_the_dense_model(family: str, pattern: Any, calls: list[int], backend: str) -> None:
     model = sparse(family, pattern=pattern)
     lengths = [(length, padded) for length in (1, 2, 15, 16, 17, 30) for padded in (False, True)]
     expected = [answers(model, texts(*length)) for length in lengths]
-    to_runtime(model, "cpu")
+    to_runtime(model, backend)
     found = [answers(model, texts(*length)) for length in lengths]
     assert len(calls) == 2 * len(lengths), "both layers, each time"
     for value, wanted in zip(found, expected, strict=True):
-        close(value, wanted)
+        close(value, wanted, backend)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_way_back_leaves_no_trace(family: str) -> None:
+def test_way_back_leaves_no_trace(family: str, backend: str) -> None:
     model = sparse(family)
     before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
-    to_runtime(model, "cpu")
+    to_runtime(model, backend)
     assert sum(isinstance(module, LeanSelf) for module in model.modules()) == 2
     to_dense_runtime(model)
     assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == before
 
 
-def test_attention_weights_are_given_where_they_are_asked_for(calls: list[int]) -> None:
+def test_attention_weights_are_given_where_they_are_asked_for(calls: list[int], backend: str) -> None:
     model, inputs = sparse("bert"), texts(17, True)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(**inputs, output_attentions=True)
-        to_runtime(model, "cpu")
+        to_runtime(model, backend)
         found = model(**inputs, output_attentions=True)
     assert not calls
     for value, wanted in zip(found.attentions, expected.attentions, strict=True):
-        close(value, wanted)
+        close(value, wanted, backend)
     model.set_attn_implementation("sdpa")
-    close(answers(model, inputs), expected.logits)
+    close(answers(model, inputs), expected.logits, backend)
     assert calls
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_residual_and_layer_norm_are_part_of_the_operators(family: str, norms: list[str]) -> None:
+def test_residual_and_layer_norm_are_part_of_the_operators(family: str, norms: list[str], backend: str) -> None:
     model = sparse(family)
     expected = answers(model, texts(17, True))
-    to_runtime(model, "cpu")
-    close(answers(model, texts(17, True)), expected)
+    to_runtime(model, backend)
+    close(answers(model, texts(17, True)), expected, backend)
     # DistilBERT has its layer norms one module further out.
     assert norms == (["whole", "feed_forward"] * 2 if family == "bert" else [])
     with torch.no_grad():
@@ -125,44 +147,46 @@ def test_residual_and_layer_norm_are_part_of_the_operators(family: str, norms: l
                 module.bias.add_(0.1)
     found = answers(model, texts(17, True))
     to_dense_runtime(model)
-    close(found, answers(model, texts(17, True)))
+    close(found, answers(model, texts(17, True)), backend)
 
 
 @pytest.mark.parametrize("sub_block", ["attention.", ""])
 @pytest.mark.parametrize("part", ["output", "output.dense", "output.dropout", "output.LayerNorm"])
-def test_what_comes_after_a_sub_block_is_still_seen_by_hooks(sub_block: str, part: str, norms: list[str]) -> None:
+def test_what_comes_after_a_sub_block_is_still_seen_by_hooks(
+    sub_block: str, part: str, norms: list[str], backend: str
+) -> None:
     model, seen = sparse("bert"), []
     expected = answers(model, texts(17, True))
-    to_runtime(model, "cpu")
+    to_runtime(model, backend)
     watched = model.bert.encoder.layer[1].get_submodule(sub_block + part)
     watched.register_forward_hook(lambda *_: seen.append(1))
-    close(answers(model, texts(17, True)), expected)
+    close(answers(model, texts(17, True)), expected, backend)
     feed_forward = not sub_block
     # The feed-forward part of a layer has always been computed without its modules, but for those after the products.
     assert seen == ([] if feed_forward and part in ("output", "output.dense") else [1])
     assert norms == (["whole", "feed_forward", "whole"] if feed_forward else ["whole", "feed_forward", "feed_forward"])
 
 
-def test_replaced_layer_norm_is_computed(norms: list[str]) -> None:
+def test_replaced_layer_norm_is_computed(norms: list[str], backend: str) -> None:
     model = sparse("bert")
     model.bert.encoder.layer[0].attention.output.LayerNorm = torch.nn.Identity()
     expected = answers(model, texts(17, True))
-    to_runtime(model, "cpu")
-    close(answers(model, texts(17, True)), expected)
+    to_runtime(model, backend)
+    close(answers(model, texts(17, True)), expected, backend)
     assert norms == ["feed_forward", "whole", "feed_forward"]
 
 
-def test_decoder_keeps_its_causal_attention(calls: list[int]) -> None:
+def test_decoder_keeps_its_causal_attention(calls: list[int], backend: str) -> None:
     model, inputs = sparse("bert", is_decoder=True), texts(17, False)
     expected = answers(model, inputs)
-    to_runtime(model, "cpu")
-    close(answers(model, inputs), expected)
+    to_runtime(model, backend)
+    close(answers(model, inputs), expected, backend)
     assert not calls
 
 
-def test_changed_bias_is_seen_and_copies_stand_alone() -> None:
+def test_changed_bias_is_seen_and_copies_stand_alone(backend: str) -> None:
     model, inputs = sparse("bert"), texts(17, True)
-    to_runtime(model, "cpu")
+    to_runtime(model, backend)
     before, other = answers(model, inputs), copy.deepcopy(model)
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.self.value.bias.add_(1.0)
@@ -170,20 +194,40 @@ def test_changed_bias_is_seen_and_copies_stand_alone() -> None:
     assert torch.equal(answers(other, inputs), before)
 
 
-def test_hook_on_an_input_of_attention_is_still_called(calls: list[int]) -> None:
+def test_hook_on_an_input_of_attention_is_still_called(calls: list[int], backend: str) -> None:
     model, seen = sparse("bert"), []
     model.bert.encoder.layer[1].attention.self.key.register_forward_hook(lambda *_: seen.append(1))
     expected: Any = answers(model, texts(17, True))
-    to_runtime(model, "cpu")
-    close(answers(model, texts(17, True)), expected)
+    to_runtime(model, backend)
+    close(answers(model, texts(17, True)), expected, backend)
     assert seen == [1, 1]
     assert calls == [1]
 
 
-def test_compiled_and_padded_model_gives_the_same() -> None:
+def test_compiled_and_padded_model_gives_the_same(backend: str) -> None:
     torch._dynamo.reset()
     model, inputs = sparse("bert"), texts(17, True)
     expected = answers(model, inputs)
-    to_runtime(model, "cpu")
+    to_runtime(model, backend)
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-    close(answers(compiled, inputs), expected)
+    close(answers(compiled, inputs), expected, backend)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("pattern", ["element", {"name": "block", "rows": 4, "cols": 1}])
+def test_int8_sub_blocks_differ_from_their_parts_by_rounding_alone(
+    family: str, pattern: Any, calls: list[int], norms: list[str]
+) -> None:
+    model = sparse(family, pattern=pattern)
+    to_runtime(model, "cpu-int8")
+    plain = one_by_one(model)
+    for length in (1, 15, 16, 17, 30):
+        for padded in (False, True):
+            wanted = answers(plain, texts(length, padded))
+            assert not calls
+            assert not norms
+            found = answers(model, texts(length, padded))
+            assert len(calls) == 2
+            assert (found - wanted).norm() < 5e-3 * wanted.norm()
+            calls.clear()
+            norms.clear()
