@@ -366,8 +366,10 @@ def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: fl
     output, norm = after or (None, None)
     weights = [weight] if output is None else [weight, output]
     native = library() if _native(x, *weights) and (mask is None or mask.is_cpu) else None
-    length = x.shape[1]
-    if native is not None and length >= SHORTEST:
+    batch, length = x.shape[:2]
+    # Several short sequences fill the tiles of one product better than tiles of their own; taller blocks do not mind.
+    apart = length < SHORTEST or (batch > 2 and length < 2 * SHORTEST and weight[4] < 4) or weight[5] == 0
+    if native is not None and not apart:
         return native.attention(x, weight, added(mask, x), heads, scale, output, norm)
     product = native.linear if native else fallback.linear
     made = fallback.attention(product(x, weight, "none"), heads, mask, scale)

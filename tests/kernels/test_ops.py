@@ -162,6 +162,12 @@ def test_whole_sub_blocks_match_fp64(way, rows, threads):
         torch.set_num_threads(before)
 
 
+def test_attention_without_features_is_its_bias_and_the_input(way):
+    x, norm, bias = torch.randn(2, 20, 8), (torch.ones(8), None, 0.1), torch.randn(8)
+    found = ops.attention_norm(x, pack(torch.zeros(0, 8)), None, pack(torch.zeros(8, 0)), bias, norm, 2)
+    close(found, normed(x, bias.double().expand(2, 20, 8), norm))
+
+
 @pytest.mark.parametrize("norm", [(torch.ones(7), None, 0.1), (torch.ones(8), torch.ones(1), 0.1),
                                   (torch.ones(8).double(), None, 0.1)])  # fmt: skip
 def test_norms_that_do_not_fit_are_refused(norm):
@@ -190,7 +196,7 @@ def test_attention_matches_fp64(way, rows, threads):
         for heads, size, width in ((3, 16, 50), (1, 5, 33), (2, 64, 128)):
             weight, bias = 0.3 * sparse(3 * heads * size, width, 0.8), torch.randn(3 * heads * size)
             packed = pack(weight, rows)
-            for batch, length in ((1, 1), (2, 15), (1, 16), (3, 17), (2, 64), (1, 130), (0, 20), (2, 0)):
+            for batch, length in ((1, 1), (2, 15), (1, 16), (3, 17), (3, 33), (2, 64), (1, 130), (0, 20), (2, 0)):
                 x = torch.randn(batch, length, width)
                 wanted = attend(x, weight, bias, heads, None, size**-0.5)
                 close(ops.attention(x, packed, bias, heads), wanted)

@@ -269,6 +269,7 @@ EXPORT int hf_sparse_attention(int isa, const Weight* w, const Weight* output, c
   if (!sound(*w) || (output && !sound(*output))) return kBadPointers;
   if (output && output->in_features != w->out_features / 3) return kBadArgument;
   if (norm && (!output || output->out_features != w->in_features)) return kBadArgument;
+  if (output && w->out_features == 0) return kBadArgument;  // nothing would be written
   const int64_t width = output ? output->out_features : w->out_features / 3;
   if (batch == 0 || length == 0 || w->out_features == 0 || width == 0) return kOk;
   const int64_t in = length * w->in_features, out = length * width;
