@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .packing import dense
 
 if TYPE_CHECKING:
-    from .ops import Norm, Weight
+    from .checks import Norm, Weight
 
 SPARSE_FROM = 0.85
 """Share of zeros from which torch's CSR product, tokens in chunks, beats its dense one on a CPU."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import fallback
+from .checks import Norm, check_input
 from .int8_packing import NOTHING, STEPS, PackedInt8, check_int8, dense_int8
 from .library import ACTIVATIONS, NormStructure, library, library_status, norm_structure
-from .ops import Norm, check_input
 
 PARTS = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor {0}scales, Tensor {0}offsets, Tensor? {0}bias"
 COUNT = 6

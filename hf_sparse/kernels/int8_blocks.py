@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import fallback, int8
+from .checks import SHORTEST, Norm, added, check_heads, check_norm
 from .int8 import PARTS, Weight, check_weights, checked, compute, structure
 from .int8_packing import PackedInt8
 from .library import norm_structure
-from .ops import SHORTEST, Norm, added, check_heads, check_norm
 
 _NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
 MANY, SHORT = 3, 20

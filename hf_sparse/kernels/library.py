@@ -16,7 +16,7 @@ from ..errors import BackendError
 from .packing import chunk_width
 
 if TYPE_CHECKING:
-    from .ops import Norm, Weight
+    from .checks import Norm, Weight
 
 TARGET = Path(__file__).with_name("_cpu.so")
 """The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
 from . import fallback
-from .library import ACTIVATIONS, library
-from .packing import PackedWeight, check_layout
+from .checks import SHORTEST, Norm, Weight, added, check, check_attention, check_norm, check_weights
+from .library import library
+from .packing import PackedWeight
 
 _WEIGHT = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor? {0}bias"
 _library = torch.library.Library("hf_sparse", "DEF")
@@ -48,9 +48,6 @@ _library.define(
     f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {_NORM}, Tensor? mask, "
     "int rows, int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
 )
-
-SHORTEST = 16
-"""Tokens from which the own attention and layer norm are used: they work on tiles of as many, one for each thread."""
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -207,41 +204,6 @@ def attention_norm(
     )
 
 
-Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]
-"""values, columns, pointers, bias, rows, out_features, in_features."""
-
-Norm = tuple[Tensor, Tensor | None, float]
-"""weight, bias, epsilon of a layer norm."""
-
-
-def check_input(x: Tensor, activation: str, in_features: int) -> None:
-    """Refuse what no sparse product takes, whatever its weights are in."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise BackendError(
-            "the sparse products have no backward, and their input needs a gradient: call the model under "
-            "torch.inference_mode() or torch.no_grad(), or bring it back with hf_sparse.to_dense_runtime to train it"
-        )
-    if activation not in ACTIVATIONS:
-        raise BackendError(f"unknown activation {activation!r}; the sparse products know {', '.join(ACTIVATIONS)}")
-    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
-        raise BackendError(
-            f"a sparse product of {in_features} inputs was called with {tuple(x.shape)} in {x.dtype}; "
-            "the last dimension has to be the inputs, in floating point"
-        )
-
-
-def _check(x: Tensor, activation: str, *weights: Weight) -> None:
-    check_input(x, activation, weights[0][6])
-    _check_weights(*weights)
-
-
-def _check_weights(*weights: Weight) -> None:
-    for values, columns, pointers, bias, rows, out_features, in_features in weights:
-        check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse product")
-        if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
-            raise BackendError(f"a bias {tuple(bias.shape)} in {bias.dtype} for {out_features} outputs")
-
-
 def _native(x: Tensor, *weights: Weight) -> bool:
     """Say whether the C++ kernels take these: fp32 on the CPU, sizes that their int32 holds."""
     return x.dtype == torch.float32 and all(
@@ -251,13 +213,13 @@ def _native(x: Tensor, *weights: Weight) -> bool:
 
 def _linear(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
     weight = (values, columns, pointers, bias, rows, out_features, in_features)
-    _check(x, activation, weight)
+    check(x, activation, weight)
     native = library() if _native(x, weight) else None
     return native.linear(x, weight, activation) if native else fallback.linear(x, weight, activation)
 
 
 def _linear_fake(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
-    _check(x, activation, (values, columns, pointers, bias, rows, out_features, in_features))
+    check(x, activation, (values, columns, pointers, bias, rows, out_features, in_features))
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -279,7 +241,7 @@ def _split(arguments: tuple) -> tuple[tuple, str]:
 def _ffn(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights = _ffn_weights(parts)
-    _check(x, activation, *weights)
+    check(x, activation, *weights)
     native = library() if _native(x, *weights) else None
     return native.ffn(x, weights, activation) if native else fallback.ffn(x, weights, activation)
 
@@ -287,17 +249,8 @@ def _ffn(x, *arguments):  # type: ignore[no-untyped-def]
 def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights = _ffn_weights(parts)
-    _check(x, activation, *weights)
+    check(x, activation, *weights)
     return x.new_empty((*x.shape[:-1], weights[-1][5]))
-
-
-def check_norm(x: Tensor, norm: Norm) -> None:
-    """Refuse a layer norm that is none of the features of x."""
-    for part in norm[:2]:
-        if part is not None and (part.shape != x.shape[-1:] or part.dtype != x.dtype):
-            raise BackendError(
-                f"a layer norm {tuple(part.shape)} in {part.dtype} for {x.shape[-1]} features in {x.dtype}"
-            )
 
 
 def _ffn_norm_parts(parts: tuple) -> tuple[list[Weight], Norm]:
@@ -309,7 +262,7 @@ def _ffn_norm_parts(parts: tuple) -> tuple[list[Weight], Norm]:
 def _ffn_norm(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights, norm = _ffn_norm_parts(parts)
-    _check(x, activation, *weights)
+    check(x, activation, *weights)
     check_norm(x, norm)
     native = library() if _native(x, *weights) else None
     if native and x.shape[:-1].numel() >= SHORTEST * torch.get_num_threads():
@@ -321,44 +274,9 @@ def _ffn_norm(x, *arguments):  # type: ignore[no-untyped-def]
 def _ffn_norm_fake(x, *arguments):  # type: ignore[no-untyped-def]
     parts, activation = _split(arguments)
     weights, norm = _ffn_norm_parts(parts)
-    _check(x, activation, *weights)
+    check(x, activation, *weights)
     check_norm(x, norm)
     return x.new_empty(x.shape)
-
-
-def _check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int) -> None:
-    _check(x, "none", weight)
-    check_heads(x, weight[5], mask, heads)
-
-
-def check_heads(x: Tensor, outputs: int, mask: Tensor | None, heads: int) -> None:
-    """Refuse heads and masks that do not fit an input of attention or its queries, keys and values."""
-    if x.dim() != 3:
-        raise BackendError(f"sparse attention takes x of shape (batch, length, in), not {tuple(x.shape)}")
-    if heads < 1 or outputs % (3 * heads):
-        raise BackendError(f"{outputs} outputs are no queries, keys and values of {heads} heads")
-    if mask is None:
-        return
-    batch, length = x.shape[:2]
-    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
-    fits = fits and mask.shape[2] in (1, length) and mask.shape[3] == length
-    if not fits or not (mask.dtype == torch.bool or mask.dtype == x.dtype):
-        raise BackendError(
-            f"a mask of shape {tuple(mask.shape)} in {mask.dtype} for an input of shape {tuple(x.shape)}: it has to be "
-            f"(1 or batch, 1, 1 or length, length), in bool or {x.dtype}"
-        )
-
-
-def added(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Make a mask one that is added to the scores.
-
-    Shapes: (1 or batch, 1, 1 or length, length) -> (1 or batch, length, length)
-    """
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-    return mask[:, 0].expand(-1, x.shape[1], -1)
 
 
 def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float, *after: Any) -> Tensor:
@@ -378,12 +296,12 @@ def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: fl
 
 def _attention(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
     weight = (values, columns, pointers, bias, rows, out_features, in_features)
-    _check_attention(x, weight, mask, heads)
+    check_attention(x, weight, mask, heads)
     return _heads(x, weight, mask, heads, scale)
 
 
 def _attention_fake(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
-    _check_attention(x, (values, columns, pointers, bias, rows, out_features, in_features), mask, heads)
+    check_attention(x, (values, columns, pointers, bias, rows, out_features, in_features), mask, heads)
     return x.new_empty((*x.shape[:-1], out_features // 3))
 
 
@@ -392,8 +310,8 @@ def _attention_norm_parts(x: Tensor, parts: tuple) -> tuple[Weight, Tensor | Non
     mask, rows, output_rows, inner, features, heads, scale = parts[11:]
     weight: Weight = (*parts[:4], rows, 3 * inner, features)
     output: Weight = (*parts[4:8], output_rows, features, inner)
-    _check_attention(x, weight, mask, heads)
-    _check_weights(output)
+    check_attention(x, weight, mask, heads)
+    check_weights(output)
     check_norm(x, parts[8:11])
     return weight, mask, heads, scale, output, parts[8:11]
 

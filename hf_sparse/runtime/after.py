@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels.ops import Norm
+from ..kernels.checks import Norm
 from ..zeros import is_guard
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures import SubBlock
 from ..architectures.base import Changed, become
-from ..kernels.ops import Norm
+from ..kernels.checks import Norm
 from .after import norm_of, watched
 from .layers import PackedLinear
 

@@ -1,0 +1,95 @@
+"""What the operators of sparse products refuse, and what their arguments are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from .library import ACTIVATIONS
+from .packing import check_layout
+
+SHORTEST = 16
+"""Tokens from which the own attention and layer norm are used: they work on tiles of as many, one for each thread."""
+
+
+Weight = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, int]
+"""values, columns, pointers, bias, rows, out_features, in_features."""
+
+Norm = tuple[Tensor, Tensor | None, float]
+"""weight, bias, epsilon of a layer norm."""
+
+
+def check_input(x: Tensor, activation: str, in_features: int) -> None:
+    """Refuse what no sparse product takes, whatever its weights are in."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise BackendError(
+            "the sparse products have no backward, and their input needs a gradient: call the model under "
+            "torch.inference_mode() or torch.no_grad(), or bring it back with hf_sparse.to_dense_runtime to train it"
+        )
+    if activation not in ACTIVATIONS:
+        raise BackendError(f"unknown activation {activation!r}; the sparse products know {', '.join(ACTIVATIONS)}")
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != in_features:
+        raise BackendError(
+            f"a sparse product of {in_features} inputs was called with {tuple(x.shape)} in {x.dtype}; "
+            "the last dimension has to be the inputs, in floating point"
+        )
+
+
+def check(x: Tensor, activation: str, *weights: Weight) -> None:
+    """Refuse an input, an activation and weights that one operator cannot take together."""
+    check_input(x, activation, weights[0][6])
+    check_weights(*weights)
+
+
+def check_weights(*weights: Weight) -> None:
+    """Refuse packed weights and biases that do not fit together."""
+    for values, columns, pointers, bias, rows, out_features, in_features in weights:
+        check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse product")
+        if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
+            raise BackendError(f"a bias {tuple(bias.shape)} in {bias.dtype} for {out_features} outputs")
+
+
+def check_norm(x: Tensor, norm: Norm) -> None:
+    """Refuse a layer norm that is none of the features of x."""
+    for part in norm[:2]:
+        if part is not None and (part.shape != x.shape[-1:] or part.dtype != x.dtype):
+            raise BackendError(
+                f"a layer norm {tuple(part.shape)} in {part.dtype} for {x.shape[-1]} features in {x.dtype}"
+            )
+
+
+def check_attention(x: Tensor, weight: Weight, mask: Tensor | None, heads: int) -> None:
+    """Refuse an input, a weight of queries, keys and values, and heads that do not fit together."""
+    check(x, "none", weight)
+    check_heads(x, weight[5], mask, heads)
+
+
+def check_heads(x: Tensor, outputs: int, mask: Tensor | None, heads: int) -> None:
+    """Refuse heads and masks that do not fit an input of attention or its queries, keys and values."""
+    if x.dim() != 3:
+        raise BackendError(f"sparse attention takes x of shape (batch, length, in), not {tuple(x.shape)}")
+    if heads < 1 or outputs % (3 * heads):
+        raise BackendError(f"{outputs} outputs are no queries, keys and values of {heads} heads")
+    if mask is None:
+        return
+    batch, length = x.shape[:2]
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
+    fits = fits and mask.shape[2] in (1, length) and mask.shape[3] == length
+    if not fits or not (mask.dtype == torch.bool or mask.dtype == x.dtype):
+        raise BackendError(
+            f"a mask of shape {tuple(mask.shape)} in {mask.dtype} for an input of shape {tuple(x.shape)}: it has to be "
+            f"(1 or batch, 1, 1 or length, length), in bool or {x.dtype}"
+        )
+
+
+def added(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Make a mask one that is added to the scores.
+
+    Shapes: (1 or batch, 1, 1 or length, length) -> (1 or batch, length, length)
+    """
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    return mask[:, 0].expand(-1, x.shape[1], -1)
