@@ -53,9 +53,7 @@ def main() -> None:
             to_dense_runtime(model)
         changed = int((found["cpu"] != found["cpu-int8"]).sum())
         right = {backend: float((answers == labels).float().mean()) for backend, answers in found.items()}
-        print(
-            f"{run.name}: {changed} of {len(rows)} answers differ; right {right['cpu']:.4f}, int8 {right['cpu-int8']:.4f}"
-        )
+        print(f"{run.name}: {changed} of {len(rows)} differ; right {right['cpu']:.4f}, int8 {right['cpu-int8']:.4f}")
 
 
 if __name__ == "__main__":
