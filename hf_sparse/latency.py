@@ -104,14 +104,26 @@ def machine() -> str:
         >>> "threads" in machine()
         True
     """
-    processor = platform.processor() or platform.machine()
     cpu = Path("/proc/cpuinfo")
-    if cpu.is_file():
-        lines = [
-            line for line in cpu.read_text(encoding="utf-8", errors="replace").splitlines() if "model name" in line
-        ]
-        processor = lines[0].partition(":")[2].strip() if lines else processor
+    found = processor_of(cpu.read_text(encoding="utf-8", errors="replace")) if cpu.is_file() else ""
+    processor = found or platform.processor() or platform.machine()
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def processor_of(cpuinfo: str) -> str:
+    """Return the name in the text of /proc/cpuinfo, with family and model: that of a virtual machine may lack them.
+
+    Example:
+        >>> import os
+        >>> processor_of(os.linesep.join(["cpu family : 26", "model : 2", "model name : AMD EPYC"]))
+        'AMD EPYC (family 26, model 2)'
+    """
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())  # those of the first processor
+    name, numbers = fields.get("model name", ""), [fields.get(key, "") for key in ("cpu family", "model")]
+    return f"{name} (family {numbers[0]}, model {numbers[1]})" if name and all(numbers) else name
 
 
 def cache_folder() -> Path:

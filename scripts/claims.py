@@ -98,12 +98,15 @@ def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
         first = runs[0]
         if first.method != "hybrid":
             continue
-        metric, mine = MAIN[first.task], Speed.from_dict(first.speed).speedup
+        metric, timed = MAIN[first.task], Speed.from_dict(first.speed)
+        mine = timed.speedup
         value = _mean(results, first, metric)
         others = [
             (Speed.from_dict(rivals[0].speed).speedup, rivals[0])
             for rivals in groups.values()
-            if rivals[0].method in ELEMENT and (rivals[0].task, rivals[0].model) == (first.task, first.model)
+            if rivals[0].method in ELEMENT
+            and (rivals[0].task, rivals[0].model) == (first.task, first.model)
+            and Speed.from_dict(rivals[0].speed).machine == timed.machine
         ]
         sign = -1 if metric in LOWER else 1
         equal = [rival for rival in others if sign * (_mean(results, rival[1], metric) - value) >= -EQUAL]

@@ -11,6 +11,7 @@ import argparse
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def guide(results: Sequence[Result]) -> str:
         if name not in known and name not in planned:
             raise RecipeError(f"the guide names a result '{name}', which is neither there nor planned")
         runs = known.get(name, [])
-        return _speed(runs) if what == "speed" else value(runs)
+        return _speed(runs, results) if what == "speed" else value(runs)
 
     return re.sub(r"{{(.+?)}}", filled, TEMPLATE.read_text(encoding="utf-8"))
 
@@ -66,9 +67,13 @@ def value(runs: Sequence[Result], metric: str | None = None) -> str:
     return f"{statistics.mean(values):.3f} ({spread})"
 
 
-def _speed(runs: Sequence[Result]) -> str:
+def _speed(runs: Sequence[Result], results: Sequence[Result]) -> str:
     speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
-    return "speed not measured" if speed is None else verdict(speed.speedup)
+    if speed is None:
+        return "speed not measured"
+    counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
+    most = max(counts, key=lambda machine: (counts[machine], machine))
+    return verdict(speed.speedup) + ("" if speed.machine == most else ", on another processor")
 
 
 def claims(results: Sequence[Result]) -> str:
@@ -92,7 +97,7 @@ def section(results: Sequence[Result], task: str) -> str:
         dense = _dense(first, dense_twin(results, first))
         sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
         megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
-        speed = (_speed(runs) if first.speed else "not measured") if first.sparsity else "-"
+        speed = (_speed(runs, results) if first.speed else "not measured") if first.sparsity else "-"
         shown = [value(runs, metric) for metric in metrics]
         rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
     head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")

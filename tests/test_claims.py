@@ -70,3 +70,9 @@ def test_hybrid_is_compared_with_the_fastest_of_equal_accuracy() -> None:
     ]
     assert said([hybrid, *rivals], HYBRID) == ["refuted"]
     assert said([hybrid, result("movement", 0.8, 0, 0.8, speed=speed_file(gain=2.9))], HYBRID) == ["undecided"]
+
+
+def test_speeds_of_two_machines_are_not_compared() -> None:
+    hybrid = result("hybrid", 0.7, 0, 0.8, speed=speed_file(gain=3.0))
+    elsewhere = result("movement", 0.8, 0, 0.8, speed=speed_file(gain=1.5, machine="Box 10"))
+    assert said([hybrid, elsewhere], HYBRID) == ["not measured"]
