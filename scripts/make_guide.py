@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -71,9 +72,22 @@ def _speed(runs: Sequence[Result], results: Sequence[Result]) -> str:
     speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
     if speed is None:
         return "speed not measured"
+    return verdict(speed.speedup) + ("" if speed.machine == _machine(results) else ", on another processor")
+
+
+def _machine(results: Sequence[Result]) -> str | None:
+    """Return the machine that most speeds are of."""
     counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
-    most = max(counts, key=lambda machine: (counts[machine], machine))
-    return verdict(speed.speedup) + ("" if speed.machine == most else ", on another processor")
+    return max(counts, key=lambda machine: (counts[machine], machine), default=None)
+
+
+def _of_one_machine(results: Sequence[Result]) -> list[Result]:
+    """Leave out speeds of other machines."""
+    most = _machine(results)
+    return [
+        result if not result.speed or Speed.from_dict(result.speed).machine == most else replace(result, speed=None)
+        for result in results
+    ]
 
 
 def claims(results: Sequence[Result]) -> str:
@@ -125,10 +139,11 @@ def _own_model(task: str) -> str:
 def write(folder: Path) -> None:
     """Write the guide and its pictures into a folder such as recipes/."""
     results = read_results(RESULTS)
+    comparable = _of_one_machine(results)
     (folder / "reference").mkdir(parents=True, exist_ok=True)
     (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
     for task, metric in MAIN.items():
-        if _drawn(here := [result for result in results if result.task == task]):
+        if _drawn(here := [result for result in comparable if result.task == task]):
             plot(runs_of(here, metric, model=_own_model(task)), metric, folder / "reference" / f"pareto-{task}.png")
 
 
