@@ -20,6 +20,15 @@ Norm = tuple[Tensor, Tensor | None, float]
 """weight, bias, epsilon of a layer norm."""
 
 
+NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
+"""The same in the schema of an operator."""
+
+
+def scale_of(scale: float | None, inner: int, heads: int) -> float:
+    """Give what scores are multiplied by: one over the root of the size of a head, if nothing else is asked for."""
+    return max(inner // max(heads, 1), 1) ** -0.5 if scale is None else scale
+
+
 def check_input(x: Tensor, activation: str, in_features: int) -> None:
     """Refuse what no sparse product takes, whatever its weights are in."""
     if torch.is_grad_enabled() and x.requires_grad:

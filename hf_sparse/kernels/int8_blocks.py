@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from . import fallback, int8
-from .checks import SHORTEST, Norm, added, check_heads, check_norm
+from .checks import NORM, SHORTEST, Norm, added, check_heads, check_norm, scale_of
 from .int8 import PARTS, Weight, check_weights, checked, compute, structure
 from .int8_packing import PackedInt8
 from .library import norm_structure
 
-_NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
 MANY, SHORT = 3, 20
 """So many sequences of less than so many tokens are faster in the products alone, where they share tiles."""
 
@@ -28,11 +27,11 @@ _library.define(
     "int heads, float scale) -> Tensor"
 )
 _library.define(
-    f"int8_attention_norm(Tensor x, {PARTS.format('')}, {PARTS.format('output_')}, {_NORM}, Tensor? mask, "
+    f"int8_attention_norm(Tensor x, {PARTS.format('')}, {PARTS.format('output_')}, {NORM}, Tensor? mask, "
     "int rows, int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
 )
 _library.define(
-    f"int8_ffn_norm(Tensor x, {PARTS.format('up_')}, {PARTS.format('down_')}, {_NORM}, int up_rows, int down_rows, "
+    f"int8_ffn_norm(Tensor x, {PARTS.format('up_')}, {PARTS.format('down_')}, {NORM}, int up_rows, int down_rows, "
     "int hidden_features, int features, str activation) -> Tensor"
 )
 
@@ -61,7 +60,7 @@ def int8_attention(
     """
     out: Tensor = torch.ops.hf_sparse.int8_attention(
         *(x, *qkv.parts, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
-        max(qkv.out_features // (3 * max(heads, 1)), 1) ** -0.5 if scale is None else scale,
+        scale_of(scale, qkv.out_features // 3, heads),
     )
     return out
 
@@ -88,7 +87,7 @@ def int8_attention_norm(
     out: Tensor = torch.ops.hf_sparse.int8_attention_norm(
         *(x, *qkv.parts, bias, *output.parts, output_bias, *norm, mask),
         *(qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
-        max(output.in_features // max(heads, 1), 1) ** -0.5 if scale is None else scale,
+        scale_of(scale, output.in_features, heads),
     )
     return out
 

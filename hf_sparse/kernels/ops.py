@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import fallback
-from .checks import SHORTEST, Norm, Weight, added, check, check_attention, check_norm, check_weights
+from .checks import NORM, SHORTEST, Norm, Weight, added, check, check_attention, check_norm, check_weights, scale_of
 from .library import library
 from .packing import PackedWeight
 
@@ -39,13 +39,12 @@ _library.define(
     "int heads, float scale) -> Tensor"
 )
 
-_NORM = "Tensor norm_weight, Tensor? norm_bias, float norm_eps"
 _library.define(
-    f"sparse_ffn_norm(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, {_NORM}, int up_rows, "
+    f"sparse_ffn_norm(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, {NORM}, int up_rows, "
     "int down_rows, int hidden_features, int features, str activation) -> Tensor"
 )
 _library.define(
-    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {_NORM}, Tensor? mask, "
+    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {NORM}, Tensor? mask, "
     "int rows, int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
 )
 
@@ -141,11 +140,10 @@ def attention(
     Raises:
         BackendError: as `linear`; or heads that do not divide the outputs, or a mask of another shape or type.
     """
-    size = qkv.out_features // (3 * max(heads, 1))
     return torch.ops.hf_sparse.sparse_attention(
         x,
         *(qkv.values, qkv.columns, qkv.pointers, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
-        max(size, 1) ** -0.5 if scale is None else scale,
+        scale_of(scale, qkv.out_features // 3, heads),
     )
 
 
@@ -194,13 +192,12 @@ def attention_norm(
     Raises:
         BackendError: as `attention`; or a norm of another size or type.
     """
-    size = output.in_features // max(heads, 1)
     return torch.ops.hf_sparse.sparse_attention_norm(
         x,
         *(qkv.values, qkv.columns, qkv.pointers, bias),
         *(output.values, output.columns, output.pointers, output_bias),
         *(*norm, mask, qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
-        max(size, 1) ** -0.5 if scale is None else scale,
+        scale_of(scale, output.in_features, heads),
     )
 
 

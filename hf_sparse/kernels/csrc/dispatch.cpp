@@ -56,11 +56,10 @@ int tile_width(const Kernels& k, int widest, int64_t tokens, int threads) {
   return int(width < widest ? width : widest);
 }
 
-// Chunks of hidden features that a feed-forward part computes at a time, and floats of queries, keys and values that an
-// attention does.
-constexpr int64_t kPanel = 2, kHeads = 1 << 16;
+// Chunks of hidden features that a feed-forward part computes at a time.
+constexpr int64_t kPanel = 2;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int smaller(int a, int b) { return a < b ? a : b; }
 
 int linear(const Kernels& k, const Weight& w, const float* x, float* y, int64_t tokens, Activation act, int threads) {
   const bool few = tokens == 1 || tokens * (w.rows >= k.lanes ? w.rows / k.lanes : 1) < w.rows;
@@ -104,7 +103,7 @@ int attention(const Kernels& k, const Weight& w, const After& after, const float
               int64_t length, int heads, float scale, int threads) {
   const int64_t inner = w.out_features / 3, size = inner / heads;
   const int64_t width = after.output ? after.output->out_features : inner;
-  const int widest = int(smaller(k.widest(w.rows), k.widest(after.output ? after.output->rows : w.rows)));
+  const int widest = smaller(k.widest(w.rows), k.widest(after.output ? after.output->rows : w.rows));
   const int tile = tile_width(k, widest, length, after.output ? threads : 1);
   // From one tile to the next: of inputs, of what the heads make of them, of outputs.
   const int64_t tiles = (length + tile - 1) / tile, in_step = padded_inputs(w) * tile;
@@ -117,10 +116,8 @@ int attention(const Kernels& k, const Weight& w, const After& after, const float
   share(tiles, threads, [&](int64_t t) {
     k.gather(x + t * tile * w.in_features, w.in_features, here(t), w.in_features, tile, all + t * in_step);
   });
-  // As many heads at a time as fit the second cache; all of them where blocks of rows lie across heads.
   const bool apart = size % w.rows == 0;
-  const int64_t fit = kHeads / (3 * size * tiles * tile);
-  const int64_t each = apart ? smaller(fit < 1 ? 1 : fit, (heads + threads - 1) / threads) : heads;
+  const int64_t each = heads_at_once(heads, size, w.rows, tiles * tile, threads);
   bool failed = false;
   share((heads + each - 1) / each, threads, [&](int64_t i) {
     const int64_t first = i * each, count = heads - first < each ? heads - first : each, features = count * size;
@@ -223,7 +220,7 @@ EXPORT int hf_sparse_ffn(int isa, const Weight* first, const Weight* second, con
     return result == kOk ? linear(k, *down, h, y, tokens, kNone, threads) : result;
   }
   const int lesser = second ? k.widest(second->rows) : k.widest(first->rows);
-  const int widest = int(smaller(lesser, smaller(k.widest(first->rows), k.widest(down->rows))));
+  const int widest = smaller(lesser, smaller(k.widest(first->rows), k.widest(down->rows)));
   const int tile = tile_width(k, widest, tokens, threads);
   bool failed = false;
   share((tokens + tile - 1) / tile, threads, [&](int64_t i) {

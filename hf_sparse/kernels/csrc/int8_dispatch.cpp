@@ -173,9 +173,6 @@ struct After {
   const Norm* norm;
 };
 
-// Floats of queries, keys and values that are computed at a time: they fit the second cache.
-constexpr int64_t kHeads = 1 << 16;
-
 // One sequence, as `attention` of dispatch.cpp; all its tiles have the same width, whatever is in the last.
 int attention(const Int8Weight& w, const After& after, const float* x, float* y, const float* mask, int64_t length,
               int heads, float scale, int threads) {
@@ -196,13 +193,8 @@ int attention(const Int8Weight& w, const After& after, const float* x, float* y,
   share(tiles, threads, [&](int64_t t) {
     int8::read(x + t * kTile * in, in, here(t), in, kTile, bytes_at(inputs + t * in_step), steps + t * kTile);
   });
-  // As many heads at a time as fit the second cache; all of them where blocks of rows lie across heads.
   const bool apart = size % w.rows == 0;
-  int64_t each = heads;
-  if (apart) {
-    const int64_t fit = kHeads / (3 * size * tiles * kTile), fair = (heads + threads - 1) / threads;
-    each = fit < 1 ? 1 : fit < fair ? fit : fair;
-  }
+  const int64_t each = heads_at_once(heads, size, w.rows, tiles * kTile, threads);
   bool failed = false;
   share((heads + each - 1) / each, threads, [&](int64_t i) {
     const int64_t first = i * each, count = heads - first < each ? heads - first : each, features = count * size;

@@ -33,6 +33,14 @@ struct Scratch {
   }
 };
 
+// Heads of an attention that one thread computes at a time: as many as have their queries, keys and values in the second
+// cache (2^16 floats) and leave some for each thread; all of them where blocks of rows lie across heads.
+int64_t heads_at_once(int64_t heads, int64_t size, int rows, int64_t tokens, int threads) {
+  if (size % rows) return heads;
+  const int64_t fit = (1 << 16) / (3 * size * tokens), fair = (heads + threads - 1) / threads;
+  return fit < 1 ? 1 : fit < fair ? fit : fair;
+}
+
 template <typename Work>
 void share(int64_t count, int threads, const Work& work) {
   if (threads <= 1 || count <= 1 || forked) {
