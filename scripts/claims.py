@@ -1,7 +1,9 @@
 """What the reference results say about three claims of the papers: shown, refuted, undecided or not measured.
 
 A claim is about pairs of results of one task: shown if the difference has the claimed sign in every seed of at least
-two, refuted if it has the other sign in every seed of at least two, undecided otherwise.
+two, refuted if it has the other sign in every seed of at least two. Where seeds disagree, five or more of them decide
+by the 95 % interval of their mean: shown above 0, refuted below 0, and refuted too where it holds 0, since a gain that
+so many runs do not show is none to count on. Undecided otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ MAIN = {"sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pear
 ELEMENT = ("magnitude", "movement", "soft movement")
 EQUAL = 0.005
 """Metrics this near are called equal where speeds are compared."""
+
+ENOUGH = 5
+"""So many seeds decide although they disagree."""
+
+STUDENT = {5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""By number of seeds, how many standard errors from the mean the 95 % interval of Student's t ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,8 @@ def decided(differences: Sequence[float]) -> str:
     Example:
         >>> [decided(seeds) for seeds in ([0.1, 0.2], [-0.1, -0.2], [0.1, -0.1], [0.1], [])]
         ['shown', 'refuted', 'undecided', 'undecided (one seed)', 'not measured']
+        >>> [decided(seeds) for seeds in ([0.1, 0.2, 0.1, 0.2, -0.01], [0.1, -0.1, 0.1, -0.1, 0.1])]
+        ['shown (on average)', 'refuted (no difference)']
     """
     if not differences:
         return "not measured"
@@ -57,7 +67,24 @@ def decided(differences: Sequence[float]) -> str:
         return "undecided (one seed)"
     if all(value > 0 for value in differences):
         return "shown"
-    return "refuted" if all(value < 0 for value in differences) else "undecided"
+    if all(value < 0 for value in differences):
+        return "refuted"
+    if len(differences) < ENOUGH:
+        return "undecided"
+    low, high = interval(differences)
+    return "shown (on average)" if low > 0 else "refuted (on average)" if high < 0 else "refuted (no difference)"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a mean of five values or more (from eleven on, a little wider).
+
+    Example:
+        >>> [round(end, 3) for end in interval([0.1, 0.2, 0.1, 0.2, 0.15])]
+        [0.088, 0.212]
+    """
+    count = len(differences)
+    reach = STUDENT[min(count, max(STUDENT))] * statistics.stdev(differences) / count**0.5
+    return statistics.mean(differences) - reach, statistics.mean(differences) + reach
 
 
 def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] | None:
@@ -70,6 +97,9 @@ def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] 
     differences = [sign * (mine - theirs) for mine, theirs in both]
     mine, theirs = (statistics.mean(side) for side in zip(*both, strict=True))
     each = " ".join(f"{value:+.3f}" for value in differences)
+    if len(differences) >= ENOUGH:
+        low, high = interval(differences)
+        each += f", on average {statistics.mean(differences):+.3f} (95 %: {low:+.3f} to {high:+.3f})"
     return decided(differences), f"{metric} {mine:.3f} against {theirs:.3f}; better by {each}"
 
 

@@ -44,6 +44,24 @@ def test_signs_in_all_seeds_decide() -> None:
     assert said(unlike, MOVEMENT) == ["not measured"]
 
 
+def test_five_seeds_decide_although_they_disagree() -> None:
+    base = [result("magnitude", 0.9, seed, 0.5) for seed in range(5)]
+
+    def said_of(*differences: float) -> tuple[str, str]:
+        runs = [result("movement", 0.9, seed, 0.5 + value) for seed, value in enumerate(differences)]
+        (verdict,) = [verdict for verdict in verdicts([*base, *runs]) if verdict.claim == MOVEMENT]
+        return verdict.said, verdict.figures
+
+    assert said_of(0.1, -0.01, 0.1)[0] == "undecided"
+    word, figures = said_of(0.1, 0.2, 0.1, 0.2, -0.01)
+    assert word == "shown (on average)"
+    # stdev 0.08701, 2.776 standard errors of it are 0.108
+    assert figures.endswith("-0.010, on average +0.118 (95 %: +0.010 to +0.226)")
+    assert said_of(-0.1, -0.2, -0.1, -0.2, 0.01)[0] == "refuted (on average)"
+    assert said_of(0.1, -0.1, 0.1, -0.1, 0.1)[0] == "refuted (no difference)"
+    assert said_of(0.1, 0.1, 0.2, 0.1, 0.1)[0] == "shown"
+
+
 def test_lower_error_rates_are_better() -> None:
     runs = [result(method, 0.9, seed, value, task="g2p") for seed in (0, 1) for method, value in
             (("magnitude, after dense", 0.3), ("movement, after dense", 0.2))]  # fmt: skip
