@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 
 from hf_sparse.model_card import CardFacts, card_text
-from hf_sparse.results import Result, by_name, dense_twin, read_results
+from hf_sparse.results import Result, by_name, dense_twin
 from hf_sparse.speed import Speed
+from scripts.reference import ROOT, reference_results
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "recipes" / "reference" / "results.json"
 DATA = {
     "sst2": "SST-2, validation sentences",
     "mrpc": "MRPC, validation pairs",
@@ -33,7 +35,7 @@ WRITES = ("g2p",)
 
 def cards() -> dict[str, str]:
     """Return the text of every card by the name of its file."""
-    results = read_results(RESULTS)
+    results = reference_results()
     made = {"template.md": card_text(CardFacts("name of the model"))}
     for name, runs in by_name(results).items():
         made[f"{name}.md"] = card_text(_facts(runs, dense_twin(results, runs[0])))

@@ -11,7 +11,6 @@ import argparse
 import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from hf_sparse.compare import runs_of
 from hf_sparse.errors import RecipeError
 from hf_sparse.markdown import table
 from hf_sparse.pareto import plot
-from hf_sparse.results import AFTER, Result, by_name, dense_twin, read_results
+from hf_sparse.results import AFTER, Result, by_name, dense_twin
 from hf_sparse.speed import Speed, verdict
 from scripts.claims import MAIN, verdicts
-from scripts.reference import RESULTS, ROOT, read_plan
+from scripts.reference import ROOT, main_machine, read_plan, reference_results
 
 TEMPLATE = ROOT / "recipes" / "reference" / "guide.template.md"
 TITLES = {
@@ -72,22 +71,7 @@ def _speed(runs: Sequence[Result], results: Sequence[Result]) -> str:
     speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
     if speed is None:
         return "speed not measured"
-    return verdict(speed.speedup) + ("" if speed.machine == _machine(results) else ", on another processor")
-
-
-def _machine(results: Sequence[Result]) -> str | None:
-    """Return the machine that most speeds are of."""
-    counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
-    return max(counts, key=lambda machine: (counts[machine], machine), default=None)
-
-
-def _of_one_machine(results: Sequence[Result]) -> list[Result]:
-    """Leave out speeds of other machines."""
-    most = _machine(results)
-    return [
-        result if not result.speed or Speed.from_dict(result.speed).machine == most else replace(result, speed=None)
-        for result in results
-    ]
+    return verdict(speed.speedup) + ("" if speed.machine == main_machine(results) else ", on another processor")
 
 
 def claims(results: Sequence[Result]) -> str:
@@ -111,7 +95,7 @@ def section(results: Sequence[Result], task: str) -> str:
         dense = _dense(first, dense_twin(results, first))
         sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
         megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
-        speed = (_speed(runs, results) if first.speed else "not measured") if first.sparsity else "-"
+        speed = (_speed(runs, results) if any(run.speed for run in runs) else "not measured") if first.sparsity else "-"
         shown = [value(runs, metric) for metric in metrics]
         rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
     head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
@@ -138,8 +122,12 @@ def _own_model(task: str) -> str:
 
 def write(folder: Path) -> None:
     """Write the guide and its pictures into a folder such as recipes/."""
-    results = read_results(RESULTS)
-    comparable = _of_one_machine(results)
+    results = reference_results()
+    machine = main_machine(results)
+    comparable = [
+        result if not result.speed or Speed.from_dict(result.speed).machine == machine else replace(result, speed=None)
+        for result in results
+    ]
     (folder / "reference").mkdir(parents=True, exist_ok=True)
     (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
     for task, metric in MAIN.items():

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from hf_sparse import RecipeError
-from hf_sparse.results import read_results
+from hf_sparse.results import Result, read_results
 from scripts import make_guide
 from scripts.claims import MAIN
-from scripts.reference import RESULTS, ROOT, read_plan
+from scripts.reference import RESULTS, ROOT, main_machine, read_plan, reference_results
+from tests.speeds import speed_file
 
 
 def test_committed_guide_and_pictures_are_what_the_script_writes(tmp_path: Path) -> None:
@@ -32,6 +33,23 @@ def test_every_result_is_in_the_guide_and_every_task_has_a_metric() -> None:
         assert MAIN[result.task] in result.metrics
     for entry in read_plan()[1]:
         assert entry.task in MAIN
+
+
+def test_speed_of_the_main_machine_stands_for_a_result_whichever_seed_it_is_of() -> None:
+    def timed(name: str, seed: int, machine: str, gain: float) -> Result:
+        return Result(name, task="sst2", model="paraphrase-minilm-l3-v2", method="magnitude", sparsity=0.9, seed=seed,
+                      metrics={"accuracy": 0.8}, steps=1, speed=speed_file(gain=gain, machine=machine))  # fmt: skip
+
+    old, new = timed("a", 0, "old", 2.0), timed("a", 1, "new", 3.0)
+    others = [timed("b", 0, "new", 4.0), timed("c", 0, "new", 6.0), timed("d", 0, "old", 5.0)]
+    results = reference_results([old, new, *others])
+    assert main_machine(results) == "new"
+    assert [bool(result.speed) for result in results] == [False, True, True, True, True]
+    table = make_guide.section(results, "sst2")
+    assert "3.00x" in table  # although the first seed was not timed
+    assert "2.00x" not in table
+    assert "5.00x as fast" in table
+    assert table.count("on another processor") == 1
 
 
 def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
