@@ -87,7 +87,7 @@ class SparseConfig(QuantizationConfigMixin):
         """
         rest = {key: value for key, value in config_dict.items() if key not in _WISHES}
         stated = {key: config_dict[key] for key in _WISHES if config_dict.get(key) is not None}
-        made = super().from_dict(rest, return_unused_kwargs, **kwargs)
+        made = super().from_dict(rest, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
         (made[0] if return_unused_kwargs else made).stated = stated
         return made
 
