@@ -185,7 +185,9 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Show the gradients to the scorers that look at them."""
         pruner = self._pruner(kwargs.get("model"))
-        pruner.observe()
+        # accelerate's, in fp16 alone; it has unscaled the gradients of parameters by now, and changes after the step.
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        pruner.observe(1.0 if scaler is None else scaler.get_scale())
         assert self._terms is not None
         self._terms.check_trained()
 

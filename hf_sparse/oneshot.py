@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config import SparsityConfig
 from .errors import RecipeError
 from .pruner import Pruner
 from .report import WEIGHTS_ATTRIBUTE
+from .units import Share
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,7 +84,7 @@ def prune_further(model: M, config: SparsityConfig) -> M:
         hf_sparse.errors.RecipeError: sparsity 0.5 was asked for, but the model is at 0.7500 already, ...
     """
     for plan in Pruner(model, config).plans:
-        alive = [plan.pattern.pool((layer.weight != 0).float()) > 0 for layer in plan.layers.values()]
+        alive = [_alive(shares) for shares in plan.shares]
         groups, kept = sum(mask.numel() for mask in alive), sum(int(mask.sum()) for mask in alive)
         # Where the pattern or the selection decides, anything that is sparser fulfils it too.
         if plan.config.sparsity is not None and kept + len(alive) < (1 - plan.sparsity) * groups:
@@ -95,3 +97,8 @@ def prune_further(model: M, config: SparsityConfig) -> M:
     # What is sparse from before and no target this time stays packed when saved.
     setattr(model, WEIGHTS_ATTRIBUTE, tuple(dict.fromkeys((*before, *getattr(model, WEIGHTS_ATTRIBUTE)))))
     return model
+
+
+def _alive(shares: Sequence[Share]) -> Tensor:
+    """Return which groups of a unit that has no masks have anything left in any of its weights."""
+    return torch.stack([share.pattern.pool((share.layer.weight != 0).float(), "sum") for share in shares]).sum(0) > 0

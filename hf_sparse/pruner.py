@@ -117,14 +117,19 @@ class Pruner:
                 check_shards(plan)
                 plan.renew(progress)
 
-    def observe(self) -> None:
-        """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step."""
+    def observe(self, scale: float = 1.0) -> None:
+        """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step.
+
+        Args:
+            scale: what the loss was multiplied with before `backward`, as in `GradScaler.get_scale()`. The gradients
+                seen here are not those of parameters, so no `unscale_` reaches them.
+        """
         self._must_be_attached()
         with torch.no_grad():
             for plan in self.plans:
                 if plan.scorer.observes:
                     for unit in plan.units:
-                        unit.observe(plan.scorer)
+                        unit.observe(plan.scorer, scale)
 
     def measure(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Show data to the scorers that look at gradients or measure heads, without training; then call `step`.

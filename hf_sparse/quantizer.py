@@ -88,6 +88,13 @@ class SparseQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            quantization_config.take_stated()
+        elif quantization_config.stated:
+            logger.warning(
+                f"{', '.join(quantization_config.stated)} in config.json has no effect: how a checkpoint is run is for "
+                "the one who loads it, as in from_pretrained(..., quantization_config=SparseConfig(...))"
+            )
         self.manifest = quantization_config.manifest
         self.failures: list[CheckpointError] = []
         self.checked = False

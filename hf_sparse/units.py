@@ -138,8 +138,12 @@ class Unit:
         for member in self.members:
             member.masked.mask.fill_(True)
 
-    def observe(self, scorer: Scorer) -> None:
-        """Show the scorer the gradients gathered since the last optimizer step, averaged over all processes."""
+    def observe(self, scorer: Scorer, scale: float = 1.0) -> None:
+        """Show the scorer the gradients gathered since the last optimizer step, averaged over all processes.
+
+        Args:
+            scale: of the loss that they are gradients of.
+        """
         gathered = []
         for member in self.members:
             gradient, member.masked.gathered = member.masked.gathered, None
@@ -152,6 +156,8 @@ class Unit:
         # A loss scaler that overflowed skips its step; the scores must not remember it.
         if all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered):
             for member, gradient in gathered:
+                # Sums over steps would otherwise be of the steps with the highest scale, which changes by powers of 2.
+                gradient /= scale
                 if member.masked.importance is None:
                     member.masked.importance = torch.zeros_like(gradient)
                 scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)

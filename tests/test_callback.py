@@ -235,6 +235,23 @@ def test_logs_reach_the_state_and_every_other_callback(tmp_path: Path) -> None:
     assert [log for log in trainer.state.log_history if "loss" in log][-1]["sparsity"] == last["sparsity"]
 
 
+def test_importance_is_that_of_the_loss_and_not_of_the_scaled_loss_of_fp16(tmp_path: Path) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        trainer = sparse_trainer(tmp_path, SparsityConfig(sparsity=0.5, scorer="gradient"), model)
+        ids = Rows(4).ids
+        (scale * model(input_ids=ids, labels=ids[:, 0] % 2).loss).backward()
+        # What a Trainer in fp16 hands over, which is for GPUs only.
+        optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale))
+        callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, SparsityCallback))
+        callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer)
+        found.append([unit.masked.importance for unit in callback.pruner.units])
+    for plain, scaled in zip(*found, strict=True):
+        assert bool(plain.any())
+        torch.testing.assert_close(plain, scaled)
+
+
 # -- what it refuses before step one ---------------------------------------------------------------------------------
 
 SOFT = SparsityConfig(sparsity=0.5, scorer="soft_movement", schedule=RAMP)

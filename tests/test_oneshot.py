@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import RecipeError, SparsityConfig, SparsityError, sparsify, summarize
+from hf_sparse import RecipeError, SparsityConfig, SparsityError, compact, sparsify, summarize
+from hf_sparse.oneshot import prune_further
 
 from .layers import one_layer, two_layers
+from .training import bert
 
 
 def test_sparsify_keeps_the_largest_weights_and_hands_back_the_same_model() -> None:
@@ -82,3 +84,16 @@ def test_sparsify_can_be_repeated_with_more() -> None:
     for sparsity, nonzeros in ((0.5, 64), (0.75, 32)):
         sparsify(model, SparsityConfig(targets="*", sparsity=sparsity))
         assert [weight.nonzeros for weight in summarize(model).weights] == [nonzeros, nonzeros]
+
+
+@pytest.mark.parametrize(("pattern", "left"), [("head", 2), ("neuron", 32)])
+def test_prune_further_removes_whole_heads_and_neurons_of_a_model_that_is_sparse(pattern: str, left: int) -> None:
+    model = sparsify(bert(), SparsityConfig(sparsity=0.25))
+    edits = compact(prune_further(model, SparsityConfig(pattern=pattern, sparsity=0.5)))
+    assert {len(cut.kept) for _, _, cut in edits} == {left}
+
+
+def test_prune_further_refuses_fewer_heads_removed_than_are() -> None:
+    model = sparsify(bert(), SparsityConfig(pattern="head", sparsity=0.75))
+    with pytest.raises(RecipeError, match=r"sparsity 0\.25 was asked for, but the model is at 0\.7500 already"):
+        prune_further(model, SparsityConfig(pattern="head", sparsity=0.25))

@@ -174,6 +174,30 @@ def test_gradient_scores_see_removed_weights_so_that_they_can_come_back() -> Non
 
 
 @pytest.mark.parametrize("scorer", ["gradient", "taylor"])
+def test_importance_does_not_depend_on_the_scale_of_the_loss(scorer: str) -> None:
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = two_layers()
+        pruner = attached(model, scorer=scorer, sparsity=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1, enabled=enabled)
+        for x in torch.eye(16)[:3]:  # powers of 2, and so exact
+            scaler.scale(model(x).square().sum()).backward()
+            scaler.unscale_(optimizer)
+            pruner.observe(scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scaler.get_scale() == (8192.0 if enabled else 1.0)
+        found.append([unit.masked.importance for unit in pruner.units])
+    for plain, scaled in zip(*found, strict=True):
+        assert plain is not None
+        assert bool(plain.any())
+        torch.testing.assert_close(plain, scaled)
+
+
+@pytest.mark.parametrize("scorer", ["gradient", "taylor"])
 def test_pruner_refuses_to_look_at_gradients_of_a_frozen_weight(scorer: str) -> None:
     model = two_layers()
     model[2].weight.requires_grad_(False)

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
+from hf_sparse.runtime import is_runtime
 
 from .training import Rows, arguments, bert, sparse_trainer
 
@@ -48,6 +49,31 @@ def packed(original: tuple[BertForSequenceClassification, Path], tmp_path: Path)
 
 def load(folder: Path, **options: Any) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+
+
+# -- whose wish it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wish", [{"backend": "cpu-int8"}, {"quantization_config": {"load_in_8bit": True}}])
+def test_a_file_cannot_ask_for_weights_that_are_not_exact(
+    wish: dict[str, Any], packed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_sparse"), "propagate", True)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= wish
+    (packed / "config.json").write_text(json.dumps(config))
+    loaded = load(packed)
+    layer = loaded.bert.encoder.layer[0].attention.self.query
+    assert type(layer) is torch.nn.Linear
+    assert layer.weight.dtype == torch.float32
+    assert f"{next(iter(wish))} in config.json has no effect" in caplog.text
+
+
+def test_a_mapping_can_wish_what_a_sparse_config_can(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    wish = {"quant_method": "hf_sparse", "sparsity": 0.5, "backend": "csr"}
+    assert is_runtime(load(tmp_path, quantization_config=wish))
 
 
 # -- exact -----------------------------------------------------------------------------------------------------------
