@@ -88,8 +88,8 @@ class PackedLinear(InRuntimeForm, nn.Module):
             )
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise BackendError(
-                f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device}. To "
-                f"move or cast the model, {_BACK}"
+                f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device} (by "
+                f"torch.autocast around the model, maybe: leave it out). To move or cast the model, {_BACK}"
             )
 
     def extra_repr(self) -> str:
