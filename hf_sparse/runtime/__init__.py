@@ -43,8 +43,9 @@ def to_runtime(
 
     Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
     generates, the product with the vocabulary stays dense, and an own kernel reads it for a few tokens. The model
-    computes what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
-    `to_dense_runtime`. A model of which nothing is packed stays as it is.
+    computes what it did (to rounding; but an infinity or NaN that meets a zero weight is ignored, where dense products
+    give NaN), saves what it did, and cannot train: no parameter asks for gradients until `to_dense_runtime`. A model of
+    which nothing is packed stays as it is.
 
     Args:
         backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
@@ -303,7 +304,8 @@ def _read_vocabulary(
 def _refuse_wish(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
-    if tokens is not None and (not tokens or min(tokens) < 1):
+    counts = tokens if isinstance(tokens, Sequence) else (None,)
+    if tokens is not None and not (counts and all(isinstance(count, int) and count >= 1 for count in counts)):
         raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
     if backend == "cpu" and not status.available:
         raise BackendError(
