@@ -145,7 +145,7 @@ class TimesFile:
         """Return what is known; a file that cannot be read knows nothing."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}  # a cache: what cannot be read is measured again
         if not isinstance(found, dict):
             return {}

@@ -4,9 +4,9 @@
     python scripts/verify_gpu.py --quick --out DIR
 
 Products are compared with fp64, per shape and type; times are of CUDA events, sparse and dense in turns, median and
-quartiles. Then a packed model is loaded with device_map="auto" on all GPUs there are, loading it for tensor parallelism
-has to be refused in words, and a short training with the callback runs under torchrun. Without CUDA it says so, and
-exits with 3; with 1 if anything is wrong.
+quartiles. Then layers go into runtime form and back (`to_runtime`), a packed model is loaded with device_map="auto" on
+all GPUs there are, loading it for tensor parallelism has to be refused in words, and a short training with the callback
+runs under torchrun. Without CUDA it says so, and exits with 3; with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 128, 2048, 8192]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-BOUNDS = {"fp16": 2e-3, "bf16": 1.6e-2}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BOUNDS = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 """What the rounding of the result may cost, as a share of the largest exact value."""
 
 Row = dict[str, Any]
@@ -117,6 +117,33 @@ def products(quick: bool) -> list[Row]:
                         rows += product(path, shape, name, tokens, rounds)
                 except Exception as error:  # noqa: BLE001  one broken path must not hide the others
                     rows.append({"path": path, "shape": list(shape), "dtype": name, "ok": False, "error": repr(error)})
+    return rows
+
+
+def runtime(device: str = "cuda", dtype: torch.dtype = torch.float16, width: int = 1024) -> list[Row]:
+    """Bring layers into runtime form, which times and chooses by itself, compare them, and bring them back."""
+    from hf_sparse import SparsityConfig, sparsify, to_dense_runtime, to_runtime
+    from hf_sparse.runtime import SpeedTable
+
+    rows: list[Row] = []
+    blocks: Any = {"name": "block", "rows": 64, "cols": 64}
+    asked: list[tuple[str, Any, float]] = [("2:4", "2:4", 0.5), ("blocks", blocks, 0.75)]
+    for name, pattern, sparsity in asked:
+        model = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        sparsify(model, SparsityConfig(targets="*", sparsity=sparsity, pattern=pattern)).to(device, dtype).eval()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        x = torch.randn(2, 96, width, device=device, dtype=dtype)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            exact = model(x).double()
+            report = to_runtime(model, table=SpeedTable(Path(folder) / "times.json"))
+            off = float((model(x).double() - exact).abs().max() / exact.abs().max())
+            if report.sparse:
+                to_dense_runtime(model)
+        after = model.state_dict()
+        same = list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+        layers = [{"kernel": one.kernel, "gains": dict(one.gains), "reason": one.reason} for one in report.layers]
+        ok = same and off <= 2 * BOUNDS["fp16"]  # two products, each rounded as the dense one is
+        rows.append({"check": f"to_runtime, {name}", "ok": ok, "off": off, "same": same, "layers": layers})
     return rows
 
 
@@ -262,7 +289,8 @@ def table(result: dict[str, Any]) -> str:
     for row in result["products"]:
         start = f"| {row['path']} | {row['shape'][0]} x {row['shape'][1]} | {row['dtype']} |"
         if "us" not in row:
-            lines.append(f"{start} | | | | | {row.get('refused') or 'WRONG: ' + row['error']} |")
+            why = row.get("refused") or "WRONG: " + row["error"]
+            lines.append(f"{start} | | | | | {why.replace('|', '/')} |")
             continue
         spans = [f"{q[1]:.1f} ({q[0]:.1f}-{q[2]:.1f})" for q in (row["us"]["sparse"], row["us"]["dense"])]
         end = "" if row["ok"] else "WRONG"
@@ -289,7 +317,7 @@ def main() -> int:
         return 0
     result: dict[str, Any] = {"machine": machine(), "products": products(options.quick), "checks": []}
     result["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    for check in (loading, distributed):
+    for check in (runtime, loading, distributed):
         try:
             result["checks"] += check()
         except Exception as error:  # noqa: BLE001  the products are worth writing even so

@@ -1,7 +1,7 @@
 """The operator `hf_sparse::dense_linear`: torch's product, but that of a few tokens by a kernel that only reads fast.
 
 For one token, torch reads a weight of 32,128 x 512 two fifths as fast as that kernel does on one core, and a copy of it
-by columns two thirds as fast. It has no backward.
+by columns two thirds as fast. What needs a gradient, and what torch.autocast is to cast, is left to torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import needs_gradient
 from .library import library
 
 FEW = 8
@@ -32,6 +33,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         >>> dense_linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
     """
+    if needs_gradient(x, weight, bias):
+        return F.linear(x, weight, bias)
     out: Tensor = torch.ops.hf_sparse.dense_linear(x, weight, bias)
     return out
 
@@ -41,7 +44,8 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         parts = (x, weight) if bias is None else (x, weight, bias)
         plain = all(part.dtype == torch.float32 and part.is_cpu for part in parts)
         fits = weight.is_contiguous() and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        if plain and fits and (native := library()) is not None:
+        own = not needs_gradient(*parts) and not torch.is_autocast_enabled("cpu")
+        if own and plain and fits and (native := library()) is not None:
             return native.dense(x, weight, bias)
     return F.linear(x, weight, bias)
 

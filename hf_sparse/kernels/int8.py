@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import fallback
-from .checks import Norm, check_input
+from .checks import Norm, as_given, check_gradients, check_input
 from .int8_packing import NOTHING, STEPS, PackedInt8, check_int8, dense_int8
 from .library import ACTIVATIONS, NormStructure, library, library_status, norm_structure
 
@@ -111,6 +111,7 @@ def check_weights(x: Tensor, activation: str, weights: list[Weight]) -> None:
     check_input(x, activation, weights[0][-1])
     for *parts, bias, rows, out_features, in_features in weights:
         check_int8(tuple(parts), rows, out_features, in_features)
+        check_gradients(bias)
         if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
             raise BackendError(f"a bias {tuple(bias.shape)} in {bias.dtype} for {out_features} outputs")
 
@@ -204,5 +205,5 @@ def _product(x: Tensor, weight: Weight) -> Tensor:
 
 
 for _name in ("int8_linear", "int8_ffn", "int8_gated_ffn"):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, as_given(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fallback, int8
-from .checks import NORM, SHORTEST, Norm, added, check_heads, check_norm, scale_of
+from .checks import NORM, SHORTEST, Norm, added, as_given, check_heads, check_norm, scale_of
 from .int8 import PARTS, Weight, check_weights, checked, compute, structure
 from .int8_packing import PackedInt8
 from .library import norm_structure
@@ -202,5 +202,5 @@ for _name, _run, _fake in (
     ("int8_attention_norm", _attention_norm, _attention_norm_fake),
     ("int8_ffn_norm", _ffn_norm, _ffn_norm_fake),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, as_given(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)

@@ -116,7 +116,7 @@ class Library:
 
     def linear(self, x: Tensor, weight: Weight, activation: str) -> Tensor:
         """Compute one product; x in fp32 on the CPU."""
-        x = x.contiguous()
+        x = _readable(x)
         y = x.new_empty((*x.shape[:-1], weight[5]))
         structure, _keep = _structure(weight)
         result = self._c.hf_sparse_linear(
@@ -126,7 +126,7 @@ class Library:
 
     def ffn(self, x: Tensor, weights: list[Weight], activation: str, norm: Norm | None = None) -> Tensor:
         """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and what comes out."""
-        x = x.contiguous()
+        x = _readable(x)
         y = x.new_empty((*x.shape[:-1], weights[-1][5]))
         parts = [_structure(weight) for weight in weights]
         structures = [part[0] for part in parts]
@@ -140,7 +140,7 @@ class Library:
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the product of a few tokens with a dense weight; weight and bias contiguous."""
-        x = x.contiguous()
+        x = _readable(x)
         out, width = weight.shape
         y = x.new_empty((*x.shape[:-1], out))
         result = self._c.hf_sparse_dense(
@@ -163,7 +163,7 @@ class Library:
 
         With an output weight, the product with it; with a norm, that of the sum of x and what comes out.
         """
-        x = x.contiguous()
+        x = _readable(x)
         batch, length = x.shape[:2]
         y = x.new_empty((batch, length, weight[5] // 3 if output is None else output[5]))
         structure, _keep = _structure(weight)
@@ -228,6 +228,13 @@ def norm_structure(norm: Norm | None) -> tuple[NormStructure | None, tuple[Tenso
     weight, bias, eps = norm
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return NormStructure(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Give an input as the kernels read it: another type would be read, and written, past its end."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise BackendError(f"the C++ products take float32 on the CPU, not {x.dtype} on {x.device}")
+    return x.contiguous()
 
 
 def _tail(x: Tensor, activation: str) -> tuple[int, int, int]:

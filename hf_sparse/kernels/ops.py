@@ -2,9 +2,9 @@
 
 `sparse_ffn_norm` and `sparse_attention_norm` are whole sub-blocks of BERT: with the inputs added and the layer norm.
 
-They have no backward: an input that needs a gradient is refused, since a gradient that is silently missing trains a
-wrong model. Inputs may have any leading shape. A zero weight contributes nothing even where the input is infinite or
-NaN (the dense product would give NaN).
+They have no backward: whatever needs a gradient is refused, since a gradient that is silently missing trains a wrong
+model. They compute in the types that they are given, under torch.autocast too. Inputs may have any leading shape. A
+zero weight contributes nothing even where the input is infinite or NaN (the dense product would give NaN).
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from . import fallback
-from .checks import NORM, SHORTEST, Norm, Weight, added, check, check_attention, check_norm, check_weights, scale_of
+from .checks import (
+    NORM,
+    SHORTEST,
+    Norm,
+    Weight,
+    added,
+    as_given,
+    check,
+    check_attention,
+    check_norm,
+    check_weights,
+    scale_of,
+)
 from .library import library
 from .packing import PackedWeight
 
@@ -332,5 +344,5 @@ for _name, _run, _fake in (
     ("sparse_attention", _attention, _attention_fake),
     ("sparse_attention_norm", _attention_norm, _attention_norm_fake),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, as_given(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)

@@ -43,8 +43,9 @@ def to_runtime(
 
     Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
     generates, the product with the vocabulary stays dense, and an own kernel reads it for a few tokens. The model
-    computes what it did (to rounding), saves what it did, and cannot train: no parameter asks for gradients until
-    `to_dense_runtime`. A model of which nothing is packed stays as it is.
+    computes what it did (to rounding; but an infinity or NaN that meets a zero weight is ignored, where dense products
+    give NaN), saves what it did, and cannot train: no parameter asks for gradients until `to_dense_runtime`. A model of
+    which nothing is packed stays as it is.
 
     Args:
         backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
@@ -102,6 +103,9 @@ def to_runtime(
                     errors.update(_errors(unit) if kernel == "int8" else {})
                     _pack(unit, keep_dense)
                 chosen += best
+            arrive(model.modules())
+            if chosen and backend != "csr" and status.available:
+                _read_vocabulary(model, choices, timed, tokens or vocabulary.TOKENS)
         except BaseException:
             if is_runtime(model):
                 to_dense_runtime(model)
@@ -109,8 +113,6 @@ def to_runtime(
         if chosen:
             _freeze(model, trainable, readers)
     arrive(model.modules())
-    if chosen and backend != "csr" and status.available:
-        _read_vocabulary(model, choices, timed, tokens or vocabulary.TOKENS)
     layers = tuple(
         _layer_report(name, choice, chosen, shapes[name], dense_bytes[name], keep_dense, errors.get(name))
         for name, choice in choices.items()
@@ -163,7 +165,26 @@ def _to_gpu(model: nn.Module, keep_dense: bool, tokens: Sequence[int] | None, ta
     choices = survey(model, gpu=True)
     _refuse_nothing(model, choices)
     trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
-    reports = []
+    reports: list[LayerReport] = []
+    try:
+        _to_gpu_one_by_one(model, choices, reports, keep_dense, tokens or gpu.TOKENS, table)
+    except BaseException:
+        if is_runtime(model):
+            to_dense_runtime(model)
+        raise
+    if is_runtime(model):
+        _freeze(model, trainable, [])
+    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", tuple(reports))
+
+
+def _to_gpu_one_by_one(
+    model: nn.Module,
+    choices: dict[str, Choice],
+    reports: list[LayerReport],
+    keep_dense: bool,
+    tokens: Sequence[int],
+    table: SpeedTable,
+) -> None:
     for name, choice in choices.items():
         layer, size = choice.layer, choice.layer.weight.nbytes
         if choice.reason is None and hooked(layer):
@@ -173,13 +194,10 @@ def _to_gpu(model: nn.Module, keep_dense: bool, tokens: Sequence[int] | None, ta
             reports.append(LayerReport(name, shape, choice.sparsity, "dense", 0, size, size, {}, choice.reason))
             continue
         capability = torch.cuda.get_device_capability(layer.weight.device) if torch.cuda.is_available() else None
-        made, report = gpu.choose(name, layer, choice.sparsity, table, tokens or gpu.TOKENS, keep_dense, capability)
+        made, report = gpu.choose(name, layer, choice.sparsity, table, tokens, keep_dense, capability)
         reports.append(report)
         if made is not None:
             model.set_submodule(name, made)
-    if is_runtime(model):
-        _freeze(model, trainable, [])
-    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", tuple(reports))
 
 
 def _layer_report(
@@ -286,7 +304,8 @@ def _read_vocabulary(
 def _refuse_wish(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
-    if tokens is not None and (not tokens or min(tokens) < 1):
+    counts = tokens if isinstance(tokens, Sequence) else (None,)
+    if tokens is not None and not (counts and all(isinstance(count, int) and count >= 1 for count in counts)):
         raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
     if backend == "cpu" and not status.available:
         raise BackendError(

@@ -16,12 +16,19 @@ def norm_of(after: Any) -> Norm | None:
     Args:
         after: a module with the attributes `dense`, `dropout` and `LayerNorm`.
     """
-    norm = after.LayerNorm
+    norm, dropout = after.LayerNorm, after.dropout
     if type(norm) is not nn.LayerNorm or norm.weight is None or len(norm.normalized_shape) != 1:
         return None
+    if not is_own(after) or type(dropout) is not nn.Dropout or dropout.training:
+        return None  # the dropout of a model in eval() can be switched on alone, to draw many answers (MC dropout)
     if any(watched(module) for module in (after, after.dense, after.dropout, norm)):
         return None
     return norm.weight, norm.bias, norm.eps
+
+
+def is_own(module: nn.Module) -> bool:
+    """Return whether a module is of a class of transformers: one made of it, or of its name, may compute otherwise."""
+    return type(module).__module__.startswith("transformers.models.")
 
 
 def watched(module: nn.Module) -> bool:

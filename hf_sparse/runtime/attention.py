@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..architectures import SubBlock
 from ..architectures.base import Changed, become
 from ..kernels.checks import Norm
-from .after import norm_of, watched
+from .after import is_own, norm_of, watched
 from .layers import PackedLinear
 
 _UNUSUAL = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
@@ -130,7 +130,7 @@ def whole(module: Any, output: PackedLinear, norm: Norm, hidden: Tensor, mask: T
 
 def is_known(module: nn.Module, names: Collection[str]) -> bool:
     """Return whether a module is one of transformers, of a class with one of these names."""
-    return type(module).__name__ in names and type(module).__module__.startswith("transformers.models.")
+    return type(module).__name__ in names and is_own(module)
 
 
 def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
@@ -139,7 +139,8 @@ def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, An
         return False
     if kwargs.get("past_key_values") is not None or any(kwargs.get(name) not in (None, False) for name in _UNUSUAL):
         return False
-    if hidden.dim() != 3 or getattr(module, module.lean[0]).joint is None:
+    joint = getattr(module, module.lean[0]).joint
+    if hidden.dim() != 3 or joint is None or any(watched(layer) for layer in joint.layers):
         return False
     if mask is None:
         return True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..architectures import SubBlock
 from ..architectures.base import Changed, become
 from ..kernels.checks import Norm
-from .after import norm_of
+from .after import is_own, norm_of, watched
 from .layers import PackedLinear
 from .packed import Packed
 
@@ -50,10 +50,7 @@ class Lean:
     def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """Return the output of the last layer; or with a norm, that of the sum of x and the output."""
         if not self.fused:
-            hidden = self.function(self.inputs[0](x))
-            for gate in self.inputs[1:]:
-                hidden = hidden * gate(x)
-            out: Tensor = self.output(hidden)
+            out: Tensor = self.output(self.hidden(x))
             return out
         layers: list[Any] = [*self.inputs, self.output]
         for layer in layers:
@@ -61,6 +58,18 @@ class Lean:
         assert self.activation is not None
         packed, biases = [layer.packed for layer in layers], [layer.bias for layer in layers]
         return feed_forward(x, packed, biases, self.activation, norm)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return what goes into the last layer, from the first ones one by one."""
+        hidden = self.function(self.inputs[0](x))
+        for gate in self.inputs[1:]:
+            hidden = hidden * gate(x)
+        return hidden
+
+    def seen(self, *around: nn.Module) -> bool:
+        """Return whether somebody looks at a module inside or at these around it, which then have to be called."""
+        function = (self.function,) if isinstance(self.function, nn.Module) else ()
+        return any(watched(module) for module in (*self.inputs, self.output, *function, *around))
 
     def takes_norm(self) -> bool:
         """Return whether the operator of its layers can add the input and compute a layer norm."""
@@ -97,6 +106,9 @@ class LeanBert(Changed):
 
     def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         """Return what the layer returns for these tokens."""
+        if self.lean.seen(self.intermediate, self.output):
+            apart: Tensor = super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+            return apart
         if self.lean.takes_norm() and (norm := norm_of(self.output)) is not None:
             whole: Tensor = self.lean(attention_output, norm)
             return whole
@@ -112,6 +124,9 @@ class LeanDistilBert(Changed):
 
     def ff_chunk(self: Any, input: Tensor) -> Tensor:  # noqa: A002  the name that the class gives it
         """Return what the part returns for these tokens."""
+        if self.lean.seen():
+            apart: Tensor = super().ff_chunk(input)  # type: ignore[misc]
+            return apart
         out: Tensor = self.dropout(self.lean(input))
         return out
 
@@ -121,9 +136,14 @@ class LeanT5(Changed):
 
     lean: Lean
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
         """Return what the part returns."""
-        return self.lean(hidden_states)
+        lean = self.lean
+        if lean.fused and not self.dropout.training and not lean.seen(self.dropout):
+            whole: Tensor = lean(hidden_states)
+            return whole
+        out: Tensor = lean.output(self.dropout(lean.hidden(hidden_states)))
+        return out
 
 
 _KINDS: dict[str, type[Changed]] = {
@@ -135,9 +155,15 @@ _KINDS: dict[str, type[Changed]] = {
 
 def kind(block: SubBlock) -> type[Changed] | None:
     """Return what a sub-block becomes; None if nothing is known for its class, or it has changed already."""
-    if isinstance(block.module, Changed):
+    if isinstance(block.module, Changed) or not all(is_own(part) for part in (block.module, *parts_of(block))):
         return None
     return next((mixin for mark, mixin in _KINDS.items() if hasattr(block.module, mark)), None)
+
+
+def parts_of(block: SubBlock) -> list[nn.Module]:
+    """Return the modules of a feed-forward sub-block that hold its layers, if it does not hold them itself."""
+    paths = (*block.table.inputs, block.table.output)
+    return [block.module.get_submodule(path) for path in sorted({path.rpartition(".")[0] for path in paths} - {""})]
 
 
 def function_of(block: SubBlock) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..architectures import SubBlock, known_sub_blocks
-from ..architectures.base import Changed, FeedForward
+from ..architectures.base import Changed
 from ..errors import BackendError
 from ..targets import InRuntimeForm
 from ..zeros import is_guard
@@ -266,9 +266,6 @@ def hooked(module: nn.Module) -> bool:
 
 def _watched(block: SubBlock) -> bool:
     """Return whether hooks look at anything inside a feed-forward part, which then has to be computed."""
-    table = block.table
-    assert isinstance(table, FeedForward)
-    paths = {path.rpartition(".")[0] for path in (*table.inputs, table.output)} - {""}
-    inside = [*block.inputs.values(), block.output, *(block.module.get_submodule(path) for path in paths)]
+    inside = [*block.inputs.values(), block.output, *blocks.parts_of(block)]
     function = blocks.function_of(block)
     return any(hooked(module) for module in [*inside, *([function] if isinstance(function, nn.Module) else [])])

@@ -11,6 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..kernels.checks import as_given
+
 _TOKENS = 32
 
 
@@ -44,6 +46,12 @@ def csr_linear(
 
     Shapes: `(..., width)` -> `(..., height)`
     """
+    return as_given(_product)(x, values, columns, pointers, bias, height, width)
+
+
+def _product(
+    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
+) -> Tensor:
     matrix = _matrix(values, columns, pointers, height, width)
     tokens = x.reshape(-1, width)
     out = x.new_empty((len(tokens), height))

@@ -96,6 +96,19 @@ class GpuLinear(InRuntimeForm, nn.Module):
         for name, own in self.plain[0].named_parameters():
             destination[f"{prefix}{name}"] = own.detach().to(self.place)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            error_msgs.append(f"'{prefix}weight' is packed for inference and cannot be loaded into: {_BACK}")
+
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the state of the dense layer; `fast` has none of its own."""
         destination = {} if destination is None else destination

@@ -88,8 +88,8 @@ class PackedLinear(InRuntimeForm, nn.Module):
             )
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise BackendError(
-                f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device}. To "
-                f"move or cast the model, {_BACK}"
+                f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device} (by "
+                f"torch.autocast around the model, maybe: leave it out). To move or cast the model, {_BACK}"
             )
 
     def extra_repr(self) -> str:
@@ -105,7 +105,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
         if probe.dtype != torch.float32 or probe.device.type != "cpu":
             raise BackendError(
                 f"a model in runtime form stays in float32 on the CPU, and was asked for {probe.dtype} on "
-                f"{probe.device}: {_BACK}, then move or cast it"
+                f"{probe.device}: {_BACK}, then move or cast it (what comes before this layer may have been by now)"
             )
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 

@@ -37,6 +37,23 @@ def test_matches_fp64_at_any_number_of_tokens(way, shape, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [2, FEW + 1])
+@pytest.mark.parametrize("which", ["x", "weight", "bias"])
+def test_gradients_are_those_of_torch(way, tokens, which):
+    parts = {"x": torch.randn(tokens, 6), "weight": torch.randn(5, 6), "bias": torch.randn(5)}
+    leaf = parts[which].requires_grad_()
+    wanted = torch.autograd.grad(F.linear(*parts.values()).sum(), leaf)
+    torch.testing.assert_close(torch.autograd.grad(dense_linear(*parts.values()).sum(), leaf), wanted)
+
+
+def test_autocast_gives_the_type_that_torch_gives(way):
+    weight = torch.randn(5, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for tokens in (1, FEW + 1):
+            x = torch.randn(tokens, 6)
+            assert torch.equal(dense_linear(x, weight), F.linear(x, weight))
+
+
 def test_leading_shapes_strides_and_types(way):
     weight, bias = torch.randn(20, 30), torch.randn(20)
     for x in (torch.randn(30), torch.randn(2, 3, 30), torch.randn(60, 4).T[:, ::2], torch.randn(1, 30).expand(4, 30)):

@@ -115,6 +115,38 @@ def test_other_types_are_computed_in_torch():
         assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
+@pytest.mark.parametrize("length", [3, 70])
+def test_autocast_around_changes_nothing(way, length):  # noqa: F811
+    qkv, output = pack_int8(sparse(90, 30, 0.5)), pack_int8(torch.eye(30))
+    norm, x = (torch.ones(30), None, 1e-5), torch.randn(2, length, 30)
+    calls = (
+        lambda: int8.int8_linear(x, output),
+        lambda: int8_blocks.int8_attention(x, qkv, None, 3),
+        lambda: int8_blocks.int8_attention_norm(x, qkv, None, output, None, norm, 3),
+        lambda: int8_blocks.int8_ffn_norm(x, output, None, output, None, norm),
+    )
+    for call in calls:
+        wanted = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = call()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+def test_gradients_of_what_is_not_the_input_are_refused_too():
+    eye, x = pack_int8(torch.eye(30)), torch.randn(20, 30)
+    needed, norm = torch.ones(30, requires_grad=True), (torch.ones(30), None, 1e-5)
+    for call in (
+        lambda: int8.int8_linear(x, eye, needed),
+        lambda: int8_blocks.int8_ffn_norm(x, eye, None, eye, needed, norm),
+        lambda: int8_blocks.int8_ffn_norm(x, eye, None, eye, None, (needed, None, 1e-5)),
+    ):
+        with pytest.raises(BackendError, match="no backward"):
+            call()
+        with torch.no_grad():
+            call()
+
+
 def test_what_does_not_fit_is_refused():
     qkv, output, x = pack_int8(sparse(48, 30, 0.5)), pack_int8(sparse(30, 16, 0.5)), torch.randn(2, 20, 30)
     up, norm = pack_int8(sparse(16, 30, 0.5)), (torch.ones(30), None, 1e-5)

@@ -169,7 +169,8 @@ def test_attention_without_features_is_its_bias_and_the_input(way):
 
 
 @pytest.mark.parametrize("norm", [(torch.ones(7), None, 0.1), (torch.ones(8), torch.ones(1), 0.1),
-                                  (torch.ones(8).double(), None, 0.1)])  # fmt: skip
+                                  (torch.ones(8).double(), None, 0.1),
+                                  (torch.ones(8, device="meta"), None, 0.1)])  # fmt: skip
 def test_norms_that_do_not_fit_are_refused(norm):
     x, eye, qkv = torch.randn(1, 20, 8), pack(torch.eye(8)), pack(torch.randn(24, 8))
     with pytest.raises(BackendError, match="layer norm"):
@@ -310,6 +311,58 @@ def test_what_needs_a_gradient_is_refused():
         ops.ffn(x, packed, None, packed, None)
     with torch.no_grad():
         assert torch.equal(ops.linear(x, packed), x)
+
+
+@pytest.mark.parametrize("which", ["bias", "norm weight", "norm bias", "mask", "down bias"])
+def test_gradients_of_what_is_not_the_input_are_refused_too(which):
+    def own(name: str, *shape: int) -> torch.Tensor:
+        return torch.ones(shape, requires_grad=name == which)
+
+    x, qkv, square = torch.randn(1, 20, 4), pack(torch.ones(12, 4)), pack(torch.ones(4, 4))
+    norm = (own("norm weight", 4), own("norm bias", 4), 1e-5)
+    calls = {
+        "attention": lambda: ops.attention_norm(
+            x, qkv, own("bias", 12), square, own("down bias", 4), norm, 2, own("mask", 1, 1, 1, 20)
+        ),
+        "ffn": lambda: ops.ffn_norm(x, square, own("bias", 4), square, own("down bias", 4), norm),
+    }
+    for name, call in calls.items():
+        if which == "mask" and name == "ffn":
+            continue
+        with pytest.raises(BackendError, match="no backward"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_autocast_around_changes_nothing(way, length):
+    # A short attention is torch's own, which autocast would hand on in bfloat16 to a kernel that reads fp32.
+    x, qkv, square = torch.randn(2, length, 16), pack(sparse(48, 16, 0.5)), pack(sparse(16, 16, 0.5))
+    norm, mask = (torch.randn(16), torch.randn(16), 1e-5), torch.zeros(2, 1, 1, length)
+    calls = (
+        lambda: ops.linear(x, square),
+        lambda: ops.ffn(x, square, None, square, None),
+        lambda: ops.gated_ffn(x, square, square, square),
+        lambda: ops.attention(x, qkv, None, 2, mask),
+        lambda: ops.ffn_norm(x, square, None, square, None, norm),
+        lambda: ops.attention_norm(x, qkv, None, square, None, norm, 2, mask),
+    )
+    for call in calls:
+        wanted = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = call()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="the C++ kernels are not built: python -m hf_sparse.kernels.build")
+def test_library_refuses_what_it_would_read_past_its_end():
+    weight = pack(torch.eye(16))
+    parts = (weight.values, weight.columns, weight.pointers, None, 1, 16, 16)
+    for x in (torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 16, device="meta")):
+        with pytest.raises(BackendError, match="float32 on the CPU"):
+            NATIVE.linear(x, parts, "none")
 
 
 @pytest.mark.parametrize(

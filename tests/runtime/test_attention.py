@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.runtime.attention import LeanSelf
 from tests.runtime.models import answers, sparse
+from tests.structures import batch
 
 
 @pytest.fixture(autouse=True)
@@ -161,10 +162,76 @@ def test_what_comes_after_a_sub_block_is_still_seen_by_hooks(
     watched = model.bert.encoder.layer[1].get_submodule(sub_block + part)
     watched.register_forward_hook(lambda *_: seen.append(1))
     close(answers(model, texts(17, True)), expected, backend)
-    feed_forward = not sub_block
-    # The feed-forward part of a layer has always been computed without its modules, but for those after the products.
-    assert seen == ([] if feed_forward and part in ("output", "output.dense") else [1])
-    assert norms == (["whole", "feed_forward", "whole"] if feed_forward else ["whole", "feed_forward", "feed_forward"])
+    assert seen == [1]
+    assert norms == (["whole", "feed_forward", "whole"] if not sub_block else ["whole", "feed_forward", "feed_forward"])
+
+
+_INSIDE = {
+    "bert": ("attention.self.query", "attention.self.value", "intermediate", "intermediate.dense",
+             "intermediate.intermediate_act_fn", "output", "output.dense"),
+    "distilbert": ("attention.k_lin", "attention.out_lin", "ffn.lin1", "ffn.activation", "ffn.lin2", "ffn.dropout"),
+    "t5": ("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.act", "layer.1.DenseReluDense.dropout",
+           "layer.1.DenseReluDense.wo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in _INSIDE.items() for part in parts])
+def test_hooks_that_come_later_see_what_is_inside(family: str, part: str, backend: str) -> None:
+    model, seen = sparse(family), []
+    expected = answers(model, batch(family))
+    to_runtime(model, backend)
+    name = {"bert": "bert.encoder.layer.1.", "distilbert": "distilbert.transformer.layer.1.", "t5": "encoder.block.1."}
+    model.get_submodule(name[family] + part).register_forward_hook(lambda *_: seen.append(1))
+    close(answers(model, batch(family)), expected, backend)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("bert", "encoder.layer.0.attention.output.dropout"),
+        ("bert", "encoder.layer.0.output.dropout"),
+        ("distilbert", "transformer.layer.0.ffn.dropout"),
+        ("t5", "encoder.block.0.layer.1.DenseReluDense.dropout"),
+        ("t5-gated", "encoder.block.0.layer.1.DenseReluDense.dropout"),
+    ],
+)
+def test_dropout_that_is_switched_on_alone_drops(family: str, part: str, backend: str) -> None:
+    model = sparse(family)
+    to_runtime(model, backend)
+    expected = answers(model, batch(family))
+    dropout: Any = next(module for name, module in model.named_modules() if name.endswith(part))
+    dropout.p = 0.9
+    dropout.train()
+    assert not torch.allclose(answers(model, batch(family)), expected, atol=1e-5)
+    dropout.eval()
+    assert torch.equal(answers(model, batch(family)), expected)
+
+
+@pytest.mark.parametrize("part", ["", "intermediate", "output", "attention.output"])
+def test_classes_that_are_made_of_those_of_transformers_compute_as_they_say(part: str, backend: str) -> None:
+    model, inputs = sparse("bert"), texts(17, True)
+    module: Any = model.bert.encoder.layer[1].get_submodule(part)
+    name, real = ("forward", type(module).forward) if part else ("feed_forward_chunk", type(module).feed_forward_chunk)
+    own = {name: lambda self, *given: real(self, *given) * 1.5, "__module__": "made.of.it"}
+    before = answers(model, inputs)
+    module.__class__ = type(type(module).__name__, (type(module),), own)
+    expected = answers(model, inputs)
+    assert not torch.allclose(before, expected, atol=1e-4)
+    to_runtime(model, backend)
+    if backend == "cpu":
+        close(answers(model, inputs), expected)
+    assert (answers(model, inputs) - expected).norm() < 0.3 * (before - expected).norm()
+
+
+@pytest.mark.parametrize("length", [4, 17])
+def test_autocast_around_a_model_breaks_nothing(length: int, backend: str) -> None:
+    model, inputs = sparse("bert"), texts(length, True)
+    to_runtime(model, backend)
+    expected = answers(model, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = answers(model, inputs)
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_replaced_layer_norm_is_computed(norms: list[str], backend: str) -> None:

@@ -125,8 +125,27 @@ def test_runtime_form_of_a_gpu_refuses_what_that_of_the_cpu_does(tmp_path: Path)
     for change in (lambda: model.to(torch.float32), lambda: to_runtime(model), lambda: compact(model)):
         with pytest.raises(BackendError, match="to_dense_runtime"):
             change()
+    with pytest.raises(RuntimeError, match="packed for inference"):
+        model.load_state_dict(model.state_dict(), strict=False)
     with pytest.raises(BackendError, match="to_dense_runtime"):
         model.train()(x)
+
+
+@pytest.mark.usefixtures("ampere")
+def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
+    model, clock = model_of("2:4").requires_grad_(True), Clock(semi_structured=2.0)
+    before = list(model)
+
+    def failing(trial: Trial, dense: Any, packed: Any) -> Race:
+        if trial.shapes[0] == (128, 256):
+            raise KeyboardInterrupt
+        return clock(trial, dense, packed)
+
+    with pytest.raises(KeyboardInterrupt):
+        to_runtime(model, table=SpeedTable(tmp_path / "t.json", failing))
+    assert not is_runtime(model)
+    assert all(now is then for now, then in zip(model, before, strict=True))
+    assert all(own.requires_grad for own in model.parameters())
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from hf_sparse import (
     to_dense_runtime,
     to_runtime,
 )
+from hf_sparse.kernels.library import library
 from hf_sparse.runtime import SpeedTable, is_runtime
 from hf_sparse.runtime.timing import Race
 from hf_sparse.runtime.waiting import arrive, can_wait, look, waiting
@@ -205,3 +206,20 @@ def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
     assert not is_runtime(model)
     assert all(own.requires_grad for own in model.parameters())
     assert torch.equal(answers(model, inputs), expected)
+
+
+@pytest.mark.skipif(library() is None, reason="the C++ kernels are not built: python -m hf_sparse.kernels.build")
+def test_failure_at_the_vocabulary_brings_a_model_back(tmp_path: Path) -> None:
+    model = sparse("t5").requires_grad_(True)
+    expected = answers(model, batch("t5"))
+
+    def clock(trial: Any, *_: Any) -> Race:
+        if trial.kind == "dense_few":
+            raise KeyboardInterrupt
+        return Race(1.0, 0.5, 2.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        to_runtime(model, table=SpeedTable(tmp_path / "t.json", clock))
+    assert not is_runtime(model)
+    assert all(own.requires_grad for own in model.parameters())
+    assert torch.equal(answers(model, batch("t5")), expected)

@@ -370,9 +370,30 @@ def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
     times = table(tmp_path)
     to_runtime(sparse("t5"), tokens=(64, 32), table=times)
     assert {trial.tokens for trial in times.clock.asked} == {32, 64}  # type: ignore[attr-defined]
-    for wrong in ((), (0, 3)):
+    for wrong in ((), (0, 3), 128, (1.5,), ("a", "b"), "12"):
         with pytest.raises(BackendError, match="from 1 on"):
-            to_runtime(sparse("bert"), tokens=wrong, table=times)
+            to_runtime(sparse("bert"), tokens=wrong, table=times)  # type: ignore[arg-type]
+
+
+def test_file_of_times_that_is_spoilt_is_measured_anew(tmp_path: Any) -> None:
+    for text in ("", '{"a": [1, 2', "[]", "[" * 100_000, '{"a": ["x"]}', '{"a": [NaN, 1, 1]}'):
+        (tmp_path / "runtime.json").write_text(text)
+        assert to_runtime(sparse("bert"), table=table(tmp_path)).sparse
+        assert len(table(tmp_path).file.read()) > 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "csr"])
+def test_layers_compute_in_float32_under_autocast(backend: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(64, 64)).eval()
+    sparsify(model, SparsityConfig(targets="*", sparsity=0.75))
+    to_runtime(model, backend)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(x), expected)
+            with pytest.raises(BackendError, match="autocast"):
+                model(x.bfloat16())
 
 
 @pytest.mark.parametrize(
