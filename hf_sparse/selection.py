@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .config import SELECTIONS
 from .errors import RecipeError
@@ -95,8 +96,9 @@ class Global(Selection):
 class Threshold(Selection):
     """Keep every group whose score is above one threshold.
 
-    With a `value` the threshold rises along the schedule from zero to it, and the sparsity is what comes out. Without,
-    the threshold is placed so that the scheduled sparsity is met exactly.
+    With a `value` the threshold rises along the schedule from zero to it, and the sparsity is what comes out; but of each
+    weight the highest 0.5 % of the groups stay, and one at least, as in the code of Sanh et al. 2020, so that no value
+    removes a weight whole. Without, the threshold is placed so that the scheduled sparsity is met exactly.
 
     Args:
         value: the final threshold, in the units of the scores.
@@ -127,7 +129,18 @@ class Threshold(Selection):
             return [torch.ones_like(tensor, dtype=torch.bool) for tensor in scores]
         refuse_nan(scores)
         threshold = self.threshold = self.value * sparsity
-        return [tensor.detach() > threshold for tensor in scores]
+        return [_above(tensor.detach(), threshold) for tensor in scores]
+
+
+def _above(scores: Tensor, threshold: float) -> Tensor:
+    kept = scores > threshold
+    least = int(0.005 * scores.numel()) + 1
+    count = kept.sum()
+    # Sharded scores are counted over all processes, so that all of them take the same way.
+    if int(count.full_tensor() if isinstance(count, DTensor) else count) >= least:
+        return kept
+    (kept,), _ = keep_highest([scores], least)
+    return kept
 
 
 @dataclasses.dataclass

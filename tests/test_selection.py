@@ -69,6 +69,14 @@ def test_threshold_with_a_value_rises_to_it_and_keeps_what_is_above() -> None:
     assert selection.threshold == 2.0
 
 
+def test_threshold_that_is_above_all_scores_leaves_the_highest_of_each_weight() -> None:
+    scores = [torch.arange(1000.0), torch.zeros(10), torch.tensor([[3.0, 1.0], [2.0, 101.0]])]
+    kept = Threshold(value=100.0).select([scores[0] / 1e4, *scores[1:]], 1.0)
+    assert kept[0].nonzero().flatten().tolist() == [994, 995, 996, 997, 998, 999]  # 0.5 % and one
+    assert kept[1].tolist() == [True] + [False] * 9  # equals: the first
+    assert kept[2].tolist() == [[False, False], [False, True]]  # nothing to add
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan, "0.1", True, [1.0]])
 def test_threshold_refuses_a_value_that_is_no_number(value: Any) -> None:
     with pytest.raises(RecipeError, match="the value of selection 'threshold' is a finite number, not "):
