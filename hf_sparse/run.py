@@ -38,7 +38,7 @@ from .filling import fill
 from .hub import guard_trainer
 from .inspection import Inspection, inspect
 from .learning import DistillationCallback
-from .loading import load_tokenizer
+from .loading import check_length, load_tokenizer
 from .metrics import build_metrics
 from .model_card import card_text, facts_of, write_card
 from .recipe import Recipe
@@ -88,9 +88,9 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
     texts = load_texts(recipe.data, recipe.model.predicts)
-    _check_length(recipe.data.max_length, tokenizer)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
+    check_length(recipe.data.max_length, model, tokenizer)
     if recipe.model.fill:
         fill(model)
     freeze(model, recipe.freeze)
@@ -194,13 +194,6 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
             raise RecipeError(f"freeze: '{glob}' matches no parameter. Parameters of the model: {some}, ...")
         for name in matched:
             parameters[name].requires_grad_(False)
-
-
-def _check_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if max_length > tokenizer.model_max_length:
-        raise RecipeError(
-            f"data.max_length is {max_length}, but the model takes at most {tokenizer.model_max_length} tokens"
-        )
 
 
 class StepTimer(TrainerCallback):

@@ -15,7 +15,7 @@ from . import page
 from .data import load_split
 from .errors import RecipeError
 from .labelled import label_number
-from .loading import load_tokenizer
+from .loading import check_length, load_tokenizer
 from .recipe_sections import DataSection
 
 BATCH = 32
@@ -199,6 +199,8 @@ def stress(name: str, sparse: PreTrainedModel, against: str, dense: Any, section
     texts: Texts = list(zip(*(rows[column] for column in section.text_columns), strict=True))
     labels = torch.tensor([int(label_number(sparse, value, place)) for place, value in enumerate(rows["labels"])])
     models = [(dense, load_tokenizer(against)), (sparse, load_tokenizer(name))]
+    for model, tokenizer in models:
+        check_length(section.max_length, model, tokenizer)
     damaged: dict[str, tuple[float, float]] = {}
     clean: list[Tensor] = []
     for what, damage in DAMAGE.items():
