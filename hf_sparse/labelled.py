@@ -25,8 +25,8 @@ class LabelledBatches(Sized):
         batch: texts at once; one at a time where the model writes texts, as each has its own number of tokens.
 
     Raises:
-        RecipeError: if batch is below 1, the model has no head for whole texts, or it takes fewer tokens than the section
-            keeps; later if a label is none of the model's.
+        RecipeError: if batch is below 1, the model has no head for whole texts, or it takes fewer tokens than the
+            section keeps; later if a label is none of the model's.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class LabelledBatches(Sized):
         self.writes = bool(model.config.is_encoder_decoder) and model.can_generate()
         if not self.writes and not type(model).__name__.endswith("ForSequenceClassification"):
             raise RecipeError(
-                f"{type(model).__name__} gives no class or number for a text, and does not write one as T5 does, so there "
-                "are no labels to measure it by; give a model fine-tuned for the task"
+                f"{type(model).__name__} gives no class or number for a text, and does not write one as T5 does, so "
+                "there are no labels to measure it by; give a model fine-tuned for the task"
             )
         self.size = 1 if self.writes else batch
 

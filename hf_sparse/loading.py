@@ -81,8 +81,8 @@ def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBa
         most = min(most, most_tokens(model) or most)
     if length > most:
         raise RecipeError(
-            f"texts are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a recipe, or "
-            "--length on the command line"
+            f"texts are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a recipe, "
+            "or --length on the command line"
         )
 
 

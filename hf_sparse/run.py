@@ -40,11 +40,10 @@ from .inspection import Inspection, inspect
 from .learning import DistillationCallback
 from .loading import check_length, load_tokenizer
 from .metrics import build_metrics
-from .model_card import card_text, facts_of, write_card
+from .model_card import card_text, facts_of, forget, write_card
 from .recipe import Recipe
 from .recipe_sections import ModelSection
 from .report import Summary, summarize
-from .speed import SPEED
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / "recipe.yaml")
-        (output / SPEED).unlink(missing_ok=True)  # of the model that was there before
+        forget(output)  # or an interrupted run would look finished, with the results of the one before
     checkpoint = arguments.resume_from_checkpoint
     if resume:
         checkpoint = last_checkpoint(output, arguments.world_size)

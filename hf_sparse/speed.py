@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import is_number
 
 SPEED = "speed.json"
 """File beside a model with what `hf-sparse bench` measured of it."""
@@ -131,8 +131,8 @@ def _mapping(data: Any, key: str) -> Mapping[str, Any]:
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:
-    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-    if not good or not all(math.isfinite(v) and v > 0 for v in value) or list(value) != sorted(value):
+    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(is_number(v) for v in value)
+    if not good or not all(v > 0 for v in value) or list(value) != sorted(value):
         raise CheckpointError(f"the measured speed has {where}={value!r:.80}, which is no quartiles")
     return value[0], value[1], value[2]
 

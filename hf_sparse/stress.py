@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import page
 from .data import load_split
-from .errors import RecipeError
+from .errors import RecipeError, SparsityError
 from .labelled import label_number
 from .loading import check_length, load_tokenizer
 from .recipe_sections import DataSection
@@ -238,4 +238,9 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: T
             found.append(model(**tokens.to(model.device)).logits.float().softmax(-1).cpu())
     finally:
         model.train(training)
-    return torch.cat(found)
+    answers = torch.cat(found)
+    if not answers.isfinite().all():
+        raise SparsityError(
+            f"{model.name_or_path} gives probabilities that are not finite; are there NaN in its weights?"
+        )
+    return answers

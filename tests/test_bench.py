@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from transformers import RobertaConfig, RobertaModel, T5Config, T5ForSequenceClassification
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig, compact, sparsify

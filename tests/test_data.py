@@ -191,5 +191,5 @@ def test_name_of_a_file_is_no_pattern(tmp_path):
 
 def test_empty_file_of_json_has_no_rows(tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(RecipeError, match="data.train has no rows"):
+    with pytest.raises(RecipeError, match=r"data\.train has no rows"):
         load_split(DataSection(train=str(tmp_path / "empty.jsonl"), validation="none"), "train")
