@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from .errors import CheckpointError, RecipeError
-from .files import is_number, read_json
+from .files import read_json
 from .inspection import inspect
 from .results import Result, by_name, of_one_machine
-from .speed import SPEED, Speed, read_speed
+from .speed import SPEED, Speed, is_number, read_speed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,21 +62,6 @@ def read_json(path: PathLike) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise CheckpointError(f"{os.fspath(path)} should hold a mapping, not {found!r:.80}")
     return found
-
-
-def is_number(value: object) -> bool:
-    """Return whether what a JSON file says is a number that can be reckoned with: no bool, NaN or infinity.
-
-    Example:
-        >>> [is_number(value) for value in (1, 0.5, True, float("nan"), 10**400, "1")]
-        [True, True, False, False, False, False]
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number may have any number of digits
-        return False
 
 
 @contextlib.contextmanager

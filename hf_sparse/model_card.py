@@ -19,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .edits import EDITS_KEY, Edits
 from .errors import CheckpointError, RecipeError
-from .files import is_number, read_json, read_manifest, replace_file
+from .files import read_json, read_manifest, replace_file
 from .inspection import Inspection, inspect
 from .markdown import fenced, plain, table
-from .speed import SPEED, Speed, read_speed
+from .speed import SPEED, Speed, is_number, read_speed
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")

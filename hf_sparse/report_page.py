@@ -18,12 +18,12 @@ from .architectures import SubBlock, known_sub_blocks
 from .compaction import EDITS_ATTRIBUTE
 from .edits import Cut, Edits
 from .errors import RecipeError
-from .files import is_number, read_json
+from .files import read_json
 from .inspection import inspect
 from .loading import load_whole
 from .recipe_sections import DataSection
 from .report import summarize
-from .speed import SPEED, read_speed
+from .speed import SPEED, is_number, read_speed
 from .stress import stress
 
 BINS = 40

@@ -17,9 +17,9 @@ from typing import Any
 from filelock import FileLock
 
 from .errors import RecipeError
-from .files import is_number, replace_file
+from .files import replace_file
 from .registry import check_keys
-from .speed import Speed
+from .speed import Speed, is_number
 
 AFTER = ", after dense"
 """How the methods of runs end that begin with a dense one's model."""
