@@ -6,6 +6,7 @@ Both return whole numbers of kept weights whose sum is exactly what the total as
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,18 +56,17 @@ def by_sensitivity(
         sparsity: of all layers together.
 
     Raises:
-        RecipeError: if the total is above the highest level.
+        RecipeError: if the total is above the highest level, or an increase is not finite.
 
     Example:
         >>> by_sensitivity({"a": 100, "b": 100}, [0.8], {"a": [1.0], "b": [3.0]}, 0.4)  # 0.6 of a, 0.2 of b
         {'a': 40, 'b': 80}
     """
+    check_total(sparsity, levels)
     total = _total(sizes, sparsity)
-    if sparsity > levels[-1]:
-        raise RecipeError(
-            f"a total sparsity of {sparsity} was asked for, but the highest level that was measured is {levels[-1]}; "
-            "measure a higher one with --levels"
-        )
+    for name in sizes:
+        if not all(map(math.isfinite, increases[name])):
+            raise RecipeError(f"the loss is not finite with '{name}' pruned, so what that costs is not known")
     curves = {name: _curve(levels, increases[name]) for name in sizes}
 
     def kept(increase: float, highest: bool) -> dict[str, float]:
@@ -106,9 +106,19 @@ def _sparsity(kept: int, size: int) -> float:
     return middle
 
 
-def _total(sizes: Mapping[str, int], sparsity: float) -> int:
+def check_total(sparsity: float, levels: Sequence[float] = ()) -> None:
+    """Raise a `RecipeError` for a total sparsity that no levels, or not these, can say anything about."""
     if not 0 <= sparsity < 1:
         raise RecipeError(f"a total sparsity is at least 0 and below 1, not {sparsity}")
+    if levels and sparsity > max(levels):
+        raise RecipeError(
+            f"a total sparsity of {sparsity} was asked for, but the highest level to measure is {max(levels)}; measure "
+            "a higher one with --levels"
+        )
+
+
+def _total(sizes: Mapping[str, int], sparsity: float) -> int:
+    check_total(sparsity)
     total = kept_count(sum(sizes.values()), sparsity)
     if total < len(sizes):
         raise RecipeError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .compaction import EDITS_ATTRIBUTE
 from .errors import BackendError, RecipeError
 from .latency import machine
-from .loading import load_whole
+from .loading import load_whole, most_tokens
 from .runtime import RuntimeReport, to_runtime
 from .speed import verdict
 
@@ -120,6 +120,7 @@ def bench(
         difference = compare(sparse, dense, inputs, INT8_TOLERANCE if backend == "cpu-int8" else TOLERANCE)
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)
+            _check_same_inputs(sparse, dense, batch, length)
         seconds = in_turns({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
         setting = {
             "model": _shown(model),
@@ -198,13 +199,27 @@ def size(model: nn.Module) -> int:
 def make_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
     """Return random tokens; those of the decoder too, where there is one."""
     config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = most_tokens(model)
     if longest is not None and length > longest:
         raise RecipeError(f"length {length} is asked for, and the model has {longest} positions")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+    if config.is_encoder_decoder and isinstance(end := config.eos_token_id, int):
+        ids = torch.where(ids == end, (end + 1) % config.vocab_size, ids)
+        ids[:, -1] = end  # a classifier reads its answer off the one end of each text
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length: int) -> None:
+    """Raise unless a model can be asked what the other one is asked."""
+    own, other = (make_inputs(one, batch, length) for one in (model, against))
+    words = [one.config.vocab_size for one in (model, against)]
+    if own.keys() != other.keys() or words[1] < words[0]:
+        raise RecipeError(
+            f"a {type(model).__name__} that knows {words[0]:,} tokens cannot be compared with a "
+            f"{type(against).__name__} that knows {words[1]:,}: both are asked the same. Name its dense twin"
+        )
 
 
 @contextlib.contextmanager

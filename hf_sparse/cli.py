@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SparsityError as error:
         print(f"hf-sparse: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"hf-sparse: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("hf-sparse: interrupted", file=sys.stderr)
         return 130
@@ -188,12 +191,15 @@ def _compact(options: argparse.Namespace) -> None:
 
 
 def _heads(options: argparse.Namespace) -> None:
+    from .drawing import check_picture
     from .heads import heads
 
+    if options.plot is not None:
+        check_picture(options.plot)
     table = heads(options.model, data_section(options), options.batch, options.revision)
+    print(json.dumps(table.to_dict(), indent=2) if options.json else table)
     if options.plot is not None:
         table.plot(options.plot)
-    print(json.dumps(table.to_dict(), indent=2) if options.json else table)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,24 @@ def _report(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from .compare import read_latency, read_run, runs_of
+    from .drawing import check_picture
     from .markdown import table
     from .pareto import compare_page, head, plot, rows
-    from .results import read_results
+    from .results import of_one_machine, read_results
 
+    if options.plot is not None:
+        check_picture(options.plot)
     folders = [run for run in options.runs if not Path(run).is_file()]
     times = read_latency(folders, options.bench)
     runs = [read_run(folder, options.metric, ms) for folder, ms in zip(folders, times, strict=True)]
     if files := [run for run in options.runs if Path(run).is_file()]:
         results = [result for file in files for result in read_results(file)]
         runs += runs_of(results, options.metric, options.task, options.model)
+        if left := [
+            result.name for result, same in zip(results, of_one_machine(results), strict=True) if result != same
+        ]:
+            said = "times of these are left out, as they were measured on another machine than most"
+            print(f"hf-sparse: {said}: {', '.join(dict.fromkeys(left))}", file=sys.stderr)
     print(table(head(options.metric), rows(runs)))
     if options.plot is not None:
         plot(runs, options.metric, options.plot)
@@ -128,22 +137,28 @@ def _write(path: str | Path, text: str) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> None:
+    from .allocation import check_total
+    from .drawing import check_picture
     from .sensitivity import as_recipe, sensitivity
 
     try:
         levels = [float(level) for level in options.levels.split(",")]
     except ValueError as error:
         raise RecipeError(f"--levels is numbers with commas between, as in 0.5,0.9, not {options.levels!r}") from error
-    found = sensitivity(options.model, data_section(options), levels, options.batch, options.revision)
+    check_total(options.sparsity, levels)  # now, not when all is measured
     if options.plot is not None:
-        found.plot(options.plot)
+        check_picture(options.plot)
+    found = sensitivity(options.model, data_section(options), levels, options.batch, options.revision)
+    if not options.json:
+        print(found)
     groups = found.allocations(options.sparsity)
     if options.json:
         print(json.dumps({**found.to_dict(), "groups": groups}, indent=2))
-        return
-    print(found)
-    for way, suggested in groups.items():
-        print(f"\n# {way}, {options.sparsity:g} in total\n{as_recipe(suggested)}", end="")
+    else:
+        for way, suggested in groups.items():
+            print(f"\n# {way}, {options.sparsity:g} in total\n{as_recipe(suggested)}", end="")
+    if options.plot is not None:
+        found.plot(options.plot)
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from .errors import CheckpointError, RecipeError
+from .files import read_json
 from .inspection import inspect
-from .results import Result, by_name
-from .speed import SPEED, Speed, read_speed
+from .results import Result, by_name, of_one_machine
+from .speed import SPEED, Speed, is_number, read_speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Run:
 def runs_of(
     results: Sequence[Result], metric: str = "accuracy", task: str | None = None, model: str | None = None
 ) -> list[Run]:
-    """Return one run for each name among results, with the means over seeds.
+    """Return one run for each name among results, with the means over seeds, and times of one machine.
 
     Args:
         task, model: whose results are wanted; None = there is one only.
@@ -61,7 +62,7 @@ def runs_of(
     Raises:
         RecipeError: if there are several tasks or models and none is named, or none has the metric.
     """
-    known = list(results)
+    known = of_one_machine(results)
     for key, wanted in (("task", task), ("model", model)):
         known = [result for result in known if wanted in (None, getattr(result, key))]
         if len(names := list(dict.fromkeys(getattr(result, key) for result in known))) > 1:
@@ -130,15 +131,20 @@ def read_run(folder: str | os.PathLike[str], metric: str = "accuracy", milliseco
     folder = Path(folder)
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        measured = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+        measured = read_json(folder / "eval_results.json")
         (method, asked), setting, seed = method_of(recipe), setting_of(recipe), int(recipe["seed"])
+        if measured is None:
+            raise RecipeError("it has no eval_results.json")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{folder} is no finished run of `hf-sparse train`: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise RecipeError(f"{folder}/recipe.yaml is no recipe as `hf-sparse train` writes it: {error!r}") from error
     if f"eval_{metric}" not in measured:
         known = ", ".join(key.removeprefix("eval_") for key in measured)
         raise RecipeError(f"{folder}/eval_results.json has no metric '{metric}'; it has {known}")
+    value = measured[f"eval_{metric}"]
+    if not is_number(value):
+        raise RecipeError(f"{folder}/eval_results.json says {value!r:.80} for '{metric}', which cannot be compared")
     name = folder.resolve().name
     try:
         found = inspect(folder)
@@ -152,7 +158,7 @@ def read_run(folder: str | os.PathLike[str], metric: str = "accuracy", milliseco
         method,
         asked,
         seed,
-        float(measured[f"eval_{metric}"]),
+        float(value),
         setting,
         megabytes,
         left,
@@ -169,7 +175,7 @@ def read_latency(
 
     Raises:
         CheckpointError: if timings are none.
-        RecipeError: if they were not measured alike.
+        RecipeError: if they were not measured alike, or could be those of two folders with one name.
     """
     own = {place: read_speed(path) for place, run in enumerate(folders) if (path := Path(run) / SPEED).is_file()}
     speeds = [*(read_speed(path) for path in files), *own.values()]
@@ -178,10 +184,16 @@ def read_latency(
         raise RecipeError(
             f"these timings cannot be compared, as they were measured with {settings[0]} and {settings[1]}"
         )
-    named = {speed.against: speed.dense for speed in speeds} | {speed.model: speed.sparse for speed in speeds}
-    found = [
-        own[place].sparse if place in own else named.get(Path(run).resolve().name) for place, run in enumerate(folders)
-    ]
+    named = {speed.against: speed.dense for speed in speeds}
+    named |= {speed.model: speed.sparse for speed in speeds if speed not in own.values()}  # those are of their folder
+    names = [Path(run).resolve().name for run in folders]
+    unclear = {name for place, name in enumerate(names) if place not in own and name in named and names.count(name) > 1}
+    if unclear:
+        raise RecipeError(
+            f"several runs are called {', '.join(sorted(unclear))}, so their timings cannot be told apart: give each "
+            "its own with `hf-sparse bench DIR --save`"
+        )
+    found = [own[place].sparse if place in own else named.get(name) for place, name in enumerate(names)]
     return [None if times is None else 1e3 * times[1] for times in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,12 @@ def _read(section: DataSection, split: str) -> Dataset:
         if suffix not in FORMATS:
             raise RecipeError(f"data.{split}: {given} is none of {', '.join(FORMATS)}")
         options = {"sep": "\t"} if suffix == ".tsv" else {}
-        return datasets.load_dataset(FORMATS[suffix], data_files=given, split="train", **options)
+        # A name is that of one file, also where it would match others as a pattern.
+        return datasets.load_dataset(FORMATS[suffix], data_files=glob.escape(given), split="train", **options)
     except RecipeError:
         raise
+    except StopIteration as error:  # how datasets takes an empty file of JSON
+        raise RecipeError(f"data.{split} has no rows") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise RecipeError(

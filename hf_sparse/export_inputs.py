@@ -12,6 +12,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from .errors import RecipeError
+from .loading import most_tokens
 
 DEFAULT_LENGTH = 128
 
@@ -60,7 +61,7 @@ def sizes_for(model: PreTrainedModel, batch: int, length: int | None) -> Sizes:
             f"{name} looks for the end token of every text, so what it computes depends on the tokens and cannot be "
             "traced; export an encoder with a classification head instead"
         )
-    longest = _longest(model)
+    longest = most_tokens(model)
     if length is None:
         length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     for key, value in (("batch", batch), ("length", length)):
@@ -108,14 +109,3 @@ def dynamic_sizes(inputs: dict[str, Tensor], largest: Sizes | None) -> dict[str,
     rows, length = Dim("rows", min=1, max=largest.batch), Dim("length", min=1, max=largest.length)
     decoder = Dim("decoder_length", min=1, max=largest.decoder_length)
     return {name: {0: rows, 1: decoder if name.startswith("decoder") else length} for name in inputs}
-
-
-def _longest(model: PreTrainedModel) -> int | None:
-    """Return how many tokens the model can take. RoBERTa counts positions from the padding's on, so it takes fewer."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is None:
-        return None
-    for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return int(longest) - module.padding_idx - 1
-    return int(longest)

@@ -80,7 +80,7 @@ def push_folder(
         if revision is not None and not create_pr and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if keep_card and api.file_exists(repo_id, CARD, revision=revision):
-            del files[CARD]
+            files.pop(CARD, None)  # an adapter's folder may have none
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(name, source) for name, source in files.items()],

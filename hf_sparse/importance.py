@@ -33,7 +33,7 @@ def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> T
 
     Raises:
         PatternError: if no architecture knows the model.
-        SparsityError: if there is no batch, or the model returns no loss.
+        SparsityError: if there is no batch, or the model returns no loss, or one that is not finite.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -71,6 +71,11 @@ def head_sensitivity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
             hook.remove()
     if not samples:
         raise SparsityError("head importance needs data, and there was no batch")
+    if not all(bool(values.isfinite().all()) for values in sums.values()):
+        raise SparsityError(
+            "the loss of the model, or its gradient, is not finite on these texts, so the importance of its heads is "
+            "not known; are there NaN among its weights?"
+        )
     return [(block, sums[block.name] / samples) for block in blocks]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import RecipeError
+from .loading import check_length
 from .recipe_sections import DataSection
 
 
@@ -24,7 +25,8 @@ class LabelledBatches(Sized):
         batch: texts at once; one at a time where the model writes texts, as each has its own number of tokens.
 
     Raises:
-        RecipeError: if batch is below 1; later if a label is none of the model's.
+        RecipeError: if batch is below 1, the model has no head for whole texts, or it takes fewer tokens than the
+            section keeps; later if a label is none of the model's.
     """
 
     def __init__(
@@ -38,7 +40,13 @@ class LabelledBatches(Sized):
         if batch < 1:
             raise RecipeError(f"batch is a whole number of texts above 0, not {batch}")
         self.model, self.tokenizer, self.rows, self.section = model, tokenizer, rows, section
-        self.writes = bool(model.config.is_encoder_decoder)
+        check_length(section.max_length, model, tokenizer)
+        self.writes = bool(model.config.is_encoder_decoder) and model.can_generate()
+        if not self.writes and not type(model).__name__.endswith("ForSequenceClassification"):
+            raise RecipeError(
+                f"{type(model).__name__} gives no class or number for a text, and does not write one as T5 does, so "
+                "there are no labels to measure it by; give a model fine-tuned for the task"
+            )
         self.size = 1 if self.writes else batch
 
     def __len__(self) -> int:
@@ -79,6 +87,8 @@ def label_number(model: PreTrainedModel, value: Any, row: int) -> int | float:
     if model.config.num_labels == 1 and isinstance(value, (int, float)):
         return float(value)
     known: dict[str, Any] = dict(model.config.label2id or {})
+    if isinstance(value, float) and value.is_integer() and str(value) not in known:
+        value = int(value)  # as training takes it: a csv may say 1.0 for class 1
     if str(value) in known:
         return int(known[str(value)])
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < int(model.config.num_labels or 0):

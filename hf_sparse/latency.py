@@ -6,6 +6,7 @@ ten times faster. (ZipLM and the retraining-free pruning of Kwon et al. spend th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -163,7 +164,8 @@ class TimesFile:
             temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # such as that the folder is none
+                temporary.unlink()
             raise SparsityError(
                 f"cannot keep the measured times in {self.path}: {error}. Name a folder that can be written: "
                 f"{CACHE_VARIABLE}=/some/folder"

@@ -19,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .edits import EDITS_KEY, Edits
 from .errors import CheckpointError, RecipeError
-from .files import read_json, read_manifest
+from .files import read_json, read_manifest, replace_file
 from .inspection import Inspection, inspect
 from .markdown import fenced, plain, table
-from .speed import SPEED, Speed, read_speed
+from .speed import SPEED, Speed, is_number, read_speed
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
@@ -78,14 +78,20 @@ def facts_of(
     data = recipe.get("data") or {}
     named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
     speed = folder / SPEED
+    dense_metrics = {} if against is None else _metrics(Path(against))
+    if against is not None and not dense_metrics:
+        raise CheckpointError(
+            f"{os.fspath(against)} has no {MEASURED} with metrics: it has to be the folder of a dense run"
+        )
+    architectures = config.get("architectures")
     return CardFacts(
         title=folder.resolve().name,
-        architecture=next(iter(config.get("architectures") or ()), None),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         base_model=(recipe.get("model") or {}).get("name"),
         data=named or data.get("train"),
         dataset=data.get("name"),
         metrics=_metrics(folder),
-        dense_metrics={} if against is None else _metrics(Path(against)),
+        dense_metrics=dense_metrics,
         groups=_groups(inspection),
         sizes=(
             ("targeted weights", inspection.size_line()),
@@ -147,10 +153,16 @@ def _shown(value: Any) -> Any:
     return value
 
 
+def forget(folder: Path) -> None:
+    """Take away what was measured of the model that was in a folder before another takes its place."""
+    for name in (SPEED, MEASURED, "all_results.json", "train_results.json", "report.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _metrics(folder: Path) -> dict[str, float]:
     measured = read_json(folder / MEASURED) or {}
     found = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
-    return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and type(v) in (int, float)}
+    return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and is_number(v)}
 
 
 def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:
@@ -196,7 +208,8 @@ def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -
     path = Path(folder) / CARD
     if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
-    path.write_text(text, encoding="utf-8")
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

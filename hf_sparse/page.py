@@ -189,7 +189,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def spread(values: Iterable[float], least: float = 0.0) -> tuple[float, float]:
     """Return a range that holds the values with some room, wider than `least` and never empty."""
-    found = list(values)
+    found = [min(max(value, -1e300), 1e300) for value in values]  # the range itself must not be infinite
     low, high = min(found), max(found)
     room = max((high - low) * 0.08, least, abs(high) * 1e-3, 1e-9)
     return low - room, high + room

@@ -20,11 +20,10 @@ from .errors import RecipeError
 from .files import read_json
 from .labelled import LabelledBatches
 from .loading import load_tokenizer, load_whole
-from .model_card import BEFORE_COMPACTION, MEASURED
+from .model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from .oneshot import sparsify
 from .recipe_sections import DataSection
 from .report import Summary, summarize
-from .speed import SPEED
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +90,16 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
     return "\n".join([*left, f"{before:,} parameters before, {after:,} after ({after / before:.1%})"])
 
 
+def _forget_run(folder: Path) -> None:
+    """Let no record of a model that was there before pass for one of the model that is there now."""
+    forget(folder)
+    (folder / "trainer_state.json").unlink(missing_ok=True)
+    if (folder / "recipe.yaml").is_file():
+        (folder / "recipe.yaml").replace(folder / "recipe.yaml.old")
+    if (card := folder / CARD).is_file() and is_ours(card.read_text(encoding="utf-8", errors="replace")):
+        card.unlink()
+
+
 def _carry_over(source: Path, output: Path) -> None:
     """Let what was recorded of a model lie beside the same model with what was removed cut out."""
     if (source / "recipe.yaml").is_file():
@@ -102,7 +111,7 @@ def _carry_over(source: Path, output: Path) -> None:
 
 def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
     model.save_pretrained(output)
-    (Path(output) / SPEED).unlink(missing_ok=True)  # of a model that was there before
+    _forget_run(Path(output))
     try:
         load_tokenizer(name, revision).save_pretrained(output)
     except RecipeError as error:

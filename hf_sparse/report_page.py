@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from .inspection import inspect
 from .loading import load_whole
 from .recipe_sections import DataSection
 from .report import summarize
-from .speed import SPEED, read_speed
+from .speed import SPEED, is_number, read_speed
 from .stress import stress
 
 BINS = 40
@@ -55,6 +54,8 @@ def write_report(
     """
     if data is not None and against is None:
         raise RecipeError("--data shows what pruning changed, which needs the dense model: add --against DENSE_DIR")
+    if not Path(output).absolute().parent.is_dir():  # now, not when all is measured
+        raise RecipeError(f"cannot write the page {os.fspath(output)}: there is no folder {Path(output).parent}")
     folder = Path(folder)
     model = load_whole(str(folder))
     dense = None if against is None else load_whole(str(against))
@@ -96,7 +97,7 @@ def _metrics(folder: Path) -> list[str]:
     values = [
         f"{str(key).removeprefix('eval_')} {value:.4f}"
         for key, value in found.items()
-        if str(key).startswith("eval_") and key not in NOT_METRICS and _finite(value)
+        if str(key).startswith("eval_") and key not in NOT_METRICS and is_number(value)
     ]
     return [", ".join(values)] if values else []
 
@@ -109,10 +110,6 @@ def _speed(folder: Path, bench: str | os.PathLike[str] | None) -> str:
     found = read_speed(path)
     note = f"{found.model}: medians and quartiles of a forward pass, measured in turns."
     return page.section("Speed", page.table(("", "measured"), found.rows), note)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _layers(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[str]:
@@ -235,11 +232,11 @@ def _training(folder: Path) -> str:
         return page.left_out(title, "there is no trainer_state.json beside the model")
     series: dict[str, dict[float, float]] = {}
     for row in state["log_history"]:
-        if not isinstance(row, Mapping) or not _finite(row.get("step")):
+        if not isinstance(row, Mapping) or not is_number(row.get("step")):
             continue
         for key, value in row.items():
             wanted = key in ("sparsity", "loss") or (str(key).startswith("eval_") and key not in NOT_METRICS)
-            if wanted and _finite(value):
+            if wanted and is_number(value):
                 series.setdefault(str(key), {})[row["step"]] = value
     names = {"loss": "training loss"}
     charts = [

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from filelock import FileLock
 from .errors import RecipeError
 from .files import replace_file
 from .registry import check_keys
+from .speed import Speed, is_number
 
 AFTER = ", after dense"
 """How the methods of runs end that begin with a dense one's model."""
@@ -78,10 +79,10 @@ class Result:
             if not isinstance(data[key], str) or not data[key]:
                 raise RecipeError(f"a result's {key} is a text, not {data[key]!r:.80}")
         metrics = data["metrics"]
-        if not isinstance(metrics, Mapping) or not metrics or not all(map(_is_number, metrics.values())):
+        if not isinstance(metrics, Mapping) or not metrics or not all(map(is_number, metrics.values())):
             raise RecipeError(f"{data['name']}: metrics are numbers by name, not {metrics!r:.80}")
         for key in ("sparsity", "seed", "steps", "reached", "bytes", "compact_bytes"):
-            if not _is_number(data.get(key, 0)) and (data[key] is not None or key in ("sparsity", "seed")):
+            if not is_number(data.get(key, 0)) and (data[key] is not None or key in ("sparsity", "seed")):
                 raise RecipeError(f"{data['name']}: {key} is a number, not {data[key]!r:.80}")
         return cls(**data)
 
@@ -115,8 +116,21 @@ def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
     return out
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def common_machine(results: Iterable[Result]) -> str | None:
+    """Return the machine that most speeds are of."""
+    counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
+    return max(counts, key=lambda machine: (counts[machine], machine), default=None)
+
+
+def of_one_machine(results: Sequence[Result]) -> list[Result]:
+    """Leave out speeds of other machines than that of most, which would be compared with what they cannot be."""
+    most = common_machine(results)
+    return [
+        result
+        if not result.speed or Speed.from_dict(result.speed).machine == most
+        else dataclasses.replace(result, speed=None)
+        for result in results
+    ]
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
@@ -143,8 +157,13 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
-    """Replace a file of results, in the order of names and seeds; an interruption leaves the old one whole."""
-    lines = [json.dumps(result.to_dict()) for result in sorted(results, key=lambda result: result.key)]
+    """Replace a file of results, in the order of names and seeds; an interruption leaves the old one whole.
+
+    Raises:
+        RecipeError: for a result that could not be read again, such as one with a metric that is NaN.
+    """
+    known = [Result.from_dict(result.to_dict()) for result in results]
+    lines = [json.dumps(result.to_dict()) for result in sorted(known, key=lambda result: result.key)]
     with replace_file(path) as temporary:
         temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 

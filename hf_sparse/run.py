@@ -38,13 +38,12 @@ from .filling import fill
 from .hub import guard_trainer
 from .inspection import Inspection, inspect
 from .learning import DistillationCallback
-from .loading import load_tokenizer
+from .loading import check_length, load_tokenizer
 from .metrics import build_metrics
-from .model_card import card_text, facts_of, write_card
+from .model_card import card_text, facts_of, forget, write_card
 from .recipe import Recipe
 from .recipe_sections import ModelSection
 from .report import Summary, summarize
-from .speed import SPEED
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +87,9 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
     texts = load_texts(recipe.data, recipe.model.predicts)
-    _check_length(recipe.data.max_length, tokenizer)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
+    check_length(recipe.data.max_length, model, tokenizer)
     if recipe.model.fill:
         fill(model)
     freeze(model, recipe.freeze)
@@ -117,7 +116,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         recipe.save(output / "recipe.yaml")
-        (output / SPEED).unlink(missing_ok=True)  # of the model that was there before
+        forget(output)  # or an interrupted run would look finished, with the results of the one before
     checkpoint = arguments.resume_from_checkpoint
     if resume:
         checkpoint = last_checkpoint(output, arguments.world_size)
@@ -194,13 +193,6 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
             raise RecipeError(f"freeze: '{glob}' matches no parameter. Parameters of the model: {some}, ...")
         for name in matched:
             parameters[name].requires_grad_(False)
-
-
-def _check_length(max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if max_length > tokenizer.model_max_length:
-        raise RecipeError(
-            f"data.max_length is {max_length}, but the model takes at most {tokenizer.model_max_length} tokens"
-        )
 
 
 class StepTimer(TrainerCallback):

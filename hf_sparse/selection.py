@@ -96,9 +96,9 @@ class Global(Selection):
 class Threshold(Selection):
     """Keep every group whose score is above one threshold.
 
-    With a `value` the threshold rises along the schedule from zero to it, and the sparsity is what comes out; but of each
-    weight the highest 0.5 % of the groups stay, and one at least, as in the code of Sanh et al. 2020, so that no value
-    removes a weight whole. Without, the threshold is placed so that the scheduled sparsity is met exactly.
+    With a `value` the threshold rises along the schedule from zero to it, and the sparsity is what comes out; but the
+    highest 0.5 % of the groups of each weight stay, and one at least, as in the code of Sanh et al. 2020, so that no
+    value removes a weight whole. Without, the threshold is placed so that the scheduled sparsity is met exactly.
 
     Args:
         value: the final threshold, in the units of the scores.

@@ -93,6 +93,21 @@ class Speed:
         ]
 
 
+def is_number(value: object) -> bool:
+    """Return whether what a JSON file says is a number that can be reckoned with: no bool, NaN or infinity.
+
+    Example:
+        >>> [is_number(value) for value in (1, 0.5, True, float("nan"), 10**400, "1")]
+        [True, True, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number may have any number of digits
+        return False
+
+
 def verdict(speedup: Sequence[float]) -> str:
     """Say what a speed-up comes to.
 
@@ -131,8 +146,8 @@ def _mapping(data: Any, key: str) -> Mapping[str, Any]:
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:
-    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-    if not good or not all(math.isfinite(v) and v > 0 for v in value) or list(value) != sorted(value):
+    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(is_number(v) for v in value)
+    if not good or not all(v > 0 for v in value) or list(value) != sorted(value):
         raise CheckpointError(f"the measured speed has {where}={value!r:.80}, which is no quartiles")
     return value[0], value[1], value[2]
 

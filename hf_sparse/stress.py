@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import page
 from .data import load_split
-from .errors import RecipeError
+from .errors import RecipeError, SparsityError
 from .labelled import label_number
-from .loading import load_tokenizer
+from .loading import check_length, load_tokenizer
 from .recipe_sections import DataSection
 
 BATCH = 32
@@ -199,6 +199,8 @@ def stress(name: str, sparse: PreTrainedModel, against: str, dense: Any, section
     texts: Texts = list(zip(*(rows[column] for column in section.text_columns), strict=True))
     labels = torch.tensor([int(label_number(sparse, value, place)) for place, value in enumerate(rows["labels"])])
     models = [(dense, load_tokenizer(against)), (sparse, load_tokenizer(name))]
+    for model, tokenizer in models:
+        check_length(section.max_length, model, tokenizer)
     damaged: dict[str, tuple[float, float]] = {}
     clean: list[Tensor] = []
     for what, damage in DAMAGE.items():
@@ -236,4 +238,9 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: T
             found.append(model(**tokens.to(model.device)).logits.float().softmax(-1).cpu())
     finally:
         model.train(training)
-    return torch.cat(found)
+    answers = torch.cat(found)
+    if not answers.isfinite().all():
+        raise SparsityError(
+            f"{model.name_or_path} gives probabilities that are not finite; are there NaN in its weights?"
+        )
+    return answers

@@ -12,7 +12,6 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,10 +20,10 @@ from hf_sparse.compare import runs_of
 from hf_sparse.errors import RecipeError
 from hf_sparse.markdown import table
 from hf_sparse.pareto import plot
-from hf_sparse.results import AFTER, Result, by_name, dense_twin
+from hf_sparse.results import AFTER, Result, by_name, common_machine, dense_twin, of_one_machine
 from hf_sparse.speed import Speed, verdict
 from scripts.claims import MAIN, verdicts
-from scripts.reference import ROOT, main_machine, read_plan, reference_results
+from scripts.reference import ROOT, read_plan, reference_results
 
 TEMPLATE = ROOT / "recipes" / "reference" / "guide.template.md"
 TITLES = {
@@ -53,7 +52,7 @@ def guide(results: Sequence[Result]) -> str:
         if name not in known and name not in planned:
             raise RecipeError(f"the guide names a result '{name}', which is neither there nor planned")
         runs = known.get(name, [])
-        return _speed(runs, results) if what == "speed" else value(runs)
+        return _speed(runs, results).replace("not measured", "speed not measured") if what == "speed" else value(runs)
 
     return re.sub(r"{{(.+?)}}", filled, TEMPLATE.read_text(encoding="utf-8"))
 
@@ -70,8 +69,8 @@ def value(runs: Sequence[Result], metric: str | None = None) -> str:
 def _speed(runs: Sequence[Result], results: Sequence[Result]) -> str:
     speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
     if speed is None:
-        return "speed not measured"
-    return verdict(speed.speedup) + ("" if speed.machine == main_machine(results) else ", on another processor")
+        return "not measured"
+    return verdict(speed.speedup) + ("" if speed.machine == common_machine(results) else ", on another processor")
 
 
 def claims(results: Sequence[Result]) -> str:
@@ -95,7 +94,7 @@ def section(results: Sequence[Result], task: str) -> str:
         dense = _dense(first, dense_twin(results, first))
         sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
         megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
-        speed = (_speed(runs, results) if any(run.speed for run in runs) else "not measured") if first.sparsity else "-"
+        speed = _speed(runs, results) if first.sparsity else "-"
         shown = [value(runs, metric) for metric in metrics]
         rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
     head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
@@ -123,11 +122,7 @@ def _own_model(task: str) -> str:
 def write(folder: Path) -> None:
     """Write the guide and its pictures into a folder such as recipes/."""
     results = reference_results()
-    machine = main_machine(results)
-    comparable = [
-        result if not result.speed or Speed.from_dict(result.speed).machine == machine else replace(result, speed=None)
-        for result in results
-    ]
+    comparable = of_one_machine(results)
     (folder / "reference").mkdir(parents=True, exist_ok=True)
     (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
     for task, metric in MAIN.items():

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from hf_sparse.recipe import Recipe
-from hf_sparse.results import Result, read_results
+from hf_sparse.results import Result, common_machine, read_results
 from hf_sparse.speed import Speed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,18 +29,12 @@ def reference_results(results: Sequence[Result] | None = None) -> list[Result]:
         results: others than those of the committed file.
     """
     known = list(read_results(RESULTS) if results is None else results)
-    machine = main_machine(known)
+    machine = common_machine(known)
     timed = {result.name for result in known if result.speed and _machine(result) == machine}
     return [
         dataclasses.replace(result, speed=None) if result.name in timed and _machine(result) != machine else result
         for result in known
     ]
-
-
-def main_machine(results: Sequence[Result]) -> str | None:
-    """Return the machine that most speeds are of; None if nothing was timed."""
-    counts = Counter(_machine(result) for result in results if result.speed)
-    return max(counts, key=lambda machine: (counts[machine], machine), default=None)
 
 
 def _machine(result: Result) -> str:

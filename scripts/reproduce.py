@@ -70,9 +70,9 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     """Return whether a run of the same recipe ended in the folder, wherever its model and data were."""
     try:
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except OSError:
+        known = Recipe.from_dict(before).to_dict()  # by an older version, it may say less
+    except (OSError, ValueError, yaml.YAMLError):  # not there, written in part, or by a version that said otherwise
         return False
-    known = Recipe.from_dict(before).to_dict()  # by an older version, it may say less
     return (folder / "report.md").is_file() and _without_places(known) == _without_places(recipe.to_dict())
 
 
@@ -169,6 +169,21 @@ def chosen(entries: Mapping[str, Entry], names: Sequence[str]) -> list[Entry]:
     return list(out.values())
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"seeds are whole numbers with commas between, as in 0,1, not {text!r}"
+        ) from None
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
 def main() -> int:
     """Run what the command line names; return 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,12 +191,12 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="run nothing: show the plan, or the command of each NAME")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="with a folder for each task")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="where l3, l6 or t5 is")
-    parser.add_argument("--seeds", metavar="N,N,...", help="other seeds than those of the plan")
+    parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="other seeds than those of the plan")
     parser.add_argument("--output", type=Path, default=Path("runs/reference"), metavar="DIR", help="folders of runs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="file that results are added to")
     parser.add_argument("--again", action="store_true", help="also run what the file has")
     parser.add_argument("--bench", action="store_true", help="run nothing: time the models of runs that are done")
-    parser.add_argument("--take", type=Path, metavar="FILE", help="run nothing: add the results of another file")
+    parser.add_argument("--take", type=_file, metavar="FILE", help="run nothing: add the results of another file")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY.PATH=VALUE",
                         help="change all recipes, for a trial; needs --results of its own")  # fmt: skip
     options = parser.parse_args()
@@ -210,7 +225,7 @@ def main() -> int:
         parser.error(str(error))
     failed = 0
     for entry in named:
-        for seed in map(int, options.seeds.split(",")) if options.seeds else entry.seeds:
+        for seed in options.seeds or entry.seeds:
             if options.list:
                 print(machine.command(entry, seed))
                 continue

@@ -77,3 +77,8 @@ def test_groups_prune_a_model_to_exactly_the_total():
     sparsify(model, SparsityConfig.from_dict({"groups": groups_of(kept, sizes)}))
     assert {str(i): int(layer.weight.count_nonzero()) for i, layer in enumerate(layers)} == kept
     assert sum(kept.values()) == kept_count(sum(sizes.values()), 0.83)
+
+
+def test_a_layer_without_which_the_loss_is_not_finite_is_no_layer_that_costs_nothing():
+    with pytest.raises(RecipeError, match="not finite with 'b' pruned"):
+        by_sensitivity({"a": 100, "b": 100}, [0.8], {"a": [1.0], "b": [float("nan")]}, 0.4)

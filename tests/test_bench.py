@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaModel, T5Config, T5ForSequenceClassification
 
-from hf_sparse import BackendError, CheckpointError, SparsityConfig, compact, sparsify
-from hf_sparse.bench import Comparison, Timing, in_turns
+from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse.bench import Comparison, Timing, in_turns, make_inputs
 from hf_sparse.bench import compare as compare_outputs
 from hf_sparse.cli import main
 from hf_sparse.doctor import diagnose
 from hf_sparse.kernels.int8 import why_not_int8
+from hf_sparse.loading import most_tokens
 from hf_sparse.markdown import plain
 from hf_sparse.page import escape
 from hf_sparse.runtime import RuntimeReport
@@ -23,6 +25,7 @@ from hf_sparse.runtime.packed import Packed
 from hf_sparse.speed import SPEED, Speed, read_speed
 from tests.speeds import speed_file
 from tests.structures import batch, build
+from tests.tiny import save_t5
 
 
 @pytest.fixture
@@ -148,6 +151,27 @@ def test_bench_takes_int8_and_says_how_far_off_it_is(saved: Path, tmp_path: Path
 def test_bench_says_what_is_wrong(saved: Path, capsys: Any, arguments: list[str], reason: str) -> None:
     assert main(["bench", str(saved), *arguments]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_bench_against_a_model_that_takes_other_inputs_is_refused(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    save_t5(tmp_path / "t5")
+    command = ["bench", str(saved), "--length", "8", "--rounds", "1", "--backend", "csr", "--against"]
+    assert main([*command, str(tmp_path / "t5")]) == 2
+    assert "cannot be compared with a T5ForConditionalGeneration" in capsys.readouterr().err
+    build("bert", vocab_size=5).save_pretrained(tmp_path / "fewer")
+    assert main([*command, str(tmp_path / "fewer")]) == 2
+    assert "that knows 5: both are asked the same" in capsys.readouterr().err
+
+
+def test_inputs_are_no_longer_than_roberta_takes_and_have_one_end_for_a_classifier() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    roberta = RobertaModel(RobertaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=12, pad_token_id=1))
+    assert most_tokens(roberta) == 10  # the first two positions are those of the padding and before it
+    with pytest.raises(RecipeError, match="the model has 10 positions"):
+        make_inputs(roberta, 1, 11)
+    config = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, eos_token_id=1)
+    inputs = make_inputs(T5ForSequenceClassification(config), 4, 50)
+    assert inputs["input_ids"].eq(1).sum(1).tolist() == [1] * 4
 
 
 @pytest.mark.parametrize(("gain", "said"), [(1.01, "no speed-up"), (0.5, "no speed-up"), (2.0, "2.00x as fast")])

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, SparsityError, sparsify
 from hf_sparse.budget import Budget, Costs
 from hf_sparse.config import SCHEDULES
-from hf_sparse.latency import LatencyTable, Shape, measure
+from hf_sparse.latency import LatencyTable, Shape, TimesFile, measure
 
 from .structures import FAMILIES
 from .training import RAMP, sparse_trainer
@@ -205,3 +205,9 @@ def test_scores_of_other_units_are_an_error() -> None:
     budget.prepare([NEURONS])
     with pytest.raises(SparsityError, match="knows 1 units, and was given the scores of 2"):
         budget.select([torch.zeros(6), torch.zeros(6)], 1.0)
+
+
+def test_times_that_cannot_be_kept_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparsityError, match="HF_SPARSE_CACHE=/some/folder"):
+        TimesFile(tmp_path / "file" / "latency.json").write({"a": [1.0]})

@@ -195,3 +195,27 @@ def test_module_runs_as_a_program():
     assert done.returncode == 2
     # The last line: bitsandbytes, which transformers imports where peft is installed, may have had something to say.
     assert done.stderr.splitlines()[-1] == "hf-sparse: CheckpointError: there is no file or folder nowhere"
+
+
+def test_records_of_a_model_that_was_there_before_are_not_those_of_the_pruned_one(bert, tmp_path):
+    out = tmp_path / "out"
+    assert main(["prune", str(bert), "--sparsity", "0.5", "--output", str(out)]) == 0
+    (out / "eval_results.json").write_text('{"eval_accuracy": 0.99}')
+    (out / "trainer_state.json").write_text('{"log_history": []}')
+    (out / "recipe.yaml").write_text("model: {name: org/other}\n")
+    assert main(["card", str(out)]) == 0
+    assert "org/other" in (out / "README.md").read_text()
+    assert main(["prune", str(bert), "--sparsity", "0.8", "--output", str(out)]) == 0
+    assert (out / "recipe.yaml.old").read_text() == "model: {name: org/other}\n"
+    assert not {path.name for path in out.iterdir()} & {
+        "eval_results.json", "trainer_state.json", "recipe.yaml", "README.md",
+    }  # fmt: skip
+    (out / "README.md").write_text("By hand")
+    assert main(["prune", str(bert), "--sparsity", "0.5", "--output", str(out)]) == 0
+    assert (out / "README.md").read_text() == "By hand"
+
+
+def test_folder_that_cannot_be_made_is_no_traceback(bert, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["prune", str(bert), "--sparsity", "0.5", "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "Not a directory" in capsys.readouterr().err

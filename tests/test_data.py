@@ -6,7 +6,7 @@ import datasets
 import pytest
 from transformers import ByT5Tokenizer
 
-from hf_sparse.data import load_texts
+from hf_sparse.data import load_split, load_texts
 from hf_sparse.errors import RecipeError
 from hf_sparse.loading import load_tokenizer
 from hf_sparse.recipe_sections import DataSection
@@ -180,3 +180,16 @@ def test_load_tokenizer_refuses_the_empty_one_that_transformers_makes_up(tmp_pat
 def test_load_tokenizer_says_which_model_cannot_be_loaded(tmp_path):
     with pytest.raises(RecipeError, match="cannot load the tokenizer of model 'nowhere'"):
         load_tokenizer("nowhere")
+
+
+def test_name_of_a_file_is_no_pattern(tmp_path):
+    (tmp_path / "dev1.jsonl").write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8")
+    path = tmp_path / "dev[1].jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
+    assert len(load_split(DataSection(train=str(path), validation="none"), "train")) == 2
+
+
+def test_empty_file_of_json_has_no_rows(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"data\.train has no rows"):
+        load_split(DataSection(train=str(tmp_path / "empty.jsonl"), validation="none"), "train")

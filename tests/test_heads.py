@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.cli import main
@@ -76,6 +82,43 @@ def test_label_that_the_model_does_not_know_is_an_error(saved: Path, tmp_path: P
     path.write_text('{"text": "the film is fine", "label": "so-so"}\n')
     with pytest.raises(RecipeError, match="row 0 of the data has label 'so-so', but the model knows LABEL_0, LABEL_1"):
         heads(str(saved), section(path))
+
+
+def test_label_of_a_class_may_be_written_as_a_fraction_as_in_training(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "floats.csv"
+    path.write_text("text,label\nthe film is fine,1.0\nthe plot is dull,0.0\n")
+    assert heads(str(saved), section(path)).samples == 2
+    path.write_text("text,label\nthe film is fine,0.5\nthe plot is dull,0.0\n")
+    with pytest.raises(RecipeError, match=r"row 0 of the data has label 0\.5"):
+        heads(str(saved), section(path))
+
+
+@pytest.mark.parametrize("command", ["heads", "sensitivity", "report", "prune"])
+def test_texts_longer_than_the_model_takes_are_refused(saved: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "film " * 50, "label": 1}) + "\n")
+    more = {
+        "report": ["--against", str(saved), "--html", str(tmp_path / "page.html")],
+        "prune": ["--scorer", "taylor", "--sparsity", "0.5", "--output", str(tmp_path / "out")],
+    }
+    assert main([command, str(saved), "--data", str(path), "--length", "17", *more.get(command, [])]) == 2
+    assert "texts are cut at 17 tokens, but the model takes at most 16" in capsys.readouterr().err
+
+
+def test_model_without_a_head_for_texts_is_refused(texts: Path, tmp_path: Path, capsys: Any) -> None:
+    BertForMaskedLM(tiny.config()).save_pretrained(tmp_path / "words")
+    tiny.save_tokenizer(tmp_path / "words")
+    for command in ("heads", "sensitivity"):
+        assert main([command, str(tmp_path / "words"), "--data", str(texts), "--length", "16"]) == 2
+        assert "BertForMaskedLM gives no class or number for a text" in capsys.readouterr().err
+
+
+def test_encoder_decoder_that_classifies_is_measured_by_its_classes(texts: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 17, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    special: dict[str, Any] = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 3}
+    T5ForSequenceClassification(T5Config(**sizes, **special, num_labels=2)).save_pretrained(tmp_path / "t5")
+    tiny.save_tokenizer(tmp_path / "t5")
+    assert heads(str(tmp_path / "t5"), section(texts)).importance.shape == (3, 4)
 
 
 def test_no_texts_at_once_is_an_error(saved: Path, texts: Path) -> None:

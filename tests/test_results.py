@@ -69,3 +69,12 @@ def test_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps([FACTS, FACTS]))
     with pytest.raises(RecipeError, match="seed 0 twice"):
         read_results(path)
+
+
+def test_result_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    add_results(path, [Result.from_dict(FACTS)])
+    bad = Result(**{**FACTS, "seed": 7, "metrics": {"accuracy": float("nan")}})
+    with pytest.raises(RecipeError, match="metrics are numbers"):
+        add_results(path, [bad])
+    assert read_results(path) == [Result.from_dict(FACTS)]

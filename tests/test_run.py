@@ -5,9 +5,13 @@ import time
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_sparse.errors import RecipeError
-from hf_sparse.run import StepTimer, freeze
+from hf_sparse.recipe import Recipe
+from hf_sparse.run import StepTimer, freeze, run
+
+from . import tiny
 
 
 def test_step_timer_takes_the_median_and_leaves_evaluation_and_saving_out(monkeypatch):
@@ -38,3 +42,19 @@ def test_freeze_names_parameters_when_nothing_matches():
         RecipeError, match=r"freeze: 'embed' matches no parameter. Parameters of the model: weight, bias"
     ):
         freeze(torch.nn.Linear(2, 2), ["embed"])
+
+
+def test_interrupted_run_does_not_look_finished_with_the_results_of_the_one_before(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    data = {name: str(tiny.write_sentences(tmp_path / f"{name}.jsonl")) for name in ("train", "validation")}
+    training = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "max_steps": 1, "report_to": []}
+    model = str(tiny.save_bert(tmp_path / "bert"))
+    (tmp_path / "out").mkdir()
+    for name in ("report.md", "eval_results.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(Recipe.from_dict({"model": model, "data": {**data, "max_length": 16}, "training": training}))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]

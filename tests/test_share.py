@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.ablation import head_losses, layer_losses, mean_loss
 from hf_sparse.cli import main
+from hf_sparse.compare import read_latency
 from hf_sparse.pareto import _front, pareto
 from hf_sparse.report_page import groups_left, shrink
 from hf_sparse.results import Result, add_results
@@ -335,3 +336,82 @@ def test_compare_takes_a_file_of_results_with_the_means_over_seeds(tmp_path: Pat
     assert "name one with --model: m, n" in capsys.readouterr().err
     assert main(["compare", str(path), "--metric", "wer", "--task", "t", "--model", "m"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
+
+
+@pytest.mark.parametrize("value", ["NaN", "null", '"high"', "1" + "0" * 400])
+def test_compare_refuses_what_is_no_number(tmp_path: Path, capsys: Any, value: str) -> None:
+    run = write_run(tmp_path / "a", 0.9)
+    (tmp_path / "a" / "eval_results.json").write_text(f'{{"eval_accuracy": {value}}}')
+    assert main(["compare", run]) == 2
+    assert "which cannot be compared" in capsys.readouterr().err
+
+
+def test_compare_refuses_a_recipe_without_groups(tmp_path: Path, capsys: Any) -> None:
+    assert main(["compare", write_run(tmp_path / "a", 0.9, {"groups": []})]) == 2
+    assert "is no recipe" in capsys.readouterr().err
+
+
+def test_timings_are_of_their_own_folder_and_not_of_another_with_its_name(tmp_path: Path) -> None:
+    folders = [tmp_path / "one" / "same", tmp_path / "two" / "same", tmp_path / "dense"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[0] / "speed.json").write_text(json.dumps(speed_file(model="same", against="dense")))
+    assert read_latency(folders) == [4.0, None, 8.0]
+    (tmp_path / "bench.json").write_text(json.dumps(speed_file(model="same", against="dense")))
+    assert read_latency([folders[1]], [tmp_path / "bench.json"]) == [4.0]
+    (folders[0] / "speed.json").unlink()
+    with pytest.raises(RecipeError, match="several runs are called same"):
+        read_latency(folders, [tmp_path / "bench.json"])
+
+
+def test_compare_takes_times_of_one_machine_from_a_file_of_results(tmp_path: Path, capsys: Any) -> None:
+    facts: dict[str, Any] = {"task": "t", "model": "m", "sparsity": 0.5, "metrics": {"accuracy": 0.5}, "seed": 0}
+    machines = {"a": "Box 9", "b": "Box 9", "c": "Another"}
+    results = [Result(n, method=n, speed=speed_file(machine=machine), **facts) for n, machine in machines.items()]
+    add_results(tmp_path / "r.json", results)
+    assert main(["compare", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr()
+    assert [line.split("|")[8].strip() for line in said.out.splitlines()[2:]] == ["0.50", "0.50", "-"]
+    assert "measured on another machine than most: c\n" in said.err
+
+
+def test_report_draws_values_as_far_apart_as_floats_can_be(dense: Path) -> None:
+    log = [{"step": 1, "loss": 1e308}, {"step": 2, "loss": -1e308}]
+    (dense / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert main(["report", str(dense)]) == 0
+
+
+def test_models_whose_answers_are_not_finite_are_no_result(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny.save_tokenizer(tmp_path / "nan")
+    data = ["--data", str(tiny.write_sentences(tmp_path / "dev.jsonl", slice(4))), "--length", "16"]
+    assert main(["heads", str(tmp_path / "nan"), *data]) == 2
+    assert "importance of its heads is not known" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nan"), "--against", str(dense), *data]) == 2
+    assert "probabilities that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--sparsity", "0.95"], "the highest level to measure is 0.9"),
+        (["--sparsity", "1.5"], "below 1, not 1.5"),
+        (["--plot", "x.xyz"], "its ending is none of"),
+        (["--plot", "no/x.png"], "there is no folder no"),
+    ],
+)
+def test_what_cannot_be_answered_or_drawn_is_refused_before_anything_is_loaded(
+    capsys: Any, option: list[str], said: str
+) -> None:
+    for command in ("sensitivity", "heads"):
+        if command == "sensitivity" or "--plot" in option:
+            assert main([command, "no/model", "--data", "no.jsonl", *option]) == 2
+            assert said in capsys.readouterr().err
+
+
+def test_report_finds_out_first_that_there_is_no_folder_for_the_page(capsys: Any) -> None:
+    assert main(["report", "no/model", "--html", "no/page.html"]) == 2
+    assert "there is no folder no" in capsys.readouterr().err

@@ -143,6 +143,30 @@ def test_card_that_somebody_wrote_or_edited_is_kept(saved, capsys):
     assert path.read_text(encoding="utf-8") == ours
 
 
+def test_figures_that_are_none_and_a_dense_run_that_is_none_are_not_passed_over(saved, tmp_path, capsys):
+    (saved / "eval_results.json").write_text(f'{{"eval_accuracy": NaN, "eval_f1": 1{"0" * 400}}}', encoding="utf-8")
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    (saved / "config.json").write_text(json.dumps({**config, "architectures": 5}), encoding="utf-8")
+    assert main(["card", str(saved)]) == 0
+    text = (saved / "README.md").read_text(encoding="utf-8")
+    assert "## Metrics\n\nNot measured." in text
+    assert "nan" not in text
+    assert main(["card", str(saved), "--against", str(tmp_path / "typing-error")]) == 2
+    assert "has to be the folder of a dense run" in capsys.readouterr().err
+
+
+def test_card_that_cannot_be_written_is_no_traceback(saved, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    assert main(["card", str(saved)]) == 0
+    before = (saved / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["card", str(saved), "--license", "mit"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (saved / "README.md").read_text(encoding="utf-8") == before
+
+
 def test_committed_cards_are_what_the_script_writes(tmp_path):
     script = [sys.executable, "scripts/make_cards.py", "--output", str(tmp_path)]
     subprocess.run(script, cwd=ROOT, check=True, capture_output=True)

@@ -169,3 +169,19 @@ def test_list_shows_what_is_missing_and_commands(
     with pytest.raises(SystemExit):
         command(tmp_path, data, monkeypatch, "nothing")
     assert "no result 'nothing'" in capsys.readouterr().err
+
+
+def test_words_that_mean_nothing_are_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for words, said in ((("--take", "none.json"), "there is no file none.json"), (("--seeds", "a"), "not 'a'")):
+        with pytest.raises(SystemExit):
+            command(tmp_path, data, monkeypatch, *words)
+        assert said in capsys.readouterr().err
+
+
+def test_recipe_that_was_written_in_part_is_no_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("of an earlier run")
+    for text in ("", "model: {name", "model: {name: a, shape: round}\n"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert not reproduce._finished(tmp_path, Recipe.from_dict({"model": "m", "data": {"name": "d"}}))
