@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .recipe_sections import DataSection
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 def add_data(
     parser: argparse.ArgumentParser, help_data: str, *, required: bool, label: str, samples: int | None, texts: str
 ) -> None:
-    """Add --data, --text, --label, --samples and --length.
+    """Add --data, --text, --label, --samples and --length; columns and length are those of the run where it says them.
 
     Args:
         help_data: of --data.
@@ -23,22 +24,36 @@ def add_data(
     """
     parser.add_argument("--data", required=required, metavar="FILE", help=help_data)
     parser.add_argument(
-        "--text", action="append", metavar="COLUMN", help="column with the text (text); twice for pairs"
+        "--text",
+        action="append",
+        metavar="COLUMN",
+        help="column with the text (that of the recipe beside the model, else text); twice for pairs",
     )
-    parser.add_argument("--label", default="label", metavar="COLUMN", help=f"column with the label{label}")
+    parser.add_argument(
+        "--label", metavar="COLUMN", help=f"column with the label{label} (that of the recipe, else label)"
+    )
     parser.add_argument("--samples", type=int, default=samples, metavar="N", help=texts)
-    parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens kept of each text (128)")
+    parser.add_argument(
+        "--length", type=int, metavar="N", help="tokens kept of each text (as many as in the recipe, else 128)"
+    )
 
 
 def data_section(options: argparse.Namespace) -> DataSection:
-    """Return the data that these options name."""
+    """Return the data that these options name; what they leave out is as the recipe beside the model says it.
+
+    Raises:
+        RecipeError: for columns or counts that are none.
+        CheckpointError: if there is a recipe, and it is none.
+    """
+    from .model_card import read_recipe
     from .recipe_sections import DataSection
 
+    of_run: dict[str, Any] = read_recipe(Path(options.model) / "recipe.yaml").get("data") or {}
+    given = {"text": options.text, "label": options.label, "max_length": options.length}
+    said = {key: value if value is not None else of_run.get(key) for key, value in given.items()}
     return DataSection(
         train=options.data,
         validation="none",  # nothing is held out: what is measured is no metric
-        text=options.text or "text",
-        label=options.label,
-        max_length=options.length,
         train_samples=options.samples,
+        **{"text": "text", **{key: value for key, value in said.items() if value is not None}},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -144,7 +145,9 @@ def heat(rows: Iterable[tuple[str, Sequence[float]]], kind: str = "") -> str:
 
 def figure(body: str, caption: str) -> str:
     """Return a picture with a caption; `body` is HTML."""
-    return f"<figure>{body}<figcaption>{escape(caption)}</figcaption></figure>"
+    # The name of a layer may break after its dots, before it breaks anywhere.
+    breakable = re.sub(r"\.(?=[a-z_])", ".<wbr>", escape(caption))
+    return f"<figure>{body}<figcaption>{breakable}</figcaption></figure>"
 
 
 def bitmap(values: Tensor, label: str) -> str:

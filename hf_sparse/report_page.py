@@ -68,7 +68,9 @@ def write_report(
     if data is not None:
         parts += stress(str(folder), model, str(against), dense, data).sections()
     else:
-        parts.append(page.left_out("What pruning changed", "it needs --against DENSE_DIR and --data FILE"))
+        parts.append(
+            page.left_out("What pruning changed", "it is of classifiers, and needs --against DENSE_DIR and --data FILE")
+        )
     text = page.page(f"Report of {folder.resolve().name}", parts)
     try:
         Path(output).write_text(text, encoding="utf-8")

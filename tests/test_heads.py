@@ -105,6 +105,22 @@ def test_texts_longer_than_the_model_takes_are_refused(saved: Path, tmp_path: Pa
     assert "texts are cut at 17 tokens, but the model takes at most 16" in capsys.readouterr().err
 
 
+def test_columns_and_length_are_those_of_the_recipe_beside_the_model(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = [json.dumps({"sentence": text, "mood": label}) for text, label in tiny.sentences()]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
+    command = ["heads", str(saved), "--data", str(tmp_path / "own.jsonl"), "--json"]
+    assert main(command) == 2
+    assert "'text'" in capsys.readouterr().err
+    (saved / "recipe.yaml").write_text("data: {text: sentence, label: mood, max_length: 4}")
+    assert main(command) == 0
+    cut = json.loads(capsys.readouterr().out)["importance"]
+    assert main([*command, "--length", "16"]) == 0  # what is given counts
+    assert json.loads(capsys.readouterr().out)["importance"] != cut
+    (saved / "recipe.yaml").write_text("data: {text: [a, b, c]}")
+    assert main(command) == 2
+    assert "data.text is a column name or a list of two" in capsys.readouterr().err
+
+
 def test_model_without_a_head_for_texts_is_refused(texts: Path, tmp_path: Path, capsys: Any) -> None:
     BertForMaskedLM(tiny.config()).save_pretrained(tmp_path / "words")
     tiny.save_tokenizer(tmp_path / "words")
