@@ -214,7 +214,8 @@ def make_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
 def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length: int) -> None:
     """Raise unless a model can be asked what the other one is asked."""
     own, other = (make_inputs(one, batch, length) for one in (model, against))
-    words = [one.config.vocab_size for one in (model, against)]
+    configs: list[Any] = [one.config for one in (model, against)]
+    words = [int(config.vocab_size) for config in configs]
     if own.keys() != other.keys() or words[1] < words[0]:
         raise RecipeError(
             f"a {type(model).__name__} that knows {words[0]:,} tokens cannot be compared with a "
