@@ -33,5 +33,7 @@ def is_own(module: nn.Module) -> bool:
 
 def watched(module: nn.Module) -> bool:
     """Return whether somebody sees each call of a module: hooks (but for the one that keeps zeros), a new forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return "forward" in vars(module) or any(not is_guard(hook) for hook in hooks)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):  # looked at in each call of each block
+        if hooks and not all(map(is_guard, hooks.values())):
+            return True
+    return "forward" in module.__dict__
