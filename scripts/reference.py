@@ -85,9 +85,10 @@ def read_plan(path: Path = PLAN) -> tuple[dict[str, Any], list[Entry]]:
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     entries = []
     for row in plan["results"]:
-        for name, level in itertools.product(_listed(row["task"]), _listed(row.get("sparsity", 0.0))):
+        ways = (_listed(row["task"]), _listed(row["method"]), _listed(row.get("sparsity", 0.0)))
+        for name, method, level in itertools.product(*ways):
             task = plan["tasks"][name]
-            fixed = {"model": task["model"], **row, "task": name, "sparsity": level}
+            fixed = {"model": task["model"], **row, "task": name, "method": method, "sparsity": level}
             fixed |= {"seeds": tuple(row.get("seeds", [0])), "own_model": fixed["model"] == task["model"]}
             entries.append(Entry(recipe=task["recipe"], **fixed))
     return plan, entries

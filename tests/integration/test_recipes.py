@@ -194,7 +194,7 @@ def test_encoder_decoder_is_pruned_while_it_learns_to_write(recipe, tmp_path):
         ({"freeze": ["*embedings*"]}, r"freeze: '\*embedings\*' matches no parameter"),
         (
             {"data": {"train": "train.jsonl", "validation": "validation.jsonl"}},
-            "max_length is 128, .* at most 16 tokens",
+            "cut at 128 tokens, .* at most 16: set data.max_length",
         ),
         ({"model": {"name": "bert", "num_labels": 3}}, "num_labels is 3, but the training texts have 2 classes: 0, 1"),
         ({"model": "missing"}, "cannot load the tokenizer of model 'missing'"),
