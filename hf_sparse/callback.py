@@ -25,7 +25,7 @@ from .fsdp import announce_fsdp, check_fsdp
 from .hub import guard_trainer
 from .loss_terms import LossTerms
 from .optimizer import announce_optimizer, check_optimizer, group_scores
-from .plan import Plan
+from .plan import Plan, warn_of_freed_zeros
 from .pruner import Pruner
 from .ranks import check_same_masks
 from .teacher import check_cache, make_distiller
@@ -135,6 +135,7 @@ class SparsityCallback(TrainerCallback):
         # The teacher first: "self" is a copy of the model without masks.
         distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
         terms = LossTerms(model, pruner, distiller)
+        warn_of_freed_zeros(pruner.plans)
         try:
             smoothing = args.label_smoothing_factor
             terms.refuse_if(smoothing, f"label_smoothing_factor={smoothing} replaces the model's own loss")
@@ -272,11 +273,12 @@ def _check_schedule(plan: Plan, steps: int) -> None:
             f"schedule '{schedule.name}' rises from {schedule.begin:g} to {schedule.end:g} of the training, which is "
             f"less than one of its {steps} steps. Train longer, widen the ramp, or use schedule 'constant'"
         )
-    if schedule.every > max(1, ramp):
+    if schedule.end > schedule.begin and schedule.every > ramp:  # without a ramp there is none to jump over
         raise RecipeError(
             f"schedule '{schedule.name}' renews the masks every {schedule.every} steps, but its ramp has {ramp} of the "
             f"{steps} steps of this training, so it would be jumped over. Lower 'every'"
         )
+    plan.scorer.check_steps(schedule.every, steps)
     last = math.ceil(schedule.end * steps)
     if plan.scorer.learned and plan.sparsity > 0 and last < SHORT_RAMP:
         logger.warning(

@@ -10,6 +10,7 @@ from typing import Any
 
 from .cli_data import add_data, data_section
 from .errors import RecipeError
+from .files import write_whole
 from .runtime import BACKENDS
 from .speed import SPEED
 
@@ -131,7 +132,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _write(path: str | Path, text: str) -> None:
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise RecipeError(f"cannot write {path}: {error}") from error
 

@@ -212,6 +212,15 @@ def replace_file(path: PathLike) -> Iterator[Path]:
             os.close(folder)
 
 
+def write_whole(path: PathLike, text: str) -> None:
+    """Write a text so that an interruption leaves the old file whole; into pipes and terminals as it comes."""
+    if Path(path).exists() and not Path(path).is_file():
+        Path(path).write_text(text, encoding="utf-8")
+        return
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def settle_header(path: PathLike) -> None:
     """Sort the metadata in the header of a file, in place, so that equal models are equal files.
 

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .edits import EDITS_KEY, Edits
 from .errors import CheckpointError, RecipeError
-from .files import read_json, read_manifest, replace_file
+from .files import read_json, read_manifest, write_whole
 from .inspection import Inspection, inspect
 from .markdown import fenced, plain, table
 from .speed import SPEED, Speed, is_number, read_speed
@@ -208,8 +208,7 @@ def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -
     path = Path(folder) / CARD
     if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -15,8 +17,11 @@ from .masking import hidden
 from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
-from .selection import Selection, Uniform, WithinInputs
+from .selection import Selection, Uniform, WithinInputs, kept_count
 from .units import Share, Unit, find_shares
+from .zeros import keeps_zeros
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -139,6 +144,25 @@ def _costs(pattern: Pattern, shares: list[list[Share]]) -> list[Costs]:
         kind: Literal["attention", "feed_forward"] = "attention" if len(inputs) == 3 else "feed_forward"
         costs.append(Costs(kind, width, groups, rows // groups, len(inputs)))
     return costs
+
+
+def warn_of_freed_zeros(plans: list[Plan]) -> None:
+    """Warn if zeros that weights have kept since an earlier pruning would train again, which few expect."""
+    freed = []
+    for plan in plans:
+        # Masks that begin with the smallest weights cover the zeros, if they begin with as many of them.
+        smallest = isinstance(plan.pattern, Element) and (plan.scorer.regrows or plan.scorer.name == "magnitude")
+        for name, layer in plan.layers.items():
+            if keeps_zeros(layer):
+                left = int(torch.count_nonzero(layer.weight))
+                covered = smallest and kept_count(layer.weight.numel(), plan.sparsity_at(0.0)) <= left
+                freed += [] if covered or left == layer.weight.numel() else [f"{name}.weight"]
+    if freed:
+        logger.warning(
+            f"{len(freed)} weights (first: {freed[0]}) have zeros of an earlier pruning, and these are free to train "
+            "from now on: the new masks begin with other weights than those. To go on from them, use scorer "
+            "'magnitude' and pattern 'element', and let the schedule begin where they are, as initial=0.9 for 90 %"
+        )
 
 
 def check_disjoint(plans: list[Plan]) -> None:

@@ -32,6 +32,7 @@ from transformers import TrainingArguments
 from .config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from .distillation_config import DistillationConfig
 from .errors import RecipeError
+from .files import write_whole
 from .metrics import DEFAULT, check_metrics
 from .recipe_sections import TASKS, DataSection, ModelSection
 from .recipe_text import dump_yaml, override, parse_yaml
@@ -151,7 +152,7 @@ metric, freeze, sparsity, distillation, training, seed.
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML; `Recipe.load` of that file is the same run."""
-        Path(path).write_text(dump_yaml(self.to_dict()), encoding="utf-8")
+        write_whole(path, dump_yaml(self.to_dict()))
 
     def training_arguments(self) -> TrainingArguments:
         """Return the `TrainingArguments` of the recipe.

@@ -18,7 +18,7 @@ from .architectures import SubBlock, known_sub_blocks
 from .compaction import EDITS_ATTRIBUTE
 from .edits import Cut, Edits
 from .errors import RecipeError
-from .files import read_json
+from .files import read_json, write_whole
 from .inspection import inspect
 from .loading import load_whole
 from .recipe_sections import DataSection
@@ -73,7 +73,7 @@ def write_report(
         )
     text = page.page(f"Report of {folder.resolve().name}", parts)
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        write_whole(output, text)
     except OSError as error:
         raise RecipeError(f"cannot write the page {os.fspath(output)}: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from .errors import RecipeError
-from .files import replace_file
+from .files import write_whole
 from .registry import check_keys
 from .speed import Speed, is_number
 
@@ -164,8 +164,7 @@ def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> No
     """
     known = [Result.from_dict(result.to_dict()) for result in results]
     lines = [json.dumps(result.to_dict()) for result in sorted(known, key=lambda result: result.key)]
-    with replace_file(path) as temporary:
-        temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def add_results(path: str | os.PathLike[str], results: Sequence[Result]) -> None:

@@ -34,6 +34,7 @@ from .callback import SparsityCallback
 from .checkpoint import last_checkpoint
 from .data import LabelledTexts, load_texts
 from .errors import RecipeError, SparsityError
+from .files import write_whole
 from .filling import fill
 from .hub import guard_trainer
 from .inspection import Inspection, inspect
@@ -131,7 +132,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     result = RunResult(output, metrics, summarize(model), timer.median)
     if trainer.is_world_process_zero():
         report = report_text(recipe, texts, result, inspect(output))
-        (output / "report.md").write_text(report, encoding="utf-8")
+        write_whole(output / "report.md", report)  # that it is there tells that the run is finished
         try:
             write_card(output, card_text(facts_of(output)))
         except RecipeError as error:

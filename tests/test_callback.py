@@ -207,6 +207,27 @@ def test_stopping_before_the_schedule_ends_warns_and_says_the_sparsity(
     assert 0.3 < summarize(trainer.model).sparsity < 0.9
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"schedule": RAMP}, True),
+        ({"schedule": {**RAMP, "initial": 0.5}}, False),
+        ({"schedule": {**RAMP, "initial": 0.4}}, True),
+        ({"schedule": {**RAMP, "initial": 0.5}, "scorer": "movement"}, True),
+        ({"schedule": RAMP, "targets": "*.layer.0.*"}, False),
+    ],
+)
+def test_zeros_of_an_earlier_pruning_that_would_train_again_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], warned: bool
+) -> None:
+    model = sparsify(bert(), SparsityConfig(sparsity=0.5, targets="*.layer.1.*"))
+    with caplog.at_level(logging.WARNING, "hf_sparse.plan"):
+        trainer = sparse_trainer(tmp_path, SparsityConfig(**{"sparsity": 0.9, **options}), model=model)
+        logging.getLogger("hf_sparse.plan").addHandler(caplog.handler)
+        trainer.train()
+    assert ("6 weights (first: bert.encoder.layer.1.attention.self.query.weight) have zeros" in caplog.text) == warned
+
+
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 

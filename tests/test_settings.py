@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "blocks": {"scorer": "movement", "pattern": {"name": "block", "rows": 8, "cols": 8}},
     "neurons": {"scorer": "movement", "pattern": "neuron"},
     "taylor": {"scorer": "taylor"},
-    "rigl": {"scorer": {"name": "rigl", "every": 4}},
+    "rigl": {"scorer": {"name": "rigl", "every": 2}},
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

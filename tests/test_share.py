@@ -44,12 +44,12 @@ class Checked(HTMLParser):
             if name in ("src", "href"):
                 assert value is not None
                 assert value.startswith("data:image/png;base64,")
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:

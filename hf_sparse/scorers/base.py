@@ -82,6 +82,14 @@ class Scorer:
         """Return scores of groups, by which a selection keeps what stays, then what grows; for methods that regrow."""
         raise NotImplementedError
 
+    def check_steps(self, every: int, steps: int) -> None:
+        """Raise `RecipeError` if so short a training leaves the method nothing to do.
+
+        Args:
+            every: steps between two renewals of the masks.
+            steps: of the training.
+        """
+
     def own_selection(self) -> Selection | None:
         """Return the selection that the method is defined with, or None for the general default."""
         return None

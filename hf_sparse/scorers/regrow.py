@@ -41,6 +41,15 @@ class _Regrowing(Scorer):
         if type(self.every) is not int or self.every < 1:
             raise RecipeError(f"scorer '{self.name}': every={self.every!r} is no number of steps")
 
+    def check_steps(self, every: int, steps: int) -> None:
+        first = self.every * every
+        if first >= self.until * steps:
+            raise RecipeError(
+                f"scorer '{self.name}' would drop and grow weights at step {first} for the first time, but until="
+                f"{self.until:g} of the {steps} steps of this training ends that before, so nothing would ever grow. "
+                f"Lower the scorer's every={self.every}, or train longer"
+            )
+
     def shared_state(self, parameters: int) -> dict[str, Tensor]:
         self.renewals = torch.tensor(0.0, dtype=torch.float64)
         return {"renewals": self.renewals}

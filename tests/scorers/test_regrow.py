@@ -124,6 +124,15 @@ def test_sparsity_is_exact_at_every_step(scorer: str, pattern: Any, selection: s
     assert not all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
 
+@pytest.mark.parametrize(("scorer", "every"), [("rigl", 1), ({"name": "set", "every": 5}, 3)])
+def test_a_training_too_short_to_regrow_anything_is_refused(scorer: Any, every: int, tmp_path: Path) -> None:
+    config = SparsityConfig(sparsity=0.8, scorer=scorer, schedule={"name": "constant", "every": every})
+    trainer = sparse_trainer(tmp_path, config)
+    with pytest.raises(RecipeError, match=r"at step (100|15) for the first time, but until=0\.75 of the 20 steps"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("scorer", ["rigl", "set"])
 def test_a_resumed_training_with_updates_is_the_uninterrupted_one(scorer: str, tmp_path: Path) -> None:
     config = SparsityConfig(sparsity=0.8, scorer={"name": scorer, "every": 3}, schedule="constant")
