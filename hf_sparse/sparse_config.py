@@ -64,6 +64,9 @@ class SparseConfig(QuantizationConfigMixin):
             intent = SparsityConfig(**sparsity)
         elif isinstance(intent, Mapping):
             intent = SparsityConfig.from_dict(intent)
+        for key, value, kind in (("intent", intent, SparsityConfig), ("manifest", manifest, Manifest)):
+            if value is not None and not isinstance(value, (kind, Mapping)):
+                raise RecipeError(f"{key} is a {kind.__name__} or a mapping as its to_dict() gives, not {value!r:.80}")
         self.intent = intent
         self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
         self.quantization_config = _bitsandbytes(quantization_config)
