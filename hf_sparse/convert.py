@@ -30,12 +30,12 @@ from torch import Tensor
 from .codecs import CODECS, decode, encode, layout
 from .codecs.base import as_bits
 from .compressed_tensors import FORMATS, METHOD, decompress, find_compressed
+from .edits import EDITS_KEY
 from .errors import CheckpointError, RecipeError
 from .files import MANIFEST_KEY, check_files, read_json, read_manifest, replace_file
 from .manifest import Manifest, TensorEntry
-from .masking import STATE_SUFFIXES
 from .packing import FORMATS as PROFILES
-from .packing import staged
+from .packing import is_training_state, staged
 from .registry import Spec
 from .shards import SINGLE, Shards, ShardWriter, opened, weight_files
 from .sparse_config import METHOD as OURS
@@ -105,7 +105,7 @@ def convert(
         max_shard_size: of a file in a folder; a number of bytes or a text as in "2GB".
 
     Raises:
-        RecipeError: if output is the source, or for an unknown format, codec or size.
+        RecipeError: if output is the source, for an unknown format, codec or size, or "dense" of a compacted model.
         CheckpointError: if the source is damaged, inconsistent, or stored in a way that is not one of these.
     """
     source, output = Path(source), Path(output)
@@ -200,6 +200,11 @@ def _config_of(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str
 def _convert(files: Sequence[Path], method: str | None, folder: Path, spec: Spec, limit: float) -> Conversion:
     """Write the weight files into an empty folder; without a config (no method) they say themselves what they are."""
     manifest = check_files(files) if method == OURS or read_manifest(files[0]) is not None else None
+    if spec == "dense" and manifest is not None and manifest.extra.get(EDITS_KEY):
+        raise RecipeError(
+            "a compacted model cannot be written dense: its layers differ in size, which config.json has no words for, "
+            "so no tool could load it. Convert it to 'packed' or 'smallest'"
+        )
     entries: dict[str, TensorEntry] = {}
     targets: list[str] = []
     writer = ShardWriter(folder, limit)
@@ -236,7 +241,7 @@ def _convert(files: Sequence[Path], method: str | None, folder: Path, spec: Spec
 def _packed(shards: Shards, manifest: Manifest) -> Iterator[_Waiting]:
     """Yield the tensors of a packed checkpoint. What a Trainer needs to go on with training stays behind."""
     for key, entry in manifest.tensors.items():
-        if key.endswith(STATE_SUFFIXES) and key[: key.rindex("_")] in manifest.tensors:
+        if is_training_state(key, manifest.tensors):
             continue
         target = key in manifest.targets
         yield _Waiting(key, partial(_decode, shards, key, entry), target or entry.codec != "dense", target)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .distillation_config import DistillationConfig
 from .errors import RecipeError, SparsityError
 from .examples import Examples
-from .losses import masked_mse, match_layers, soft_target_kl
+from .losses import attention_mse, masked_mse, match_layers, soft_target_kl
 
 NOT_FOR_THE_TEACHER = ("labels", "start_positions", "end_positions", "num_items_in_batch", "return_loss")
 _NEVER = -100  # label of a position that is not trained, everywhere in transformers
@@ -165,8 +165,7 @@ class Distiller:
         for stack, s, t in _pairs_of_stacks(student, teacher, "attentions"):
             valid = _present(stack, batch, s[0].transpose(1, 2))
             pairs = fixed_pairs(self.config, len(s), len(t))
-            # (batch, heads, queries, keys) -> queries in front, as positions are.
-            losses += [masked_mse(s[i].transpose(1, 2), t[j].transpose(1, 2), valid) for i, j in pairs]
+            losses += [attention_mse(s[i], t[j], valid) for i, j in pairs]
         return share * torch.stack(losses).mean()
 
     def _chosen(self, student: list[Tensor], teacher: list[Tensor], valid: Tensor | None) -> list[tuple[int, int]]:

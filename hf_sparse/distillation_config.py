@@ -25,7 +25,8 @@ class DistillationConfig:
         task_weight: of the loss that the model computes itself.
         logits_weight: of the soft targets, `losses.soft_target_kl`.
         hidden_weight: of the distance of hidden states, `losses.masked_mse`; teacher and student need the same width.
-        attention_weight: of the distance of attention maps (TinyBERT); needs attn_implementation="eager".
+        attention_weight: of the distance of attention maps (TinyBERT), `losses.attention_mse`; needs
+            attn_implementation="eager".
         cache: folder with the teacher's logits, written by `hf-sparse teach`; training reads them and does not run the
             teacher. Only logits can be cached.
         layer_map: "uniform" spreads the student's layers over the teacher's; "dynamic" matches them anew at each step

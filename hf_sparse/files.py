@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .codecs import decode, encode, encode_all, layout, verify
 from .errors import CheckpointError
-from .manifest import ITEM_BYTES, Manifest, TensorEntry
+from .manifest import ITEM_BYTES, MAX_BYTES, Manifest, TensorEntry
 from .registry import Spec
 
 MANIFEST_KEY = "hf_sparse"
@@ -86,10 +87,10 @@ def read_header(path: PathLike) -> tuple[dict[str, str], dict[str, Stored]]:
             dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
             if dtype not in ITEM_BYTES:
                 raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has the unknown type {dtype}")
-            size = ITEM_BYTES[dtype]
-            for side in shape:
-                size *= side
-            tensors[key] = Stored(dtype, shape, size)
+            # safetensors lets any side stand beside one of 0, also one that no tensor can have.
+            if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] > MAX_BYTES:
+                raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has a shape that no tensor can have: {shape}")
+            tensors[key] = Stored(dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
         return dict(file.metadata() or {}), tensors
 
 

@@ -79,6 +79,36 @@ def masked_mse(
     return _mean_over(squares.flatten(valid.ndim).mean(-1), valid, count)
 
 
+def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the squared difference of attention maps, averaged over heads and the valid queries and keys.
+
+    Attention to padding is zero in both, so as a key it would only make the mean smaller the longer the batch is.
+
+    Args:
+        student, teacher: attention of each query to each key.
+        valid: which positions of the text count, as queries and as keys; None = all.
+
+    Shapes: `(batch, heads, length, length)`, valid `(batch, length)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have different shapes.
+
+    Example:
+        >>> one = torch.tensor([[[[1.0, 0.0, 0.0]] * 3]])
+        >>> other = torch.tensor([[[[0.0, 1.0, 0.0]] * 3]])
+        >>> float(attention_mse(one, other, torch.tensor([[True, True, False]])))
+        1.0
+    """
+    _same_shape(student, teacher, "attention maps")
+    squares = (student.float() - teacher.float()).square().mean(1)  # (batch, queries, keys)
+    if valid is None:
+        return squares.mean()
+    if valid.shape[1] != squares.shape[2]:  # keys that are no positions of the text, as of a prefix: all count
+        return _mean_over(squares.mean(-1), valid, None)
+    keys = valid.sum(-1, keepdim=True).clamp(min=1)
+    return _mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
+
+
 def _mean_over(values: Tensor, valid: Tensor | None, count: Tensor | int | None) -> Tensor:
     if valid is not None:
         values = torch.where(valid, values, 0.0)

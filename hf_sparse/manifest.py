@@ -55,6 +55,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text that can be written and shown: JSON may escape half of a character alone."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return isinstance(value, str)
+
+
 def is_count(value: Any) -> bool:
     """Return whether a value read from JSON is a whole number from 0 to 2**63 - 1 (True is not)."""
     return type(value) is int and 0 <= value < 2**63
@@ -169,6 +178,9 @@ class Manifest:
             raise CheckpointError(f"generator is the version of hf_sparse, not {_short(self.generator)}")
         if not isinstance(self.extra, Mapping):
             raise CheckpointError(f"extra is a mapping, not {_short(self.extra)}")
+        for text in (self.generator, *self.tensors):
+            if not _is_text(text):
+                raise CheckpointError(f"{_short(text)} is no text that a file can hold")
         if not all(isinstance(key, str) for key in self.targets) or len(set(self.targets)) != len(self.targets):
             raise CheckpointError(f"targets is a list of different keys, not {_short(self.targets)}")
         for key in self.targets:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from . import report
-from .codecs import encode
+from .codecs import SUFFIXES, encode
 from .codecs.base import pack_bits
 from .compaction import EDITS_ATTRIBUTE
 from .edits import EDITS_KEY, Edits
@@ -51,8 +51,11 @@ def pack_state(
 
     Returns:
         The tensors to write, under the names of the checkpoint format of the model, and the manifest.
+
+    Raises:
+        RecipeError: if the model has a tensor of its own under the name of a part.
     """
-    training = {key for key in state if key.endswith(STATE_SUFFIXES) and _owner(key) in state}
+    training = {key for key in state if is_training_state(key, state)}
     plain = {key: tensor for key, tensor in state.items() if key not in training}
     for ignored in model._keys_to_ignore_on_save or ():
         plain.pop(ignored, None)
@@ -66,6 +69,7 @@ def pack_state(
         wanted = {id(plain[name]): name for name in wanted.values()}
     # Some models are stored under other names than they have in memory; packing comes after that renaming.
     stored = revert_weight_conversion(model, plain)
+    _refuse_taken_names(stored)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, TensorEntry] = {}
     targets = []
@@ -97,8 +101,33 @@ def _untied(plain: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tenso
     return plain
 
 
-def _owner(key: str) -> str:
-    return key[: key.rindex("_")]
+def is_training_state(key: str, keys: Container[str]) -> bool:
+    """Return whether a key is of the training state of a weight, and not of a tensor that the model itself calls so.
+
+    Args:
+        keys: all that there are. Every weight in training has its `_kept` and `_hidden` among them.
+
+    Example:
+        >>> keys = {"w", "w_kept", "w_hidden", "v", "v_hidden"}
+        >>> [is_training_state(key, keys) for key in ("w_hidden", "v_hidden")]
+        [True, False]
+    """
+    if not key.endswith(STATE_SUFFIXES):
+        return False
+    owner = key[: key.rindex("_")]
+    return all(each in keys for each in (owner, f"{owner}_kept", f"{owner}_hidden"))
+
+
+def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
+    """Raise `RecipeError` if a tensor has a name that loading takes for a part of another."""
+    for key in stored:
+        for suffix in filter(None, (*SUFFIXES, *STATE_SUFFIXES)):
+            owner = key.removesuffix(suffix)
+            if owner != key and owner.rpartition(".")[2] == "weight" and owner in stored:
+                raise RecipeError(
+                    f"the model has a tensor '{key}' of its own, and packed files keep a part of '{owner}' under that "
+                    "name. Save it with format='dense', or give that tensor another name"
+                )
 
 
 def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -114,7 +143,7 @@ def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
 def dense_state(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return the state dict of the masked model with plain dense weights and nothing else."""
     state = model.state_dict() if state is None else state
-    return {key: tensor for key, tensor in state.items() if not (key.endswith(STATE_SUFFIXES) and _owner(key) in state)}
+    return {key: tensor for key, tensor in state.items() if not is_training_state(key, state)}
 
 
 def save_packed(model: PreTrainedModel) -> None:

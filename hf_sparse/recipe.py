@@ -204,6 +204,8 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
         raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
     if "hub_token" in training:
         raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
+    if not isinstance(training.get("output_dir", ""), str):  # None and a number are no folder
+        raise RecipeError(f"training.output_dir is the name of a folder, not {training['output_dir']!r}")
     hints = typing.get_type_hints(arguments)
     for key, value in training.items():
         _check_kind(value, hints[key], f"training.{key}")

@@ -81,13 +81,32 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         name = part.get("name", f"stage{index + 1}")
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
             raise RecipeError(f"stage {index + 1}: name is the name of a folder, not {name!r}")
+        if name == "self":
+            raise RecipeError(f"stage {index + 1}: 'self' as a teacher is the model before pruning; name it otherwise")
         if name in [stage.name for stage in stages]:
             raise RecipeError(f"stage {index + 1} has the name '{name}' of an earlier one, and would overwrite it")
         try:
             stages.append(_stage(data, part, name, stages, len(parts), Path(path)))
         except RecipeError as error:
             raise type(error)(f"stage '{name}': {error}") from error
+    for index, stage in enumerate(stages):
+        _check_among(stage, stages[index:], stages)
     return stages
+
+
+def _check_among(stage: Stage, not_before: Sequence[Stage], stages: Sequence[Stage]) -> None:
+    """Refuse what would be found out in the middle of the run, or never."""
+    taught = stage.recipe.distillation
+    if taught is not None and taught.teacher in [other.name for other in not_before]:
+        raise RecipeError(
+            f"stage '{stage.name}': the stage '{taught.teacher}' does not come before it, so it cannot be its teacher"
+        )
+    start = stage.recipe.model.name
+    if stage.source is not None and start in [str(other.output) for other in stages]:
+        raise RecipeError(
+            f"stage '{stage.name}': the model that is compacted for it goes into {start}, and so does a stage of that "
+            "name; give that stage another"
+        )
 
 
 def _stage(
@@ -111,6 +130,8 @@ def _stage(
     if before and {"name", "revision"} & set(_mapping(part, "model")):
         raise RecipeError("model.name is given, but a stage starts from the model of the stage before")
     whole = _mapping(data, "training").get("output_dir", os.path.join("runs", path.stem))
+    if not isinstance(whole, str):
+        raise RecipeError(f"training.output_dir is the name of a folder, not {whole!r}")
     output = whole if len(before) == count - 1 else os.path.join(whole, name)
     merged["training"] = {**_mapping(merged, "training"), "output_dir": output}
     recipe = Recipe.from_dict(merged).located(path.parent)

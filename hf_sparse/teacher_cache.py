@@ -41,6 +41,8 @@ class TeacherCache:
         self.folder = Path(folder)
         try:
             self.facts: dict[str, Any] = json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))
+            if not isinstance(self.facts, dict):
+                raise ValueError(f"{_FACTS} holds no mapping")
             rows = datasets.Dataset.from_file(str(self.folder / _ROWS))
         except (OSError, ValueError) as error:
             raise CheckpointError(
@@ -147,7 +149,9 @@ def write_cache(
     assert isinstance(distiller.teacher, nn.Module)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FACTS).unlink(missing_ok=True)
+    # Removed and not written over: a training that reads the old rows has mapped their file, and keeps it so.
+    for name in (_FACTS, _ROWS):
+        (folder / name).unlink(missing_ok=True)
     device = next((parameter.device for parameter in distiller.teacher.parameters()), torch.device("cpu"))
     seen: set[str] = set()
     names: list[str] = []

@@ -14,7 +14,7 @@ from safetensors.torch import save_file as save_plain
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_sparse.shards
-from hf_sparse import CheckpointError, RecipeError, SparsityConfig, sparsify
+from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.cli import main
 from hf_sparse.convert import convert
 from hf_sparse.files import load_file, read_manifest, save_file, settle_header
@@ -350,3 +350,25 @@ def test_command_line_converts_and_says_what_it_did(dense, tmp_path, capsys):
     assert "not copied: training_args.bin" in text
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
     assert "there is no file or folder" in capsys.readouterr().err
+
+
+def test_a_tensor_that_is_only_called_like_training_state_stays(tmp_path):
+    eye = torch.eye(64)
+    (tmp_path / "in").mkdir()
+    save_plain({"a.weight": eye, "a.weight_hidden": torch.ones(2)}, tmp_path / "in" / "model.safetensors")
+    convert(tmp_path / "in", tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "again", format="dense")
+    assert load_plain(tmp_path / "again" / "model.safetensors")["a.weight_hidden"].equal(torch.ones(2))
+
+
+def test_a_compacted_checkpoint_is_not_written_dense(tmp_path):
+    model = sparsify(bert(), SparsityConfig(sparsity=0.5, pattern="head"))
+    compact(model)
+    model.save_pretrained(tmp_path / "small")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"old")
+    with pytest.raises(RecipeError, match="a compacted model cannot be written dense"):
+        convert(tmp_path / "small", tmp_path / "out", format="dense")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"old"
+    convert(tmp_path / "small", tmp_path / "smallest", format="smallest")
+    assert_same_bits(state(tmp_path / "smallest"), state(tmp_path / "small"))

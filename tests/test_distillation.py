@@ -245,6 +245,9 @@ def test_attention_maps_are_compared_under_eager_attention() -> None:
     student = eager(0)
     assert float(terms(student, eager(1), config, batch)) > 0
     assert float(terms(student, student, config, batch)) == 0.0
+    pad = torch.nn.functional.pad
+    longer = {"input_ids": pad(batch["input_ids"], (0, 6)), "attention_mask": pad(batch["attention_mask"], (0, 6))}
+    torch.testing.assert_close(terms(student, eager(1), config, longer), terms(student, eager(1), config, batch))
 
 
 def test_dynamic_map_finds_the_same_layers_in_a_copy() -> None:

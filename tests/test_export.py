@@ -32,7 +32,7 @@ from transformers.exporters import ExportedModel
 import hf_sparse
 from hf_sparse import BackendError, RecipeError
 from hf_sparse.cli import main
-from hf_sparse.export import export, export_model
+from hf_sparse.export import _compare, export, export_model
 from hf_sparse.export_inputs import Sizes, sample, sizes_for
 from tests.layers import attached
 from tests.tiny import config, save_bert, save_t5
@@ -419,3 +419,14 @@ def test_version_of_operators_reaches_the_file(tmp_path, monkeypatch):
         export_model(uneven_bert(), "onnx", Path(tmp_path), opset=20)
     assert seen["opset_version"] == 20
     assert hf_sparse.__version__
+
+
+def test_report_has_the_difference_with_the_limit_of_its_own_output():
+    """The outputs have limits of their own: 1e-4 of the largest number in each."""
+    outputs = {"logits": torch.full((2, 2), 100.0), "state": torch.zeros(2, 2)}
+    exported = {"logits": outputs["logits"] + 5e-3, "state": outputs["state"] + 1e-6}
+    model = uneven_bert()
+    model.forward = lambda input_ids=None: outputs
+    difference, allowed = _compare(model, lambda **_: exported, [Sizes(2, 4)])
+    assert difference == pytest.approx(5e-3, rel=1e-2)
+    assert allowed == pytest.approx(1e-2)

@@ -315,3 +315,12 @@ def test_json_that_is_not_there_is_none_and_damage_is_an_error(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=reason):
             read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0], [0, 2**62, 4]])
+def test_shape_that_no_tensor_can_have_is_refused_also_without_elements(shape, tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="'w' has a shape that no tensor can have"):
+        read_header(path)

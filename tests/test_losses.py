@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_sparse import SparsityError
-from hf_sparse.losses import masked_mse, match_layers, soft_target_kl
+from hf_sparse.losses import attention_mse, masked_mse, match_layers, soft_target_kl
 
 
 def test_kl_of_two_classes_by_hand() -> None:
@@ -81,7 +81,7 @@ def test_mse_is_the_mean_over_valid_positions_and_features() -> None:
     assert float(masked_mse(student, teacher)) == pytest.approx((1 + 4 + 25 + 25 + 9 + 9) / 8)
 
 
-@pytest.mark.parametrize("loss", [lambda s, t: soft_target_kl(s, t, 2.0), masked_mse])
+@pytest.mark.parametrize("loss", [lambda s, t: soft_target_kl(s, t, 2.0), masked_mse, attention_mse])
 def test_different_shapes_are_an_error_and_not_broadcast(loss) -> None:
     with pytest.raises(SparsityError, match=r"\(1, 3\) and the student's \(2, 3\)"):
         loss(torch.zeros(2, 3), torch.zeros(1, 3))
@@ -106,3 +106,19 @@ def test_layers_that_are_gone_are_never_matched() -> None:
 
 def test_a_teacher_layer_without_a_student_layer_below_goes_without() -> None:
     assert match_layers(states(5.0, 0.0), states(4.0, 5.0), [0, 1]) == [(0, 1)]
+
+
+def test_attention_mse_is_unchanged_by_padding_and_by_hand() -> None:
+    student, teacher = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    per_query = [
+        float((student[row, :, query, :keys] - teacher[row, :, query, :keys]).square().mean())
+        for row, keys in ((0, 4), (1, 2))
+        for query in range(keys)
+    ]
+    found = attention_mse(student, teacher, valid)
+    assert float(found) == pytest.approx(sum(per_query) / 6)
+    more = (0, 5, 0, 5)
+    padded = attention_mse(*(torch.nn.functional.pad(each, more, value=9.0) for each in (student, -teacher)),
+                           torch.nn.functional.pad(valid, (0, 5)))  # fmt: skip
+    assert float(padded) == pytest.approx(float(attention_mse(student, -teacher, valid)))

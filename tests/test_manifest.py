@@ -84,6 +84,8 @@ def test_manifest_asks_to_upgrade_when_the_version_is_newer():
         (with_entry(options={"n": 2**63}), "option 'n' is a whole number"),
         (with_entry(options={"N M": 1}), "option 'N M'"),
         (with_entry(options={f"o{i}": 1 for i in range(9)}), "options is a mapping"),
+        ({**DATA, "tensors": {"\ud800": DATA["tensors"]["w"]}}, r"'\\ud800' is no text"),
+        ({**DATA, "generator": "\udfff"}, r"'\\udfff' is no text"),
     ],
 )
 def test_manifest_refuses_what_it_would_not_have_written(data, complaint):

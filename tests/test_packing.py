@@ -215,3 +215,28 @@ def test_interrupted_write_leaves_the_old_file_and_no_litter(saved: Path, monkey
     with pytest.raises(OSError, match="no space left"):
         loaded.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_tensor_that_is_only_called_like_training_state_is_saved(tmp_path: Path) -> None:
+    model = bert()
+    model.classifier.bias_scores = torch.nn.Parameter(torch.ones(2))
+    sparsify(model, SparsityConfig(sparsity=0.9)).save_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "dense", format="dense")
+    for name in ("packed", "dense"):
+        assert load_file(tmp_path / name / "model.safetensors")["classifier.bias_scores"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("suffix", ["_mask", "_gaps", "_scores"])
+def test_a_tensor_under_the_name_of_a_part_is_refused_before_it_is_lost(suffix: str, saved: Path) -> None:
+    before = weights(saved)
+    model = sparsify(bert(), SparsityConfig(sparsity=0.5))
+    layer = model.bert.encoder.layer[0].output.dense
+    layer.register_buffer(f"weight{suffix}", torch.ones(3))
+    with pytest.raises(RecipeError, match=f"a tensor 'bert.encoder.layer.0.output.dense.weight{suffix}' of its own"):
+        model.save_pretrained(saved)
+    assert weights(saved) == before
+    model.save_pretrained(saved, format="dense")
+    assert (
+        load_file(saved / "model.safetensors")[f"bert.encoder.layer.0.output.dense.weight{suffix}"].tolist()
+        == [1.0] * 3
+    )

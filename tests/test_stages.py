@@ -124,8 +124,20 @@ def test_resume_refuses_a_stage_of_another_recipe(write: Any, capsys: Any) -> No
         ([{}, {"model": {"name": "other"}}], "starts from the model of the stage before"),
         ([{"training": {"output_dir": "x"}}], "output_dir is that of the whole recipe"),
         ([{"distillation": {"teacher": "self"}}], "there is no student to be pruned"),
+        ([{"name": "self"}], "'self' as a teacher is the model before pruning"),
+        ([{"name": "a", "distillation": {"teacher": "b"}}, {"name": "b"}], "stage 'b' does not come before it"),
+        ([{"name": "a", "distillation": {"teacher": "a"}}], "stage 'a' does not come before it"),
+        ([{"name": "a"}, {"name": "a_compact", "compact": True}, {}], "goes into out/a_compact, and so does a stage"),
     ],
 )
 def test_stages_refuse(stages: Any, reason: str, write: Any) -> None:
     with pytest.raises(RecipeError, match=reason):
         load_stages(write(stages))
+
+
+@pytest.mark.parametrize("folder", [None, 5])
+def test_output_that_is_no_folder_is_refused(folder: Any, write: Any) -> None:
+    path = write(STAGES)
+    path.write_text(path.read_text().replace("output_dir: out", f"output_dir: {json.dumps(folder)}"))
+    with pytest.raises(RecipeError, match=r"training\.output_dir is the name of a folder"):
+        load_stages(path)

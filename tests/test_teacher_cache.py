@@ -163,6 +163,21 @@ def test_no_cache_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
         make_distiller(student, DistillationConfig(cache=str(tmp_path)), teacher)
 
 
+def test_facts_that_are_no_mapping_are_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "teacher_cache.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="no complete cache"):
+        TeacherCache(tmp_path)
+
+
+def test_a_cache_that_is_being_read_stays_while_another_is_written_in_its_place(tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    first = make_distiller(student, DistillationConfig(), teacher)
+    write_cache(first, [batch], tmp_path, None)
+    reader, expected = TeacherCache(tmp_path), first.ask((), batch)["logits"].clone()
+    write_cache(make_distiller(student, DistillationConfig(), moved(teacher)), [batch], tmp_path, None)
+    assert torch.equal(reader.look_up(first.examples(batch))["logits"], expected)
+
+
 # -- the command, and training with it -------------------------------------------------------------------------------
 
 
