@@ -40,6 +40,8 @@ def as_given(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(run)
     def alone(x: Tensor, *arguments: object) -> Tensor:
+        if x.is_cpu and not torch.is_autocast_enabled("cpu"):  # nearly always, and at each call
+            return run(x, *arguments)
         kind = x.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return run(x, *arguments)
