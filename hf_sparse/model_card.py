@@ -271,8 +271,8 @@ def _body(facts: CardFacts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run faster for them; `hf_sparse.to_runtime(model)` packs them
-  for a CPU where that is faster.
+LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run faster for them; on a CPU
+  `hf_sparse.to_runtime(model)` packs them where that is faster.
 - Metrics are of the validation texts named above; other texts, classes or languages were not measured.
 - Pruning can hurt rare classes and unusual input more than the average shows; that was not measured here.
 - What the base model cannot do or should not be used for holds here too."""
