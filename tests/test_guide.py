@@ -59,13 +59,3 @@ def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pyte
         make_guide.guide([])
     (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}, {{sst2-magnitude-50 speed}}")
     assert make_guide.guide([]) == "not measured, speed not measured"
-
-
-def test_speed_of_any_seed_is_in_the_goals_and_in_the_table() -> None:
-    facts = {"task": "sst2", "model": "m", "method": "magnitude", "sparsity": 0.5, "metrics": {"accuracy": 0.8}}
-    runs = [
-        Result("sst2-magnitude-50", seed=0, steps=1, **facts),
-        Result("sst2-magnitude-50", seed=1, steps=1, speed=speed_file(gain=4.0), **facts),
-    ]
-    assert "4.00x as fast" in make_guide._speed(runs, runs)
-    assert "4.00x as fast" in make_guide.section(runs, "sst2")

@@ -131,8 +131,8 @@ def test_model_without_a_head_for_texts_is_refused(texts: Path, tmp_path: Path, 
 
 def test_encoder_decoder_that_classifies_is_measured_by_its_classes(texts: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"vocab_size": 17, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    special: dict[str, Any] = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 3}
-    T5ForSequenceClassification(T5Config(**sizes, **special, num_labels=2)).save_pretrained(tmp_path / "t5")
+    special: dict[str, Any] = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 3, "num_labels": 2}
+    T5ForSequenceClassification(T5Config(**sizes, **special)).save_pretrained(tmp_path / "t5")
     tiny.save_tokenizer(tmp_path / "t5")
     assert heads(str(tmp_path / "t5"), section(texts)).importance.shape == (3, 4)
 

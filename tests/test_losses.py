@@ -119,6 +119,6 @@ def test_attention_mse_is_unchanged_by_padding_and_by_hand() -> None:
     found = attention_mse(student, teacher, valid)
     assert float(found) == pytest.approx(sum(per_query) / 6)
     more = (0, 5, 0, 5)
-    padded = attention_mse(*(torch.nn.functional.pad(each, more, value=9.0) for each in (student, -teacher)),
-                           torch.nn.functional.pad(valid, (0, 5)))  # fmt: skip
+    one, other = (torch.nn.functional.pad(each, more, value=9.0) for each in (student, -teacher))
+    padded = attention_mse(one, other, torch.nn.functional.pad(valid, (0, 5)))
     assert float(padded) == pytest.approx(float(attention_mse(student, -teacher, valid)))

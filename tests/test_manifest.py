@@ -1,6 +1,7 @@
 """The manifest: strict both ways, and bounded."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,12 @@ from hf_sparse.manifest import FORMAT_VERSION, Manifest, TensorEntry
 
 ENTRY = {"codec": "n:m", "shape": [2, 4], "dtype": "F16", "nonzeros": 3, "checksum": "crc32:00c0ffee"}
 OPTIONS = {"n": 2, "m": 4}
-DATA = {"version": 1, "generator": "0.1.0", "targets": ["w"], "tensors": {"w": {**ENTRY, "options": OPTIONS}}}
+DATA: dict[str, Any] = {
+    "version": 1,
+    "generator": "0.1.0",
+    "targets": ["w"],
+    "tensors": {"w": {**ENTRY, "options": OPTIONS}},
+}
 
 
 def with_entry(**changes):

@@ -360,6 +360,7 @@ def test_autocast_around_changes_nothing(way, length):
 def test_library_refuses_what_it_would_read_past_its_end():
     weight = pack(torch.eye(16))
     parts = (weight.values, weight.columns, weight.pointers, None, 1, 16, 16)
+    assert NATIVE is not None
     for x in (torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 16, device="meta")):
         with pytest.raises(BackendError, match="float32 on the CPU"):
             NATIVE.linear(x, parts, "none")
