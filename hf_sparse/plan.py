@@ -153,7 +153,7 @@ def warn_of_freed_zeros(plans: list[Plan]) -> None:
         # Masks that begin with the smallest weights cover the zeros, if they begin with as many of them.
         smallest = isinstance(plan.pattern, Element) and (plan.scorer.regrows or plan.scorer.name == "magnitude")
         for name, layer in plan.layers.items():
-            if keeps_zeros(layer):
+            if keeps_zeros(layer) and not layer.weight.is_meta:  # offloaded: attaching refuses it
                 left = int(torch.count_nonzero(layer.weight))
                 covered = smallest and kept_count(layer.weight.numel(), plan.sparsity_at(0.0)) <= left
                 freed += [] if covered or left == layer.weight.numel() else [f"{name}.weight"]
