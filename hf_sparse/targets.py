@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from .errors import BackendError, RecipeError
 
+BACK = "call hf_sparse.to_dense_runtime(model) first"
+"""How a model in runtime form becomes a plain one, at the end of what such a model refuses."""
+
 
 class InRuntimeForm:
-    """Mixin of layers that are packed for inference: there is no weight in them that could be pruned or cut."""
+    """Mixin of layers that are packed for inference: no weight in them could be pruned, cut or loaded into."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            error_msgs.append(f"'{prefix}weight' is packed for inference and cannot be loaded into: {BACK}")
 
 
 def refuse_runtime(model: nn.Module, asked: str) -> None:

@@ -16,7 +16,7 @@ from ..errors import BackendError
 from ..kernels import block_sparse, semi_structured
 from ..kernels.block_sparse import BlockSparseLinear
 from ..kernels.semi_structured import SemiStructuredLinear
-from ..targets import InRuntimeForm
+from ..targets import BACK, InRuntimeForm
 from .report import LayerReport
 from .timing import MARGIN, Race, SpeedTable, Trial
 
@@ -26,8 +26,6 @@ TOKENS = (128, 1024, 8192)
 SIDES = (64, 32)
 EMPTY = 0.4
 """Share of blocks that are zero below which their kernel is not tried."""
-
-_BACK = "call hf_sparse.to_dense_runtime(model) first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ class GpuLinear(InRuntimeForm, nn.Module):
             BackendError: in training, or with gradients through the layer.
         """
         if self.training or (x.requires_grad and torch.is_grad_enabled()):
-            raise BackendError(f"a layer in runtime form (hf_sparse.to_runtime) cannot train: {_BACK}, or eval()")
+            raise BackendError(f"a layer in runtime form (hf_sparse.to_runtime) cannot train: {BACK}, or eval()")
         out: Tensor = self.fast(x)
         return out
 
@@ -89,25 +87,12 @@ class GpuLinear(InRuntimeForm, nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = fn(torch.zeros(1, dtype=self.plain[0].weight.dtype, device=self.place))
         if probe.dtype != self.plain[0].weight.dtype or probe.device != self.place:
-            raise BackendError(f"a model in runtime form cannot be moved or cast: {_BACK}, then do that")
+            raise BackendError(f"a model in runtime form cannot be moved or cast: {BACK}, then do that")
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, own in self.plain[0].named_parameters():
             destination[f"{prefix}{name}"] = own.detach().to(self.place)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            error_msgs.append(f"'{prefix}weight' is packed for inference and cannot be loaded into: {_BACK}")
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the state of the dense layer; `fast` has none of its own."""

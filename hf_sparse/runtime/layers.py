@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from ..targets import InRuntimeForm
+from ..targets import BACK, InRuntimeForm
 from .packed import PARTS, Kernel, Packed
-
-_BACK = "call hf_sparse.to_dense_runtime(model) first"
 
 
 class PackedLinear(InRuntimeForm, nn.Module):
@@ -89,7 +87,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise BackendError(
                 f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device} (by "
-                f"torch.autocast around the model, maybe: leave it out). To move or cast the model, {_BACK}"
+                f"torch.autocast around the model, maybe: leave it out). To move or cast the model, {BACK}"
             )
 
     def extra_repr(self) -> str:
@@ -105,7 +103,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
         if probe.dtype != torch.float32 or probe.device.type != "cpu":
             raise BackendError(
                 f"a model in runtime form stays in float32 on the CPU, and was asked for {probe.dtype} on "
-                f"{probe.device}: {_BACK}, then move or cast it (what comes before this layer may have been by now)"
+                f"{probe.device}: {BACK}, then move or cast it (what comes before this layer may have been by now)"
             )
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -115,19 +113,6 @@ class PackedLinear(InRuntimeForm, nn.Module):
         for name in self.order:
             if f"{prefix}{name}" in destination:  # the bias may be None
                 destination[f"{prefix}{name}"] = destination.pop(f"{prefix}{name}")
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            error_msgs.append(f"'{prefix}weight' is packed for inference and cannot be loaded into: {_BACK}")
 
 
 class Joint:

@@ -190,6 +190,15 @@ def test_waiting_weight_takes_no_memory_until_it_arrives() -> None:
     assert layer.weight.sum() == 64 * 64
 
 
+def check_brought_back(model: Any, inputs: Any, expected: torch.Tensor, table: SpeedTable) -> None:
+    """Check that a model is as it was after timing it was interrupted."""
+    with pytest.raises(KeyboardInterrupt):
+        to_runtime(model, table=table)
+    assert not is_runtime(model)
+    assert all(own.requires_grad for own in model.parameters())
+    assert torch.equal(answers(model, inputs), expected)
+
+
 def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
     model, inputs = sparse("bert"), batch("bert")
     model.requires_grad_(True)
@@ -201,11 +210,7 @@ def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return Race(1.0, 0.5, 2.0)
 
-    with pytest.raises(KeyboardInterrupt):
-        to_runtime(model, table=SpeedTable(tmp_path / "t.json", clock))
-    assert not is_runtime(model)
-    assert all(own.requires_grad for own in model.parameters())
-    assert torch.equal(answers(model, inputs), expected)
+    check_brought_back(model, inputs, expected, SpeedTable(tmp_path / "t.json", clock))
 
 
 @pytest.mark.skipif(library() is None, reason="the C++ kernels are not built: python -m hf_sparse.kernels.build")
@@ -218,8 +223,4 @@ def test_failure_at_the_vocabulary_brings_a_model_back(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return Race(1.0, 0.5, 2.0)
 
-    with pytest.raises(KeyboardInterrupt):
-        to_runtime(model, table=SpeedTable(tmp_path / "t.json", clock))
-    assert not is_runtime(model)
-    assert all(own.requires_grad for own in model.parameters())
-    assert torch.equal(answers(model, batch("t5")), expected)
+    check_brought_back(model, batch("t5"), expected, SpeedTable(tmp_path / "t.json", clock))
