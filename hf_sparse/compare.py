@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ def runs_of(
 ) -> list[Run]:
     """Return one run for each name among results, with the means over seeds, and times of one machine.
 
+    The method of runs that took another number of steps than most says so: what is pruned longer is another thing.
+
     Args:
         task, model: whose results are wanted; None = there is one only.
 
@@ -71,18 +73,22 @@ def runs_of(
     if not measured:
         metrics = sorted({name for result in known for name in result.metrics})
         raise RecipeError(f"no result of these has metric '{metric}'; there are {', '.join(metrics) or 'none'}")
-    return [_mean_run(found, metric) for found in by_name(measured).values()]
+    named = by_name(measured).values()
+    counts = Counter(found[0].steps for found in named if found[0].steps)
+    usual = max(counts, key=lambda steps: (counts[steps], steps), default=None)
+    return [_mean_run(found, metric, usual) for found in named]
 
 
-def _mean_run(found: Sequence[Result], metric: str) -> Run:
+def _mean_run(found: Sequence[Result], metric: str, usual: int | None) -> Run:
     first = found[0]
+    steps = f", {first.steps:,} steps" if first.steps and first.steps != usual else ""
     values = [result.metrics[metric] for result in found]
     sizes = [size for result in found if (size := result.compact_bytes or result.bytes) is not None]
     reached = [result.reached for result in found if result.reached is not None]
     speeds = [Speed.from_dict(result.speed) for result in found if result.speed is not None]
     return Run(
         first.name,
-        first.method,
+        first.method + steps,
         first.sparsity,
         first.seed,
         statistics.mean(values),

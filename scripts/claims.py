@@ -1,9 +1,9 @@
 """What the reference results say about three claims of the papers: shown, refuted, undecided or not measured.
 
-A claim is about pairs of results of one task: shown if the difference has the claimed sign in every seed of at least
-two, refuted if it has the other sign in every seed of at least two. Where seeds disagree, five or more of them decide
-by the 95 % interval of their mean: shown above 0, refuted below 0, and refuted too where it holds 0, since a gain that
-so many runs do not show is none to count on. Undecided otherwise.
+A claim is about pairs of results of one task and as many steps: shown if the difference has the claimed sign in every
+seed of at least two, refuted if it has the other sign in every seed of at least two. Where seeds disagree, five or more
+of them decide by the 95 % interval of their mean: shown above 0, refuted below 0, and refuted too where it holds 0,
+since a gain that so many runs do not show is none to count on. Undecided otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from hf_sparse.pareto import LOWER
-from hf_sparse.results import Result, by_name
+from hf_sparse.results import AFTER, Result, by_name
 from hf_sparse.speed import Speed
 
 MAIN = {"sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson", "g2p": "wer"}
@@ -106,27 +106,28 @@ def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] 
 def _movement(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     for runs in by_name(results).values():
         first = runs[0]
-        name = first.method.removesuffix(", after dense")
+        name = first.method.removesuffix(AFTER)
         if name not in ("movement", "soft movement") or first.sparsity < 0.9:
             continue
         twin = [r for r in results if r.method == first.method.replace(name, "magnitude") and _alike(r, first)]
         if found := _pair(runs, twin):
-            yield f"{first.task}, {first.sparsity:.0%}, {name}", *found
+            yield f"{first.name} and {twin[0].name}", *found
 
 
 def _taught(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     for runs in by_name(results).values():
-        method, taught, teacher = runs[0].method.partition(", taught by ")
+        method, taught, _ = runs[0].method.partition(", taught by ")
         plain = [r for r in results if r.method == method and _alike(r, runs[0])]
         if taught and (found := _pair(runs, plain)):
-            yield f"{runs[0].task}, {runs[0].sparsity:.0%}, {method} taught by {teacher}", *found
+            yield f"{runs[0].name} and {plain[0].name}", *found
 
 
 def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     groups = by_name(result for result in results if result.speed)
     for runs in groups.values():
         first = runs[0]
-        if first.method != "hybrid":
+        method = first.method.removesuffix(AFTER)
+        if method != "hybrid":
             continue
         metric, timed = MAIN[first.task], Speed.from_dict(first.speed)
         mine = timed.speedup
@@ -134,8 +135,8 @@ def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
         others = [
             (Speed.from_dict(rivals[0].speed).speedup, rivals[0])
             for rivals in groups.values()
-            if rivals[0].method in ELEMENT
-            and (rivals[0].task, rivals[0].model) == (first.task, first.model)
+            if rivals[0].method in [first.method.replace(method, name) for name in ELEMENT]
+            and _alike(rivals[0], first, "sparsity")
             and Speed.from_dict(rivals[0].speed).machine == timed.machine
         ]
         sign = -1 if metric in LOWER else 1
@@ -159,5 +160,6 @@ def _mean(results: Sequence[Result], like: Result, metric: str) -> float:
     return statistics.mean(result.metrics[metric] for result in results if result.name == like.name)
 
 
-def _alike(one: Result, other: Result) -> bool:
-    return all(getattr(one, key) == getattr(other, key) for key in ("task", "model", "sparsity", "steps"))
+def _alike(one: Result, other: Result, *but: str) -> bool:
+    same = {"task", "model", "sparsity", "steps"}.difference(but)
+    return all(getattr(one, key) == getattr(other, key) for key in same)

@@ -16,11 +16,9 @@ MOVEMENT, TAUGHT, HYBRID = (
 
 
 def result(method: str, sparsity: float, seed: int, accuracy: float, **more: Any) -> Result:
-    facts: dict[str, Any] = {"task": "sst2", "model": "m", "steps": 1, **more}
+    facts: dict[str, Any] = {"name": f"{method}-{sparsity}", "task": "sst2", "model": "m", "steps": 1, **more}
     metric = "wer" if facts["task"] == "g2p" else "accuracy"
-    return Result(
-        f"{method}-{sparsity}", method=method, sparsity=sparsity, seed=seed, metrics={metric: accuracy}, **facts
-    )
+    return Result(method=method, sparsity=sparsity, seed=seed, metrics={metric: accuracy}, **facts)
 
 
 def said(results: list[Result], claim: str) -> list[str]:
@@ -42,6 +40,20 @@ def test_signs_in_all_seeds_decide() -> None:
     assert said(other, MOVEMENT) == ["not measured"]  # 20 % remain
     unlike = [*base, result("movement", 0.9, 0, 0.6, steps=2)]
     assert said(unlike, MOVEMENT) == ["not measured"]
+
+
+def test_pairs_of_other_steps_or_models_are_told_apart() -> None:
+    short = [result(method, 0.9, 0, value) for method, value in (("magnitude", 0.6), ("movement", 0.5))]
+    long = [
+        result(method, 0.9, seed, value + seed, steps=4, name=f"{method}-long")
+        for method, value in (("magnitude", 0.6), ("movement", 0.7))
+        for seed in (0, 1)
+    ]
+    found = {verdict.where: verdict.said for verdict in verdicts([*short, *long]) if verdict.claim == MOVEMENT}
+    assert found == {
+        "movement-0.9 and magnitude-0.9": "undecided (one seed)",
+        "movement-long and magnitude-long": "shown",
+    }
 
 
 def test_five_seeds_decide_although_they_disagree() -> None:
@@ -94,3 +106,13 @@ def test_speeds_of_two_machines_are_not_compared() -> None:
     hybrid = result("hybrid", 0.7, 0, 0.8, speed=speed_file(gain=3.0))
     elsewhere = result("movement", 0.8, 0, 0.8, speed=speed_file(gain=1.5, machine="Box 10"))
     assert said([hybrid, elsewhere], HYBRID) == ["not measured"]
+
+
+def test_hybrid_is_compared_with_runs_as_long_that_began_alike() -> None:
+    hybrid = result("hybrid", 0.7, 0, 0.8, speed=speed_file(gain=3.0))
+    longer = result("movement", 0.8, 0, 0.8, speed=speed_file(gain=9.0), steps=4)
+    assert said([hybrid, longer], HYBRID) == ["not measured"]
+    after = result("movement, after dense", 0.8, 0, 0.8, speed=speed_file(gain=1.5))
+    assert said([hybrid, after], HYBRID) == ["not measured"]
+    gone_on = result("hybrid, after dense", 0.7, 0, 0.8, speed=speed_file(gain=3.0))
+    assert said([gone_on, after], HYBRID) == ["shown"]

@@ -375,6 +375,18 @@ def test_compare_takes_times_of_one_machine_from_a_file_of_results(tmp_path: Pat
     assert "measured on another machine than most: c\n" in said.err
 
 
+def test_compare_tells_runs_of_another_length_apart(tmp_path: Path, capsys: Any) -> None:
+    facts: dict[str, Any] = {"task": "t", "model": "m", "sparsity": 0.5, "metrics": {"accuracy": 0.5}, "seed": 0}
+    lengths = {"a": 1400, "b": 1400, "c": 5600, "d": None}
+    results = [Result(name, method="magnitude", steps=steps, **facts) for name, steps in lengths.items()]
+    add_results(tmp_path / "r.json", results)
+    assert main(["compare", str(tmp_path / "r.json")]) == 0
+    rows = {
+        (cells := line.split("|"))[2].strip(): cells[3].strip() for line in capsys.readouterr().out.splitlines()[2:]
+    }
+    assert rows == {"a": "magnitude", "b": "magnitude", "c": "magnitude, 5,600 steps", "d": "magnitude"}
+
+
 def test_report_draws_values_as_far_apart_as_floats_can_be(dense: Path) -> None:
     log = [{"step": 1, "loss": 1e308}, {"step": 2, "loss": -1e308}]
     (dense / "trainer_state.json").write_text(json.dumps({"log_history": log}))

@@ -15,7 +15,7 @@ from ..kernels.int8 import why_not_int8
 from ..latency import machine
 from ..targets import InRuntimeForm
 from . import attention, blocks, gpu, vocabulary
-from .choosing import FEW, LEAST, TOKENS, Choice, Unit, hooked, measure, survey, units, wins
+from .choosing import LEAST, Choice, Unit, counts_of, hooked, measure, survey, units, wins
 from .layers import PackedLinear, become_dense, become_packed
 from .packed import Kernel
 from .report import LayerReport, RuntimeReport
@@ -56,7 +56,8 @@ def to_runtime(
             A model on a GPU knows "auto" alone: 2:4 and blocks, by kernels that have not been run on a GPU yet.
         keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
         tokens: numbers of tokens (texts times their length) that "auto" times; None = some from 17 to 1024, and for a
-            model that generates also from 1 to 8. A call with fewer than the least of them may be slower than dense.
+            model that generates also from 1 to 8 (but for its encoder, which reads whole texts). A call with fewer than
+            the least of them may be slower than dense.
         table: where times are kept.
 
     Returns:
@@ -93,12 +94,12 @@ def to_runtime(
     else:
         kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
         kernel = "int8" if backend == "cpu-int8" else kernel
-        counts = sorted(set(tokens)) if tokens is not None else (*FEW, *TOKENS) if _generates(model) else TOKENS
+        counts = counts_of(model, tokens)
         trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
         readers = [block for block in known_sub_blocks(model) if blocks.kind(block) is blocks.LeanT5]
         try:
             for alternatives in units(model, choices, kernel):
-                best = _best(alternatives, choices, timed, counts)
+                best = _best(alternatives, choices, timed, counts(alternatives[0]))
                 for unit in best:
                     errors.update(_errors(unit) if kernel == "int8" else {})
                     _pack(unit, keep_dense)
@@ -329,8 +330,3 @@ def _refuse_nothing(model: nn.Module, choices: dict[str, Choice]) -> None:
         f"to_runtime was asked for a {type(model).__name__} in which nothing is sparse: {found}. It takes layers with "
         f"at least {LEAST:.0%} zeros; prune the model first (hf_sparse.sparsify, or SparsityCallback)"
     )
-
-
-def _generates(model: nn.Module) -> bool:
-    can = getattr(model, "can_generate", None)
-    return bool(can()) if callable(can) else False

@@ -188,6 +188,26 @@ def units(model: nn.Module, choices: dict[str, Choice], kernel: Kernel) -> Itera
             yield [alone(name)]
 
 
+def counts_of(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[Unit], Sequence[int]]:
+    """Return what says at which numbers of tokens a unit is timed.
+
+    A model that generates reads one token of each text at every step; its encoder, if it has one, whole texts once.
+
+    Args:
+        tokens: those that were asked for; None = what fits the model.
+    """
+    if tokens is not None:
+        asked = sorted(set(tokens))
+        return lambda unit: asked
+    can = getattr(model, "can_generate", None)
+    if not (callable(can) and can()):
+        return lambda unit: TOKENS
+    reads = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encoder_of: Any = getattr(model, "get_encoder", None) if reads else None
+    whole = set(encoder_of().modules()) if callable(encoder_of) else set()
+    return lambda unit: TOKENS if unit.layers[0] in whole else (*FEW, *TOKENS)
+
+
 def measure(unit: Unit, table: SpeedTable, tokens: Sequence[int]) -> dict[int, Race]:
     """Return what a unit takes, dense and packed, by tokens."""
     zeros = sum(int((layer.weight == 0).sum()) for layer in unit.layers)

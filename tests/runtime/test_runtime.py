@@ -366,6 +366,19 @@ def test_model_that_generates_is_timed_with_one_token_too(tmp_path: Any) -> None
     assert {1, 2, 5, 8} < {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
 
 
+def test_encoder_of_a_model_that_generates_is_timed_with_whole_texts_alone(tmp_path: Any) -> None:
+    class FewLose(Fixed):
+        def __call__(self, trial: Trial, dense: Any, packed: Any) -> Any:
+            return super().__call__(trial, dense, packed) if trial.tokens > 8 else Race(1.0, 2.0, 0.5)
+
+    times = table(tmp_path)
+    times.clock = FewLose()
+    report = to_runtime(sparse("t5"), table=times)
+    assert report.sparse
+    assert all(layer.name.startswith("encoder.") for layer in report.sparse)
+    assert not [layer for layer in report.layers if layer.name.startswith("encoder.") and layer not in report.sparse]
+
+
 def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
     times = table(tmp_path)
     to_runtime(sparse("t5"), tokens=(64, 32), table=times)
