@@ -296,6 +296,8 @@ def test_shipped_recipe_trains_a_tiny_model_to_the_sparsity_it_asks(recipe, tmp_
         asked = made.sparsity.groups[0].sparsity or 0.5
         # Of 256 blocks of four in the smallest weight, 25 are kept: a whole number.
         assert result.summary.sparsity == pytest.approx(asked, abs=4 / 1024 if "4x1" in path.stem else 1e-3)
+    elif writes:
+        _check_t5_hybrid(tmp_path / "out")
     else:
         _check_hybrid(tmp_path / "out")
 
@@ -318,3 +320,20 @@ def _check_hybrid(folder):
     assert sorted(neurons) == [0] * 90 + [32] * 38
     compact(model)
     assert sum(layer.output.dense.in_features for layer in model.bert.encoder.layer) == 38
+
+
+def _check_t5_hybrid(folder):
+    """Half of the blocks of 8 in the attention, whole, and half of the neurons."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    blocks, neurons = [], []
+    for name, module in model.named_modules():
+        if "Attention." in name and isinstance(module, torch.nn.Linear):
+            blocks += module.weight.unfold(0, 8, 8).unfold(1, 8, 8).ne(0).sum((-1, -2)).flatten().tolist()
+        if name.endswith("DenseReluDense"):
+            left = module.wo.weight.ne(0).any(0)
+            inputs = [layer for key, layer in module.named_children() if key.startswith("wi")]
+            assert all(torch.equal(layer.weight.ne(0).any(1), left) for layer in inputs)
+            neurons += left.tolist()
+    assert sorted(set(blocks)) == [0, 64]
+    assert blocks.count(0) == len(blocks) / 2
+    assert sum(neurons) == len(neurons) / 2
