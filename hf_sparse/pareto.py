@@ -8,7 +8,7 @@ from typing import Any
 
 from . import page
 from .compare import Run
-from .drawing import new_figure, write_figure
+from .drawing import Label, new_figure, place_labels, write_figure
 from .errors import RecipeError
 
 COSTS = {
@@ -105,8 +105,7 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
         front = sorted(points[place] for place in _front(points, metric))
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, zorder=1)
         for place, point in zip(known, points, strict=True):
-            # The axis of weights left says the sparsity itself.
-            _draw_run(axes, runs[place], point, methods.index(runs[place].method), cost != "left")
+            _draw_run(axes, runs[place], point, methods.index(runs[place].method))
         axes.set_xlabel(COSTS[cost])
         axes.set_ylabel(f"{metric}, upwards is better")
         axes.margins(0.15)
@@ -122,19 +121,27 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
     wide = 0.6 + 0.07 * max(map(len, handles))  # inches that an entry of the legend takes
     columns = max(1, min(len(handles), int(4.2 * len(drawn) / wide)))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    for axes, cost in zip(figure.axes, drawn, strict=True):
+        if cost != "left":  # that axis says the sparsity itself
+            _name_runs(figure, axes, runs, cost, methods)
     write_figure(figure, path)
 
 
-def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int, named: bool) -> None:
+def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int) -> None:
     if run.spread is not None:
         axes.vlines(point[0], *run.spread, color=f"C{method % 10}", alpha=0.5, linewidth=1.5)
     marker = "osD^vPX*<>"[(method + method // 10) % 10]  # ten colours and ten marks, and no pair twice in a hundred
     axes.scatter(*point, color=f"C{method % 10}", marker=marker, label=run.method, zorder=2)
-    if run.asked and named:
-        shift, side = ((-6, "right"), (6, "left"))[method % 2]  # neighbours in the legend are often neighbours here
-        axes.annotate(
-            f"{100 * run.asked:g} %", point, textcoords="offset points", xytext=(shift, -2.5), ha=side, fontsize=7
-        )
+
+
+def _name_runs(figure: Any, axes: Any, runs: Sequence[Run], cost: str, methods: Sequence[str]) -> None:
+    known, points = _points(runs, cost)
+    labels = [
+        Label(point, f"{100 * runs[place].asked:g} %", f"C{methods.index(runs[place].method) % 10}")
+        for place, point in zip(known, points, strict=True)
+        if runs[place].asked
+    ]
+    place_labels(figure, axes, labels, points)
 
 
 def _legend(figure: Any) -> tuple[list[str], list[Any]]:

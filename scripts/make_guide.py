@@ -98,8 +98,11 @@ def section(results: Sequence[Result], task: str) -> str:
         shown = [value(runs, metric) for metric in metrics]
         rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
     head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
-    picture = f"![{MAIN[task]} against size and weights left](reference/pareto-{task}.png)\n\n" if _drawn(here) else ""
-    return f"{title}\n\n{picture}{table(head, rows)}"
+    drawn = [
+        f"![{MAIN[task]} against size and weights left, {runs[0].model}](reference/{name})\n\n"
+        for name, runs in pictures(here).items()
+    ]
+    return f"{title}\n\n{''.join(drawn)}{table(head, rows)}"
 
 
 def _dense(result: Result, twin: Sequence[Result]) -> str:
@@ -109,14 +112,16 @@ def _dense(result: Result, twin: Sequence[Result]) -> str:
     return value(twin) + (", where it began" if began else "")
 
 
-def _drawn(results: Sequence[Result]) -> bool:
-    return len(by_name(result for result in results if result.model == _own_model(result.task))) > 2
-
-
-def _own_model(task: str) -> str:
-    """Return the model that the methods of a task are compared with; others are teachers."""
+def pictures(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return what is drawn of the results of a task, by name of file: those of each model that has three or more."""
     plan = read_plan()[0]
-    return str(plan["models"][plan["tasks"][task]["model"]])
+    out = {}
+    for short, model in plan["models"].items():
+        runs = [result for result in results if result.model == model]
+        if len(by_name(runs)) > 2:
+            own = short == plan["tasks"][runs[0].task]["model"]
+            out[f"pareto-{runs[0].task}{'' if own else f'-{short}'}.png"] = runs
+    return out
 
 
 def write(folder: Path) -> None:
@@ -126,8 +131,8 @@ def write(folder: Path) -> None:
     (folder / "reference").mkdir(parents=True, exist_ok=True)
     (folder / "GUIDE.md").write_text(guide(results), encoding="utf-8", newline="\n")
     for task, metric in MAIN.items():
-        if _drawn(here := [result for result in comparable if result.task == task]):
-            plot(runs_of(here, metric, model=_own_model(task)), metric, folder / "reference" / f"pareto-{task}.png")
+        for name, runs in pictures([result for result in comparable if result.task == task]).items():
+            plot(runs_of(runs, metric), metric, folder / "reference" / name)
 
 
 def main() -> None:

@@ -52,6 +52,32 @@ def test_speed_of_the_main_machine_stands_for_a_result_whichever_seed_it_is_of()
     assert table.count("on another processor") == 1
 
 
+def test_each_model_of_a_task_has_a_picture_of_its_own() -> None:
+    models = read_plan()[0]["models"]
+
+    def result(name: str, model: str) -> Result:
+        return Result(
+            name,
+            task="mrpc",
+            model=models[model],
+            method=name,
+            sparsity=0.5,
+            seed=0,
+            metrics={"accuracy": 0.8},
+            steps=1,
+        )
+
+    known = [result(name, model) for model, names in (("l3", "abc"), ("l6", "defg"), ("t5", "hi")) for name in names]
+    drawn = make_guide.pictures(known)
+    assert {name: [run.name for run in runs] for name, runs in drawn.items()} == {
+        "pareto-mrpc.png": ["a", "b", "c"],
+        "pareto-mrpc-l6.png": ["d", "e", "f", "g"],
+    }
+    assert make_guide.pictures([]) == {}
+    text = make_guide.section(known, "mrpc")
+    assert [f"](reference/{name})" in text for name in drawn] == [True, True]
+
+
 def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.md").write_text("{{sst2-magic}}")
     monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")

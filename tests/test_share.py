@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
 from hf_sparse.ablation import head_losses, layer_losses, mean_loss
 from hf_sparse.cli import main
 from hf_sparse.compare import read_latency
+from hf_sparse.drawing import Label, new_figure, place_labels
 from hf_sparse.pareto import _front, pareto
 from hf_sparse.report_page import groups_left, shrink
 from hf_sparse.results import Result, add_results
@@ -289,6 +291,28 @@ def test_compare_draws_what_is_known(dense: Path, sparse: Path, tmp_path: Path, 
     assert text.count("<svg") == 3
     assert "not trained alike" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_of_near_marks_cover_neither_each_other_nor_marks() -> None:
+    text_of = pytest.importorskip("matplotlib.text").Text.get_window_extent  # without the line to the mark
+    figure = new_figure(4, 4)
+    axes = figure.subplots()
+    points = [(50 + 0.05 * place, 0.8 + 0.001 * (place % 3)) for place in range(7)] + [(60.0, 0.9)]
+    axes.scatter(*zip(*points, strict=True))
+    labels = [Label(point, f"{10 * place} %", "C0") for place, point in enumerate(points)]
+    place_labels(figure, axes, labels, points)
+    figure.draw_without_rendering()
+    boxes = [text_of(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [label.text for label in labels]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box in boxes:
+        assert not box.count_contains(axes.transData.transform(points))
+        assert axes.get_window_extent().count_contains([box.min, box.max]) == 2
+    gap = boxes[-1].x0 - axes.transData.transform(points[-1])[0]
+    assert (
+        0 < gap < 12 or boxes[-1].x1 < axes.transData.transform(points[-1])[0]
+    )  # what has room lies close to its mark
 
 
 def test_compare_names_what_is_missing(tmp_path: Path, capsys: Any) -> None:
