@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import BackendError, RecipeError
-
-
-class Label(NamedTuple):
-    """A word beside a mark at a point, given in the units of the axes."""
-
-    point: tuple[float, float]
-    text: str
-    color: str
+from .placing import place_labels
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -61,55 +53,35 @@ def write_figure(figure: Any, path: str | os.PathLike[str]) -> None:
         raise RecipeError(f"cannot write the picture {os.fspath(path)}: {error}") from error
 
 
-def place_labels(figure: Any, axes: Any, labels: Sequence[Label], marks: Sequence[tuple[float, float]]) -> None:
-    """Write labels beside their marks so that they cover neither each other nor any mark, as far as there is room.
+def write_labels(
+    figure: Any,
+    axes: Any,
+    marks: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    colors: Sequence[str],
+) -> None:
+    """Write labels beside their marks, where they cover nothing; one that found no room near gets a line to its mark.
 
-    To be called when all else is drawn. A label that found room only at some distance gets a line to its mark.
+    To be called when all else is drawn.
 
     Args:
-        marks: points of all marks, in the units of the axes, those without a label too.
+        marks: points of all marks, in the units of the axes.
+        texts: the label of each; an empty one is none.
     """
-    if not labels:
-        return
     figure.draw_without_rendering()  # the layout is known after that only
-    point = figure.dpi / 72  # pixels
-    room = axes.get_window_extent().extents
-    centers = axes.transData.transform(marks)
-    taken = [(x - 3 * point, y - 3 * point, x + 3 * point, y + 3 * point) for x, y in centers]
-    for label in labels:
-        style = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7, "color": label.color}
-        trial = axes.annotate(label.text, label.point, xytext=(0, 0), **style)
+    point = figure.dpi / 72  # in pixels
+    style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+    sizes: list[tuple[float, float] | None] = []
+    for mark, text in zip(marks, texts, strict=True):
+        trial = axes.annotate(text, mark, xytext=(0, 0), **style)
         extent = trial.get_window_extent()
+        sizes.append((extent.width, extent.height) if text else None)
         trial.remove()
-        x, y = axes.transData.transform(label.point)
-        best: tuple[float, float, float, float, tuple[float, float, float, float]] | None = None
-        for gap, right, up in _offsets(extent.width / point, extent.height / point):
-            left, bottom = x + right * point - extent.width / 2, y + up * point - extent.height / 2
-            box = (left, bottom, left + extent.width, bottom + extent.height)
-            covered = extent.width * extent.height - _shared(box, room) + sum(_shared(box, other) for other in taken)
-            if best is None or covered < best[0] - 1e-6:
-                best = covered, gap, right, up, box
-        assert best is not None
-        _, gap, right, up, box = best
-        line = {"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "alpha": 0.6} if gap > 1 else None
-        axes.annotate(label.text, label.point, xytext=(right, up), arrowprops=line, **style)
-        taken.append(box)
-
-
-def _offsets(width: float, height: float) -> Iterator[tuple[float, float, float]]:
-    """Yield (gap, right, up) of places for the middle of a label around its mark, the better ones first; in points."""
-    for gap in (1.0, 6.0, 14.0, 24.0):
-        for turn in (0, 4, 1, 7, 3, 5, 2, 6):  # eighths of a full turn: right and left first
-            right, up = math.cos(math.pi * turn / 4), math.sin(math.pi * turn / 4)
-            yield gap, (4 + gap) * right + width / 2 * _side(right), (4 + gap) * up + height / 2 * _side(up)
-
-
-def _side(part: float) -> int:
-    return 0 if abs(part) < 1e-6 else int(math.copysign(1, part))
-
-
-def _shared(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the area that two boxes (left, bottom, right, top) share."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(marks)]
+    room = tuple(map(float, axes.get_window_extent().extents))
+    spots = place_labels(places, sizes, room, 3 * point)  # type: ignore[arg-type]  # four numbers
+    for mark, place, text, color, spot in zip(marks, places, texts, colors, spots, strict=True):
+        if spot is not None:
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6} if spot.far else None
+            shift = ((spot.x - place[0]) / point, (spot.y - place[1]) / point)
+            axes.annotate(text, mark, xytext=shift, color=color, arrowprops=line, **style)

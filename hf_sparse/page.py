@@ -16,8 +16,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from .placing import place_labels
+
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 24, 12, 40  # right: half of the last number below the axis stands out there
+LETTER = 7.5  # as wide as the digits of the usual fonts at most, at the size of STYLE
 
 STYLE = """
 :root { color-scheme: light dark; --ink:#1d2530; --soft:#5b6675; --paper:#ffffff; --card:#f4f6f9; --line:#d5dbe3;
@@ -51,6 +54,7 @@ figcaption { font-size:.85rem; } figure svg { display:block; width:100%; height:
   background:linear-gradient(to right, var(--paper), var(--a)); }
 pre { background:var(--card); padding:.6rem; overflow-x:auto; }
 svg text { fill:var(--ink); font:12px system-ui, sans-serif; } .axis { stroke:var(--line); }
+.lead { stroke:var(--soft); stroke-width:.7; }
 .la { stroke:var(--a); fill:none; stroke-width:2; } .lb { stroke:var(--b); fill:none; stroke-width:2; }
 .fa { fill:var(--a); } .fb { fill:var(--b); } .ka { color:var(--a); } .kb { color:var(--b); }
 @media (max-width:40rem) { .bar { grid-template-columns:minmax(0, 1fr) 4.5rem; }
@@ -245,17 +249,21 @@ def scatter(
 ) -> str:
     """Return points with short names, and a line through those of the front."""
     axes = Axes(spread(x for x, _ in points), spread((y for _, y in points), 0.005), x_label, y_label)
-    edge = " ".join(f"{axes.x(points[i][0]):.1f},{axes.y(points[i][1]):.1f}" for i in front)
-    axes.parts.append(f'<polyline class="lb" points="{edge}"/>')
-    for place, (x, y) in enumerate(points):
+    marks = [(axes.x(x), axes.y(y)) for x, y in points]
+    sizes = [(LETTER * len(str(name)), 12.0) for name in names]
+    spots = place_labels(marks, sizes, (LEFT, TOP - 10, WIDTH, HEIGHT - BOTTOM), 4)
+    leads, circles, texts = [], [], []
+    for place, ((x, y), name, spot) in enumerate(zip(marks, names, spots, strict=True)):
+        assert spot is not None
+        if spot.far:
+            part = 1 - 8 / math.dist((x, y), spot[:2])  # up to the label, not into it
+            end = x + part * (spot.x - x), y + part * (spot.y - y)
+            leads.append(f'<line class="lead" x1="{x:.1f}" x2="{end[0]:.1f}" y1="{y:.1f}" y2="{end[1]:.1f}"/>')
         kind = "fb" if place in front else "fa"
-        axes.parts.append(f'<circle class="{kind}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4"/>')
-        left = axes.x(x) > WIDTH - 40
-        shift, anchor = (-7, "end") if left else (7, "start")
-        axes.parts.append(
-            f'<text x="{axes.x(x) + shift:.1f}" y="{axes.y(y) - 5:.1f}" text-anchor="{anchor}">'
-            f"{escape(names[place])}</text>"
-        )
+        circles.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        texts.append(f'<text x="{spot.x:.1f}" y="{spot.y + 4:.1f}" text-anchor="middle">{escape(name)}</text>')
+    edge = " ".join(f"{marks[place][0]:.1f},{marks[place][1]:.1f}" for place in front)
+    axes.parts += [*leads, f'<polyline class="lb" points="{edge}"/>', *circles, *texts]
     return axes.draw()
 
 

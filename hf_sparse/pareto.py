@@ -8,7 +8,7 @@ from typing import Any
 
 from . import page
 from .compare import Run
-from .drawing import Label, new_figure, place_labels, write_figure
+from .drawing import new_figure, write_figure, write_labels
 from .errors import RecipeError
 
 COSTS = {
@@ -136,12 +136,8 @@ def _draw_run(axes: Any, run: Run, point: tuple[float, float], method: int) -> N
 
 def _name_runs(figure: Any, axes: Any, runs: Sequence[Run], cost: str, methods: Sequence[str]) -> None:
     known, points = _points(runs, cost)
-    labels = [
-        Label(point, f"{100 * runs[place].asked:g} %", f"C{methods.index(runs[place].method) % 10}")
-        for place, point in zip(known, points, strict=True)
-        if runs[place].asked
-    ]
-    place_labels(figure, axes, labels, points)
+    texts = [f"{100 * runs[place].asked:g} %" if runs[place].asked else "" for place in known]
+    write_labels(figure, axes, points, texts, [f"C{methods.index(runs[place].method) % 10}" for place in known])
 
 
 def _legend(figure: Any) -> tuple[list[str], list[Any]]:

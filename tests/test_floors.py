@@ -19,7 +19,7 @@ FLOORS = {
     4: "adapters callback checkpoint convert export export_inputs export_targets filling fsdp hub inspection "
     "learning loading loss_terms model_card oneshot optimizer packing quantizer requantize saving "
     "sparse_config teacher teacher_cache",
-    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page pareto "
+    5: "__main__ bench cli cli_data cli_share compare data doctor drawing heads labelled metrics page pareto placing "
     "prune recipe recipe_sections recipe_text report_page results run sensitivity stages stress teach "
     "text_metrics",
     6: "__init__",

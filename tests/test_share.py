@@ -14,11 +14,11 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse import RecipeError, SparsityConfig, compact, page, sparsify
 from hf_sparse.ablation import head_losses, layer_losses, mean_loss
 from hf_sparse.cli import main
 from hf_sparse.compare import read_latency
-from hf_sparse.drawing import Label, new_figure, place_labels
+from hf_sparse.drawing import new_figure, write_labels
 from hf_sparse.pareto import _front, pareto
 from hf_sparse.report_page import groups_left, shrink
 from hf_sparse.results import Result, add_results
@@ -293,26 +293,43 @@ def test_compare_draws_what_is_known(dense: Path, sparse: Path, tmp_path: Path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_labels_of_near_marks_cover_neither_each_other_nor_marks() -> None:
+CROWD = [(50 + 0.05 * place, 0.8 + 0.001 * (place % 3)) for place in range(7)] + [(60.0, 0.9)]
+
+
+def test_labels_of_a_picture_cover_neither_each_other_nor_marks() -> None:
     text_of = pytest.importorskip("matplotlib.text").Text.get_window_extent  # without the line to the mark
     figure = new_figure(4, 4)
     axes = figure.subplots()
-    points = [(50 + 0.05 * place, 0.8 + 0.001 * (place % 3)) for place in range(7)] + [(60.0, 0.9)]
-    axes.scatter(*zip(*points, strict=True))
-    labels = [Label(point, f"{10 * place} %", "C0") for place, point in enumerate(points)]
-    place_labels(figure, axes, labels, points)
+    axes.scatter(*zip(*CROWD, strict=True))
+    texts = [f"{10 * place} %" for place in range(7)] + [""]
+    write_labels(figure, axes, CROWD, texts, ["C0"] * 8)
     figure.draw_without_rendering()
     boxes = [text_of(text) for text in axes.texts]
-    assert [text.get_text() for text in axes.texts] == [label.text for label in labels]
+    assert [text.get_text() for text in axes.texts] == texts[:-1]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
     for box in boxes:
-        assert not box.count_contains(axes.transData.transform(points))
+        assert not box.count_contains(axes.transData.transform(CROWD))
         assert axes.get_window_extent().count_contains([box.min, box.max]) == 2
-    gap = boxes[-1].x0 - axes.transData.transform(points[-1])[0]
-    assert (
-        0 < gap < 12 or boxes[-1].x1 < axes.transData.transform(points[-1])[0]
-    )  # what has room lies close to its mark
+
+
+def test_numbers_of_a_chart_cover_neither_each_other_nor_marks() -> None:
+    picture = page.scatter(CROWD, [0], "x", "y", range(10, 18))
+    marks = [(float(x), float(y)) for x, y in re.findall(r'<circle [^>]*cx="(.+?)" cy="(.+?)"', picture)]
+    found = re.findall(r'<text x="([0-9.]+)" y="([0-9.]+)" text-anchor="middle">(1[0-7])</text>', picture)
+    assert [int(number) for _, _, number in found] == [*range(10, 18)]
+    places = [(float(x), float(y) - 4) for x, y, _ in found]
+    for (x, y), (other_x, other_y) in itertools.combinations(places, 2):
+        assert abs(x - other_x) >= 14.9 or abs(y - other_y) >= 11.9
+    for x, y in places:
+        assert 46 + 7.5 <= x <= 360 - 7.5
+        assert not any(abs(x - mark_x) < 7.4 and abs(y - mark_y) < 5.9 for mark_x, mark_y in marks)
+    alone = (places[-1][0] - marks[-1][0], places[-1][1] - marks[-1][1])
+    assert max(map(abs, alone)) < 15  # what has room lies close to its mark
+    assert picture.count('class="lead"') == sum(
+        max(abs(x - mark_x) - 7.5, abs(y - mark_y) - 6) > 8
+        for (x, y), (mark_x, mark_y) in zip(places, marks, strict=True)
+    )
 
 
 def test_compare_names_what_is_missing(tmp_path: Path, capsys: Any) -> None:
