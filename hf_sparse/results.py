@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
     dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
     after = AFTER if result.method.endswith(AFTER) else ""
     fits = [r for r in dense if r.method == f"dense{after}" and r.steps == result.steps]
-    return fits or [r for r in dense if r.name == f"{result.task}-dense" or r.name.startswith(f"{result.task}-dense-l")]
+    return fits or [r for r in dense if re.fullmatch(rf"{re.escape(result.task)}-dense(-l\d+)?", r.name)]
 
 
 def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:

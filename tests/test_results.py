@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hf_sparse import RecipeError
-from hf_sparse.results import Result, add_results, read_results
+from hf_sparse.results import Result, add_results, dense_twin, read_results
 
 FACTS: dict[str, Any] = {
     "name": "sst2-magnitude-90", "task": "sst2", "model": "m", "method": "magnitude", "sparsity": 0.9, "seed": 0,
@@ -78,3 +78,24 @@ def test_result_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> N
     with pytest.raises(RecipeError, match="metrics are numbers"):
         add_results(path, [bad])
     assert read_results(path) == [Result.from_dict(FACTS)]
+
+
+def test_dense_twin_began_alike_and_took_as_many_steps_or_is_the_usual_dense_run() -> None:
+    def made(name: str, model: str, steps: int, method: str = "dense", sparsity: float = 0.0) -> Result:
+        return Result(name, "rte", model, method, sparsity, 0, {"accuracy": 0.5}, steps=steps)
+
+    dense = [
+        made("rte-dense", "l3", 1400),
+        made("rte-dense-l6", "l6", 1400),
+        made("rte-dense-l6-700-steps", "l6", 700),
+        made("rte-dense-l6-after-dense-700-steps", "l6", 700, "dense, after dense"),
+    ]
+
+    def twins(model: str, steps: int, method: str) -> list[str]:
+        return [run.name for run in dense_twin(dense, made("rte-x", model, steps, method, 0.9))]
+
+    assert twins("l3", 1400, "magnitude") == ["rte-dense"]
+    assert twins("l6", 700, "magnitude") == ["rte-dense-l6-700-steps"]
+    assert twins("l6", 700, "magnitude, after dense") == ["rte-dense-l6-after-dense-700-steps"]
+    assert twins("l6", 5600, "magnitude") == ["rte-dense-l6"]
+    assert twins("t5", 1400, "magnitude") == []
