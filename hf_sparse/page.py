@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -203,9 +203,20 @@ def spread(values: Iterable[float], least: float = 0.0) -> tuple[float, float]:
 
 
 class Axes:
-    """Two axes of a chart with their labels; turns values into places."""
+    """Two axes of a chart with their labels; turns values into places.
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str) -> None:
+    Args:
+        x_ticks: texts below the x axis, by their values; None = round numbers.
+    """
+
+    def __init__(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        x_label: str,
+        y_label: str,
+        x_ticks: Mapping[float, str] | None = None,
+    ) -> None:
         self.x_range, self.y_range = x, y
         self.parts = [f"<title>{escape(y_label)} by {escape(x_label)}</title>"]
         for value in ticks(*y):
@@ -214,9 +225,9 @@ class Axes:
                 f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>'
             )
             self.parts.append(f'<text x="{LEFT - 5}" y="{place + 4:.1f}" text-anchor="end">{value:g}</text>')
-        for value in ticks(*x):
+        for value, text in ({value: f"{value:g}" for value in ticks(*x)} if x_ticks is None else x_ticks).items():
             self.parts.append(
-                f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
+                f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>'
             )
         middle = (LEFT + WIDTH - RIGHT) / 2
         self.parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
@@ -245,10 +256,24 @@ def line_chart(points: Sequence[tuple[float, float]], x_label: str, y_label: str
 
 
 def scatter(
-    points: Sequence[tuple[float, float]], front: Sequence[int], x_label: str, y_label: str, names: Sequence[object]
+    points: Sequence[tuple[float, float]],
+    front: Sequence[int],
+    x_label: str,
+    y_label: str,
+    names: Sequence[object],
+    log_ticks: Mapping[float, str] | None = None,
 ) -> str:
-    """Return points with short names, and a line through those of the front."""
-    axes = Axes(spread(x for x, _ in points), spread((y for _, y in points), 0.005), x_label, y_label)
+    """Return points with short names, and a line through those of the front.
+
+    Args:
+        log_ticks: texts below a logarithmic x axis, by their values; None = the axis is linear.
+    """
+    x_ticks = None
+    if log_ticks is not None:
+        points = [(math.log10(x), y) for x, y in points]
+        low, high = spread(x for x, _ in points)
+        x_ticks = {math.log10(x): text for x, text in log_ticks.items() if low <= math.log10(x) <= high}
+    axes = Axes(spread(x for x, _ in points), spread((y for _, y in points), 0.005), x_label, y_label, x_ticks)
     marks = [(axes.x(x), axes.y(y)) for x, y in points]
     sizes = [(LETTER * len(str(name)), 12.0) for name in names]
     spots = place_labels(marks, sizes, (LEFT, TOP - 10, WIDTH, HEIGHT - BOTTOM), 4)

@@ -19,6 +19,9 @@ COSTS = {
 }
 """What a run costs, by the name of the field of `Run`; lower is better."""
 
+LEFT_TICKS = {0.03: "3 %", 0.05: "5 %", 0.1: "10 %", 0.2: "20 %", 0.5: "50 %", 1.0: "100 %"}
+"""Fractions of weights left that are marked on their axis."""
+
 LOWER = ("wer", "loss")
 """Metrics that are better when they are lower."""
 
@@ -67,6 +70,12 @@ def _front(points: Sequence[tuple[float, float]], metric: str) -> list[int]:
     return pareto([(cost, -value if metric in LOWER else value) for cost, value in points])
 
 
+def _logarithmic(cost: str, points: Sequence[tuple[float, float]]) -> bool:
+    costs = [point[0] for point in points]
+    marked = sum(min(costs) <= tick <= max(costs) for tick in LEFT_TICKS)  # two at least make an axis
+    return cost == "left" and min(costs) > 0 and marked > 1
+
+
 def compare_page(runs: Sequence[Run], metric: str) -> str:
     """Return the HTML page: one plot for each cost that two runs or more have, and the table."""
     charts, missing = [], []
@@ -75,7 +84,8 @@ def compare_page(runs: Sequence[Run], metric: str) -> str:
         if len(known) < 2:
             missing.append(label)
             continue
-        picture = page.scatter(points, _front(points, metric), label, metric, [place + 1 for place in known])
+        ticks = LEFT_TICKS if _logarithmic(cost, points) else None
+        picture = page.scatter(points, _front(points, metric), label, metric, [place + 1 for place in known], ticks)
         charts.append(page.figure(picture, f"{metric} by {label}"))
     note = "Numbers are those of the table. The line joins the runs that no other one beats."
     note += f" Left out, as fewer than two runs have it: {', '.join(missing)}." if missing else ""
@@ -109,11 +119,9 @@ def plot(runs: Sequence[Run], metric: str, path: str | os.PathLike[str]) -> None
         axes.set_xlabel(COSTS[cost])
         axes.set_ylabel(f"{metric}, upwards is better")
         axes.margins(0.15)
-        if cost == "left" and min(point[0] for point in points) > 0:
+        if _logarithmic(cost, points):
             axes.set_xscale("log")
-            axes.set_xticks(
-                [0.03, 0.05, 0.1, 0.2, 0.5, 1.0], ["3 %", "5 %", "10 %", "20 %", "50 %", "100 %"], minor=False
-            )
+            axes.set_xticks(list(LEFT_TICKS), list(LEFT_TICKS.values()), minor=False)
             axes.minorticks_off()
         if metric in LOWER:
             axes.invert_yaxis()

@@ -19,7 +19,7 @@ from hf_sparse.ablation import head_losses, layer_losses, mean_loss
 from hf_sparse.cli import main
 from hf_sparse.compare import read_latency
 from hf_sparse.drawing import new_figure, write_labels
-from hf_sparse.pareto import _front, pareto
+from hf_sparse.pareto import _front, _logarithmic, pareto
 from hf_sparse.report_page import groups_left, shrink
 from hf_sparse.results import Result, add_results
 from hf_sparse.stress import Stress, ece, shortened, with_typos
@@ -330,6 +330,19 @@ def test_numbers_of_a_chart_cover_neither_each_other_nor_marks() -> None:
         max(abs(x - mark_x) - 7.5, abs(y - mark_y) - 6) > 8
         for (x, y), (mark_x, mark_y) in zip(places, marks, strict=True)
     )
+
+
+def test_logarithmic_axis_of_a_chart_has_equal_ratios_at_equal_distances() -> None:
+    points = [(0.01, 0.8), (0.1, 0.8), (1.0, 0.9)]
+    picture = page.scatter(points, [0], "left", "y", "abc", {0.001: "0.1 %", 0.1: "10 %", 1.0: "100 %"})
+    marks = [float(x) for x in re.findall(r'<circle [^>]*cx="(.+?)"', picture)]
+    assert marks[1] - marks[0] == pytest.approx(marks[2] - marks[1], abs=0.2)
+    ticks = {text: float(x) for x, text in re.findall(r'<text x="([0-9.]+)" y="196" [^>]*>([0-9.]+ %)<', picture)}
+    assert ticks == {"10 %": marks[1], "100 %": marks[2]}  # and none outside
+    assert _logarithmic("left", points)
+    assert not _logarithmic("left", [(0.0, 0.8), (1.0, 0.8)])
+    assert not _logarithmic("left", [(0.3, 0.8), (0.5, 0.8)])  # one tick makes no axis
+    assert not _logarithmic("megabytes", points)
 
 
 def test_compare_names_what_is_missing(tmp_path: Path, capsys: Any) -> None:
