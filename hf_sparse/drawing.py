@@ -79,7 +79,7 @@ def write_labels(
         trial.remove()
     places = [(float(x), float(y)) for x, y in axes.transData.transform(marks)]
     room = tuple(map(float, axes.get_window_extent().extents))
-    spots = place_labels(places, sizes, room, 3 * point)  # type: ignore[arg-type]  # four numbers
+    spots = place_labels(places, sizes, room, 4 * point)  # type: ignore[arg-type]  # four numbers
     for mark, place, text, color, spot in zip(marks, places, texts, colors, spots, strict=True):
         if spot is not None:
             line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6} if spot.far else None
