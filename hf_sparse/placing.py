@@ -34,7 +34,7 @@ def place_labels(
 
     Example:
         >>> place_labels([(50.0, 50.0), (52.0, 50.0)], [(20.0, 8.0), None], (0.0, 0.0, 100.0, 100.0), 3.0)
-        [Spot(x=36.0, y=50.0, far=False)]
+        [Spot(x=36.0, y=50.0, far=False), None]
     """
     taken = [_around((x, y), 2 * radius, 2 * radius) for x, y in marks]
     spots: list[Spot | None] = []
