@@ -268,12 +268,11 @@ def scatter(
     Args:
         log_ticks: texts below a logarithmic x axis, by their values; None = the axis is linear.
     """
-    x_ticks = None
     if log_ticks is not None:
         points = [(math.log10(x), y) for x, y in points]
-        low, high = spread(x for x, _ in points)
-        x_ticks = {math.log10(x): text for x, text in log_ticks.items() if low <= math.log10(x) <= high}
-    axes = Axes(spread(x for x, _ in points), spread((y for _, y in points), 0.005), x_label, y_label, x_ticks)
+    low, high = spread(x for x, _ in points)
+    x_ticks = log_ticks and {math.log10(x): text for x, text in log_ticks.items() if low <= math.log10(x) <= high}
+    axes = Axes((low, high), spread((y for _, y in points), 0.005), x_label, y_label, x_ticks)
     marks = [(axes.x(x), axes.y(y)) for x, y in points]
     sizes = [(LETTER * len(str(name)), 12.0) for name in names]
     spots = place_labels(marks, sizes, (LEFT, TOP - 10, WIDTH, HEIGHT - BOTTOM), 4)
