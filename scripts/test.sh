@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 unset PYTHONPATH PYTHONHOME
 
-bash scripts/make_venv.sh .venv-test '.[dev]'
+bash scripts/tools/make_venv.sh .venv-test '.[dev]'
 bin=.venv-test/bin
 
 echo "== ruff format"

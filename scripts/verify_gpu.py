@@ -68,7 +68,7 @@ def weight_of(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def path_of(path: str, layer: nn.Linear) -> tuple[str | None, Callable[[], nn.Module]]:
     """Return why a path cannot take a layer, or None, and what makes its layer."""
-    from hf_sparse.kernels import block_sparse, semi_structured
+    from hf_sparse.kernels.gpu import block_sparse, semi_structured
 
     weight, capability = layer.weight.detach(), torch.cuda.get_device_capability()
     shape = tuple(weight.shape)
@@ -268,7 +268,7 @@ def machine() -> dict[str, Any]:
         cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     import transformers
 
-    from hf_sparse.kernels import block_sparse, semi_structured
+    from hf_sparse.kernels.gpu import block_sparse, semi_structured
 
     return {
         "cards, driver": cards,

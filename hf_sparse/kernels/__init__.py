@@ -7,17 +7,20 @@ Example:
     >>> packed = pack(weight)
     >>> torch.equal(unpack(packed), weight)
     True
-    >>> from hf_sparse.kernels.ops import linear
+    >>> from hf_sparse.kernels.fp32_ops import linear
     >>> linear(torch.tensor([[1.0, 1.0, 1.0]]), packed)
     tensor([[3., 3.]])
 """
 
 from __future__ import annotations
 
-from . import dense, int8, int8_blocks, ops  # registers the operators
-from .int8_packing import PackedInt8, pack_int8, unpack_int8
+from . import dense_gemv as dense  # registers the operators
+from . import fp32_ops as ops  # registers the operators
+from . import int8_fused_ops as int8_blocks  # registers the operators
+from . import int8_ops as int8  # registers the operators
+from .fp32_layout import PackedWeight, pack, unpack
+from .int8_layout import PackedInt8, pack_int8, unpack_int8
 from .library import LibraryStatus, library_status
-from .packing import PackedWeight, pack, unpack
 
 __all__ = [
     "LibraryStatus",

@@ -7,16 +7,13 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
-from .packing import chunk_width
-
-if TYPE_CHECKING:
-    from .checks import Norm, Weight
+from .fp32_layout import chunk_width
+from .types import ACTIVATIONS, Norm, Weight
 
 TARGET = Path(__file__).with_name("_cpu.so")
 """The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""
@@ -26,9 +23,6 @@ LOG = TARGET.with_name("_cpu.log")
 
 ISA_VARIABLE = "HF_SPARSE_ISA"
 """Environment variable that names the instruction set to use, or `none` for plain torch."""
-
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
-"""In the order of `Activation` in csrc/kernels.h."""
 
 _BUILD = "python -m hf_sparse.kernels.build (needs g++ or clang++)"
 

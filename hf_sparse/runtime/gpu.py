@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from ..kernels import block_sparse, semi_structured
-from ..kernels.block_sparse import BlockSparseLinear
-from ..kernels.semi_structured import SemiStructuredLinear
-from ..targets import BACK, InRuntimeForm
+from ..kernels.gpu import block_sparse, semi_structured
+from ..kernels.gpu.block_sparse import BlockSparseLinear
+from ..kernels.gpu.semi_structured import SemiStructuredLinear
+from ..modeling.layer_matching import BACK, InRuntimeForm
+from .autotune import MARGIN, Race, SpeedTable, Trial
 from .report import LayerReport
-from .timing import MARGIN, Race, SpeedTable, Trial
 
 TOKENS = (128, 1024, 8192)
 """Numbers of tokens that are timed on a GPU."""

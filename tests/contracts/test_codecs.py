@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_sparse.codecs import CODECS, DTYPE_NAMES, SUFFIXES, Source, decode, encode, layout, pack
-from hf_sparse.codecs.base import as_bits
 from hf_sparse.errors import CheckpointError
+from hf_sparse.formats.codecs import CODECS, DTYPE_NAMES, SUFFIXES, Source, decode, encode, layout, pack
+from hf_sparse.formats.codecs.base import as_bits
 
 VARIANTS = [CODECS.build(name) for name in CODECS] + [
     CODECS.build(spec)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_sparse import PatternError, Pruner, SparsityConfig, summarize
-from hf_sparse.budget import Budget, Costs
-from hf_sparse.config import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
+from hf_sparse.config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
+from hf_sparse.pruning.selection.budget import Budget, Costs
 
 SHAPE = (64, 96)
 OPTIONS: dict[str, dict[str, Any]] = {"block": {"rows": 8, "cols": 16}}

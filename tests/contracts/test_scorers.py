@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from hf_sparse.config import SCORERS
-from hf_sparse.masking import STATE_SUFFIXES, hidden
-
-from ..layers import attached, two_layers
+from hf_sparse.config.sparsity import SCORERS
+from hf_sparse.pruning.masked_weight import STATE_SUFFIXES, hidden
+from tests.helpers.layers import attached, two_layers
 
 # Those that measure heads on data have no part in training, and no scores for single weights.
 TRAINED = [name for name in SCORERS if not SCORERS[name].measures]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_sparse import Pruner, SparsityConfig, sparsify
-from hf_sparse.kernels import block_sparse, semi_structured
-from hf_sparse.kernels.block_sparse import BlockSparseLinear
-from hf_sparse.kernels.semi_structured import SemiStructuredLinear
-from tests.structures import batch, build
+from hf_sparse.kernels.gpu import block_sparse, semi_structured
+from hf_sparse.kernels.gpu.block_sparse import BlockSparseLinear
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredLinear
+from tests.helpers.structures import batch, build
 
 pytestmark = pytest.mark.gpu
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_sparse import SparsityConfig, last_checkpoint, packing
-
-from ..training import sparse_trainer
-from .ranks import leave
+from hf_sparse import SparsityConfig, last_checkpoint
+from hf_sparse.hf.quantization import saving as packing
+from tests.helpers.ranks import leave
+from tests.helpers.training import sparse_trainer
 
 STEPS = 40
 SCHEDULE = {"name": "cubic", "begin": 0.1, "end": 0.8, "every": 3}

@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_sparse import Pruner, SparsityConfig, summarize
-
-from ..training import RAMP, Rows, bert
-from .ranks import ROOT, on_ranks
+from tests.helpers.ranks import ROOT, on_ranks
+from tests.helpers.training import RAMP, Rows, bert
 
 STEPS, BATCH = 8, 16
 CONFIG = SparsityConfig(sparsity=0.8, scorer={"name": "movement", "learning_rate": 1.0}, schedule=RAMP)

@@ -13,10 +13,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_sparse import SparsityCallback, SparsityConfig, SparsityError, summarize
-from hf_sparse.masking import MaskedWeight
-
-from ..training import RAMP, Rows, arguments, bert, sparse_trainer
-from .ranks import on_ranks
+from hf_sparse.pruning.masked_weight import MaskedWeight
+from tests.helpers.ranks import on_ranks
+from tests.helpers.training import RAMP, Rows, arguments, bert, sparse_trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "movement": {"scorer": "movement"},

@@ -14,11 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig, SparsityError, summarize
-from hf_sparse.kth import keep_highest
-from hf_sparse.masking import hidden
-
-from ..training import Rows, bert
-from .ranks import on_ranks
+from hf_sparse.pruning.masked_weight import hidden
+from hf_sparse.pruning.selection.topk import keep_highest
+from tests.helpers.ranks import on_ranks
+from tests.helpers.training import Rows, bert
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": "magnitude"},

@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sparse import SparsityCallback, SparsityConfig, last_checkpoint, summarize
-from hf_sparse.masking import MaskedWeight, hidden
-
-from ..training import RAMP, Rows, arguments, bert
-from .ranks import on_ranks
+from hf_sparse.pruning.masked_weight import MaskedWeight, hidden
+from tests.helpers.ranks import on_ranks
+from tests.helpers.training import RAMP, Rows, arguments, bert
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": "magnitude"},

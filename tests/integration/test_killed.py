@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .ranks import ROOT, TORCHRUN
+from tests.helpers.ranks import ROOT, TORCHRUN
 
 WORKER = "tests.integration.killed_worker"
 SECONDS = 300

@@ -11,8 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, SparsityError, summarize
-
-from .. import tiny
+from tests.helpers import tiny
 
 CONFIG = SparsityConfig(sparsity=0.5, scorer="movement", schedule={"name": "linear", "begin": 0.0, "end": 0.5})
 OPTIONS: dict[str, Any] = {

@@ -12,14 +12,14 @@ import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify, summarize
-from hf_sparse.cli import main
-from hf_sparse.inspection import inspect
-from hf_sparse.recipe import Recipe
-from hf_sparse.run import run
-from hf_sparse.stages import has_stages
-from tests.tiny import save_bert, save_t5, write_sentences, write_spellings
+from hf_sparse.cli.main import main
+from hf_sparse.formats.inspection import inspect
+from hf_sparse.recipe.recipe import Recipe
+from hf_sparse.recipe.stages import has_stages
+from hf_sparse.recipe.train import run
+from tests.helpers.tiny import save_bert, save_t5, write_sentences, write_spellings
 
-SHIPPED = Path(__file__).parent.parent.parent / "recipes"
+SHIPPED = Path(__file__).parents[2] / "recipes"
 TRAINING = {
     "max_steps": 12,
     "per_device_train_batch_size": 8,

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 
 from hf_sparse import SparsityError
-from hf_sparse.kth import keep_highest
-from hf_sparse.radix import keep_highest_across
-
-from ..test_kth import random_case
-from .ranks import on_ranks
+from hf_sparse.pruning.selection.topk import keep_highest
+from hf_sparse.pruning.selection.topk_radix import keep_highest_across
+from tests.helpers.ranks import on_ranks
+from tests.pruning.selection.test_topk import random_case
 
 CASES = 300
 

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import BackendError, SparsityConfig, sparsify
-
-from .ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_sparse.kernels import build, library, library_status, ops, pack
+from hf_sparse.kernels import build, library, library_status, pack
+from hf_sparse.kernels import fp32_ops as ops
 
 
 @pytest.mark.slow

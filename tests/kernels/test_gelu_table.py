@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from scripts import make_gelu_table
+from scripts.tools import make_gelu_table
 
 
 def test_header_is_what_the_script_writes() -> None:

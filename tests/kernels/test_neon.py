@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_neon.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "tools" / "check_neon.sh"
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def installed(what: Path, tmp_path: Path, **variables: str) -> Path:
 
 
 def doctor(target: Path, tmp_path: Path) -> str:
-    code = "import hf_sparse, sys; print(hf_sparse.__file__); from hf_sparse.cli import main; main(['doctor'])"
+    code = "import hf_sparse, sys; print(hf_sparse.__file__); from hf_sparse.cli.main import main; main(['doctor'])"
     said = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(target), HF_HUB_OFFLINE="1")
     assert str(target) in said, f"another hf_sparse was looked at:\n{said}"
     return said

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hf_sparse.runtime as runtime
+import hf_sparse.runtime.convert as runtime
 from hf_sparse import BackendError, SparsityConfig, compact, sparsify, to_dense_runtime, to_runtime
-from hf_sparse.kernels import block_sparse
-from hf_sparse.kernels.semi_structured import SemiStructuredLinear, pack_semi_structured
+from hf_sparse.kernels.gpu import block_sparse
+from hf_sparse.kernels.gpu.semi_structured import SemiStructuredLinear, pack_semi_structured
 from hf_sparse.runtime import SpeedTable, is_runtime
-from hf_sparse.runtime.timing import Race, Trial
+from hf_sparse.runtime.autotune import Race, Trial
 
 
 class Clock:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_sparse.runtime as runtime
+import hf_sparse.runtime.convert as runtime
 from hf_sparse import BackendError, to_dense_runtime, to_runtime
 from hf_sparse.kernels import LibraryStatus
-from hf_sparse.runtime.layers import PackedLinear
-from hf_sparse.runtime.packed import INT8_HEIGHTS, Packed, choose_rows
-from tests.runtime.models import answers, sparse, table
-from tests.structures import FAMILIES, batch
+from hf_sparse.runtime.packed_linear import PackedLinear
+from hf_sparse.runtime.packed_weight import INT8_HEIGHTS, Packed, choose_rows
+from tests.helpers.runtime_models import answers, sparse, table
+from tests.helpers.structures import FAMILIES, batch
 
 
 @pytest.fixture(autouse=True)

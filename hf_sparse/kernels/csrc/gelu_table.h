@@ -1,4 +1,4 @@
-// Written by scripts/make_gelu_table.py: do not edit.
+// Written by scripts/tools/make_gelu_table.py: do not edit.
 #pragma once
 
 constexpr float kGeluScale = 5.5f;

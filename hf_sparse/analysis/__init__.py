@@ -1,0 +1,1 @@
+"""Studies of models and of runs: benchmarks, sensitivity, robustness, reports, comparisons."""

@@ -1,0 +1,256 @@
+"""Is the runtime form of a model faster than the dense one? Outputs first, then time in turns, then memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..errors import BackendError, RecipeError
+from ..hf.auto import load_whole, most_tokens
+from ..profiling.latency_table import machine
+from ..profiling.speed_record import verdict
+from ..pruning.compaction import EDITS_ATTRIBUTE
+from ..runtime import RuntimeReport, to_runtime
+
+TOLERANCE = 1e-3
+"""Greatest difference of outputs, relative to the greatest output, that passes for rounding."""
+
+INT8_TOLERANCE = 0.25
+"""The same for int8: more is no rounding to 8 bits either, in a model of some layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one model takes.
+
+    Attributes:
+        seconds: quartiles of the time of a forward pass: 25 %, median, 75 %.
+        bytes: of its parameters and buffers.
+    """
+
+    seconds: tuple[float, float, float]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A model in runtime form beside a dense one. `print` it.
+
+    Attributes:
+        setting: machine, versions, dtype, shapes.
+        difference: of the outputs to those of the same weights dense, relative to the greatest output.
+        dense: what is compared with.
+        runtime: the model in runtime form.
+        speedup: quartiles of dense time over runtime time, round by round.
+        report: what `to_runtime` said.
+    """
+
+    setting: dict[str, Any]
+    difference: float
+    dense: Timing
+    runtime: Timing
+    speedup: tuple[float, float, float]
+    report: RuntimeReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, as `hf_sparse.profiling.speed_record.Speed` reads them."""
+        return dataclasses.asdict(dataclasses.replace(self, report=None)) | {  # type: ignore[arg-type]
+            "report": self.report.to_dict(),
+            "verdict": self.verdict,
+        }
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to, in a sentence."""
+        return verdict(self.speedup)
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {value}" for key, value in self.setting.items()]
+        lines.append(f"outputs differ by {self.difference:.1e} of the greatest")
+        for name, timing in (("dense", self.dense), ("runtime", self.runtime)):
+            low, middle, high = (1e3 * value for value in timing.seconds)
+            lines.append(f"{name:<8} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  {timing.bytes / 1e6:9.1f} MB")
+        lines.append(f"{self.verdict}; medians and quartiles, in turns")
+        return "\n".join(lines)
+
+
+def bench(
+    model: str,
+    against: str | None = None,
+    threads: int | None = None,
+    batch: int = 1,
+    length: int = 128,
+    backend: str = "auto",
+    rounds: int = 15,
+    revision: str = "main",
+) -> Comparison:
+    """Compare a saved sparse model in runtime form with a dense one.
+
+    Args:
+        model: folder or Hub name.
+        against: the dense model; None = the same weights dense.
+        threads: of torch; None = as it is.
+        batch: texts at once.
+        length: tokens of each.
+        backend: see `to_runtime`.
+        rounds: passes of each model, in turns.
+
+    Raises:
+        BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.
+        RecipeError: if a model cannot be loaded, or a number is none.
+    """
+    for name, value in (("threads", threads), ("batch", batch), ("length", length), ("rounds", rounds)):
+        if value is not None and value < 1:
+            raise RecipeError(f"{name} is at least 1, not {value}")
+    sparse: nn.Module = load_whole(model, revision, dtype=torch.float32)
+    dense: nn.Module = load_whole(model, revision, dtype=torch.float32)
+    with threads_of_torch(threads):
+        inputs = make_inputs(sparse, batch, length)
+        report = _in_runtime_form(sparse, backend)
+        difference = compare(sparse, dense, inputs, INT8_TOLERANCE if backend == "cpu-int8" else TOLERANCE)
+        if against is not None:
+            dense = load_whole(against, dtype=torch.float32)
+            _check_same_inputs(sparse, dense, batch, length)
+        seconds = in_turns({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
+        setting = {
+            "model": _shown(model),
+            "against": "the same weights, dense" if against is None else _shown(against),
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "versions": f"hf_sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+            "dtype": "float32",
+            "batch": batch,
+            "length": length,
+            "layers sparse": f"{len(report.sparse)} of {len(report.layers)}",
+        }
+    ratios = [a / b for a, b in zip(seconds["dense"], seconds["runtime"], strict=True)]
+    return Comparison(
+        setting,
+        difference,
+        Timing(quartiles(seconds["dense"]), size(dense)),
+        Timing(quartiles(seconds["runtime"]), size(sparse)),
+        quartiles(ratios),
+        report,
+    )
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, dense: nn.Module, inputs: dict[str, Tensor], tolerance: float = TOLERANCE) -> float:
+    """Return how far outputs are apart, relative to the greatest.
+
+    Raises:
+        BackendError: if that is more than the tolerance, by default rounding.
+    """
+    found, expected = _first(model(**inputs)), _first(dense(**inputs))
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not difference <= tolerance:
+        raise BackendError(
+            f"the outputs of the runtime form differ from those of the same weights dense by {difference:.1e} of the "
+            "greatest, which is no rounding, so no time is measured. See what `hf-sparse doctor` finds"
+        )
+    return difference
+
+
+@torch.inference_mode()
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Time several things in turns, each round in the reverse order of the last.
+
+    Units: seconds.
+    """
+    for run in list(runs.values()) * warm:
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in sorted(runs, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return 25 %, median and 75 %.
+
+    Example:
+        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+        (2.0, 3.0, 4.0)
+    """
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def size(model: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a model."""
+    return sum(own.nbytes for own in (*model.parameters(), *model.buffers()))
+
+
+def make_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+    """Return random tokens; those of the decoder too, where there is one."""
+    config: Any = model.config
+    longest = most_tokens(model)
+    if longest is not None and length > longest:
+        raise RecipeError(f"length {length} is asked for, and the model has {longest} positions")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+    if config.is_encoder_decoder and isinstance(end := config.eos_token_id, int):
+        ids = torch.where(ids == end, (end + 1) % config.vocab_size, ids)
+        ids[:, -1] = end  # a classifier reads its answer off the one end of each text
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length: int) -> None:
+    """Raise unless a model can be asked what the other one is asked."""
+    own, other = (make_inputs(one, batch, length) for one in (model, against))
+    configs: list[Any] = [one.config for one in (model, against)]
+    words = [int(config.vocab_size) for config in configs]
+    if own.keys() != other.keys() or words[1] < words[0]:
+        raise RecipeError(
+            f"a {type(model).__name__} that knows {words[0]:,} tokens cannot be compared with a "
+            f"{type(against).__name__} that knows {words[1]:,}: both are asked the same. Name its dense twin"
+        )
+
+
+@contextlib.contextmanager
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """Let torch have this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first(outputs: Any) -> Tensor:
+    found: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
+    return found
+
+
+def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:
+    try:
+        return to_runtime(model, backend)
+    except BackendError:
+        if getattr(model, EDITS_ATTRIBUTE, None) is None:
+            raise
+        # What was removed is cut out, so it is faster without any sparse layer.
+        return RuntimeReport(
+            backend, machine(), "none is used: heads or neurons are cut out, and no layer is sparse", ()
+        )
+
+
+def _shown(name: str) -> str:
+    """Of a folder only its name: the rest tells about a machine."""
+    return Path(name).resolve().name if Path(name).is_dir() else name

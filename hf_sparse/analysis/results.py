@@ -1,0 +1,180 @@
+"""Results of runs in one JSON file: what was run, how sparse it came out, and what was measured of it.
+
+The file is a list with one result a line. A result says its settings in full, so it does not depend on a recipe that
+may change after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..errors import RecipeError
+from ..formats.safetensors_io import write_whole
+from ..profiling.speed_record import Speed, is_number
+from ..registry import check_keys
+
+AFTER = ", after dense"
+"""How the methods of runs end that begin with a dense one's model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run.
+
+    Args:
+        name: of what was asked; one name and one seed are one result.
+        task: what it was trained for and measured on.
+        model: that it began with.
+        method: how weights were removed, or "dense".
+        sparsity: that was asked for.
+        seed: of the run.
+        metrics: on the validation texts.
+        steps: optimizer steps; None = not recorded.
+        reached: fraction of zeros in the targeted weights; None = not recorded.
+        bytes: of its weight files; None = not recorded.
+        compact_bytes: of the weight files after what was removed was cut out; None = it was not.
+        speed: what `hf-sparse bench` measured of it (`Comparison.to_dict`); None = not measured.
+        settings: the recipe, without the folders of a machine; None = no recipe made it, see `note`.
+        note: what else has to be said.
+    """
+
+    name: str
+    task: str
+    model: str
+    method: str
+    sparsity: float
+    seed: int
+    metrics: Mapping[str, float]
+    steps: int | None = None
+    reached: float | None = None
+    bytes: int | None = None
+    compact_bytes: int | None = None
+    speed: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
+    note: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Result:
+        """Build from JSON types.
+
+        Raises:
+            RecipeError: for an unknown or missing field, or a value that is none.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"a result is a mapping of fields to values, not {data!r:.80}")
+        fields = dataclasses.fields(cls)
+        check_keys(data, [field.name for field in fields], "a result")
+        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in data]
+        if missing:
+            raise RecipeError(f"a result has no {', '.join(missing)}: {data!r:.80}")
+        for key in ("name", "task", "model", "method"):
+            if not isinstance(data[key], str) or not data[key]:
+                raise RecipeError(f"a result's {key} is a text, not {data[key]!r:.80}")
+        metrics = data["metrics"]
+        if not isinstance(metrics, Mapping) or not metrics or not all(map(is_number, metrics.values())):
+            raise RecipeError(f"{data['name']}: metrics are numbers by name, not {metrics!r:.80}")
+        for key in ("sparsity", "seed", "steps", "reached", "bytes", "compact_bytes"):
+            if not is_number(data.get(key, 0)) and (data[key] is not None or key in ("sparsity", "seed")):
+                raise RecipeError(f"{data['name']}: {key} is a number, not {data[key]!r:.80}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, without what was not recorded."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from others."""
+        return self.name, self.seed
+
+
+def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
+    """Return the dense results, one for each seed, that a result is to be compared with.
+
+    They had the same task and model and, where there are such, began where it began and took as many steps.
+    """
+    dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
+    after = AFTER if result.method.endswith(AFTER) else ""
+    fits = [r for r in dense if r.method == f"dense{after}" and r.steps == result.steps]
+    return fits or [r for r in dense if re.fullmatch(rf"{re.escape(result.task)}-dense(-l\d+)?", r.name)]
+
+
+def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return the results of each name, by seed."""
+    out: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.key):
+        out.setdefault(result.name, []).append(result)
+    return out
+
+
+def common_machine(results: Iterable[Result]) -> str | None:
+    """Return the machine that most speeds are of."""
+    counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
+    return max(counts, key=lambda machine: (counts[machine], machine), default=None)
+
+
+def of_one_machine(results: Sequence[Result]) -> list[Result]:
+    """Leave out speeds of other machines than that of most, which would be compared with what they cannot be."""
+    most = common_machine(results)
+    return [
+        result
+        if not result.speed or Speed.from_dict(result.speed).machine == most
+        else dataclasses.replace(result, speed=None)
+        for result in results
+    ]
+
+
+def read_results(path: str | os.PathLike[str]) -> list[Result]:
+    """Read a file of results; one that is not there has none.
+
+    Raises:
+        RecipeError: if it is no such file, or has one result twice.
+    """
+    if not Path(path).exists():
+        return []
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read results {os.fspath(path)}: {error}") from error
+    if not isinstance(data, list):
+        raise RecipeError(f"{os.fspath(path)} is no list of results")
+    results = [Result.from_dict(item) for item in data]
+    seen = set()
+    for result in results:
+        if result.key in seen:
+            raise RecipeError(f"{os.fspath(path)} has {result.name} with seed {result.seed} twice")
+        seen.add(result.key)
+    return results
+
+
+def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
+    """Replace a file of results, in the order of names and seeds; an interruption leaves the old one whole.
+
+    Raises:
+        RecipeError: for a result that could not be read again, such as one with a metric that is NaN.
+    """
+    known = [Result.from_dict(result.to_dict()) for result in results]
+    lines = [json.dumps(result.to_dict()) for result in sorted(known, key=lambda result: result.key)]
+    write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def add_results(path: str | os.PathLike[str], results: Sequence[Result]) -> None:
+    """Add results to a file, each in place of one with its name and seed; several processes may do so at once.
+
+    Raises:
+        RecipeError: as `read_results`.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{os.fspath(path)}.lock"):
+        known = {result.key: result for result in (*read_results(path), *results)}
+        write_results(path, known.values())

@@ -1,0 +1,5 @@
+"""The command line: `hf-sparse VERB`."""
+
+from .main import main
+
+__all__ = ["main"]

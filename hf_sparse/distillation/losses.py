@@ -1,0 +1,162 @@
+"""What a student is told by its teacher: soft targets, hidden states, attention maps. Plain functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import SparsityError
+
+
+def soft_target_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None = None,
+    classes: Tensor | None = None,
+    count: Tensor | int | None = None,
+) -> Tensor:
+    """Return `T^2 KL(softmax(t / T) || softmax(s / T))`, averaged over the valid positions.
+
+    The factor keeps the gradient of the same size whatever the temperature is.
+
+    Args:
+        student, teacher: logits.
+        temperature: T, above 0; higher tells more of the unlikely classes.
+        valid: which positions count; None = all. Padding never does, so a longer batch has the same loss.
+        classes: which classes exist, for logits over positions of a padded text; None = all.
+        count: what the sum is divided by; None = the number of valid positions.
+
+    Shapes: logits `(..., classes)`, valid `(...)`, classes `(..., classes)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have logits of different shapes.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0], [0.0, 9.0]])
+        >>> float(soft_target_kl(logits, logits, temperature=2.0))
+        0.0
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+    _same_shape(student, teacher, "logits")
+    s, t = student.float() / temperature, teacher.float() / temperature
+    if classes is not None:
+        s, t = (logits.masked_fill(~classes, float("-inf")) for logits in (s, t))
+    log_s, log_t = F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1)
+    terms = log_t.exp() * (log_t - log_s)
+    if classes is not None:
+        terms = torch.where(classes, terms, 0.0)  # 0 * (inf - inf) of classes that do not exist
+    return temperature**2 * _mean_over(terms.sum(-1), valid, count)
+
+
+def masked_mse(
+    student: Tensor, teacher: Tensor, valid: Tensor | None = None, count: Tensor | int | None = None
+) -> Tensor:
+    """Return the squared difference, averaged over the valid positions and all features.
+
+    Args:
+        student, teacher: hidden states, or anything with positions in front and features behind.
+        valid: which positions count; None = all.
+        count: what the sum over positions is divided by; None = the number of valid positions.
+
+    Shapes: `(batch, length, ...)`, valid `(batch, length)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have different shapes.
+
+    Example:
+        >>> states = torch.zeros(1, 2, 3)
+        >>> valid = torch.tensor([[True, False]])
+        >>> float(masked_mse(states, torch.tensor([[[1.0, 1.0, 1.0], [9.0, 9.0, 9.0]]]), valid))
+        1.0
+    """
+    _same_shape(student, teacher, "states")
+    squares = (student.float() - teacher.float()).square()
+    if valid is None:
+        return _mean_over(squares, None, None)
+    return _mean_over(squares.flatten(valid.ndim).mean(-1), valid, count)
+
+
+def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the squared difference of attention maps, averaged over heads and the valid queries and keys.
+
+    Attention to padding is zero in both, so as a key it would only make the mean smaller the longer the batch is.
+
+    Args:
+        student, teacher: attention of each query to each key.
+        valid: which positions of the text count, as queries and as keys; None = all.
+
+    Shapes: `(batch, heads, length, length)`, valid `(batch, length)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have different shapes.
+
+    Example:
+        >>> one = torch.tensor([[[[1.0, 0.0, 0.0]] * 3]])
+        >>> other = torch.tensor([[[[0.0, 1.0, 0.0]] * 3]])
+        >>> float(attention_mse(one, other, torch.tensor([[True, True, False]])))
+        1.0
+    """
+    _same_shape(student, teacher, "attention maps")
+    squares = (student.float() - teacher.float()).square().mean(1)  # (batch, queries, keys)
+    if valid is None:
+        return squares.mean()
+    if valid.shape[1] != squares.shape[2]:  # keys that are no positions of the text, as of a prefix: all count
+        return _mean_over(squares.mean(-1), valid, None)
+    keys = valid.sum(-1, keepdim=True).clamp(min=1)
+    return _mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
+
+
+def _mean_over(values: Tensor, valid: Tensor | None, count: Tensor | int | None) -> Tensor:
+    if valid is not None:
+        values = torch.where(valid, values, 0.0)
+        count = valid.sum().clamp(min=1) if count is None else count
+    return values.sum() / (values.numel() if count is None else count)
+
+
+def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+    if student.shape != teacher.shape:
+        raise SparsityError(
+            f"the teacher's {what} have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}, so they "
+            "cannot be compared: teacher and student need the same classes (or vocabulary), tokenizer and width"
+        )
+
+
+def match_layers(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    teacher_layers: list[int],
+    valid: Tensor | None = None,
+    present: list[bool] | None = None,
+) -> list[tuple[int, int]]:
+    """Return pairs (student layer, teacher layer), from the top down, by the smallest distance of hidden states.
+
+    Each teacher layer takes the nearest student layer below the last match, so that the order of layers is kept. Where
+    no layer is left below, the teacher layer goes without.
+
+    Args:
+        student, teacher: one tensor of hidden states per layer.
+        teacher_layers: numbers of the teacher layers to match, from 0.
+        valid: as in `masked_mse`.
+        present: which student layers are still there; None = all.
+
+    Example:
+        >>> states = [torch.full((1, 1, 1), float(layer)) for layer in range(4)]
+        >>> match_layers(states, states, [1, 3])
+        [(3, 3), (1, 1)]
+
+    Source: Xia et al. 2022, "Structured Pruning Learns Compact and Accurate Models" (CoFi), section 3.2, with the
+    choice restricted to layers that are present (the reference implementation masks sorted places instead of layers).
+    """
+    pairs: list[tuple[int, int]] = []
+    above = len(student)
+    for layer in sorted(teacher_layers, reverse=True):
+        free = [index for index in range(above) if present is None or present[index]]
+        if not free:
+            break
+        distances = [float(masked_mse(student[index].detach(), teacher[layer], valid)) for index in free]
+        above = free[distances.index(min(distances))]
+        pairs.append((above, layer))
+    return pairs

@@ -1,0 +1,292 @@
+"""Safetensors files: read without trust, written so that an interruption never costs the old file.
+
+Everything that a header and a manifest claim is checked against each other, and against the length of the file, before
+a tensor is touched. Reading never follows a path that a file names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..registry import Spec
+from .codecs import decode, encode, encode_all, layout, verify
+from .manifest import ITEM_BYTES, MAX_BYTES, Manifest, TensorEntry
+
+MANIFEST_KEY = "hf_sparse"
+"""Where the header of a file keeps the manifest."""
+
+PathLike = str | os.PathLike[str]
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in a file: type by its safetensors name, shape, size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@contextlib.contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Turn what safetensors and the system find wrong with a file into a `CheckpointError` that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
+
+
+def read_json(path: PathLike) -> dict[str, Any] | None:
+    """Read a JSON file beside a model, such as its config; one that is not there is None, and damage is never that.
+
+    Raises:
+        CheckpointError: if it is there and cannot be read, or holds no mapping.
+    """
+    if not Path(path).is_file():
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{os.fspath(path)} should hold a mapping, not {found!r:.80}")
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: PathLike) -> Iterator[Any]:
+    with reading(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def read_header(path: PathLike) -> tuple[dict[str, str], dict[str, Stored]]:
+    """Read what a file says about itself, and no tensor.
+
+    Returns:
+        The metadata, and type, shape and size of each tensor by key.
+
+    Raises:
+        CheckpointError: if the file is missing or truncated, or its header is not valid or does not fit its length.
+    """
+    tensors = {}
+    with _opened(path) as file:  # safetensors checks length, offsets, gaps, overlaps, shapes and its limit of 100 MB
+        for key in file.keys():  # noqa: SIM118  it is no mapping
+            piece = file.get_slice(key)
+            dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
+            if dtype not in ITEM_BYTES:
+                raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has the unknown type {dtype}")
+            # safetensors lets any side stand beside one of 0, also one that no tensor can have.
+            if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] > MAX_BYTES:
+                raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has a shape that no tensor can have: {shape}")
+            tensors[key] = Stored(dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
+        return dict(file.metadata() or {}), tensors
+
+
+def read_manifest(path: PathLike) -> Manifest | None:
+    """Read the manifest in the header of a file; None if hf_sparse did not write it.
+
+    Raises:
+        CheckpointError: as `read_header`, or if the manifest is not valid or from a newer version.
+    """
+    return _manifest_in(read_header(path)[0], path)
+
+
+def _manifest_in(metadata: Mapping[str, str], path: PathLike) -> Manifest | None:
+    if MANIFEST_KEY not in metadata:
+        return None
+    try:
+        return Manifest.from_json(metadata[MANIFEST_KEY])
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+
+
+def check_files(paths: PathLike | Iterable[PathLike], manifest_from_config: Manifest | None = None) -> Manifest:
+    """Verify all files of a checkpoint together, before anything is loaded.
+
+    Every file must hold the same manifest, and the files together exactly the tensors that it demands, each in the type
+    and shape that its codec derives from its entry. Dense tensors are verified to the last bit, in place (the file is
+    mapped, not read into memory); packed ones are verified when `codecs.decode` unpacks them.
+
+    Args:
+        paths: the file, or all shards in any order.
+        manifest_from_config: the manifest of `config.json`, which must be the same.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: naming the file or the tensor and what is wrong with it.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    manifest, where, found = manifest_from_config, "config.json", {}
+    home: dict[str, PathLike] = {}
+    for path in paths:
+        metadata, tensors = read_header(path)
+        own = _manifest_in(metadata, path)
+        if own is None:
+            raise CheckpointError(
+                f"{os.fspath(path)} has no hf_sparse manifest in its header; load it as a dense model"
+            )
+        if manifest is not None and own != manifest:
+            raise CheckpointError(f"{os.fspath(path)} has another manifest than {where}: files of two checkpoints")
+        manifest, where = own, os.fspath(path)
+        for key in tensors.keys() & home.keys():
+            raise CheckpointError(f"tensor '{key}' is in two files: {os.fspath(home[key])} and {os.fspath(path)}")
+        home.update(dict.fromkeys(tensors, path))
+        found.update(tensors)
+    if manifest is None or not paths:
+        raise CheckpointError("there are no files to check")
+    _check_parts(manifest, found)
+    _verify_dense(manifest, home)
+    return manifest
+
+
+def _check_parts(manifest: Manifest, found: Mapping[str, Stored]) -> None:
+    """Raise unless the files hold exactly the parts that the manifest demands."""
+    owner: dict[str, str] = {}
+    for key, entry in manifest.tensors.items():
+        for suffix, part in layout(entry, key).items():
+            name = key + suffix
+            if name in owner:
+                raise CheckpointError(f"'{name}' would have to hold both '{key}' and '{owner[name]}'")
+            owner[name] = key
+            if name not in found:
+                raise CheckpointError(f"tensor '{key}' lacks its part '{name}'; is a shard missing?")
+            if found[name][:2] != (part.dtype, part.shape):
+                raise CheckpointError(
+                    f"tensor '{key}': '{name}' must be {part.dtype} of shape {part.shape} for codec {entry.codec}, and "
+                    f"is {found[name].dtype} of shape {found[name].shape}"
+                )
+    if unknown := found.keys() - owner.keys():
+        raise CheckpointError(f"the manifest does not list {', '.join(map(repr, sorted(unknown)[:3]))}")
+
+
+def _verify_dense(manifest: Manifest, home: Mapping[str, PathLike]) -> None:
+    dense: dict[PathLike, list[str]] = {}
+    for key, entry in manifest.tensors.items():
+        if entry.codec == "dense":
+            dense.setdefault(home[key], []).append(key)
+    for path, keys in dense.items():
+        with _opened(path) as file:
+            for key in keys:
+                verify(manifest.tensors[key], file.get_tensor(key), key)
+
+
+@contextlib.contextmanager
+def replace_file(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place only if the block ends without an error.
+
+    The new file is forced to the disk first, so that after a crash or a power cut there is the old file or the new one,
+    never a part of either.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Created here, exclusively, so that it is ours, and with the rights that the user's umask gives to a new file:
+        # safetensors puts one of its own in its place, which nobody but the user can read.
+        temporary.open("xb").close()
+        rights = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(rights)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is on the disk only when the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_whole(path: PathLike, text: str) -> None:
+    """Write a text so that an interruption leaves the old file whole; into pipes and terminals as it comes."""
+    if Path(path).exists() and not Path(path).is_file():
+        Path(path).write_text(text, encoding="utf-8")
+        return
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def settle_header(path: PathLike) -> None:
+    """Sort the metadata in the header of a file, in place, so that equal models are equal files.
+
+    safetensors writes the metadata in an order that changes from process to process.
+    """
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        settled = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(settled) <= size:  # always, unless safetensors escapes a character otherwise; the file is right as it is
+            file.seek(8)
+            file.write(settled.ljust(size))
+
+
+def save_file(
+    tensors: Mapping[str, Tensor], path: PathLike, targets: Sequence[str] = (), codec: Spec = "auto"
+) -> Manifest:
+    """Write tensors into one file, each packed if that makes it smaller.
+
+    Args:
+        tensors: by checkpoint key. Tied tensors (the same memory under two keys) belong in once.
+        path: of the file, replaced as a whole or not at all.
+        targets: keys of the weights that were asked to be sparse.
+        codec: "auto", "smallest" or one codec for all, see `codecs.encode`; "dense" packs none.
+
+    Returns:
+        The manifest, which is also in the header of the file.
+
+    Raises:
+        RecipeError: for an unknown codec.
+        CheckpointError: for a type of tensor that the format does not know, or a target that is no tensor.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     manifest = save_file({"weight": torch.eye(64)}, f"{folder}/model.safetensors")
+        ...     torch.equal(load_file(f"{folder}/model.safetensors")["weight"], torch.eye(64))
+        True
+    """
+    entries: dict[str, TensorEntry] = {}
+    stored: dict[str, Tensor] = {}
+    packed = encode_all(tensors.values(), itertools.repeat(codec))
+    for (key, tensor), (entry, parts) in zip(tensors.items(), packed, strict=True):
+        if any(key + suffix in tensors for suffix in parts if suffix):  # the model has a tensor of that name itself
+            entry, parts = encode(tensor, "dense")
+        entries[key] = entry
+        stored.update({key + suffix: part for suffix, part in parts.items()})
+    manifest = Manifest(entries, targets=tuple(targets))
+    with replace_file(path) as temporary:
+        metadata = {"format": "pt", MANIFEST_KEY: manifest.to_json()}
+        safetensors_torch.save_file(stored, temporary, metadata=metadata)
+        settle_header(temporary)
+    return manifest
+
+
+def load_file(path: PathLike) -> dict[str, Tensor]:
+    """Read and unpack all tensors of a file that `save_file` wrote.
+
+    Raises:
+        CheckpointError: if anything about the file is not exactly as it was written.
+    """
+    manifest = check_files(path)
+    with _opened(path) as file:
+        return {
+            key: decode(entry, {suffix: file.get_tensor(key + suffix) for suffix in layout(entry, key)}, key)
+            for key, entry in manifest.tensors.items()
+        }

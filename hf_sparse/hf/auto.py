@@ -1,0 +1,101 @@
+"""Loading a model as it was saved: the class that its config names, whatever its head, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import RecipeError, SparsityError
+
+
+def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
+    """Load a model with the head it was saved with: the class its config names, else `AutoModel`.
+
+    Args:
+        name: folder or Hub name.
+        revision: branch, tag or commit on the Hub.
+        **options: for `from_pretrained`.
+
+    Raises:
+        RecipeError: if it cannot be loaded.
+        CheckpointError: if it is packed, and damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        return _model_class(config.architectures).from_pretrained(name, revision=revision, **options)
+    except SparsityError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"cannot load model '{name}': {error}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise RecipeError(f"cannot load model '{name}': its weights do not fit its config.json: {error}") from error
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Args:
+        model: folder or Hub name.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"cannot load the tokenizer of model '{model}': {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers makes up where there are no files: every text would become a row of [UNK].
+        raise RecipeError(f"model '{model}' has no tokenizer beside it (tokenizer.json, vocab.txt, ...)")
+    return tokenizer
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Return how many tokens a model was made for; None where its config does not say.
+
+    RoBERTa counts positions from the padding's on, so it takes fewer than its config says.
+    """
+    config: Any = model.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is None or longest < 1:  # XLNet says -1
+        return None
+    paddings = [table.padding_idx for table in _position_tables(model) if table.padding_idx is not None]
+    return int(longest) - max((padding + 1 for padding in paddings), default=0)
+
+
+def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse texts of more tokens than the tokenizer allows, or than the model has positions in a table.
+
+    Raises:
+        RecipeError: naming the most that can be taken.
+    """
+    most = tokenizer.model_max_length
+    if any(True for _ in _position_tables(model)):  # what computes its positions can go on behind the last trained one
+        most = min(most, most_tokens(model) or most)
+    if length > most:
+        raise RecipeError(
+            f"texts are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a recipe, "
+            "or --length on the command line"
+        )
+
+
+def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
+    for path, module in model.named_modules():
+        if path.endswith(("position_embeddings", "embed_positions", "wpe")) and isinstance(module, nn.Embedding):
+            yield module
+
+
+def _model_class(architectures: list[str] | None) -> Any:
+    """Return the class of transformers with that name. The name is from a file, so it must be a model and no more."""
+    for architecture in architectures or ():
+        found = getattr(transformers, str(architecture), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return AutoModel

@@ -1,0 +1,1 @@
+"""The Hub: push, and the model card."""

@@ -1,0 +1,299 @@
+"""The model card: what a saved model is and what was measured of it, from its files alone.
+
+Nothing is claimed that no file says: a figure that was not measured is called so. Text from files (names of models and
+data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from ...errors import CheckpointError, RecipeError
+from ...formats.inspection import Inspection, inspect
+from ...formats.safetensors_io import read_json, read_manifest, write_whole
+from ...formats.structure import EDITS_KEY, Edits
+from ...profiling.speed_record import SPEED, Speed, is_number, read_speed
+from ...utils.markdown import fenced, plain, table
+
+TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
+NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
+OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+CARD = "README.md"
+MEASURED = "eval_results.json"
+BEFORE_COMPACTION = "before_compaction"
+"""Key of that file: what it says was measured before what was removed was cut out of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CardFacts:
+    """All that a card says. What is None or empty was not recorded, and the card says so."""
+
+    title: str
+    architecture: str | None = None
+    base_model: str | None = None
+    data: str | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dense_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    groups: Sequence[tuple[str, int, float]] = ()
+    sizes: Sequence[tuple[str, str]] = ()
+    speed: Speed | None = None
+    recipe: str | None = None
+    license: str | None = None
+    note: str | None = None
+    loads: bool = True
+    pruned: bool = True
+
+
+def facts_of(
+    folder: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    license: str | None = None,  # noqa: A002
+) -> CardFacts:
+    """Collect what the files of a saved model say.
+
+    Args:
+        against: folder of the dense run of the same recipe, for its metrics.
+        license: identifier of the license on the Hub, if known.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    folder = Path(folder)
+    inspection = inspect(folder)
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"folder {folder} has no config.json: it has to hold a saved model")
+    recipe = read_recipe(folder / "recipe.yaml")
+    data = recipe.get("data") or {}
+    named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
+    speed = folder / SPEED
+    dense_metrics = {} if against is None else _metrics(Path(against))
+    if against is not None and not dense_metrics:
+        raise CheckpointError(
+            f"{os.fspath(against)} has no {MEASURED} with metrics: it has to be the folder of a dense run"
+        )
+    architectures = config.get("architectures")
+    return CardFacts(
+        title=folder.resolve().name,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        base_model=(recipe.get("model") or {}).get("name"),
+        data=named or data.get("train"),
+        dataset=data.get("name"),
+        metrics=_metrics(folder),
+        dense_metrics=dense_metrics,
+        groups=_groups(inspection),
+        sizes=(
+            ("targeted weights", inspection.size_line()),
+            ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
+        ),
+        speed=read_speed(speed) if speed.is_file() else None,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        license=license,
+        note=_cut_out(folder),
+        pruned=inspection.packed or bool(recipe.get("sparsity")),
+    )
+
+
+def _cut_out(folder: Path) -> str | None:
+    """Say what was cut out of the model, by its files."""
+    manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
+    if not manifests or EDITS_KEY not in manifests[0].extra:
+        return None
+    edits = Edits.from_dict(manifests[0].extra[EDITS_KEY])
+    left = " and ".join(
+        f"{sum(len(cut.kept) for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
+        for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
+        if cuts
+    )
+    said = f"In the parts that were made smaller, {left} are left; the others are cut out, and not counted below."
+    if (read_json(folder / MEASURED) or {}).get(BEFORE_COMPACTION):
+        said += " Metrics were measured before that, which changes outputs by rounding alone."
+    return said
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe as it may be shown to others: of absolute paths, which tell about a machine, only the last part.
+
+    Raises:
+        CheckpointError: if it is no YAML mapping. (A file that is not there is an empty recipe.)
+    """
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(recipe, dict) or not all(
+        isinstance(recipe.get(key) or {}, dict) for key in ("model", "data", "training")
+    ):
+        raise CheckpointError(f"{path} is no recipe: it has to be a mapping with the sections model, data and training")
+    (recipe.get("training") or {}).pop("output_dir", None)
+    return _shown(recipe)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    for path in (PurePosixPath, PureWindowsPath):
+        if isinstance(value, str) and path(value).is_absolute():
+            return path(value).name
+    return value
+
+
+def forget(folder: Path) -> None:
+    """Take away what was measured of the model that was in a folder before another takes its place."""
+    for name in (SPEED, MEASURED, "all_results.json", "train_results.json", "report.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    measured = read_json(folder / MEASURED) or {}
+    found = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
+    return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and is_number(v)}
+
+
+def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:
+    """Return parameters and sparsity of each kind of weight, over all layers."""
+    totals: dict[str, list[int]] = {}
+    for weight in inspection.weights:
+        kind = totals.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name), [0, 0])
+        kind[0] += weight.parameters
+        kind[1] += weight.nonzeros
+    return [(name, size, 1.0 - kept / size if size else 0.0) for name, (size, kept) in totals.items()]
+
+
+def card_text(facts: CardFacts, tags: Sequence[str] = ()) -> str:
+    """Return the card, metadata first.
+
+    Args:
+        tags: more of them for the metadata.
+    """
+    text = f"---\n{_metadata(facts, tags).to_yaml()}\n---\n\n{_body(facts)}"
+    return f"{text}\n{_seal(text)}\n"
+
+
+def _seal(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"<!-- Written by hf_sparse, and written anew as long as nobody edits it: {digest} -->"
+
+
+def is_ours(text: str) -> bool:
+    """Return whether a card is as hf_sparse wrote it, so that nothing is lost when another takes its place."""
+    body, _, seal = text.removesuffix("\n").rpartition("\n")
+    return seal == _seal(body)
+
+
+def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -> Path:
+    """Write the card of a folder.
+
+    Args:
+        force: also in place of a card that somebody wrote or edited.
+
+    Raises:
+        RecipeError: if there is such a card.
+    """
+    path = Path(folder) / CARD
+    if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+        raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
+    write_whole(path, text)
+    return path
+
+
+def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
+    task = next((task for end, task in TASKS.items() if (facts.architecture or "").endswith(end)), None)
+    dataset = facts.dataset if facts.dataset and HUB_NAME.fullmatch(str(facts.dataset)) else None
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=dataset or "custom",
+            dataset_name=" ".join(str(facts.data or "not recorded").split()),
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in facts.metrics.items()
+    ]
+    # A bare name may be that of a folder, and metadata that links to somebody else's model is worse than none.
+    base = str(facts.base_model) if re.fullmatch(OWNED_NAME, str(facts.base_model)) else None
+    return ModelCardData(
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        eval_results=results or None,
+        library_name="transformers",
+        license=facts.license,
+        model_name=" ".join(facts.title.split()) if results else None,
+        pipeline_tag=task,
+        tags=["hf_sparse", *(("sparse", "pruning") if facts.pruned else ()), *tags],
+    )
+
+
+def _body(facts: CardFacts) -> str:
+    auto = next(
+        (f"AutoModel{end.replace('ForConditionalGeneration', 'ForSeq2SeqLM')}" for end in TASKS
+         if (facts.architecture or "").endswith(end)),
+        "AutoModel",
+    )  # fmt: skip
+    about = [
+        ("base model", plain(facts.base_model or "not recorded")),
+        ("architecture", plain(facts.architecture or "not recorded")),
+        ("data", plain(facts.data or "not recorded")),
+        ("license", plain(facts.license or "not recorded: that of the base model and the data applies")),
+    ]
+    parts = [
+        f"# {plain(facts.title)}",
+        "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.",
+        table(("", ""), about),
+    ]
+    if facts.note:
+        parts.append(plain(facts.note))
+    parts += ["## Metrics", _metric_table(facts), "## Sparsity", _sparsity(facts)]
+    parts += ["## Size", table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured."]
+    parts += ["## Speed", _speed(facts.speed)]
+    if facts.loads:
+        code = f"import hf_sparse  # first: it teaches transformers the format\nfrom transformers import {auto}\n\n"
+        parts += [
+            "## How to load",
+            fenced(f'{code}model = {auto}.from_pretrained("user/repo")  # or a folder', "python"),
+        ]
+    parts += ["## Recipe", fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.", "## Limits", LIMITS]
+    return "\n\n".join(parts) + "\n"
+
+
+LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run faster for them; on a CPU
+  `hf_sparse.to_runtime(model)` packs them where that is faster.
+- Metrics are of the validation texts named above; other texts, classes or languages were not measured.
+- Pruning can hurt rare classes and unusual input more than the average shows; that was not measured here.
+- What the base model cannot do or should not be used for holds here too."""
+
+
+def _metric_table(facts: CardFacts) -> str:
+    rows = [
+        (plain(name), f"{facts.dense_metrics[name]:.4f}" if name in facts.dense_metrics else "not measured", f"{v:.4f}")
+        for name, v in facts.metrics.items()
+    ]
+    return table(("metric", "dense", "this model"), rows) or "Not measured."
+
+
+def _sparsity(facts: CardFacts) -> str:
+    rows = [
+        (plain(name), f"{size:,}" if size else "not recorded", f"{zeros:.2%}") for name, size, zeros in facts.groups
+    ]
+    return table(("weights", "parameters", "zeros"), rows) or "Not recorded."
+
+
+def _speed(speed: Speed | None) -> str:
+    if speed is None:
+        return "Not measured."
+    return table(("forward pass", "median and quartiles, in turns with dense"), [(k, plain(v)) for k, v in speed.rows])

@@ -1,0 +1,1 @@
+"""The plug into `from_pretrained` and `save_pretrained`."""

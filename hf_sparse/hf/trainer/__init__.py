@@ -1,0 +1,1 @@
+"""The plugs into the Trainer: callbacks, optimizer, checkpoints, FSDP, teachers."""

@@ -1,0 +1,70 @@
+"""Which training checkpoint to resume from: the last one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from ...errors import CheckpointError
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_STATE = "trainer_state.json"
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str | None:
+    """Return the folder of the last complete training checkpoint, for `resume_from_checkpoint`.
+
+    A run that is killed while it saves leaves half a checkpoint, and `resume_from_checkpoint=True` would take it. Here
+    a checkpoint counts only if it has everything that the Trainer writes, down to its state, which comes last.
+
+    Args:
+        output_dir: of the `TrainingArguments`.
+        processes: that train together; each has a random state of its own in the checkpoint.
+
+    Returns:
+        The path, or None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but none is complete: starting anew in silence would lose a run.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(last_checkpoint(folder))
+        None
+    """
+    folder = Path(output_dir)
+    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    missing: dict[str, str] = {}
+    for path in found:
+        missing[path.name] = _missing(path, processes)
+        if not missing[path.name]:
+            return str(path)
+    if missing:
+        listed = ", ".join(f"{name} lacks {what}" for name, what in missing.items())
+        raise CheckpointError(
+            f"{folder} has no complete checkpoint to resume from: {listed}. Was the run killed while it saved, or was "
+            "save_only_model set? Remove these folders to start anew"
+        )
+    return None
+
+
+def _missing(path: Path, processes: int) -> str:
+    """Return the first thing that a checkpoint lacks, or nothing."""
+    random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    if not any((path / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):  # the second under FSDP
+        return "optimizer.pt"
+    for name in ("scheduler.pt", *random):
+        if not (path / name).is_file():
+            return name
+    if not any(path.glob("*.safetensors")):
+        return "its weights"
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"a readable {_STATE}"
+    step = int(path.name.rpartition("-")[2])
+    return "" if isinstance(state, dict) and state.get("global_step") == step else f"a {_STATE} of its step"

@@ -1,0 +1,101 @@
+"""Learned scores in the Trainer's optimizer: their own parameter group, from the moment the optimizer exists.
+
+Callbacks of transformers get no event when the optimizer is made, and later is too late: the learning-rate scheduler
+counts groups when it is made, and a resumed run loads the optimizer's state before `on_train_begin`. So
+`Trainer.create_optimizer` is wrapped, once, when the first `SparsityCallback` is made. For a Trainer without such a
+callback the wrapper changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ...errors import RecipeError
+from ...pruning.pruner import Pruner
+
+REFUSED = {
+    "galore": "it picks weights by name and module type, which masks change",
+    "apollo": "it picks weights by name and module type, which masks change",
+    "lomo": "it updates during backward and has no parameter groups",
+    "adalomo": "it updates during backward and has no parameter groups",
+    "schedule_free": "the weights it evaluates are not the ones it trains, so masks would belong to the others",
+}
+
+
+@runtime_checkable
+class TakesPart(Protocol):
+    """A callback that wants to see the Trainer before and after the optimizer is made."""
+
+    def before_optimizer(self, trainer: Trainer) -> None:
+        """Called before the optimizer is made and before the model is wrapped."""
+
+    def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Called with the optimizer, before the learning-rate scheduler is made and any state is loaded."""
+
+
+def announce_optimizer() -> None:
+    """Wrap `Trainer.create_optimizer` so that callbacks that take part hear of it; a second call does nothing."""
+    original = Trainer.create_optimizer
+    if getattr(original, "announces", False):
+        return
+
+    @functools.wraps(original)
+    def create_optimizer(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        listeners = [callback for callback in self.callback_handler.callbacks if isinstance(callback, TakesPart)]
+        for listener in listeners:
+            listener.before_optimizer(self)
+        optimizer = original(self, *args, **kwargs)
+        for listener in listeners:
+            listener.after_optimizer(self, optimizer)
+        return optimizer
+
+    create_optimizer.announces = True  # type: ignore[attr-defined]
+    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `RecipeError` for an optimizer of `TrainingArguments.optim` that cannot train a masked model as asked."""
+    for family, reason in REFUSED.items():
+        if name == family or name.startswith(f"{family}_"):
+            raise RecipeError(
+                f"optim='{name}' cannot be used with SparsityCallback: {reason}. Use adamw_torch, adafactor, sgd, lion "
+                "or another optimizer with plain parameter groups"
+            )
+
+
+def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> bool:
+    """Move the learned scores into groups of their own: their learning rate, no weight decay, all else as default.
+
+    The learning-rate scheduler, made after this, scales their rate as it scales the others.
+
+    Returns:
+        Whether any were moved: not where there are none, or they have their groups since an earlier `train`.
+
+    Raises:
+        RecipeError: if the optimizer has no parameter groups to put them into.
+    """
+    groups = pruner.score_groups()
+    if not groups:
+        return False
+    if not isinstance(optimizer, torch.optim.Optimizer) or not all("lr" in group for group in optimizer.param_groups):
+        raise RecipeError(
+            f"{type(optimizer).__name__} has no parameter groups with a learning rate, which movement scores need. Use "
+            "adamw_torch, or a scorer that learns nothing (magnitude)"
+        )
+    learned: set[int] = {id(parameter) for group in groups for parameter in _parameters(group)}
+    for group in optimizer.param_groups:
+        if group["params"] and all(id(parameter) in learned for parameter in group["params"]):
+            return False  # a second call of train(), with the optimizer of the first
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learned]
+    for group in groups:
+        optimizer.add_param_group(group)
+    return True
+
+
+def _parameters(group: dict[str, Any]) -> list[nn.Parameter]:
+    return list(group["params"])

@@ -1,0 +1,104 @@
+"""Where a teacher comes from: the model itself, a folder, the Hub; and whether it can teach this student."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, cast
+
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ...config.distillation import DistillationConfig
+from ...distillation.distiller import Distiller, fixed_pairs
+from ...errors import RecipeError
+from ..auto import load_whole
+from .teacher_cache import TeacherCache, batches_of
+
+
+def make_distiller(student: PreTrainedModel, config: DistillationConfig, teacher: nn.Module | None = None) -> Distiller:
+    """Get the teacher and check that it fits; call it while the student has no masks yet.
+
+    Args:
+        student: the model that will be pruned.
+        config: what is asked for.
+        teacher: in place of `config.teacher`.
+
+    Raises:
+        RecipeError: if the teacher cannot be loaded, or cannot teach this student.
+        CheckpointError: if there is a cache, but of another teacher.
+    """
+    if teacher is None:
+        # With a cache nothing trains beside the model: it is looked at for its fingerprint, and let go.
+        own = student if config.cache is not None else copy.deepcopy(student)
+        teacher = own if config.teacher == "self" else _loaded(config)
+    _check(student, teacher, config)
+    answers = teacher if config.cache is None else TeacherCache.open(config.cache, teacher)
+    writes = bool(getattr(student.config, "is_encoder_decoder", False))
+    # As the Trainer decides it: decoder-only models are trained on the next label.
+    shifts = LOSS_MAPPING.get(str(getattr(student, "loss_type", None))) is ForCausalLMLoss and not writes
+    decoder_inputs = getattr(student, "prepare_decoder_input_ids_from_labels", None) if writes else None
+    return Distiller(answers, config, shifts_labels=shifts, decoder_inputs=decoder_inputs)
+
+
+def check_cache(distiller: Distiller, trainer: Trainer) -> None:
+    """Check a cached teacher against the tokenizer and the data of a Trainer; without a cache, do nothing.
+
+    Raises:
+        CheckpointError: if it was made with others.
+    """
+    cache, data = distiller.teacher, trainer.train_dataset
+    if not isinstance(cache, TeacherCache):
+        return
+    cache.check(trainer.processing_class, None)
+    if data is None or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        return  # a stream: each example is looked for when it comes
+    assert trainer.model is not None
+    accepted = inspect.signature(trainer.model.forward).parameters
+    batches = batches_of(data, trainer.data_collator, accepted, trainer.args.eval_batch_size)
+    cache.check(None, (key for batch in batches for key in distiller.examples(batch).names()))
+
+
+def _loaded(config: DistillationConfig) -> PreTrainedModel:
+    options: dict[str, Any] = {}
+    if config.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if config.attention_weight:
+        options["attn_implementation"] = "eager"
+    return load_whole(config.teacher, config.revision or "main", **options)
+
+
+def _check(student: PreTrainedModel, teacher: nn.Module, config: DistillationConfig) -> None:
+    """Raise `RecipeError` for what is known to differ before any batch was seen."""
+    ours, theirs = student.config, getattr(teacher, "config", None)
+    if theirs is None:
+        return  # a module of the user's own; the shapes of its outputs are checked at each batch
+    if getattr(ours, "problem_type", None) == "multi_label_classification" and config.logits_weight:
+        raise RecipeError(
+            "distillation of logits is for classes that exclude each other, but the model's problem_type is "
+            "multi_label_classification; set logits_weight: 0 and give hidden_weight"
+        )
+    if config.logits_weight:
+        for name in ("num_labels", "vocab_size"):
+            _same(name, ours, theirs, "logits cannot be compared; set logits_weight: 0, or choose another teacher")
+    if config.hidden_weight:
+        _same("hidden_size", ours, theirs, "hidden states cannot be compared; set hidden_weight: 0")
+    if config.attention_weight:
+        _same("num_attention_heads", ours, theirs, "attention maps cannot be compared; set attention_weight: 0")
+        for who, one in (("model", ours), ("teacher", theirs)):
+            if (found := getattr(one, "_attn_implementation", None)) != "eager":
+                raise RecipeError(
+                    f"distillation of attention maps needs them, and the {who} computes none with "
+                    f'attn_implementation="{found}"; load it with attn_implementation="eager"'
+                )
+    if config.hidden_weight or config.attention_weight:
+        layers = [getattr(one, "num_hidden_layers", None) for one in (ours, theirs)]
+        if all(isinstance(count, int) for count in layers):
+            fixed_pairs(config, *cast(list[int], layers))
+
+
+def _same(name: str, student: Any, teacher: Any, otherwise: str) -> None:
+    ours, theirs = getattr(student, name, None), getattr(teacher, name, None)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise RecipeError(f"distillation: the teacher has {name}={theirs} and the model {name}={ours}, so {otherwise}")

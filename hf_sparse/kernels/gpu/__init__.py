@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: 2:4 and blocks."""

@@ -1,0 +1,267 @@
+"""Linear layers whose weight is made of whole blocks (32 x 32, 64 x 64): a Triton kernel, and a plain torch default.
+
+The blocks of each row of blocks lie one after the other (BCSR). A program of the kernel takes one row of blocks and
+some tokens, multiplies block by block, and adds up in fp32. Without Triton the product is torch's own for BSR where
+it has one, and otherwise one dense product for each row of blocks, right and slow.
+
+This has not yet run on a GPU: the kernel is tested in Triton's interpreter, on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import BackendError, CheckpointError
+from ...formats.codecs import codec_of, layout
+from ...formats.codecs.base import as_bits, unpack_bits
+from ...formats.codecs.block import Block
+from ...formats.manifest import TensorEntry
+
+SIDES = (16, 32, 64, 128)
+"""Rows or columns of a block that the kernel takes: what a tensor core multiplies, and what fits into its registers."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Blocks(NamedTuple):
+    """A weight as the blocks that are not zero.
+
+    Attributes:
+        values: `(blocks, rows, cols)`.
+        columns: int32, which column of blocks each is in; ascending within a row of blocks.
+        pointers: int32, `(rows of blocks + 1)`: where each row of blocks begins.
+    """
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interprets() -> bool:
+    """Return whether Triton is told to run its kernels in Python, on any device (TRITON_INTERPRET=1)."""
+    if not has_triton():
+        return False
+    from .block_sparse_triton import INTERPRETED
+
+    return INTERPRETED
+
+
+def refusal(
+    shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int] | None, rows: int, cols: int
+) -> str | None:
+    """Say why the kernel cannot run a linear layer on a GPU, or return None.
+
+    Args:
+        shape: of the weight, `(out, in)`; sides need not be multiples of the block.
+        capability: of the CUDA device; None = there is none.
+        rows: of a block.
+        cols: of a block.
+
+    Example:
+        >>> refusal((64, 64), torch.float16, None, 32, 32)
+        'the block kernel needs a CUDA device, and the layer is on none'
+    """
+    if len(shape) != 2 or not all(shape):
+        return f"the block kernel needs a matrix with entries, and the weight has shape {tuple(shape)}"
+    if rows not in SIDES or cols not in SIDES:
+        return f"the block kernel takes blocks with sides of {', '.join(map(str, SIDES))}, not {rows} x {cols}"
+    if dtype not in DTYPES:
+        return f"the block kernel multiplies fp16, bf16 and fp32, not {str(dtype).removeprefix('torch.')}"
+    if capability is None:
+        return "the block kernel needs a CUDA device, and the layer is on none"
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+    if capability < least:
+        return (
+            f"the block kernel needs compute capability {least[0]}.{least[1]} in "
+            f"{str(dtype).removeprefix('torch.')}, and this device has {capability[0]}.{capability[1]}"
+        )
+    return None if has_triton() else "Triton is not installed: pip install triton"
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack_blocks(weight: Tensor, rows: int = 32, cols: int = 32) -> Blocks:
+    """Return the blocks of a weight that have a bit set, on its device.
+
+    A weight whose sides are no multiples of the block is filled up with zeros below and to the right.
+
+    Shapes: `(out, in)`.
+
+    Example:
+        >>> weight = torch.zeros(4, 4)
+        >>> weight[2, 1] = 5.0
+        >>> pack_blocks(weight, 2, 2).values.tolist(), pack_blocks(weight, 2, 2).pointers.tolist()
+        ([[[0.0, 5.0], [0.0, 0.0]]], [0, 0, 1])
+    """
+    weight = weight.detach()
+    out, into = weight.shape
+    filled = F.pad(weight, (0, -into % cols, 0, -out % rows))
+    blocks = filled.view(-1, rows, filled.shape[1] // cols, cols).transpose(1, 2).contiguous()
+    kept = (as_bits(blocks) != 0).view(*blocks.shape[:2], -1).any(-1)
+    return Blocks(blocks[kept], *_places(kept))
+
+
+def _places(kept: Tensor) -> tuple[Tensor, Tensor]:
+    columns = kept.nonzero()[:, 1].to(torch.int32)
+    return columns, F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def unpack_blocks(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
+    """Return the weight, bit for bit what was packed.
+
+    Args:
+        shape: of the weight.
+    """
+    values, columns, pointers = blocks
+    _, rows, cols = values.shape
+    below, beside = len(pointers) - 1, -(-shape[1] // cols)
+    filled = values.new_zeros((below, beside, rows, cols))
+    filled[_rows(pointers, len(columns)), columns.long()] = values
+    return filled.transpose(1, 2).reshape(below * rows, beside * cols)[: shape[0], : shape[1]].contiguous()
+
+
+def _rows(pointers: Tensor, count: int) -> Tensor:
+    lengths = (pointers[1:] - pointers[:-1]).long()
+    return torch.arange(len(lengths), device=pointers.device).repeat_interleave(lengths, output_size=count)
+
+
+def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Blocks | None:
+    """Return a stored weight as blocks without making the dense one.
+
+    Its checksum is of the dense tensor, and so is not verified here.
+
+    Args:
+        entry: of the manifest.
+        parts: as stored, by suffix, on the CPU.
+
+    Returns:
+        None if it is not stored as blocks of the sides that the kernel takes.
+
+    Raises:
+        CheckpointError: if the parts contradict the entry.
+    """
+    codec = codec_of(entry)
+    if not isinstance(codec, Block) or not {codec.rows, codec.cols} <= set(SIDES) or len(entry.shape) != 2:
+        return None
+    layout(entry)
+    below, beside = codec.grid(entry.shape)
+    kept = torch.from_numpy(unpack_bits(parts["_blocks"].numpy(), below * beside, "the block bitmap"))
+    if int(kept.sum()) != entry.options["kept"]:
+        raise CheckpointError(f"the bitmap keeps {int(kept.sum())} blocks, and there are {entry.options['kept']}")
+    return Blocks(parts[""].view(-1, codec.rows, codec.cols), *_places(kept.view(below, beside)))
+
+
+# -- the product and the layer ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hf_sparse::block_sparse_linear", mutates_args=())
+def block_sparse_linear(
+    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return `x W^T + bias`, see `Blocks`.
+
+    Shapes: `(tokens, in)` -> `(tokens, out_features)`.
+    """
+    _, rows, cols = values.shape
+    fits = rows in SIDES and cols in SIDES and x.dtype in DTYPES
+    if x.shape[0] and fits and has_triton() and (x.is_cuda or interprets()):
+        from .block_sparse_triton import multiply
+
+        return multiply(x.contiguous(), values, columns, pointers, bias, out_features)
+    if x.shape[0] and x.is_cuda and x.dtype == torch.float32 and len(columns):
+        return _by_bsr(x, values, columns, pointers, bias, out_features)
+    return _by_rows(x, values, columns, pointers, bias, out_features)
+
+
+@block_sparse_linear.register_fake
+def _(x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _by_bsr(
+    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return the product that torch has for BSR; its CUDA one for half precision is in Triton too."""
+    _, rows, cols = values.shape
+    filled = F.pad(x, (0, -x.shape[1] % cols))
+    size = ((len(pointers) - 1) * rows, filled.shape[1])
+    weight = torch.sparse_bsr_tensor(pointers, columns, values, size, check_invariants=False)
+    product = (weight @ filled.t()).t()[:, :out_features]
+    return product.contiguous() if bias is None else product + bias
+
+
+def _by_rows(
+    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Return the product from one dense product for each row of blocks."""
+    _, rows, cols = values.shape
+    tiles = F.pad(x, (0, -x.shape[1] % cols)).view(x.shape[0], -(-x.shape[1] // cols), cols)
+    out = x.new_zeros((x.shape[0], (len(pointers) - 1) * rows))
+    starts: list[int] = pointers.tolist()
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        if start < end:
+            seen = tiles[:, columns[start:end].long()].flatten(1)
+            weight = values[start:end].transpose(1, 2).reshape(-1, rows)
+            out[:, row * rows : (row + 1) * rows] = seen @ weight
+    out = out[:, :out_features]
+    return out.contiguous() if bias is None else out + bias
+
+
+class BlockSparseLinear(nn.Module):
+    """A linear layer for inference that keeps the blocks of its weight which are not zero.
+
+    Args:
+        shape: of the weight, `(out, in)`.
+    """
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    bias: Tensor | None
+
+    def __init__(self, blocks: Blocks, bias: Tensor | None, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        for name, tensor in blocks._asdict().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, rows: int = 32, cols: int = 32) -> BlockSparseLinear:
+        """Keep the blocks of a layer; on the CPU the plain default computes it."""
+        blocks = pack_blocks(layer.weight, rows, cols)
+        return cls(blocks, layer.bias, (layer.out_features, layer.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: `(..., in_features)` -> `(..., out_features)`."""
+        if x.dtype != self.values.dtype:
+            raise BackendError(f"the layer is in {self.values.dtype}, and what it is given in {x.dtype}")
+        flat = x.reshape(-1, self.in_features)
+        y = block_sparse_linear(flat, self.values, self.columns, self.pointers, self.bias, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def to_linear(self) -> nn.Linear:
+        """Return the dense layer, its weight as it was."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        blocks = Blocks(self.values, self.columns, self.pointers)
+        layer.weight = nn.Parameter(unpack_blocks(blocks, (self.out_features, self.in_features)))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.clone())
+        return layer
+
+    def extra_repr(self) -> str:
+        count, rows, cols = self.values.shape
+        return f"in_features={self.in_features}, out_features={self.out_features}, {count} blocks of {rows} x {cols}"

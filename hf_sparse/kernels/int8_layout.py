@@ -1,0 +1,158 @@
+"""The form of a weight that the int8 products read: rows x 1 blocks in fours, each output in steps of its own size.
+
+Group after group of `rows` outputs, every column that holds a nonzero is kept, in fours ("quads", filled with zeros),
+because one instruction multiplies four bytes of inputs by four of weights. An output is its steps times its scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from .fp32_layout import check_matrix
+
+ROWS = (1, 2, 4)
+"""Heights of a block that the products know."""
+
+MOST_INPUTS = 65_536
+"""More products of bytes than this could overflow the int32 that they are added up in."""
+
+STEPS = 127
+"""Steps from zero to the largest weight of an output, and to the largest feature of a token."""
+
+NOTHING = 1e-30
+"""A token or an output whose numbers are all smaller counts as zeros."""
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """A sparse weight in int8; made by `pack_int8`.
+
+    Shapes:
+        values: (quads, rows, 4), int8.
+        columns: (quads, 4), uint16.
+        pointers: (groups + 1,), int32: group g has the quads from [g] to [g + 1].
+        scales: (out,), fp32: what a step of an output is worth.
+        offsets: (out,), int32: -128 times the sum of its steps, because the kernels hold inputs plus 128.
+
+    Raises:
+        BackendError: the tensors do not fit together.
+    """
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    scales: Tensor
+    offsets: Tensor
+    rows: int
+    out_features: int
+    in_features: int
+
+    def __post_init__(self) -> None:
+        check_int8(self.parts, self.rows, self.out_features, self.in_features)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All its tensors, in the order of the operators."""
+        return self.values, self.columns, self.pointers, self.scales, self.offsets
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
+    """Round a weight to int8, each output to steps of its largest weight / 127, and pack it.
+
+    Args:
+        weight: fp32; not changed.
+        rows: height of a block, one of `ROWS`; outputs that are no multiple of it are padded inside.
+
+    Shapes:
+        weight: (out, in).
+
+    Raises:
+        BackendError: not a matrix of finite fp32, too many inputs, or a height that the products do not know.
+
+    Example:
+        >>> packed = pack_int8(torch.tensor([[0.0, 1.27], [0.0, 0.25]]), rows=2)
+        >>> packed.columns.tolist(), packed.values[..., 0].tolist(), packed.offsets.tolist()
+        ([[1, 0, 0, 0]], [[127, 127]], [-16256, -16256])
+    """
+    check_matrix("pack_int8", weight, rows, ROWS)
+    weight = weight.detach()
+    out, width = weight.shape
+    if width > MOST_INPUTS:
+        raise BackendError(f"pack_int8 was given {width} inputs; its sums hold the products of {MOST_INPUTS}")
+    if not bool(weight.isfinite().all()):
+        raise BackendError("pack_int8 was given a weight with infinities or NaN, which no int8 can say")
+    largest = weight.abs().amax(dim=1) if width else weight.new_zeros(out)
+    scales = torch.where(largest < NOTHING, 0.0, largest / STEPS)
+    steps = torch.where(largest < NOTHING, 0.0, STEPS / largest)[:, None] * weight
+    groups = -(-out // rows)
+    padded = torch.nn.functional.pad(steps.round(), (0, 0, 0, groups * rows - out)).view(groups, rows, width)
+    kept = (padded != 0).any(dim=1)
+    counts = kept.sum(dim=1)
+    pointers = torch.nn.functional.pad(((counts + 3) // 4).cumsum(0), (1, 0))
+    group, column = kept.nonzero(as_tuple=True)
+    before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    slot = pointers[group] * 4 + torch.arange(len(group)) - before[group]
+    quads = int(pointers[-1])
+    columns, values = torch.zeros(quads * 4, dtype=torch.int32), torch.zeros(quads * 4, rows, dtype=torch.int8)
+    columns[slot] = column.to(torch.int32)
+    values[slot] = padded[group, :, column].to(torch.int8)
+    return PackedInt8(
+        values=values.view(quads, 4, rows).transpose(1, 2).contiguous(),
+        columns=columns.view(quads, 4).to(torch.uint16),
+        pointers=pointers.to(torch.int32),
+        scales=scales,
+        offsets=(-128 * steps.round().sum(dim=1, dtype=torch.float64)).to(torch.int32),
+        rows=rows,
+        out_features=out,
+        in_features=width,
+    )
+
+
+def unpack_int8(packed: PackedInt8) -> Tensor:
+    """Give the weight that the products multiply by: rounded, and dense."""
+    return dense_int8(*packed.parts[:4], packed.rows, packed.out_features, packed.in_features)
+
+
+def dense_int8(
+    values: Tensor, columns: Tensor, pointers: Tensor, scales: Tensor, rows: int, out_features: int, in_features: int
+) -> Tensor:
+    """Write the quads into zeros; the parts of a `PackedInt8` one by one, as the operators have them."""
+    groups = torch.repeat_interleave(torch.arange(len(pointers) - 1, device=values.device), pointers.long().diff())
+    weight = scales.new_zeros(len(pointers) - 1, in_features, rows)
+    # Added up: the columns that fill up a quad are repetitions, with zeros.
+    weight.index_put_((groups[:, None], columns.long()), values.transpose(1, 2).to(weight.dtype), accumulate=True)
+    weight = weight.transpose(1, 2).reshape((len(pointers) - 1) * rows, in_features)[:out_features]
+    return weight * scales[:, None]
+
+
+def check_int8(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
+    """Refuse tensors whose shapes, types or memory do not fit together; reads no element, so it is cheap."""
+    if rows not in ROWS or out_features < 0 or not 0 <= in_features <= MOST_INPUTS:
+        raise BackendError(
+            f"an int8 weight of shape ({out_features}, {in_features}) in blocks of {rows} rows is none that the "
+            f"products know: rows {', '.join(map(str, ROWS))}, at most {MOST_INPUTS} inputs"
+        )
+    quads = parts[0].shape[0] if parts[0].dim() else 0
+    wanted = {
+        "values": ((quads, rows, 4), torch.int8),
+        "columns": ((quads, 4), torch.uint16),
+        "pointers": ((-(-out_features // rows) + 1,), torch.int32),
+        "scales": ((out_features,), torch.float32),
+        "offsets": ((out_features,), torch.int32),
+    }
+    for part, (name, (shape, dtype)) in zip(parts, wanted.items(), strict=True):
+        if part.shape != shape or part.dtype != dtype or not part.is_contiguous():
+            raise BackendError(
+                f"the {name} of an int8 weight of shape ({out_features}, {in_features}) are {tuple(part.shape)} "
+                f"{part.dtype}{'' if part.is_contiguous() else ', not contiguous'}, where {shape} {dtype} belong: "
+                "make it with hf_sparse.kernels.pack_int8"
+            )

@@ -1,0 +1,157 @@
+"""How fast a model ran beside its dense twin, and on what: without these, a speed is a rumour.
+
+One format, which `hf-sparse bench` writes and cards, reports and comparisons read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+SPEED = "speed.json"
+"""File beside a model with what `hf-sparse bench` measured of it."""
+
+NOTHING = 1.03
+"""Gains below this are none: runs of the same model differ by as much."""
+
+Quartiles = tuple[float, float, float]
+"""25 %, median, 75 %."""
+
+_TEXTS, _COUNTS = ("model", "against", "machine", "dtype"), ("threads", "batch", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What was measured, as far as others have to know it.
+
+    Args:
+        model, against: what was measured, and what it was compared with.
+        machine, threads, dtype, batch, length: how.
+        dense, sparse: time of a forward pass.
+        speedup: dense time over sparse time, round by round.
+        dense_bytes, sparse_bytes: of parameters and buffers in memory.
+
+    Units: dense and sparse in seconds.
+    """
+
+    model: str
+    against: str
+    machine: str
+    threads: int
+    dtype: str
+    batch: int
+    length: int
+    dense: Quartiles
+    sparse: Quartiles
+    speedup: Quartiles
+    dense_bytes: int
+    sparse_bytes: int
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Speed:
+        """Build from what `hf_sparse.analysis.benchmark.Comparison.to_dict` returns; what else it says is left out.
+
+        Raises:
+            CheckpointError: if a field is missing or not of its kind.
+        """
+        setting = _mapping(data, "setting")
+        for key in _TEXTS:
+            if not isinstance(setting.get(key), str):
+                raise CheckpointError(f"the measured speed does not say {key} in its setting: {setting.get(key)!r:.80}")
+        for key in _COUNTS:
+            if type(setting.get(key)) is not int or setting[key] < 1:
+                raise CheckpointError(f"the measured speed has {key}={setting.get(key)!r:.80} in its setting")
+        dense, runtime = _mapping(data, "dense"), _mapping(data, "runtime")
+        for name, part in (("dense", dense), ("runtime", runtime)):
+            if type(part.get("bytes")) is not int or part["bytes"] < 1:
+                raise CheckpointError(f"the measured speed has {name}.bytes={part.get('bytes')!r:.80}")
+        return cls(
+            **{key: setting[key] for key in (*_TEXTS, *_COUNTS)},
+            dense=_quartiles(dense.get("seconds"), "dense.seconds"),
+            sparse=_quartiles(runtime.get("seconds"), "runtime.seconds"),
+            speedup=_quartiles(data.get("speedup"), "speedup"),
+            dense_bytes=dense["bytes"],
+            sparse_bytes=runtime["bytes"],
+        )
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """All of it for a table: what, and how much."""
+        return [
+            ("dense", _milliseconds(self.dense)),
+            ("this model", _milliseconds(self.sparse)),
+            ("gain", verdict(self.speedup)),
+            ("in memory", f"{self.sparse_bytes / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB"),
+            *((key, str(getattr(self, key))) for key in ("against", "machine", *_COUNTS, "dtype")),
+        ]
+
+
+def is_number(value: object) -> bool:
+    """Return whether what a JSON file says is a number that can be reckoned with: no bool, NaN or infinity.
+
+    Example:
+        >>> [is_number(value) for value in (1, 0.5, True, float("nan"), 10**400, "1")]
+        [True, True, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number may have any number of digits
+        return False
+
+
+def verdict(speedup: Sequence[float]) -> str:
+    """Say what a speed-up comes to.
+
+    Example:
+        >>> verdict((1.9, 2.0, 2.1))
+        '2.00x as fast [1.90, 2.10]'
+        >>> verdict((0.9, 1.0, 1.1))
+        'no speed-up: 1.00x [0.90, 1.10]'
+    """
+    low, middle, high = speedup
+    said = f"no speed-up: {middle:.2f}x" if middle < NOTHING else f"{middle:.2f}x as fast"
+    return f"{said} [{low:.2f}, {high:.2f}]"
+
+
+def read_speed(path: str | os.PathLike[str]) -> Speed:
+    """Read a file that `hf-sparse bench --json` or `--save` wrote.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read the timings {os.fspath(path)}: {error}") from error
+    try:
+        return Speed.from_dict(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)} is not what `hf-sparse bench` writes: {error}") from error
+
+
+def _mapping(data: Any, key: str) -> Mapping[str, Any]:
+    found = data.get(key) if isinstance(data, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"a measured speed has a mapping '{key}', not {found!r:.80}")
+    return found
+
+
+def _quartiles(value: Any, where: str) -> Quartiles:
+    good = isinstance(value, (list, tuple)) and len(value) == 3 and all(is_number(v) for v in value)
+    if not good or not all(v > 0 for v in value) or list(value) != sorted(value):
+        raise CheckpointError(f"the measured speed has {where}={value!r:.80}, which is no quartiles")
+    return value[0], value[1], value[2]
+
+
+def _milliseconds(seconds: Quartiles) -> str:
+    low, middle, high = (1e3 * value for value in seconds)
+    return f"{middle:.2f} ms [{low:.2f}, {high:.2f}]"

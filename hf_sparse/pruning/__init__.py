@@ -1,0 +1,1 @@
+"""Pruning: scorers, patterns, selection, schedules, masks, the pruner, one-shot, compaction."""

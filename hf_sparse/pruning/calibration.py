@@ -1,0 +1,63 @@
+"""Scores from a pass over data, for pruning in one shot: what a scorer would have seen in training, without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PatternError, SparsityError
+from .head_importance import head_sensitivity, loss_of
+from .masked_weight import hidden
+from .scorers import Scorer
+from .unit import Unit
+
+Batch = Mapping[str, Any]
+
+
+def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches: Iterable[Batch]) -> None:
+    """Show each batch's gradients to scorers that look at gradients. The model runs as in evaluation (no dropout).
+
+    Gradients of the parameters (`grad`) are left as they are.
+
+    Raises:
+        SparsityError: if there is no batch, or the model returns no loss.
+    """
+    weights = [hidden(member.module) for _, unit in pairs for member in unit.members]
+    training, seen = model.training, 0
+    model.eval()
+    try:
+        for batch in batches:
+            with torch.enable_grad():
+                # Unused weights are no error: a layer that takes no part has no gradient, and its scores stay 0.
+                torch.autograd.grad(loss_of(model, batch, "a scorer of gradients"), weights, allow_unused=True)
+            with torch.no_grad():
+                for scorer, unit in pairs:
+                    unit.observe(scorer)
+            seen += 1
+    finally:
+        model.train(training)
+    if not seen:
+        raise SparsityError("scorers of gradients need data, and there was no batch")
+
+
+def measure_heads(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches: Iterable[Batch]) -> None:
+    """Give each unit of heads the importance of its heads.
+
+    Raises:
+        PatternError: for a unit that has no heads.
+        SparsityError: as `head_importance`.
+    """
+    found = {f"{block.output_name}.weight": values for block, values in head_sensitivity(model, batches)}
+    for scorer, unit in pairs:
+        if unit.name not in found or found[unit.name].numel() != unit.groups:
+            raise PatternError(
+                f"scorer 'head_importance' scores attention heads, but the groups of '{unit.name}' are none. Use it "
+                "with pattern 'head', and another scorer for the rest"
+            )
+        values = found[unit.name].float()
+        if getattr(scorer, "normalize", False):
+            values = values / (torch.linalg.vector_norm(values) + 1e-20)
+        unit.measured = values.to(unit.masked.mask.device)

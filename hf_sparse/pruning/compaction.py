@@ -1,0 +1,170 @@
+"""Compaction: heads, neurons and sub-blocks that contribute nothing leave the model, which computes what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, SparsityError
+from ..formats.structure import KINDS, Cut, Edits
+from ..modeling.architectures import SubBlock, find_sub_blocks, known_sub_blocks
+from ..modeling.architectures.base import Attention, FeedForward
+from .masked_weight import masked_weight
+
+EDITS_ATTRIBUTE = "hf_sparse_edits"
+"""Attribute of a model with the `Edits` that made it what it is."""
+
+after_compact: list[Callable[[nn.Module], None]] = []
+"""Called with every model that has lost something. The Hugging Face floor hangs itself in here to prepare saving."""
+
+
+@torch.no_grad()
+def compact(model: nn.Module) -> Edits:
+    """Cut out of a model, in place, every head and neuron whose weights are zero, and return what is left of it.
+
+    The model computes the same as before, up to the order of additions. A head goes if its output columns are zero, or
+    its value rows with their biases. A neuron goes if its output column is zero, or what comes to it is always 0; one
+    whose rows alone are zero is a constant, which is added to the bias of the next layer. A sub-block that has lost all
+    of its heads or neurons gives the bias of its last layer and costs nothing.
+
+    What is left is smaller matrices, not zeros: it is faster on every device. The layers get new parameters, so make
+    the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
+
+    Args:
+        model: of a family that `hf_sparse.modeling.architectures` knows; pruned and baked. The whole of what will be
+            saved, not a part of it.
+
+    Returns:
+        All that was cut since the model was made, with the numbers that heads and neurons had then.
+
+    Raises:
+        PatternError: if no architecture knows the model.
+        SparsityError: if there are masks on it, or it is not in memory.
+
+    Example:
+        >>> import hf_sparse
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+        >>> model = BertModel(BertConfig(vocab_size=10, **sizes))
+        >>> _ = hf_sparse.sparsify(model, hf_sparse.SparsityConfig(pattern="head", sparsity=0.75))
+        >>> edits = hf_sparse.compact(model)
+        >>> model.encoder.layer[0].attention.self.query.weight.shape
+        torch.Size([8, 32])
+    """
+    blocks = find_sub_blocks(model, "compact()")
+    for block in blocks:
+        for name, layer in (*block.inputs.items(), (block.output_name, block.output)):
+            if masked_weight(layer) is not None:
+                raise SparsityError(f"'{name}' still has a mask. End the pruning first: Pruner.bake()")
+            if layer.weight.is_meta:
+                raise SparsityError(f"'{name}' is not in memory (meta device). Load the whole model into memory first")
+    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    parts: dict[str, dict[str, Cut]] = {kind: dict(getattr(edits, kind)) for kind in KINDS.values()}
+    for block in blocks:
+        living = _living_heads(block) if block.kind == "attention" else _living_neurons(block)
+        if bool(living.all()):
+            continue
+        cuts = parts[KINDS[block.kind]]
+        kept = living.nonzero().flatten().tolist()
+        cuts[block.name] = cuts.get(block.name, Cut(block.groups, tuple(range(block.groups)))).then(kept)
+        _cut(block, kept, cuts[block.name])
+    edits = Edits(**parts)
+    if edits:
+        setattr(model, EDITS_ATTRIBUTE, edits)
+        for prepare in after_compact:
+            prepare(model)
+    return edits
+
+
+def _groups(block: SubBlock, lines: Tensor) -> Tensor:
+    """Turn a flag for each row or column into one for each group: whether any is set."""
+    return lines.view(block.groups, block.size).any(1)
+
+
+def _has_columns(block: SubBlock) -> Tensor:
+    return _groups(block, (block.output.weight != 0).any(0))
+
+
+def _living_heads(block: SubBlock) -> Tensor:
+    *_, value = block.inputs.values()
+    rows = (value.weight != 0).any(1)
+    if value.bias is not None:
+        rows = rows | (value.bias != 0)
+    return _has_columns(block) & _groups(block, rows)
+
+
+def _living_neurons(block: SubBlock) -> Tensor:
+    """Return which neurons are needed, once the constants that others contribute are in the bias of the next layer."""
+    table, output = block.table, block.output
+    assert isinstance(table, FeedForward)
+    dead, constant = ~_has_columns(block), torch.ones_like(output.weight[0], dtype=torch.bool)
+    product = torch.ones_like(output.weight[0])
+    for index, layer in enumerate(block.inputs.values()):
+        no_rows = (layer.weight == 0).all(1)
+        value = torch.zeros_like(product) if layer.bias is None else layer.bias.detach()
+        value = table.act(block.module, value) if index == 0 else value
+        dead |= no_rows & (value == 0)
+        constant &= no_rows
+        product *= value
+    constant &= ~dead
+    if output.bias is not None and bool(constant.any()):
+        # In double precision: the sum of many constants is rounded once.
+        added = output.weight[:, constant].double() @ product[constant].double()
+        output.bias.copy_(output.bias.double() + added)
+        dead |= constant
+    return ~dead
+
+
+def _cut(block: SubBlock, kept: Sequence[int], cut: Cut) -> None:
+    """Keep the groups with these numbers, counted now; `cut` has them as they were at first."""
+    if isinstance(block.table, Attention):
+        block.table.resize(block.core, cut.kept, cut.before)
+    lines = torch.tensor([index * block.size + line for index in kept for line in range(block.size)], dtype=torch.long)
+    for layer in block.inputs.values():
+        layer.weight = _taken(layer.weight, lines, 0)
+        layer.bias = None if layer.bias is None else _taken(layer.bias, lines, 0)
+        layer.out_features = len(lines)
+    block.output.weight = _taken(block.output.weight, lines, 1)
+    block.output.in_features = len(lines)
+
+
+def _taken(parameter: Tensor, lines: Tensor, axis: int) -> nn.Parameter:
+    taken = parameter.detach().index_select(axis, lines.to(parameter.device))
+    # What is empty has nothing to train; DDP would wait for its gradient.
+    return nn.Parameter(taken, requires_grad=parameter.requires_grad and taken.numel() > 0)
+
+
+def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
+    """Give a model that was built from its config the shapes that a compacted one has; for meta tensors.
+
+    Args:
+        edits: of a checkpoint. Those of parts that the model does not have (for an encoder, the decoder) are left out.
+        prefix: what names in a model with a head have in front, and those in a base model do not.
+
+    Raises:
+        CheckpointError: if the edits do not fit the model.
+    """
+    blocks = {(KINDS[block.kind], block.name): block for block in known_sub_blocks(model)}
+    modules = {name for name, _ in model.named_modules()}
+    parts: dict[str, dict[str, Cut]] = {kind: {} for kind in KINDS.values()}
+    for kind, name, cut in edits:
+        names = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+        own = next((own for own in names if (kind, own) in blocks), None)
+        if own is None:
+            if taken := modules.intersection(names):
+                raise CheckpointError(
+                    f"the checkpoint has lost {kind} of '{taken.pop()}', but this version of hf_sparse does not know "
+                    f"of any there in {type(model).__name__}; is it from a newer one? pip install --upgrade hf-sparse"
+                )
+            continue
+        block = blocks[kind, own]
+        if own in parts[kind] or cut.before != block.groups:
+            raise CheckpointError(
+                f"the checkpoint has lost {kind} of '{own}', which had {cut.before}, but with this config.json it has "
+                f"{block.groups}"
+            )
+        parts[kind][own] = cut
+        _cut(block, cut.kept, cut)
+    setattr(model, EDITS_ATTRIBUTE, Edits(**parts))

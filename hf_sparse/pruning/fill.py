@@ -1,0 +1,51 @@
+"""The second stage of Lagunas et al.: what could be cut out is cut out, and what is left trains dense again."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..errors import SparsityError
+from ..modeling.zero_preservation import free_zeros
+from .summary import WEIGHTS_ATTRIBUTE
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fill(model: M) -> M:
+    """Let the zeros that are left in a pruned model train again, in place, and return it.
+
+    After `compact`, zeros inside the heads and neurons that are left cost as much time as any other weight, so the
+    model may as well use them. It saves and loads as before; it just has no weights any more that are meant to be
+    sparse.
+
+    Args:
+        model: pruned or loaded, compacted or not; without masks.
+
+    Raises:
+        SparsityError: if nothing in it is held at zero, or there are masks on it.
+
+    Example:
+        >>> import torch, hf_sparse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False))
+        >>> _ = hf_sparse.sparsify(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.5))
+        >>> model = fill(model)
+        >>> model(torch.ones(4)).backward()
+        >>> model[0].weight.grad.tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+
+    Source: Lagunas et al. 2021, "Block Pruning For Faster Transformers", section 4.3 ("hybrid filled").
+    """
+    names = getattr(model, WEIGHTS_ATTRIBUTE, ())
+    if not names:
+        raise SparsityError("the model holds no weights at zero, so there is nothing to fill; prune it first")
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if any("parametrizations" in dict(layer.named_children()) for layer in layers):
+        raise SparsityError("there are masks on the model. End the pruning first: Pruner.bake()")
+    free_zeros(layers)
+    delattr(model, WEIGHTS_ATTRIBUTE)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config.intent = None  # what was asked for is not true any more
+    return model

@@ -1,0 +1,165 @@
+"""Putting masks on and taking them off, and what a masked module looks like in a state dict.
+
+Never like torch's `parametrizations....original`, which would be loaded as random weights by everyone else, but
+
+    weight             the masked weight, what any plain model wants
+    weight_kept        bool, True = kept
+    weight_hidden      the dense weight underneath
+    weight_<state>     whatever the method needs to go on: scores, importance, ...
+
+All of them are attributes of the module too, as `torch.distributed.checkpoint` wants of the keys of a state dict.
+
+`load_state_dict` takes these keys, a plain dense `weight` alone, and the form that training checkpoints have on disk:
+`weight` packed by the bitmask codec, `weight_kept` as bits, `weight_hidden` the removed values alone. Where weights are
+sharded (`fully_shard`), every process gives whole tensors or its shards.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from ..errors import CheckpointError
+from ..formats.codecs.base import as_bits, unpack_bits
+from ..formats.codecs.bitmask import expand
+from .masked_weight import MaskedWeight, apply_mask, check_free, hidden, masked_weight, placed_as
+
+
+def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:
+    """Put a mask on `module.weight`.
+
+    Raises:
+        RecipeError: as `check_free`.
+    """
+    check_free(module, where)
+    parametrize.register_parametrization(module, "weight", masked)
+    masked.hooks = (  # type: ignore[assignment]
+        module.register_state_dict_post_hook(_plain_keys),
+        module.register_load_state_dict_pre_hook(_own_keys),
+    )
+    for suffix in training_state(module):
+        if suffix:  # the class is one of this module alone, made by torch, and goes with the parametrisation
+            setattr(type(module), f"weight{suffix}", property(partial(_entry, suffix)))
+
+
+def _entry(suffix: str, module: nn.Module) -> Tensor:
+    return training_state(module)[suffix]
+
+
+def bake_mask(module: nn.Module) -> None:
+    """Make the zeros part of the weight and take the mask off; the parameter stays the same object.
+
+    `fully_shard` puts the weights of each forward pass where it found them, so from weights that it has divided nothing
+    can be taken off. There the mask stays, but state dicts show a plain weight from now on.
+    """
+    masked = masked_weight(module)
+    if masked is None:
+        return
+    dense = hidden(module)
+    if isinstance(dense, DTensor):
+        with torch.no_grad():
+            dense.copy_(apply_mask(dense, masked.mask))
+        masked.sealed = True
+        return
+    for hook in masked.hooks:  # type: ignore[union-attr]
+        hook.remove()
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+_INNER = "parametrizations.weight."
+
+
+def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """State-dict hook: what torch wrote for the parametrised weight becomes the keys of the module docstring."""
+    masked = masked_weight(module)
+    assert masked is not None
+    inner = prefix + _INNER
+    for key in [key for key in state if key.startswith(inner)]:
+        del state[key]
+    state.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in training_state(module).items()})
+
+
+def training_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a state dict holds of a masked weight: key suffix -> tensor ("" is the masked weight itself)."""
+    masked = masked_weight(module)
+    assert masked is not None
+    dense = hidden(module).detach()
+    if masked.sealed:
+        return {"": dense}
+    state = {"": apply_mask(dense, masked.mask), "_kept": masked.mask, "_hidden": dense}
+    if masked.scores is not None:
+        state["_scores"] = masked.scores.detach()
+    if masked.importance is not None:
+        state["_importance"] = masked.importance
+    return state | {f"_{name}": tensor.clone() for name, tensor in masked.shared.items()}
+
+
+def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook: the keys of the module docstring, dense or packed, become what torch expects."""
+    masked = masked_weight(module)
+    assert masked is not None
+    name = prefix + "weight"
+    inner, place = prefix + _INNER, hidden(module)
+    if name not in state:
+        if (
+            isinstance(place, DTensor) and inner + "original" in state
+        ):  # torch's names, and its own values, fill the gap
+            raise CheckpointError(
+                f"this process was given no '{name}', so its share of that weight would stay as it was. Give every "
+                "process the whole state dict, or sharded tensors; broadcast_from_rank0 does not work with masks"
+            )
+        return
+    weight = _unpacked(state.pop(name), state.pop(f"{name}_mask", None), masked.mask.shape, name)
+    kept, dense = state.pop(f"{name}_kept", None), state.pop(f"{name}_hidden", None)
+    state[inner + "0.mask"] = masked.mask if kept is None else _flags(kept, masked.mask.shape, f"{name}_kept")
+    whole = weight if dense is None else _under(weight, dense, state[inner + "0.mask"], name)
+    state[inner + "original"] = placed_as(whole, place)
+    alone = kept is None and dense is None
+    for suffix, present in (("scores", masked.scores), ("importance", masked.importance)):
+        if f"{name}_{suffix}" in state:
+            given = state.pop(f"{name}_{suffix}")
+            state[f"{inner}0.{suffix}"] = given if present is None else placed_as(given, present)
+        elif alone and present is not None:  # a plain dense weight brings none: what is there stays, as the mask does
+            state[f"{inner}0.{suffix}"] = present.detach()
+    for suffix, tensor in masked.shared.items():
+        if f"{name}_{suffix}" in state:
+            given = state.pop(f"{name}_{suffix}")
+            if given.shape != tensor.shape or not bool(torch.isfinite(given).all()):
+                raise CheckpointError(f"'{name}_{suffix}' is no finite number, so this training cannot go on from it")
+            tensor.copy_(given)
+
+
+def _unpacked(weight: Tensor, mask: Tensor | None, shape: torch.Size, name: str) -> Tensor:
+    if weight.shape == shape:
+        return weight
+    if mask is None or mask.dtype != torch.uint8 or mask.shape != (-(-shape.numel() // 8),):
+        raise CheckpointError(
+            f"'{name}' has shape {tuple(weight.shape)} and no bitmask that fits {tuple(shape)}. A model that is being "
+            "pruned takes training checkpoints and dense weights; load anything else with from_pretrained"
+        )
+    return expand(mask.cpu().numpy(), as_bits(weight.cpu()), shape.numel()).view(weight.dtype).view(shape)
+
+
+def _flags(kept: Tensor, shape: torch.Size, name: str) -> Tensor:
+    if kept.dtype == torch.bool and kept.shape == shape:
+        return kept
+    if kept.dtype != torch.uint8 or kept.shape != (-(-shape.numel() // 8),):
+        raise CheckpointError(f"'{name}' does not fit the weight of shape {tuple(shape)}")
+    return torch.from_numpy(unpack_bits(kept.cpu().numpy(), shape.numel(), name)).view(shape)
+
+
+def _under(weight: Tensor, dense: Tensor, kept: Tensor, name: str) -> Tensor:
+    """Return the dense weight, from itself or from the removed values alone."""
+    if dense.shape == weight.shape:
+        return dense
+    removed = ~kept.to(dense.device)
+    if dense.shape != (int(torch.count_nonzero(removed)),):
+        raise CheckpointError(
+            f"'{name}_hidden' holds {tuple(dense.shape)} values, but {int(removed.sum())} are removed"
+        )
+    return weight.to(dense.device, copy=True).masked_scatter_(removed, dense)

@@ -1,0 +1,23 @@
+"""Patterns: which entries of a weight form a group. A new pattern is one file here and one line below."""
+
+from .base import Pattern
+from .block import Block
+from .element import Element
+from .nm import NM
+from .row_column import Column, Row
+from .structured import Head, HeadNeuron, Layer, Lines, Neuron, Structure
+
+__all__ = [
+    "NM",
+    "Block",
+    "Column",
+    "Element",
+    "Head",
+    "HeadNeuron",
+    "Layer",
+    "Lines",
+    "Neuron",
+    "Pattern",
+    "Row",
+    "Structure",
+]

@@ -1,0 +1,65 @@
+"""What a pattern is: which entries of a weight form a group, the smallest thing that is kept or removed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ...errors import PatternError
+from ..selection.base import Selection
+
+Shape = tuple[int, ...]
+Reduce = Literal["mean", "sum"]
+
+
+class Pattern:
+    """Base of all patterns. Weights are `(out, in)`, as in `nn.Linear`.
+
+    Attributes:
+        fixed_sparsity: the sparsity that the pattern itself decides (n:m), or None.
+        structural: whether a group goes through several weights, which an architecture has to name.
+    """
+
+    name: ClassVar[str]
+    structural: ClassVar[bool] = False
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        return None
+
+    def own_selection(self) -> Selection | None:
+        """Return the only selection that makes sense for this pattern, or None if the user may choose."""
+        return None
+
+    def check(self, shape: Shape, where: str) -> None:
+        """Raise `PatternError` if weights of this shape cannot be divided into groups.
+
+        Args:
+            shape: of the weight.
+            where: its name, for the message.
+        """
+        if len(shape) != 2:
+            raise PatternError(
+                f"pattern {self.name} needs a matrix, but '{where}' has shape {tuple(shape)}. Exclude it with "
+                f'exclude: "{where.removesuffix(".weight")}" or use pattern element.'
+            )
+
+    def groups_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the group scores of a weight of this shape."""
+        raise NotImplementedError
+
+    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
+        """Turn scores of entries `(out, in)` into scores of groups, by the mean or the sum of each group."""
+        raise NotImplementedError
+
+    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
+        """Turn kept groups into a bool mask of the weight's shape; may be a view of `kept`."""
+        raise NotImplementedError
+
+    def _fits(self, what: str, found: int, multiple: int, shape: Shape, where: str) -> None:
+        if found % multiple:
+            raise PatternError(
+                f"pattern {self} needs the {what} dimension to be a multiple of {multiple}, but '{where}' has shape "
+                f'{tuple(shape)}. Exclude it with exclude: "{where.removesuffix(".weight")}" or use pattern element.'
+            )

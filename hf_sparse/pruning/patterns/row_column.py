@@ -1,0 +1,52 @@
+"""Whole rows (outputs) or whole columns (inputs) of a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from ...config.sparsity import PATTERNS
+from .base import Pattern, Reduce, Shape
+
+
+@PATTERNS.register("row")
+@dataclasses.dataclass(frozen=True)
+class Row(Pattern):
+    """Each output of a linear layer: one row of its weight. The bias is left alone.
+
+    Example:
+        >>> import torch
+        >>> Row().expand(torch.tensor([True, False]), (2, 3)).tolist()
+        [[True, True, True], [False, False, False]]
+    """
+
+    def groups_shape(self, shape: Shape) -> Shape:
+        return (shape[0],)
+
+    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
+        return scores.mean(1) if reduce == "mean" else scores.sum(1)
+
+    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
+        return kept[:, None].expand(shape)
+
+
+@PATTERNS.register("column")
+@dataclasses.dataclass(frozen=True)
+class Column(Pattern):
+    """Each input of a linear layer: one column of its weight.
+
+    Example:
+        >>> import torch
+        >>> Column().expand(torch.tensor([True, False]), (2, 2)).tolist()
+        [[True, False], [True, False]]
+    """
+
+    def groups_shape(self, shape: Shape) -> Shape:
+        return (shape[1],)
+
+    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
+        return scores.mean(0) if reduce == "mean" else scores.sum(0)
+
+    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
+        return kept[None, :].expand(shape)

@@ -1,0 +1,273 @@
+"""Pruner: the verbs. It owns no loop and no optimizer, so the Trainer and your own accelerate loop can both use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.sparsity import SparsityConfig
+from ..errors import RecipeError, SparsityError
+from ..modeling.zero_preservation import free_zeros, keep_zeros
+from .calibration import measure_heads, observe_batches
+from .group import check_disjoint, check_shards, make_plan
+from .masked_weight import check_free
+from .score_warmup import warm_up
+from .summary import WEIGHTS_ATTRIBUTE, Summary, summarize
+from .unit import Unit, attach_unit
+
+after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
+"""Called with every model that is given masks. The Hugging Face floor hangs itself in here to prepare saving."""
+
+
+class Pruner:
+    """Put masks on a model, renew them as training goes on, and make them permanent.
+
+    Args:
+        model: any `nn.Module` with linear layers.
+        config: what is asked for.
+
+    Raises:
+        RecipeError: if a target matches nothing, a weight is in two groups, or a pattern does not fit; the model is
+            then untouched.
+
+    Example:
+        >>> import torch
+        >>> from hf_sparse import Pruner, SparsityConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> config = SparsityConfig(targets="*", sparsity=0.5, scorer="movement", schedule="constant")
+        >>> pruner = Pruner(model, config).attach()
+        >>> optimizer = torch.optim.AdamW(pruner.parameter_groups(), lr=1e-3)
+        >>> pruner.step(progress=0.0)
+        >>> for step in range(4):
+        ...     loss = model(torch.ones(1, 8)).sum() + pruner.penalty()
+        ...     loss.backward()
+        ...     pruner.observe()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     pruner.step(progress=(step + 1) / 4)
+        >>> _ = pruner.bake()
+        >>> int((model[0].weight == 0).sum())
+        32
+    """
+
+    def __init__(self, model: nn.Module, config: SparsityConfig) -> None:
+        self.model = model
+        self.config = config
+        self.plans = [make_plan(model, group) for group in config.groups]
+        check_disjoint(self.plans)
+        self.attached = False
+        self.progress = 0.0  # of the last `step`
+
+    def attach(self) -> Pruner:
+        """Put a mask that keeps everything on each weight, and scores beside it where the method learns them.
+
+        Call it before the optimizer is made and before the model is wrapped (DDP, FSDP).
+
+        Raises:
+            RecipeError: if a weight has a mask or another parametrisation, is on the meta device, or is frozen though
+                the scorer needs its gradient; the model is then untouched.
+        """
+        for plan in self.plans:
+            for name, layer in plan.layers.items():
+                check_free(layer, f"{name}.weight")
+                if plan.scorer.observes and not layer.weight.requires_grad:
+                    raise RecipeError(
+                        f"scorer '{plan.scorer.name}' looks at gradients, but '{name}.weight' is frozen "
+                        "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
+                    )
+        for plan in self.plans:
+            free_zeros(plan.layers.values())  # of an earlier pruning: from here on the masks decide
+            weights = [layer.weight for layer in plan.layers.values()]
+            shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
+            plan.units = [attach_unit(unit, plan.scorer, shared) for unit in plan.shares]
+        names = {member.name for unit in self.units for member in unit.members}
+        order = [f"{name}.weight" for name, _ in self.model.named_modules() if f"{name}.weight" in names]
+        setattr(self.model, WEIGHTS_ATTRIBUTE, tuple(order))
+        self.attached = True
+        for prepare in after_attach:
+            prepare(self.model, self.config)
+        return self
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units of all groups."""
+        return [unit for plan in self.plans for unit in plan.units]
+
+    @torch.no_grad()
+    def step(self, progress: float, step: int | None = None) -> None:
+        """Recompute every mask for this point of training.
+
+        Args:
+            progress: fraction of training done, in [0, 1].
+            step: optimizer steps done; with it, groups whose schedule says `every: n` are renewed every n steps only.
+
+        Raises:
+            RecipeError: if progress is no fraction (a step number, a percentage).
+            SparsityError: before `attach`, or if there are NaN among the scores.
+        """
+        self._must_be_attached()
+        if not 0.0 <= progress <= 1.0:
+            raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
+        self.progress = progress
+        for plan in self.plans:
+            if plan.due(progress, step):
+                check_shards(plan)
+                plan.renew(progress)
+
+    def observe(self, scale: float = 1.0) -> None:
+        """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step.
+
+        Args:
+            scale: what the loss was multiplied with before `backward`, as in `GradScaler.get_scale()`. The gradients
+                seen here are not those of parameters, so no `unscale_` reaches them.
+        """
+        self._must_be_attached()
+        with torch.no_grad():
+            for plan in self.plans:
+                if plan.scorer.observes:
+                    for unit in plan.units:
+                        unit.observe(plan.scorer, scale)
+
+    def measure(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Show data to the scorers that look at gradients or measure heads, without training; then call `step`.
+
+        The model runs as in evaluation, and its `grad` is left alone. A plain iterator is read once, and kept in memory
+        if both kinds of scorers need it.
+
+        Args:
+            batches: keyword arguments of the model, with labels; tensors on its device.
+
+        Raises:
+            SparsityError: before `attach`, if there is no batch, or the model returns no loss.
+            PatternError: if heads are to be measured in a group that has none.
+        """
+        self._must_be_attached()
+        observing = [(plan.scorer, unit) for plan in self.plans if plan.scorer.observes for unit in plan.units]
+        measuring = [(plan.scorer, unit) for plan in self.plans if plan.scorer.measures for unit in plan.units]
+        if observing and measuring:
+            batches = list(batches)
+        if observing:
+            observe_batches(self.model, observing, batches)
+        if measuring:
+            measure_heads(self.model, measuring, batches)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any group adds a term to the loss."""
+        return any(plan.scorer.penalized for plan in self.plans)
+
+    def penalty(self) -> Tensor:
+        """Return what is to be added to the loss: a scalar, 0 for methods without a loss term."""
+        self._must_be_attached()
+        terms = [plan.scorer.penalty(plan.scores) for plan in self.plans if plan.scorer.penalized]
+        device = next(self.model.parameters()).device
+        return torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
+
+    def score_groups(self) -> list[dict[str, object]]:
+        """Return optimizer groups for the learned scores: their learning rate, and no weight decay.
+
+        Scorers that warm up have groups of their own; `warm_up` changes their rate.
+        """
+        rates: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for plan in self.plans:
+            for scores in plan.scores:
+                rates.setdefault((plan.scorer.learning_rate, plan.scorer.warmup), []).append(scores)
+        return [{"params": scores, "lr": rate, "weight_decay": 0.0} for (rate, _), scores in rates.items()]
+
+    def warm_up(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the scores of scorers with a `warmup` warm up in this optimizer, along the progress told to `step`.
+
+        Args:
+            optimizer: made of `parameter_groups` or `score_groups`; a scheduler may change their rates as it likes.
+        """
+        if any(plan.scorer.warmup for plan in self.plans):
+            warm_up(optimizer, self._warmth)
+
+    def _warmth(self) -> dict[Tensor, float]:
+        warming = [plan for plan in self.plans if plan.scorer.warmup > self.progress]
+        return {scores: self.progress / plan.scorer.warmup for plan in warming for scores in plan.scores}
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return optimizer groups for the whole model: its own parameters, then `score_groups`."""
+        groups = self.score_groups()
+        learned = {id(parameter) for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
+        own = [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
+        return [{"params": own}, *groups]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Check that what was asked for was reached.
+
+        Raises:
+            SparsityError: before `attach`, or if a group is less sparse than asked: the run ended before its schedule.
+        """
+        self._must_be_attached()
+        for plan in self.plans:
+            if plan.selection.decides_sparsity:
+                continue
+            masks = [unit.kept() for unit in plan.units]
+            groups = sum(mask.numel() for mask in masks)
+            kept = sum(int(torch.count_nonzero(mask)) for mask in masks)
+            # Each unit may keep one more than its share; where it has but one group, units compete instead.
+            allowed = max(1, int((1.0 - plan.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
+            if kept > allowed:
+                raise SparsityError(
+                    f"asked for sparsity {plan.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
+                    "not renewed at the end of the schedule. Call step(progress=1.0) before bake()"
+                )
+
+    @torch.no_grad()
+    def bake(self) -> nn.Module:
+        """Make the zeros part of the weights, take masks and scores off, and return the model, plain again.
+
+        In training that follows, the zeros stay zero, with an optimizer that is new: one that has trained these weights
+        before remembers their momentum and moves them once more. Under `fully_shard` masks and scores stay where they
+        are, but have no effect on anything any more, and state dicts are those of the plain model.
+        """
+        self._must_be_attached()
+        modules = [member.module for unit in self.units for member in unit.members]
+        for unit in self.units:
+            unit.bake()
+        keep_zeros(modules)
+        for plan in self.plans:
+            plan.units = []
+        self.attached = False
+        return self.model
+
+    def summary(self) -> Summary:
+        """Return how sparse the model is now, per weight and in total."""
+        return summarize(self.model)
+
+    def logs(self) -> dict[str, float]:
+        """Return numbers for a training log: sparsity in total and per group, thresholds, penalty, norms of scores.
+
+        Raises:
+            SparsityError: before `attach`.
+        """
+        self._must_be_attached()
+        out: dict[str, float] = {}
+        zeros = total = 0
+        for index, plan in enumerate(self.plans):
+            tail = f"_{index}" if len(self.plans) > 1 else ""
+            masks = [member.masked.mask for unit in plan.units for member in unit.members]
+            size = sum(mask.numel() for mask in masks)
+            removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
+            zeros, total = zeros + removed, total + size
+            if tail:
+                out[f"sparsity{tail}"] = removed / size
+            for key, value in (plan.scorer.logs(plan.selection.threshold) | plan.selection.logs()).items():
+                out[key + tail] = value
+            if plan.scores:
+                squares = sum(float(score.detach().double().square().sum()) for score in plan.scores)
+                out[f"score_norm{tail}"] = squares**0.5
+            if plan.scorer.penalized:
+                with torch.no_grad():
+                    out[f"penalty{tail}"] = float(plan.scorer.penalty(plan.scores))
+        return {"sparsity": zeros / total, **out}
+
+    def _must_be_attached(self) -> None:
+        if not self.attached:
+            raise SparsityError("this Pruner has no masks on its model: call attach() first (bake() takes them off)")

@@ -1,0 +1,39 @@
+"""No information at all: the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ...config.sparsity import SCORERS
+from ...errors import RecipeError
+from .base import Scorer
+
+
+@SCORERS.register("random")
+@dataclasses.dataclass
+class Random(Scorer):
+    """Score by a random number per entry, the same at every step, so that what was removed stays removed.
+
+    Args:
+        seed: of the generator; the draw depends on the seed and the shape of the weight only.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2, 2)
+        >>> torch.equal(Random(seed=1).element_scores(weight, None), Random(seed=1).element_scores(weight, None))
+        True
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise RecipeError(f"scorer 'random': seed={self.seed!r} is no whole number from 0 on")
+
+    def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        # Drawn on the CPU from an own generator: the same on every device and rank, and no use of the global one.
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(weight.shape, generator=generator).to(weight.device)

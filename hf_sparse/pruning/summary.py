@@ -1,0 +1,183 @@
+"""How sparse a model is: per weight and in total, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import SparsityError
+from ..modeling.layer_matching import block_layers
+from .masked_weight import MaskedWeight
+
+WEIGHTS_ATTRIBUTE = "hf_sparse_weights"
+"""Attribute of a model with the names of the weights that were asked to be sparse."""
+
+read_offloaded: list[Callable[[nn.Module, str], Tensor | None]] = []
+"""Asked for a weight that is on the meta device. The Hugging Face floor reads here what accelerate has offloaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """One weight.
+
+    Attributes:
+        name: of the weight.
+        shape: as it is now.
+        parameters: number of entries.
+        nonzeros: entries that are not zero.
+        bytes: what it takes in a file, packed as bits and values.
+        dense_bytes: what it would take dense, in its own dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    nonzeros: int
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return (self.parameters - self.nonzeros) / self.parameters if self.parameters else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The targeted weights of a model, with totals over them. `print` it for a table.
+
+    Attributes:
+        weights: one report per weight.
+        model_parameters: entries of all parameters of the model, targeted or not.
+    """
+
+    weights: tuple[WeightReport, ...]
+    model_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the targeted weights."""
+        return sum(weight.parameters for weight in self.weights)
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries of the targeted weights that are not zero."""
+        return sum(weight.nonzeros for weight in self.weights)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the targeted weights, in [0, 1]."""
+        return (self.parameters - self.nonzeros) / self.parameters if self.parameters else 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the targeted weights in a file, packed as bits and values."""
+        return sum(weight.bytes for weight in self.weights)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the targeted weights, dense."""
+        return sum(weight.dense_bytes for weight in self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        totals = {key: getattr(self, key) for key in ("sparsity", "parameters", "nonzeros", "bytes", "dense_bytes")}
+        weights = [
+            dataclasses.asdict(weight) | {"shape": list(weight.shape), "sparsity": weight.sparsity}
+            for weight in self.weights
+        ]
+        return totals | {"model_parameters": self.model_parameters, "weights": weights}
+
+    def __str__(self) -> str:
+        wide = max([len(weight.name) for weight in self.weights] + [12])
+        head = f"{'weight':<{wide}}  {'shape':>14}  {'sparsity':>9}  {'nonzeros':>12}  {'packed':>10}"
+        lines = [head, "-" * len(head)]
+        for weight in self.weights:
+            shape = "x".join(map(str, weight.shape))
+            lines.append(_line(weight.name, shape, weight.sparsity, weight.nonzeros, weight.bytes, wide))
+        lines.append("-" * len(head))
+        lines.append(_line("targeted", f"{self.parameters:,}", self.sparsity, self.nonzeros, self.bytes, wide))
+        lines.append(f"model: {self.model_parameters:,} parameters; targeted weights dense: {_size(self.dense_bytes)}")
+        return "\n".join(lines)
+
+
+def _line(name: str, shape: str, sparsity: float, nonzeros: int, size: int, wide: int) -> str:
+    return f"{name:<{wide}}  {shape:>14}  {sparsity:>9.2%}  {nonzeros:>12,}  {_size(size):>10}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+@torch.no_grad()  # with gradients on, the rows of heads in training are masked by their exit alone
+def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
+    """Report the sparsity of a model: being pruned, pruned, or loaded.
+
+    Args:
+        model: any module.
+        names: names of weights; None = the weights that were asked to be sparse, and for a model that was never
+            pruned, the default targets.
+
+    Raises:
+        SparsityError: if a name is no weight of the model, or the weight has no values that could be counted: it is on
+            the meta device, or quantized to fewer bits than a byte.
+
+    Example:
+        >>> import torch, hf_sparse
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = hf_sparse.sparsify(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.75))
+        >>> summarize(model).sparsity
+        0.75
+    """
+    parameters_of = model
+    if names is None:
+        # A wrapper (DDP, an adapter of PEFT) may hand attributes on, but the names are those inside it.
+        model = next((module for module in model.modules() if WEIGHTS_ATTRIBUTE in vars(module)), model)
+        names = getattr(model, WEIGHTS_ATTRIBUTE, None)
+    if names is None:
+        names = [f"{name}.weight" for name in block_layers(model)]
+    modules = dict(model.named_modules())
+    reports = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        if path not in modules or not isinstance(getattr(modules[path], attribute, None), torch.Tensor):
+            raise SparsityError(f"the model has no weight '{name}'")
+        weight = _values(model, modules[path], name)
+        parameters, size = weight.numel(), weight.element_size()
+        nonzeros = int(torch.count_nonzero(weight))
+        packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
+        reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
+    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(parameters_of)))
+
+
+def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
+    attribute = name.rpartition(".")[2]
+    weight: Tensor = getattr(module, attribute).detach()
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()  # every process has to ask
+    if weight.is_meta:
+        found = [stored for read in read_offloaded if (stored := read(model, name)) is not None]
+        if not found:
+            raise SparsityError(f"'{name}' is on the meta device and offloaded nowhere, so it has no values to count")
+        weight = found[0].detach()
+    if (
+        attribute == "weight"
+        and isinstance(module, nn.Linear)
+        and weight.shape != (module.out_features, module.in_features)
+    ):
+        raise SparsityError(
+            f"'{name}' is quantized: it holds {tuple(weight.shape)} {weight.dtype} for a weight of "
+            f"{(module.out_features, module.in_features)}, whose zeros cannot be counted. Call model.dequantize() first"
+        )
+    return weight
+
+
+def _own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the model without the scores that pruning adds while it runs."""
+    scores = {id(module.scores) for module in model.modules() if isinstance(module, MaskedWeight)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in scores]

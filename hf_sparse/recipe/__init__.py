@@ -1,0 +1,1 @@
+"""Recipes: YAML to configs, data, training, stages."""

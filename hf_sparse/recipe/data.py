@@ -1,0 +1,192 @@
+"""The texts of a recipe: read, labelled with numbers, and cut into tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RecipeError
+from ..registry import nearest
+from .metrics import Predicts
+from .sections import DataSection
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SUBSET_SEED = 0
+"""Seed of `train_samples` and `validation_samples`: the same subset for every seed of the recipe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with their labels as numbers, or with the texts to be written.
+
+    Args:
+        train, validation: datasets with the text columns and "labels".
+        names: the name of each class; empty where the labels are no classes.
+        text_columns: the one or two columns that make one input.
+    """
+
+    train: Dataset
+    validation: Dataset
+    names: tuple[str, ...]
+    text_columns: tuple[str, ...]
+
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, max_target_length: int | None = None
+    ) -> tuple[Dataset, Dataset]:
+        """Return train and validation with token ids in place of texts, cut at the lengths and not padded."""
+        to_be_written = isinstance(self.train[0]["labels"], str)
+
+        def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            texts = [batch[column] for column in self.text_columns]
+            tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+            if to_be_written:
+                written = tokenizer(
+                    text_target=batch["labels"], truncation=True, max_length=max_target_length or max_length
+                )
+                tokens["labels"] = written["input_ids"]
+            return tokens
+
+        columns = [*self.text_columns, *(["labels"] if to_be_written else [])]
+        return (
+            self.train.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the training texts"),
+            self.validation.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the validation texts"),
+        )
+
+
+def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTexts:
+    """Read the texts and labels that a recipe names.
+
+    Classes are numbered in the order of the dataset's own class names where it has them, else of the sorted labels of
+    the training texts.
+
+    Raises:
+        RecipeError: for a file or dataset that cannot be read, a missing column, a missing text or label, labels that
+            do not fit the task, or a validation label that no training text has.
+    """
+    train, validation = load_split(section, "train"), load_split(section, "validation")
+    names: tuple[str, ...] = ()
+    if predicts == "number":
+        train, validation = _as_numbers(train, "train"), _as_numbers(validation, "validation")
+    elif predicts == "text":
+        train, validation = _as_texts(train, "train"), _as_texts(validation, "validation")
+    else:
+        classes, names = _classes(train)
+        train, validation = _as_classes(train, classes, "train"), _as_classes(validation, classes, "validation")
+    return LabelledTexts(train, validation, names, section.text_columns)
+
+
+def load_split(section: DataSection, split: str) -> Dataset:
+    """Read the texts of one split, with "labels" as they are in the data.
+
+    Args:
+        split: "train" or "validation".
+
+    Raises:
+        RecipeError: for a file or dataset that cannot be read, a missing column, or a missing text or label.
+    """
+    return _columns(_read(section, split), section, split)
+
+
+def _read(section: DataSection, split: str) -> Dataset:
+    given = getattr(section, split)
+    try:
+        if section.name is not None:
+            return datasets.load_dataset(section.name, section.config, split=given or split)
+        suffix = Path(given).suffix.lower()
+        if suffix not in FORMATS:
+            raise RecipeError(f"data.{split}: {given} is none of {', '.join(FORMATS)}")
+        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        # A name is that of one file, also where it would match others as a pattern.
+        return datasets.load_dataset(FORMATS[suffix], data_files=glob.escape(given), split="train", **options)
+    except RecipeError:
+        raise
+    except StopIteration as error:  # how datasets takes an empty file of JSON
+        raise RecipeError(f"data.{split} has no rows") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise RecipeError(
+            f"data.{split}: cannot read {given or split} of {section.name or 'local data'}: {cause}"
+        ) from error
+
+
+def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
+    """Return the texts and "labels" only, at most the asked number, with nothing missing."""
+    wanted = [*section.text_columns, section.label]
+    for column in wanted:
+        if column not in dataset.column_names:
+            known = ", ".join(dataset.column_names)
+            raise RecipeError(
+                f"data.{split} has no column '{column}'{nearest(column, dataset.column_names)} Its columns: {known}."
+            )
+    dataset = dataset.select_columns(wanted)
+    limit = getattr(section, f"{split}_samples")
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.shuffle(seed=SUBSET_SEED).select(range(limit))
+    if len(dataset) == 0:
+        raise RecipeError(f"data.{split} has no rows")
+    for column in wanted:
+        missing = [row for row, value in enumerate(dataset[column]) if value is None]
+        if missing:
+            raise RecipeError(
+                f"data.{split}: column '{column}' is empty in {len(missing)} rows, first in row {missing[0]}"
+            )
+    for column in section.text_columns:
+        if not isinstance(dataset[0][column], str):
+            raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is no text")
+    return dataset.rename_column(section.label, "labels")
+
+
+def _classes(train: Dataset) -> tuple[list[Any], tuple[str, ...]]:
+    """Return the values that stand for the classes, and the names of the classes."""
+    feature = train.features["labels"]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(range(feature.num_classes)), tuple(feature.names)
+    values = sorted(train.unique("labels"))
+    if any(isinstance(value, float) and not value.is_integer() for value in values):
+        raise RecipeError(
+            f"the labels are fractions, such as {_first_fraction(values)}, not classes; for a regression write "
+            "num_labels: 1 in the model section"
+        )
+    if len(values) < 2:
+        raise RecipeError(f"all training texts have the same label {values[0]!r}, so there is nothing to learn")
+    return values, tuple(str(int(value)) if isinstance(value, float) else str(value) for value in values)
+
+
+def _first_fraction(values: Sequence[float]) -> float:
+    return next(value for value in values if not float(value).is_integer())
+
+
+def _as_classes(dataset: Dataset, classes: list[Any], split: str) -> Dataset:
+    number = {value: index for index, value in enumerate(classes)}
+    labels = list(dataset["labels"])
+    for row, value in enumerate(labels):
+        if value not in number:
+            raise RecipeError(
+                f"data.{split}: row {row} has label {value!r}, but the classes are {', '.join(map(repr, classes))}"
+            )
+    return _with_labels(dataset, [number[value] for value in labels], datasets.Value("int64"))
+
+
+def _as_numbers(dataset: Dataset, split: str) -> Dataset:
+    labels = list(dataset["labels"])
+    for row, value in enumerate(labels):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise RecipeError(f"data.{split}: row {row} has label {value!r}, but a regression needs numbers")
+    return _with_labels(dataset, [float(value) for value in labels], datasets.Value("float32"))
+
+
+def _as_texts(dataset: Dataset, split: str) -> Dataset:
+    if not isinstance(dataset[0]["labels"], str):
+        raise RecipeError(f"data.{split}: row 0 has label {dataset[0]['labels']!r}, but task seq2seq writes texts")
+    return dataset
+
+
+def _with_labels(dataset: Dataset, labels: list[Any], kind: Any) -> Dataset:
+    return dataset.remove_columns("labels").add_column("labels", labels, feature=kind)

@@ -1,0 +1,305 @@
+"""A recipe: one YAML file that says everything a training run needs. Strict, so that a typing error never trains.
+
+```yaml
+model: {name: bert-base-uncased}                            # a folder or a Hub name
+data: {train: train.jsonl, validation: dev.jsonl, text: sentence, label: label, max_length: 64}
+metric: accuracy
+freeze: ["*embeddings*"]                                    # shell globs over parameter names
+sparsity: {sparsity: 0.9, scorer: movement}                 # left out or null: dense fine-tuning
+distillation: {teacher: self, temperature: 2.0}             # left out or null: no teacher
+training: {max_steps: 1400, learning_rate: 1.0e-4}          # any field of transformers' TrainingArguments
+seed: 0
+```
+
+Paths: a relative path means the file of that name under the working directory; where there is none, under the folder
+of the recipe. A model name that is neither is a name on the Hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from ..config.distillation import DistillationConfig
+from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from ..errors import RecipeError
+from ..formats.safetensors_io import write_whole
+from ..registry import Registry, Spec, check_keys
+from ..utils.strict_yaml import dump_yaml, override, parse_yaml
+from .metrics import DEFAULT, check_metrics
+from .sections import TASKS, DataSection, ModelSection
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything one training run needs.
+
+    Args:
+        model: `ModelSection`.
+        data: `DataSection`.
+        metric: names, see `hf_sparse.recipe.metrics`.
+        freeze: shell globs over parameter names that are not trained.
+        sparsity: `SparsityConfig`; None fine-tunes dense.
+        distillation: `DistillationConfig`; None learns from the labels alone.
+        training: fields of `transformers.TrainingArguments`.
+        seed: of the task head, the data order and dropout.
+
+    Example:
+        >>> recipe = Recipe.from_dict({
+        ...     "model": "bert-base-uncased",
+        ...     "data": {"name": "glue", "config": "sst2", "text": "sentence"},
+        ...     "sparsity": {"sparsity": 0.9, "scorer": "movement"},
+        ...     "training": {"learning_rate": 1e-4},
+        ... })
+        >>> recipe.sparsity.groups[0].sparsity
+        0.9
+        >>> Recipe.from_dict({"model": "bert-base-uncased", "date": {}})
+        Traceback (most recent call last):
+            ...
+        hf_sparse.errors.RecipeError: the recipe has no key 'date'; did you mean 'data'? Known keys: model, data, \
+metric, freeze, sparsity, distillation, training, seed.
+    """
+
+    model: ModelSection
+    data: DataSection
+    metric: tuple[str, ...] = ("accuracy",)
+    freeze: tuple[str, ...] = ()
+    sparsity: SparsityConfig | None = None
+    distillation: DistillationConfig | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from plain YAML types, every key and value checked, paths left as they are.
+
+        Raises:
+            RecipeError: for an unknown key (naming the nearest known one), a missing one, or a value of the wrong kind.
+        """
+        _check_mapping(data, "the recipe")
+        if "stages" in data:
+            raise RecipeError(
+                "the recipe has stages, and only `hf-sparse train` runs those; give one without, for one run"
+            )
+        check_keys(data, [field.name for field in dataclasses.fields(cls)], "the recipe")
+        for key in ("model", "data"):
+            if data.get(key) is None:
+                raise RecipeError(f"the recipe has no '{key}' section")
+        model = {"name": data["model"]} if isinstance(data["model"], str) else data["model"]
+        seed = data.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise RecipeError(f"seed is a whole number from 0 to 2**32 - 1, not {seed!r}")
+        section = _section(ModelSection, model, "the model section")
+        return cls(
+            model=section,
+            data=_section(DataSection, data["data"], "the data section"),
+            metric=check_metrics(_words(data.get("metric", DEFAULT[section.predicts]), "metric")),
+            freeze=_words(data.get("freeze") or (), "freeze"),
+            sparsity=None if data.get("sparsity") is None else SparsityConfig.from_dict(data["sparsity"]),
+            distillation=_distillation(data.get("distillation"), data.get("sparsity")),
+            training=check_training(data.get("training") or {}, TASKS[section.task]),
+            seed=seed,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML file, apply `key.path=value` overrides, and find its paths (see the head of this module).
+
+        Raises:
+            RecipeError: if the file cannot be read, is no mapping, or as `from_dict`.
+        """
+        path = Path(path)
+        recipe = cls.from_dict(read_recipe(path, overrides)).located(path.parent)
+        training = {"output_dir": os.path.join("runs", path.stem), **recipe.training}
+        return dataclasses.replace(recipe, training=training)
+
+    def located(self, folder: Path) -> Self:
+        """Return the recipe with absolute paths, looked for in the working directory first, then in `folder`."""
+        data = self.data
+        if data.name is None:
+            train, validation = (_locate_file(getattr(data, key), folder, key) for key in ("train", "validation"))
+            data = dataclasses.replace(data, train=train, validation=validation)
+        name = _locate(self.model.name, folder) or self.model.name
+        taught = self.distillation
+        if taught is not None and taught.teacher != "self":
+            taught = dataclasses.replace(taught, teacher=_locate(taught.teacher, folder) or taught.teacher)
+        if taught is not None and taught.cache is not None:
+            taught = dataclasses.replace(taught, cache=_locate(taught.cache, folder) or taught.cache)
+        model = dataclasses.replace(self.model, name=name)
+        return dataclasses.replace(self, model=model, data=data, distillation=taught)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain YAML types with every value written out, also those left at their default."""
+        return {
+            "model": dataclasses.asdict(self.model),
+            "data": {**dataclasses.asdict(self.data), "text": _one_or_list(self.data.text_columns)},
+            "metric": _one_or_list(self.metric),
+            "freeze": list(self.freeze),
+            "sparsity": None if self.sparsity is None else {"groups": [_resolved(g) for g in self.sparsity.groups]},
+            "distillation": None if self.distillation is None else _spelled_distillation(self.distillation),
+            "training": dict(self.training),
+            "seed": self.seed,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as YAML; `Recipe.load` of that file is the same run."""
+        write_whole(path, dump_yaml(self.to_dict()))
+
+    def training_arguments(self) -> TrainingArguments:
+        """Return the `TrainingArguments` of the recipe.
+
+        The seed is the recipe's, and so is the data order's: two methods under one seed see the same batches.
+
+        Raises:
+            RecipeError: if `TrainingArguments` refuses a value.
+        """
+        defaults = {
+            "output_dir": os.path.join("runs", "recipe"),
+            "data_seed": self.seed,
+            # True, as transformers has it, makes every data loader warn where there is no accelerator.
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+        }
+        if self.model.predicts == "text":
+            defaults["predict_with_generate"] = True  # the metrics are of texts, not of next tokens
+        try:
+            return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
+        except (TypeError, ValueError, ImportError) as error:
+            raise RecipeError(f"the training section is refused by transformers: {error}") from error
+
+
+def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what a recipe file says, with overrides applied and nothing checked.
+
+    Raises:
+        RecipeError: if the file cannot be read, or is no mapping.
+    """
+    try:
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    _check_mapping(data, f"recipe {path}")
+    for assignment in overrides:
+        data = override(data, assignment)
+    return dict(data)
+
+
+def check_training(training: Any, arguments: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:
+    """Return the training section, its keys and the kinds of its values checked against the arguments of a Trainer.
+
+    Raises:
+        RecipeError: for an unknown field (naming the nearest one) or a value of the wrong kind.
+    """
+    _check_mapping(training, "the training section")
+    check_keys(training, [field.name for field in dataclasses.fields(arguments)], "the training section")
+    if "seed" in training:
+        raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
+    if "hub_token" in training:
+        raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
+    if not isinstance(training.get("output_dir", ""), str):  # None and a number are no folder
+        raise RecipeError(f"training.output_dir is the name of a folder, not {training['output_dir']!r}")
+    hints = typing.get_type_hints(arguments)
+    for key, value in training.items():
+        _check_kind(value, hints[key], f"training.{key}")
+    return dict(training)
+
+
+def _check_kind(value: Any, hint: Any, where: str) -> None:
+    """Refuse what `TrainingArguments` would take at face value: "no" is true, and "1e-4 " no number."""
+    allowed = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+    if value is None and type(None) in allowed:
+        return
+    allowed.discard(type(None))
+    if allowed == {bool} and not isinstance(value, bool):
+        raise RecipeError(f"{where} is true or false, not {value!r}")
+    if allowed == {int} and (isinstance(value, bool) or not isinstance(value, int)):
+        raise RecipeError(f"{where} is a whole number, not {value!r}")
+    if allowed == {float} and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise RecipeError(f"{where} is a number, not {value!r}")
+
+
+def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
+    if section is None:
+        return None
+    config = DistillationConfig.from_dict(section)
+    if sparsity is None and config.teacher == "self":
+        raise RecipeError(
+            "the recipe has a 'distillation' section with teacher 'self', but no 'sparsity': there is no student to be "
+            "pruned. Name another model as teacher"
+        )
+    return config
+
+
+def _spelled_distillation(config: DistillationConfig) -> dict[str, Any]:
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _resolved(group: GroupConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    registries = {"scorer": SCORERS, "pattern": PATTERNS, "selection": SELECTIONS, "schedule": SCHEDULES}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if field.name in registries and value is not None:
+            value = _spelled_out(registries[field.name], value)
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _spelled_out(registry: Registry[Any], spec: Spec) -> dict[str, Any]:
+    entry = registry.build(spec)
+    return {"name": entry.name, **{f.name: _plain(getattr(entry, f.name)) for f in dataclasses.fields(entry) if f.init}}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _section(cls: type[Any], data: Any, where: str) -> Any:
+    _check_mapping(data, where)
+    check_keys(data, [field.name for field in dataclasses.fields(cls)], where)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in data:
+            raise RecipeError(f"{where} has no '{field.name}'")
+    return cls(**data)
+
+
+def _locate(name: str, folder: Path) -> str | None:
+    """Return the absolute path of what exists under that name, the working directory before `folder`."""
+    for candidate in (Path(name).expanduser(), folder / name):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return None
+
+
+def _locate_file(name: str, folder: Path, key: str) -> str:
+    path = _locate(name, folder)
+    if path is None or not os.path.isfile(path):
+        raise RecipeError(
+            f"data.{key}: no file {name} in the working directory {os.getcwd()} or in the recipe's folder "
+            f"{folder.resolve()}"
+        )
+    return path
+
+
+def _words(value: Any, where: str) -> tuple[str, ...]:
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) and word for word in words):
+        raise RecipeError(f"{where} is a word or a list of them, not {value!r}")
+    return tuple(words)
+
+
+def _one_or_list(words: Sequence[str]) -> str | list[str]:
+    return words[0] if len(words) == 1 else list(words)
+
+
+def _check_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} is a mapping of keys to values, not {value!r}")

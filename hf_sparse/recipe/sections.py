@@ -1,0 +1,126 @@
+"""The sections of a recipe that say which model and which texts; `recipe` puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from ..errors import RecipeError
+from .metrics import Predicts
+
+TASKS: dict[str, type[TrainingArguments]] = {
+    "sequence-classification": TrainingArguments,
+    "seq2seq": Seq2SeqTrainingArguments,
+}
+"""What a model can be fine-tuned for, and the arguments of its Trainer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """Which model to fine-tune.
+
+    Args:
+        name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
+        task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which write a text.
+        num_labels: None = as many as the data has; 1 = regression.
+        revision: branch, tag or commit on the Hub.
+        fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
+    """
+
+    name: str
+    task: str = "sequence-classification"
+    num_labels: int | None = None
+    revision: str | None = None
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, "model.name")
+        if not isinstance(self.fill, bool):
+            raise RecipeError(f"model.fill is true or false, not {self.fill!r}")
+        if self.task not in TASKS:
+            raise RecipeError(f"model.task is one of {', '.join(TASKS)}, not {self.task!r}")
+        _check_count(self.num_labels, "model.num_labels")
+        if self.task == "seq2seq" and self.num_labels is not None:
+            raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq writes texts")
+        if self.revision is not None:
+            _check_text(self.revision, "model.revision")
+
+    @property
+    def predicts(self) -> Predicts:
+        """Return what comes out of the model: a class, one number (regression), or a text."""
+        if self.task == "seq2seq":
+            return "text"
+        return "number" if self.num_labels == 1 else "class"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """Which texts to train and to measure on.
+
+    Args:
+        train: local json, jsonl, csv, tsv or parquet file; with `name`, a split (None = "train").
+        validation: the same for the texts the metric is measured on; with `name`, None = "validation".
+        name: dataset on the Hub; None for local files.
+        config: configuration of that dataset ("sst2" of "glue").
+        text: column with the text, or two columns for pairs.
+        label: column with the label: whole numbers, strings, fractions for regression, or the text to be written.
+        max_length: tokens kept of each text.
+        max_target_length: tokens kept of a text to be written; None = `max_length`.
+        train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    name: str | None = None
+    config: str | None = None
+    text: str | Sequence[str] = "text"
+    label: str = "label"
+    max_length: int = 128
+    max_target_length: int | None = None
+    train_samples: int | None = None
+    validation_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train", "validation", "name", "config"):
+            if getattr(self, key) is not None:
+                _check_text(getattr(self, key), f"data.{key}")
+        _check_text(self.label, "data.label")
+        columns = self.text_columns
+        if len(columns) not in (1, 2) or not all(isinstance(column, str) and column for column in columns):
+            raise RecipeError(f"data.text is a column name or a list of two, not {self.text!r}")
+        if self.max_length is None:
+            raise RecipeError("data.max_length is a whole number of tokens, not null")
+        for key in ("max_length", "max_target_length", "train_samples", "validation_samples"):
+            _check_count(getattr(self, key), f"data.{key}")
+        self._check_source()
+
+    def _check_source(self) -> None:
+        if self.name is None:
+            if self.config is not None:
+                raise RecipeError("data.config belongs to a dataset on the Hub, but data.name is missing")
+            for key in ("train", "validation"):
+                if getattr(self, key) is None:
+                    raise RecipeError(f"data.{key} is missing: give a file, or a dataset on the Hub with data.name")
+        if self.train == self.validation and self.train is not None:
+            raise RecipeError(
+                f"data.train and data.validation are both {self.train!r}, so the metric would be measured on the "
+                "texts trained on; give another file or split for validation"
+            )
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Return the one or two columns that make one input."""
+        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{where} is a text, not {value!r}")
+
+
+def _check_count(value: Any, where: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise RecipeError(f"{where} is a whole number above 0, not {value!r}")

@@ -1,0 +1,1 @@
+"""Drawing primitives without knowledge of sparsity: HTML, plots, label placement."""

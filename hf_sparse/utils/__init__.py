@@ -1,0 +1,1 @@
+"""Helpers on the standard library: strict YAML, Markdown, validation, atomic writes, text."""

@@ -1,0 +1,195 @@
+"""What the runtime form is worth for whole models: BERT-base, MiniLM-L6 and T5-small in shape, random weights.
+
+    python scripts/benchmarks/bench_runtime.py --json runtime.json               # all of it, about an hour
+    python scripts/benchmarks/bench_runtime.py --models bert-base --batches 1 --threads 1 --sparsities 0.9 --rounds 7
+
+Outputs are compared before anything is timed. Then the dense model (torch, eager), the sparse ones, with --int8 the
+same with backend "cpu-int8" (not exact: how far off is a column), and with --ort ONNX Runtime in float32 and int8
+(dense: it does not use zeros) run in turns; the speed-up is the median of the ratios
+within a round, with quartiles. T5 is timed as its encoder, and as greedy decoding of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from torch import nn
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+from hf_sparse import to_runtime
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, in_turns, quartiles, size, threads_of_torch
+from hf_sparse.kernels import library_status
+from hf_sparse.modeling.layer_matching import block_layers
+from hf_sparse.profiling.latency_table import machine
+from hf_sparse.runtime.lm_head import read_fast
+
+PATTERNS = {"element": (1, 1), "4x1": (4, 1), "32x32": (32, 32)}
+MINI: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+DECODED = 64
+
+
+def make(name: str) -> Any:
+    """Return a dense model of this shape."""
+    torch.manual_seed(0)
+    if name.startswith("t5"):
+        start: dict[str, Any] = {"decoder_start_token_id": 0}
+        return T5ForConditionalGeneration(T5Config(**start)).eval()  # the defaults are T5-small
+    return BertModel(BertConfig(**(MINI if name == "minilm-l6" else {})), add_pooling_layer=False).eval()
+
+
+@torch.no_grad()
+def prune(model: nn.Module, sparsity: float, pattern: str) -> None:
+    """Zero random blocks in every linear layer inside the transformer blocks."""
+    rows, cols = PATTERNS[pattern]
+    generator = torch.Generator().manual_seed(0)
+    for layer in block_layers(model).values():
+        height, width = layer.weight.shape
+        kept = torch.rand(height // rows, width // cols, generator=generator) >= sparsity
+        layer.weight.mul_(kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1))
+
+
+def work(name: str, model: Any, ids: torch.Tensor) -> Callable[[], object]:
+    """Return what is timed."""
+    if name == "t5-small-encoder":
+        return lambda: model.encoder(ids)
+    if name == "t5-small-decode":
+        model.generation_config.eos_token_id = (
+            None  # random weights might stop early; a minimal length costs time itself
+        )
+        return lambda: model.generate(ids, max_new_tokens=DECODED, do_sample=False)
+    return lambda: model(ids)
+
+
+def onnx_runs(model: Any, ids: torch.Tensor, threads: int, folder: str) -> dict[str, Callable[[], object]]:
+    """Return the dense model in ONNX Runtime, in float32 and with dynamic int8."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = Path(folder) / "model.onnx"
+    torch.onnx.export(model, (ids,), path, input_names=["ids"], dynamo=True, external_data=False, verbose=False)
+    quantize_dynamic(path, path.with_name("int8.onnx"))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    runs: dict[str, Callable[[], object]] = {}
+    for label, file in (("ort", path), ("ort-int8", path.with_name("int8.onnx"))):
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        runs[label] = partial(session.run, None, {"ids": ids.numpy()})
+    return runs
+
+
+def measure(options: argparse.Namespace, name: str, batch: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Time one model at every sparsity and pattern, and yield a row for each."""
+    dense = make(name)
+    ids = torch.randint(5, 1000, (batch, options.length), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        peers = onnx_runs(dense, ids, threads, folder) if options.ort and not name.startswith("t5") else {}
+        for pattern in options.patterns:
+            for sparsity in options.sparsities:
+                same, sparse = make(name), make(name)
+                prune(same, sparsity, pattern)
+                prune(sparse, sparsity, pattern)
+                report = to_runtime(sparse, options.backend)
+                inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name.startswith("t5") else {})
+                difference = compare(sparse, same, inputs)
+                bytes_now, bytes_dense = size(sparse), size(same)
+                runs = {"dense": work(name, dense, ids), "sparse": work(name, sparse, ids), **peers}
+                if name == "t5-small-decode":  # what of the gain is the vocabulary alone
+                    fast = make(name)
+                    read_fast(fast.lm_head)
+                    runs["dense with our vocabulary"] = work(name, fast.requires_grad_(False), ids)
+                int8: dict[str, float] = {}
+                if options.int8:
+                    rounded = make(name)
+                    prune(rounded, sparsity, pattern)
+                    to_runtime(rounded, "cpu-int8")
+                    int8["int8_difference"] = compare(rounded, same, inputs, INT8_TOLERANCE)
+                    runs["sparse-int8"] = work(name, rounded, ids)
+                del same
+                seconds = in_turns(runs, options.rounds)
+                ratios = {
+                    run: quartiles([a / b for a, b in zip(seconds["dense"], found, strict=True)])
+                    for run, found in seconds.items()
+                    if run != "dense"
+                }
+                yield {
+                    "model": name,
+                    "batch": batch,
+                    "length": options.length,
+                    "threads": threads,
+                    "pattern": pattern,
+                    "sparsity": sparsity,
+                    "difference": difference,
+                    **int8,
+                    "layers": f"{len(report.sparse)}/{len(report.layers)}",
+                    "bytes": bytes_now,
+                    "dense_bytes": bytes_dense,
+                    "seconds": {run: quartiles(found) for run, found in seconds.items()},
+                    "speedup": ratios,
+                }
+
+
+def main() -> None:
+    """Measure, print a line per row, and write JSON."""
+    models = ["bert-base", "minilm-l6", "t5-small-encoder", "t5-small-decode"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=models, choices=models)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.75, 0.8, 0.9, 0.95])
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--backend", default="cpu", help="see hf_sparse.to_runtime (cpu)")
+    parser.add_argument("--int8", action="store_true", help='also time backend "cpu-int8"')
+    parser.add_argument("--ort", action="store_true", help="also time ONNX Runtime, float32 and int8")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    setting = {
+        "machine": machine().rsplit(", ", 2)[0],
+        "system": platform.platform(),
+        "kernels": library_status().isa,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": "float32",
+        "load": os.getloadavg(),
+    }
+    print(setting)
+    rows = []
+    for threads in options.threads:
+        with threads_of_torch(threads):
+            for name in options.models:
+                for batch in options.batches:
+                    for row in measure(options, name, batch, threads):
+                        rows.append(row)
+                        gains = ", ".join(
+                            f"{run} {middle:.2f}x [{low:.2f}, {high:.2f}]"
+                            for run, (low, middle, high) in row["speedup"].items()
+                        )
+                        print(
+                            f"{threads} thread(s) {name:<17} {batch} x {options.length} {row['pattern']:<8}"
+                            f"{row['sparsity']:.0%}  {gains}",
+                            flush=True,
+                        )
+                        if options.json is not None:
+                            Path(options.json).write_text(json.dumps({"setting": setting, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

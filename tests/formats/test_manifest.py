@@ -1,0 +1,124 @@
+"""The manifest: strict both ways, and bounded."""
+
+import json
+from typing import Any
+
+import pytest
+
+from hf_sparse.errors import CheckpointError
+from hf_sparse.formats.manifest import FORMAT_VERSION, Manifest, TensorEntry
+
+ENTRY = {"codec": "n:m", "shape": [2, 4], "dtype": "F16", "nonzeros": 3, "checksum": "crc32:00c0ffee"}
+OPTIONS = {"n": 2, "m": 4}
+DATA: dict[str, Any] = {
+    "version": 1,
+    "generator": "0.1.0",
+    "targets": ["w"],
+    "tensors": {"w": {**ENTRY, "options": OPTIONS}},
+}
+
+
+def with_entry(**changes):
+    return {**DATA, "tensors": {"w": {**ENTRY, **changes}}}
+
+
+def test_manifest_round_trips_through_json():
+    manifest = Manifest.from_dict(DATA)
+    assert manifest.tensors["w"] == TensorEntry("n:m", (2, 4), "F16", 3, "crc32:00c0ffee", OPTIONS)
+    assert manifest.tensors["w"].nbytes == 16
+    assert manifest.to_dict() == DATA
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_manifest_says_which_version_wrote_it():
+    import hf_sparse
+
+    assert Manifest({}).generator == hf_sparse.__version__
+
+
+def test_manifest_keeps_what_it_does_not_know_under_extra():
+    data = {**DATA, "extra": {"future": [1, {"a": None}]}}
+    assert Manifest.from_dict(data).to_dict() == data
+
+
+def test_manifest_asks_to_upgrade_when_the_version_is_newer():
+    newer = {"version": FORMAT_VERSION + 1, "anything": "else"}
+    with pytest.raises(CheckpointError, match=r"version 2 of the format.*upgrade it: pip install --upgrade hf-sparse"):
+        Manifest.from_dict(newer)
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ([], "the manifest is a mapping"),
+        ({**DATA, "version": 0}, "version of the format"),
+        ({**DATA, "version": True}, "version of the format"),
+        ({**DATA, "version": "1"}, "version of the format"),
+        ({**DATA, "edits": {}}, "unknown key 'edits'"),
+        ({key: value for key, value in DATA.items() if key != "generator"}, "lacks the key 'generator'"),
+        ({**DATA, "generator": 1}, "generator is"),
+        ({**DATA, "generator": "x" * 101}, "generator is"),
+        ({**DATA, "extra": []}, "extra is a mapping"),
+        ({**DATA, "targets": "w"}, "targets is a list"),
+        ({**DATA, "targets": ["w", "w"]}, "targets is a list of different keys"),
+        ({**DATA, "targets": [[]]}, "targets is a list of different keys"),
+        ({**DATA, "targets": ["v"]}, "target 'v' is not among the tensors"),
+        ({**DATA, "tensors": []}, "tensors is a mapping"),
+        ({**DATA, "tensors": {"w": []}}, "tensor 'w' in the manifest: a tensor entry is a mapping"),
+        (with_entry(path="/etc/passwd"), "unknown key 'path'"),
+        (with_entry(codec="../codec"), "codec is the name"),
+        (with_entry(codec=1), "codec is the name"),
+        (with_entry(dtype="F4"), "dtype 'F4' is not one of"),
+        (with_entry(dtype=["F16"]), "is not one of"),
+        (with_entry(shape=[2.0, 4]), "shape is a list of whole numbers"),
+        (with_entry(shape=[True, 4]), "shape is a list of whole numbers"),
+        (with_entry(shape=[-1, 4]), "shape is a list of whole numbers"),
+        (with_entry(shape=[2**63, 4]), "shape is a list of whole numbers"),
+        (with_entry(shape="24"), "shape is a list of whole numbers"),
+        (with_entry(shape=[1] * 33), "shape is a list of whole numbers"),
+        (with_entry(shape=[2**45, 2]), "is larger than"),
+        (with_entry(shape=[0, 2**46]), "is larger than"),
+        (with_entry(nonzeros=9), "nonzeros is a number from 0 to 8"),
+        (with_entry(nonzeros=-1), "nonzeros is"),
+        (with_entry(nonzeros=None), "nonzeros is"),
+        (with_entry(checksum="crc32:00C0FFEE"), "checksum is"),
+        (with_entry(checksum="crc32:00c0ffee\n"), "checksum is"),
+        (with_entry(checksum="md5:00c0ffee"), "checksum is"),
+        (with_entry(options=[]), "options is a mapping"),
+        (with_entry(options={"n": -1}), "option 'n' is a whole number"),
+        (with_entry(options={"n": 1.5}), "option 'n' is a whole number"),
+        (with_entry(options={"n": 2**63}), "option 'n' is a whole number"),
+        (with_entry(options={"N M": 1}), "option 'N M'"),
+        (with_entry(options={f"o{i}": 1 for i in range(9)}), "options is a mapping"),
+        ({**DATA, "tensors": {"\ud800": DATA["tensors"]["w"]}}, r"'\\ud800' is no text"),
+        ({**DATA, "generator": "\udfff"}, r"'\\udfff' is no text"),
+    ],
+)
+def test_manifest_refuses_what_it_would_not_have_written(data, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        Manifest.from_dict(data)
+    with pytest.raises(CheckpointError, match=complaint):
+        Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ('{"version": ' + "9" * 5000 + "}", "no JSON"),
+        ('{"version": 1, "version": 1}', "names a key twice"),
+        (json.dumps(DATA)[:-1] + ', "extra": {"a": NaN}}', "holds NaN"),
+        (json.dumps(DATA)[:-1] + ', "extra": {"a": -Infinity}}', "holds -Infinity"),
+    ],
+)
+def test_manifest_refuses_text_that_is_no_strict_json(text, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        Manifest.from_json(text)
+
+
+def test_manifest_shows_only_the_start_of_a_hostile_value():
+    with pytest.raises(CheckpointError) as error:
+        Manifest.from_dict({**DATA, "generator": "x" * 10**6})
+    assert len(str(error.value)) < 200

@@ -1,0 +1,45 @@
+"""Run a function of a test module on several processes under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+# Standalone: torchrun's own store finds a free port. (With --master-port 0 both ranks wait for a port 0 for ever.)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def on_ranks(module: str, function: str, folder: Path, count: int = 2) -> None:
+    """Call `function(folder)` of the module on `count` ranks, and fail with what they wrote if one of them fails."""
+    script = folder / "worker.py"
+    script.write_text(
+        f"import pathlib, sys\n"
+        f"from {module} import {function}\n"
+        f"from tests.helpers.ranks import leave\n"
+        f"{function}(pathlib.Path(sys.argv[1]))\n"
+        f"leave()\n"
+    )
+    command = [sys.executable, *TORCHRUN, str(count), str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def leave() -> None:
+    """End this rank without the interpreter's own end.
+
+    Gloo's threads may still hold what belongs to the interpreter, even after the group was taken down, and then abort
+    it while it ends (https://github.com/pytorch/pytorch/pull/179291): once in twelve runs on a busy machine, whatever
+    the rank had done before.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

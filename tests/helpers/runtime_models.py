@@ -1,0 +1,45 @@
+"""Small sparse models for the tests of the runtime, and clocks that do not measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse import SparsityConfig, sparsify
+from hf_sparse.runtime import SpeedTable
+from hf_sparse.runtime.autotune import Race, Run, Trial
+from tests.helpers.structures import build
+
+
+def sparse(family: str, sparsity: float = 0.8, pattern: Any = "element", **options: Any) -> Any:
+    """Return a pruned model of a family."""
+    model = build(family, **options)
+    sparsify(model, SparsityConfig(sparsity=sparsity, pattern=pattern))
+    return model.eval()
+
+
+def answers(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the logits of a model."""
+    with torch.no_grad():
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+class Fixed:
+    """A clock that says what it is told: dense takes 1 s, a packed product what its kernel is given here."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.asked: list[Trial] = []
+
+    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Race:
+        self.asked.append(trial)
+        seconds = self.seconds.get(trial.kind, 0.5)
+        return Race(1.0, seconds, 1.0 / seconds)
+
+
+def table(path: Any, **seconds: float) -> SpeedTable:
+    """Return a table of times that come from `Fixed`."""
+    return SpeedTable(path / "runtime.json", Fixed(**seconds))

@@ -1,0 +1,138 @@
+"""Models of every family that has heads and neurons, so small that tests can afford them all, and ways to hurt them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from hf_sparse.modeling.architectures import SubBlock, find_sub_blocks
+
+VOCABULARY = 40
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+T5_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+
+
+def _bert_like(config: Any, model: Any) -> Callable[..., Any]:
+    return lambda **options: model(config(**{**SIZES, **options}))
+
+
+def _t5_like(config: Any, model: Any, **fixed: Any) -> Callable[..., Any]:
+    return lambda **options: model(config(**{**T5_SIZES, **fixed, **options}))
+
+
+def _distilbert(**options: Any) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 12}
+    config = DistilBertConfig(
+        **sizes, max_position_embeddings=32, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **options
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "bert": _bert_like(BertConfig, BertForSequenceClassification),
+    "roberta": _bert_like(RobertaConfig, RobertaForSequenceClassification),
+    "xlm-roberta": _bert_like(XLMRobertaConfig, XLMRobertaForSequenceClassification),
+    "camembert": _bert_like(CamembertConfig, CamembertForSequenceClassification),
+    "electra": _bert_like(ElectraConfig, ElectraForSequenceClassification),
+    "distilbert": _distilbert,
+    "t5": _t5_like(T5Config, T5ForConditionalGeneration),
+    "t5-gated": _t5_like(T5Config, T5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
+    "mt5": _t5_like(MT5Config, MT5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
+}
+MAIN = ("bert", "t5", "t5-gated")
+
+
+def build(family: str, seed: int = 0, **options: Any) -> Any:
+    """Return a model with weights so large, and biases so different from zero, that nothing passes by being small."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](**options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "Norm" in name or "layer_norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "embed" not in name and "shared" not in name:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def batch(family: str, seed: int = 0) -> dict[str, Tensor]:
+    """Return three padded texts with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = mask[2, 7:] = 0
+    shape, top = ((3, 7), VOCABULARY) if "t5" in family else ((3,), 2)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, top, shape, generator=generator)}
+
+
+def choose(model: nn.Module, seed: int = 0) -> dict[str, list[int]]:
+    """Return survivors for every sub-block: at least one, never all, different everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for block in find_sub_blocks(model, "a test"):
+        count = int(torch.randint(1, block.groups, (1,), generator=generator))
+        chosen[block.name] = sorted(torch.randperm(block.groups, generator=generator)[:count].tolist())
+    return chosen
+
+
+@torch.no_grad()
+def remove_others(model: nn.Module, chosen: dict[str, list[int]]) -> None:
+    """Zero all that belongs to heads and neurons that do not survive; sub-blocks that are not chosen from stay."""
+    for block in find_sub_blocks(model, "a test"):
+        if block.name in chosen:
+            lines = dead_lines(block, chosen[block.name])
+            block.output.weight[:, lines] = 0.0
+            for layer in block.inputs.values():
+                layer.weight[lines] = 0.0
+                if layer.bias is not None:
+                    layer.bias[lines] = 0.0
+
+
+def dead_lines(block: SubBlock, survivors: list[int]) -> list[int]:
+    dead = [group for group in range(block.groups) if group not in survivors]
+    return [group * block.size + line for group in dead for line in range(block.size)]
+
+
+def live_lines(block: SubBlock, survivors: list[int]) -> list[int]:
+    return [group * block.size + line for group in survivors for line in range(block.size)]

@@ -1,0 +1,42 @@
+"""Point the real client at a Hub on loopback, and let no test wait for its patience."""
+
+from __future__ import annotations
+
+import time
+import types
+
+import pytest
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
+from huggingface_hub.utils._http import close_session
+from transformers.utils import hub as transformers_hub
+
+from tests.hf.hub.server import WRITER, LocalHub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A fresh Hub; the suite is offline otherwise, and the client has read its settings at import."""
+    with LocalHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # keeps the first endpoint that it has seen
+        close_session()
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that the client wanted to wait between its tries."""
+    asked: list[float] = []
+    clock = types.SimpleNamespace(**{**vars(time), "sleep": asked.append})
+    monkeypatch.setattr(_http, "time", clock)
+    monkeypatch.setattr(file_download, "time", clock)
+    return asked

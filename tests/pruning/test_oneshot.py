@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sparse import RecipeError, SparsityConfig, SparsityError, compact, sparsify, summarize
+from hf_sparse.pruning.oneshot import prune_further
+from tests.helpers.layers import one_layer, two_layers
+from tests.helpers.training import bert
+
+
+def test_sparsify_keeps_the_largest_weights_and_hands_back_the_same_model() -> None:
+    model = one_layer([[1.0, -4.0], [3.0, -2.0]])
+    parameter = model[0].weight
+    assert sparsify(model, SparsityConfig(targets="*", sparsity=0.5)) is model
+    assert model[0].weight.tolist() == [[0.0, -4.0], [3.0, 0.0]]
+    assert model[0].weight is parameter
+    assert parameter.requires_grad
+    assert type(model[0]) is nn.Linear
+
+
+def test_sparsify_goes_to_the_final_sparsity_whatever_the_schedule() -> None:
+    model = two_layers()
+    sparsify(model, SparsityConfig(targets="*", sparsity=0.75, schedule={"name": "cubic", "begin": 0.9, "end": 1.0}))
+    assert [weight.nonzeros for weight in summarize(model).weights] == [32, 32]
+
+
+def test_sparsify_keeps_the_type_of_the_weights() -> None:
+    model = one_layer([[1.0, -4.0], [3.0, -2.0]], torch.bfloat16)
+    sparsify(model, SparsityConfig(targets="*", sparsity=0.5))
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[0].weight.tolist() == [[0.0, -4.0], [3.0, 0.0]]
+
+
+def test_sparsify_prunes_every_group_in_its_own_way() -> None:
+    model = two_layers()
+    groups: list[Any] = [{"targets": "0", "sparsity": 0.75, "pattern": "row"}, {"targets": "2", "pattern": "2:4"}]
+    sparsify(model, SparsityConfig(groups=groups))
+    assert sorted((model[0].weight != 0).sum(1).tolist()) == [0] * 6 + [16] * 2
+    assert (model[2].weight != 0).view(-1, 4).sum(1).tolist() == [2] * 32
+
+
+@pytest.mark.parametrize("scorer", ["movement", "soft_movement"])
+def test_sparsify_refuses_scorers_that_learn_and_leaves_the_model(scorer: str) -> None:
+    model = two_layers()
+    with pytest.raises(RecipeError, match=f"scorer '{scorer}' learns from training, so it cannot prune in one shot"):
+        sparsify(model, SparsityConfig(targets="*", sparsity=0.5, scorer=scorer))
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("scorer", ["gradient", "taylor", "head_importance"])
+def test_sparsify_refuses_scorers_that_look_at_data_without_data(scorer: str) -> None:
+    model = two_layers()
+    with pytest.raises(RecipeError, match=f"scorer '{scorer}' looks at data"):
+        sparsify(model, SparsityConfig(targets="*", sparsity=0.5, scorer=scorer))
+    assert type(model[0]) is nn.Linear
+
+
+def test_sparsify_refuses_data_that_nothing_looks_at() -> None:
+    with pytest.raises(RecipeError, match="no scorer looks at data"):
+        sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5), [{"x": torch.ones(1)}])
+
+
+@pytest.mark.parametrize("pattern", ["element", "2:4"])
+def test_sparsify_refuses_nan_and_leaves_the_model_as_it_was(pattern: str) -> None:
+    model = two_layers()
+    model[2].weight.data[1, 1] = math.nan
+    first = model[0].weight.detach().clone()
+    with pytest.raises(SparsityError, match="NaN among the scores"):
+        sparsify(
+            model, SparsityConfig(groups=[{"targets": name, "sparsity": 0.5, "pattern": pattern} for name in "02"])
+        )
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert torch.equal(model[0].weight, first)
+
+
+def test_sparsify_can_be_repeated_with_more() -> None:
+    model = two_layers()
+    for sparsity, nonzeros in ((0.5, 64), (0.75, 32)):
+        sparsify(model, SparsityConfig(targets="*", sparsity=sparsity))
+        assert [weight.nonzeros for weight in summarize(model).weights] == [nonzeros, nonzeros]
+
+
+@pytest.mark.parametrize(("pattern", "left"), [("head", 2), ("neuron", 32)])
+def test_prune_further_removes_whole_heads_and_neurons_of_a_model_that_is_sparse(pattern: str, left: int) -> None:
+    model = sparsify(bert(), SparsityConfig(sparsity=0.25))
+    edits = compact(prune_further(model, SparsityConfig(pattern=pattern, sparsity=0.5)))
+    assert {len(cut.kept) for _, _, cut in edits} == {left}
+
+
+def test_prune_further_refuses_fewer_heads_removed_than_are() -> None:
+    model = sparsify(bert(), SparsityConfig(pattern="head", sparsity=0.75))
+    with pytest.raises(RecipeError, match=r"sparsity 0\.25 was asked for, but the model is at 0\.7500 already"):
+        prune_further(model, SparsityConfig(pattern="head", sparsity=0.25))

@@ -1,0 +1,87 @@
+"""The committed guide, pictures and results say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_sparse import RecipeError
+from hf_sparse.analysis.results import Result, common_machine, read_results
+from scripts.reference import make_guide
+from scripts.reference.claims import MAIN
+from scripts.reference.reference import RESULTS, ROOT, read_plan, reference_results
+from tests.helpers.speeds import speed_file
+
+
+def test_committed_guide_and_pictures_are_what_the_script_writes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    make_guide.write(tmp_path)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    committed = sorted(path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.png"))
+    assert made == sorted([Path("GUIDE.md"), *committed])
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (ROOT / "recipes" / path).read_bytes(), path
+
+
+def test_every_result_is_in_the_guide_and_every_task_has_a_metric() -> None:
+    results = read_results(RESULTS)
+    text = make_guide.guide(results)
+    assert "{{" not in text
+    for result in results:
+        assert f"../model_cards/{result.name}.md" in text
+        assert MAIN[result.task] in result.metrics
+    for entry in read_plan()[1]:
+        assert entry.task in MAIN
+
+
+def test_speed_of_the_main_machine_stands_for_a_result_whichever_seed_it_is_of() -> None:
+    def timed(name: str, seed: int, machine: str, gain: float) -> Result:
+        return Result(name, task="sst2", model="paraphrase-minilm-l3-v2", method="magnitude", sparsity=0.9, seed=seed,
+                      metrics={"accuracy": 0.8}, steps=1, speed=speed_file(gain=gain, machine=machine))  # fmt: skip
+
+    old, new = timed("a", 0, "old", 2.0), timed("a", 1, "new", 3.0)
+    others = [timed("b", 0, "new", 4.0), timed("c", 0, "new", 6.0), timed("d", 0, "old", 5.0)]
+    results = reference_results([old, new, *others])
+    assert common_machine(results) == "new"
+    assert [bool(result.speed) for result in results] == [False, True, True, True, True]
+    table = make_guide.section(results, "sst2")
+    assert "3.00x" in table  # although the first seed was not timed
+    assert "2.00x" not in table
+    assert "5.00x as fast" in table
+    assert table.count("on another processor") == 1
+
+
+def test_each_model_of_a_task_has_a_picture_of_its_own() -> None:
+    models = read_plan()[0]["models"]
+
+    def result(name: str, model: str) -> Result:
+        return Result(
+            name,
+            task="mrpc",
+            model=models[model],
+            method=name,
+            sparsity=0.5,
+            seed=0,
+            metrics={"accuracy": 0.8},
+            steps=1,
+        )
+
+    known = [result(name, model) for model, names in (("l3", "abc"), ("l6", "defg"), ("t5", "hi")) for name in names]
+    drawn = make_guide.pictures(known)
+    assert {name: [run.name for run in runs] for name, runs in drawn.items()} == {
+        "pareto-mrpc.png": ["a", "b", "c"],
+        "pareto-mrpc-l6.png": ["d", "e", "f", "g"],
+    }
+    assert make_guide.pictures([]) == {}
+    text = make_guide.section(known, "mrpc")
+    assert [f"](reference/{name})" in text for name in drawn] == [True, True]
+
+
+def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.md").write_text("{{sst2-magic}}")
+    monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")
+    with pytest.raises(RecipeError, match="neither there nor planned"):
+        make_guide.guide([])
+    (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}, {{sst2-magnitude-50 speed}}")
+    assert make_guide.guide([]) == "not measured, speed not measured"
