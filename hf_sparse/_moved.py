@@ -27,7 +27,6 @@ MOVED = dict(
     callback hf.trainer.callback
     checkpoint hf.trainer.checkpoint
     cli_data cli.data_options
-    cli_share cli.share
     codecs formats.codecs
     compaction pruning.compaction
     compare analysis.runs

@@ -1,4 +1,4 @@
-"""The options with which commands name texts with labels to look at, without training."""
+"""The options with which a verb names labelled examples to evaluate a model on, without training."""
 
 from __future__ import annotations
 
@@ -11,49 +11,58 @@ if TYPE_CHECKING:
 
 
 def add_data(
-    parser: argparse.ArgumentParser, help_data: str, *, required: bool, label: str, samples: int | None, texts: str
+    parser: argparse.ArgumentParser, purpose: str, *, required: bool, samples: int | None, batch: bool = False
 ) -> None:
-    """Add --data, --text, --label, --samples and --length; columns and length are those of the run where it says them.
+    """Add --data, --text, --label, --samples, --length and, if asked, --batch.
+
+    Columns and length default to those of the recipe stored next to the model.
 
     Args:
-        help_data: of --data.
+        purpose: what the examples are for, as in "examples to measure on".
         required: whether --data must be given.
-        label: what the column with the label may hold.
-        samples: how many texts by default; None = all.
-        texts: help of --samples.
+        samples: number of examples by default; None = all.
+        batch: whether the verb has a batch size.
     """
-    parser.add_argument("--data", required=required, metavar="FILE", help=help_data)
+    parser.add_argument(
+        "--data", required=required, metavar="FILE", help=f"{purpose}: json, jsonl, csv, tsv or parquet"
+    )
     parser.add_argument(
         "--text",
         action="append",
         metavar="COLUMN",
-        help="column with the text (that of the recipe beside the model, else text); twice for pairs",
+        help="text column (that of the recipe next to the model, else text); twice for pairs",
     )
     parser.add_argument(
-        "--label", metavar="COLUMN", help=f"column with the label{label} (that of the recipe, else label)"
+        "--label", metavar="COLUMN", help="column with the label or target text (that of the recipe, else label)"
     )
-    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=texts)
+    default = "all" if samples is None else samples
+    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=f"number of examples ({default})")
     parser.add_argument(
-        "--length", type=int, metavar="N", help="tokens kept of each text (as many as in the recipe, else 128)"
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens per example, longer ones are truncated (that of the recipe, else 128)",
     )
+    if batch:
+        parser.add_argument("--batch", type=int, default=16, metavar="N", help="examples per batch (16)")
 
 
 def data_section(options: argparse.Namespace) -> DataSection:
-    """Return the data that these options name; what they leave out is as the recipe beside the model says it.
+    """Return the data that the options name; defaults come from the recipe next to the model.
 
     Raises:
-        RecipeError: for columns or counts that are none.
-        CheckpointError: if there is a recipe, and it is none.
+        RecipeError: for invalid columns or counts.
+        CheckpointError: if recipe.yaml cannot be read.
     """
     from ..hf.hub.model_card import read_recipe
     from ..recipe.sections import DataSection
 
     of_run: dict[str, Any] = read_recipe(Path(options.model) / "recipe.yaml").get("data") or {}
-    given = {"text": options.text, "label": options.label, "max_length": options.length}
-    said = {key: value if value is not None else of_run.get(key) for key, value in given.items()}
+    requested = {"text": options.text, "label": options.label, "max_length": options.length}
+    merged = {key: value if value is not None else of_run.get(key) for key, value in requested.items()}
     return DataSection(
         train=options.data,
-        validation="none",  # nothing is held out: what is measured is no metric
+        validation="none",  # nothing is held out: what is measured is not a metric of a run
         train_samples=options.samples,
-        **{"text": "text", **{key: value for key, value in said.items() if value is not None}},
+        **{"text": "text", **{key: value for key, value in merged.items() if value is not None}},
     )

@@ -89,7 +89,9 @@ def test_prune_says_what_is_wrong_and_writes_nothing(bert, tmp_path, capsys, arg
 
 def test_prune_does_not_overwrite_the_dense_model(bert, capsys):
     before = (bert / "model.safetensors").read_bytes()
-    assert "folder of the dense model" in errors_of(capsys, "prune", bert, "--sparsity", "0.5", "--output", bert)
+    assert "folder of the model, which would be overwritten" in errors_of(
+        capsys, "prune", bert, "--sparsity", "0.5", "--output", bert
+    )
     assert (bert / "model.safetensors").read_bytes() == before
 
 
@@ -219,3 +221,18 @@ def test_folder_that_cannot_be_made_is_no_traceback(bert, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["prune", str(bert), "--sparsity", "0.5", "--output", str(tmp_path / "file" / "out")]) == 2
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_help_of_every_verb_imports_nothing_that_only_some_verbs_need():
+    code = """
+import contextlib, sys
+from hf_sparse.cli.main import main
+from hf_sparse.cli.verb import VERBS
+for arguments in (["--help"], *([name, "--help"] for name in VERBS)):
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+heavy = ("evaluate", "matplotlib", "onnx", "hf_sparse.recipe.train", "hf_sparse.analysis", "hf_sparse.hf.export")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,77 @@
+"""Options that several verbs share, and checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..formats.safetensors_io import write_whole
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Add --revision of a model on the Hub."""
+    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (main)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json for output on stdout."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add --set, which changes values of a recipe."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a value of the recipe, as in sparsity.groups.0.sparsity=0.97; may be repeated",
+    )
+
+
+def spec(text: str) -> Any:
+    """Return a part of a recipe: a name, or a YAML mapping as in '{name: block, rows: 32, cols: 32}'."""
+    import yaml
+
+    from ..utils.strict_yaml import parse_yaml
+
+    try:
+        return parse_yaml(text) if text.startswith("{") else text
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {error}") from error
+
+
+def given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
+    """Return the options with these names, as arguments of a function.
+
+    Example:
+        >>> given(argparse.Namespace(batch=2, length=None, verb=None), "batch", "length")
+        {'batch': 2, 'length': None}
+    """
+    return {key: getattr(options, key) for key in keys}
+
+
+def separate_output(model: str, output: str) -> Path:
+    """Return the output folder.
+
+    Raises:
+        RecipeError: if it is the folder of the model, which would be overwritten.
+    """
+    if Path(output).resolve() == Path(model).resolve():
+        raise RecipeError(f"--output {output} is the folder of the model, which would be overwritten; choose another")
+    return Path(output)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        RecipeError: if it cannot be written.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,43 @@
+"""What a verb of the command line is: its name, its options and what it does, in one class."""
+
+from __future__ import annotations
+
+import abc
+import argparse
+from typing import ClassVar
+
+from ..registry import Registry
+
+
+class Verb(abc.ABC):
+    """One verb of `hf-sparse`: `hf-sparse NAME ...`.
+
+    Heavy modules (datasets, onnx, matplotlib) are imported inside `run`, so that `--help` stays fast.
+
+    Attributes:
+        name: set by `VERBS.register`.
+        aliases: other names of the same verb.
+        summary: one imperative sentence without a full stop, shown by `hf-sparse --help`.
+        example: arguments of a typical call, shown by `hf-sparse NAME --help`.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str]
+    example: ClassVar[str]
+
+    @abc.abstractmethod
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of this verb."""
+
+    @abc.abstractmethod
+    def run(self, options: argparse.Namespace) -> None:
+        """Do what the arguments say.
+
+        Raises:
+            SparsityError: for what the user can put right; it becomes one line on stderr and exit status 2.
+        """
+
+
+VERBS: Registry[Verb] = Registry("verb")
+"""All verbs by name."""

@@ -1,0 +1,22 @@
+"""Verbs of the command line. A new verb is one file here and one line below."""
+
+from .bench import Bench
+from .cache_teacher import CacheTeacher
+from .card import Card
+from .compact import Compact
+from .compare import Compare
+from .convert import Convert
+from .doctor import Doctor
+from .export import Export
+from .head_importance import HeadImportance
+from .inspect import Inspect
+from .prune import Prune
+from .push import Push
+from .report import Report
+from .sensitivity import Sensitivity
+from .train import Train
+
+__all__ = [
+    "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Export", "HeadImportance", "Inspect",
+    "Prune", "Push", "Report", "Sensitivity", "Train",
+]  # fmt: skip

@@ -1,0 +1,27 @@
+"""`hf-sparse card`: write the model card of a saved model."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..verb import VERBS, Verb
+
+
+@VERBS.register("card")
+class Card(Verb):
+    """Write a model card."""
+
+    summary = "write the model card (README.md) of a saved model into its folder"
+    example = "sparse --against dense --license apache-2.0"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("folder", metavar="DIR", help="folder of a saved model")
+        parser.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
+        parser.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
+        parser.add_argument("--force", action="store_true", help="overwrite a card that was written by hand")
+
+    def run(self, options: argparse.Namespace) -> None:
+        from ...hf.hub.model_card import card_text, facts_of, write_card
+
+        text = card_text(facts_of(options.folder, options.against, options.license))
+        print(f"Wrote {write_card(options.folder, text, options.force)}")
