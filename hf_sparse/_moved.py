@@ -130,24 +130,28 @@ MOVED = dict(
 
 
 class _MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import the new module where the old path is asked for."""
+    """Import the new module where the old path is requested."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if new_path(fullname) is None:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None if new_path(fullname) is None else importlib.machinery.ModuleSpec(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         new = new_path(spec.name)
         assert new is not None
-        message = f"{spec.name} has moved to {new}; the old path will go with the next release"
+        module = importlib.import_module(new)
+        message = f"{spec.name} has moved to {new}; the old path will be removed in the next release"
         warnings.warn(message, FutureWarning, stacklevel=2)
-        return importlib.import_module(new)
+        self._specs[new] = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: the module ran when it was imported under its new name."""
+        """Give the module its own spec back, which the import system replaced; it ran under its new name."""
+        module.__spec__ = self._specs.pop(module.__name__)
 
 
 def new_path(fullname: str) -> str | None:
@@ -169,6 +173,6 @@ def new_path(fullname: str) -> str | None:
 
 
 def install() -> None:
-    """Ask the finder after all others; once."""
+    """Ask this finder first, once: the path of a moved package would find a second copy of its modules."""
     if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedFinder())
+        sys.meta_path.insert(0, _MovedFinder())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -47,12 +48,24 @@ def text() -> str:
     return "\n".join([*lines, "};", ""])
 
 
+def agrees(header: str) -> bool:
+    """Compare a header with what would be written: the same lines, and values to rounding.
+
+    The last bits of the solution depend on the processor that computes it; the header in the repository is the table.
+    """
+    number = re.compile(r"-?\d\.\d+e[+-]\d+")
+    if number.sub("#", header) != number.sub("#", text()):
+        return False
+    values, expected = (np.array([float(value) for value in number.findall(t)]) for t in (header, text()))
+    return bool(np.allclose(values, expected, rtol=1e-5, atol=1e-12))
+
+
 def main() -> int:
-    """Write the header, or say whether it is what would be written."""
+    """Write the header, or check the one that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the file differs")
     if parser.parse_args().check:
-        return int(TARGET.read_text(encoding="utf-8") != text())
+        return int(not agrees(TARGET.read_text(encoding="utf-8")))
     TARGET.write_text(text(), encoding="utf-8")
     return 0
 

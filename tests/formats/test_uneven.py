@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[2]
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
 SCRIPT = """
 import sys, torch, hf_sparse
-import tests.test_uneven as t
-from tests import structures
+import tests.formats.test_uneven as t
+from tests.helpers import structures
 family, folder = sys.argv[1:]
 torch.set_num_threads(1)
 model = t.auto(family).from_pretrained(folder)
