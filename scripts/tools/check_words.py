@@ -89,10 +89,10 @@ def prose_of(source: str) -> Iterator[tuple[int, str]]:
     """Yield line and text of each comment and of each string literal with more than one word of a Python file."""
     lines = source.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        middle = getattr(tokenize, "FSTRING_MIDDLE", None)
-        if token.type == tokenize.COMMENT or (token.type in (tokenize.STRING, middle) and " " in token.string.strip()):
-            if KEPT not in lines[token.end[0] - 1]:
-                yield token.start[0], token.string
+        literal = token.type in (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None))
+        prose = token.type == tokenize.COMMENT or (literal and " " in token.string.strip())
+        if prose and KEPT not in lines[token.end[0] - 1]:
+            yield token.start[0], token.string
 
 
 def check(path: Path) -> list[Finding]:
