@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -63,16 +64,17 @@ def build(
     flags = [*FLAGS, *extra, *(["-DHF_SPARSE_X86"] if x86 else [])]
     kernels = {"neon" if neon else "portable": ("kPortable", 16, []), **(X86_KERNELS if x86 else {})}
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
+        objects, commands = [], []
         for name, (table, width, instructions) in kernels.items():
             objects.append(f"{folder}/{name}.o")
             defines = [f"-DHF_SPARSE_KERNELS={table}", f"-DHF_SPARSE_NAME={name}", f"-DHF_SPARSE_BYTES={width}"]
             defines.append(f"-DHF_SPARSE_NEON={int(neon)}")
             source = str(SOURCES / "kernels.cpp")
-            _run([*compiler, *flags, *instructions, *defines, "-c", source, "-o", objects[-1]])
+            commands.append([*compiler, *flags, *instructions, *defines, "-c", source, "-o", objects[-1]])
         if x86:
             objects.append(f"{folder}/int8.o")
-            _run([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
+            commands.append([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
+        _run_all(commands)
         made = f"{folder}/library.so"
         try:
             _link(compiler, [*flags, "-fopenmp"], extra, objects, link, made)
@@ -89,12 +91,22 @@ def _link(
     compiler: list[str], flags: list[str], extra: tuple[str, ...], objects: list[str], link: tuple[str, ...], made: str
 ) -> None:
     """Compile what shares work among threads, and link all; by one thread if the flags do not name OpenMP."""
-    shared = []
-    for name in ("dispatch", "int8_dispatch"):
-        shared.append(str(Path(made).with_name(f"{name}.o")))
-        _run([*compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", shared[-1]])
+    names = ("dispatch", "int8_dispatch")
+    shared = [str(Path(made).with_name(f"{name}.o")) for name in names]
+    _run_all(
+        [
+            [*compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", made_object]
+            for name, made_object in zip(names, shared, strict=True)
+        ]
+    )
     openmp = [flag for flag in flags if flag == "-fopenmp"]
     _run([*compiler, *extra, *openmp, "-shared", *objects, *shared, *link, "-o", made])
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Compile several files at once, one on each processor; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        list(pool.map(_run, commands))
 
 
 def _run(command: list[str]) -> None:
