@@ -15,15 +15,16 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..formats.inspection import inspect
-from ..formats.safetensors_io import read_json, write_whole
 from ..formats.structure import Cut, Edits
 from ..hf.auto import load_whole
 from ..modeling.architectures import SubBlock, known_sub_blocks
-from ..profiling.speed_record import SPEED, is_number, read_speed
+from ..profiling.speed_record import SPEED, read_speed
 from ..pruning.compaction import EDITS_ATTRIBUTE
 from ..pruning.summary import summarize
 from ..recipe.sections import DataSection
 from ..reporting import html as page
+from ..utils.atomic_io import read_json, write_text
+from ..utils.validation import is_number
 from .robustness import stress
 
 BINS = 40
@@ -73,7 +74,7 @@ def write_report(
         )
     text = page.page(f"Report of {folder.resolve().name}", parts)
     try:
-        write_whole(output, text)
+        write_text(output, text)
     except OSError as error:
         raise RecipeError(f"cannot write the page {os.fspath(output)}: {error}") from error
 

@@ -18,9 +18,10 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import RecipeError
-from ..formats.safetensors_io import write_whole
-from ..profiling.speed_record import Speed, is_number
+from ..profiling.speed_record import Speed
 from ..registry import check_keys
+from ..utils.atomic_io import write_text
+from ..utils.validation import is_number
 
 AFTER = ", after dense"
 """How the methods of runs end that begin with a dense one's model."""
@@ -165,7 +166,7 @@ def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> No
     """
     known = [Result.from_dict(result.to_dict()) for result in results]
     lines = [json.dumps(result.to_dict()) for result in sorted(known, key=lambda result: result.key)]
-    write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def add_results(path: str | os.PathLike[str], results: Sequence[Result]) -> None:

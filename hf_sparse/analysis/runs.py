@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import CheckpointError, RecipeError
 from ..formats.inspection import inspect
-from ..formats.safetensors_io import read_json
-from ..profiling.speed_record import SPEED, Speed, is_number, read_speed
+from ..profiling.speed_record import SPEED, Speed, read_speed
+from ..utils.atomic_io import read_json
+from ..utils.strict_yaml import read_yaml
+from ..utils.validation import is_number
 from .results import Result, by_name, of_one_machine
 
 
@@ -136,12 +136,12 @@ def read_run(folder: str | os.PathLike[str], metric: str = "accuracy", milliseco
     """
     folder = Path(folder)
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml(folder / "recipe.yaml")
         measured = read_json(folder / "eval_results.json")
         (method, asked), setting, seed = method_of(recipe), setting_of(recipe), int(recipe["seed"])
         if measured is None:
             raise RecipeError("it has no eval_results.json")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise RecipeError(f"{folder} is no finished run of `hf-sparse train`: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise RecipeError(f"{folder}/recipe.yaml is no recipe as `hf-sparse train` writes it: {error!r}") from error

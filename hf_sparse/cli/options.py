@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from ..formats.safetensors_io import write_whole
+from ..utils.atomic_io import write_text
+from ..utils.text import shorten
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +35,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def spec(text: str) -> Any:
     """Return a part of a recipe: a name, or a YAML mapping as in '{name: block, rows: 32, cols: 32}'."""
-    import yaml
-
     from ..utils.strict_yaml import parse_yaml
 
     try:
         return parse_yaml(text) if text.startswith("{") else text
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not YAML: {error}") from error
+    except RecipeError as error:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is {error}") from None
 
 
 def given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
@@ -72,6 +71,6 @@ def write_text(path: str | Path, text: str) -> None:
         RecipeError: if it cannot be written.
     """
     try:
-        write_whole(path, text)
+        write_text(path, text)
     except OSError as error:
         raise RecipeError(f"cannot write {path}: {error}") from error

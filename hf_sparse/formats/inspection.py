@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..utils.text import format_bytes
 from .codecs import layout
 from .codecs.base import as_bits
 from .manifest import ITEM_BYTES, Manifest
@@ -91,8 +92,8 @@ class Inspection:
         tensors = self.weights if names is None else [tensor for tensor in self.tensors if tensor.name in names]
         stored = sum(tensor.stored_bytes for tensor in tensors)
         dense = sum(tensor.parameters for tensor in tensors) * FP32_BYTES
-        share = f", {stored / dense:.4f} of dense fp32 ({_size(dense)})" if dense else ""
-        return f"{_size(stored)}{share}"
+        share = f", {stored / dense:.4f} of dense fp32 ({format_bytes(dense)})" if dense else ""
+        return f"{format_bytes(stored)}{share}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
@@ -119,7 +120,7 @@ class Inspection:
         lines.append("-" * len(head))
         for name, tensors in (("weights", self.weights), ("other tensors", self.others)):
             lines.append(row.format(name, "", f"{_totals(tensors)['parameters']:,}", "", *_figures(_totals(tensors))))
-        lines += [f"{name}: {_size(size)}" for name, size in self.files.items()]
+        lines += [f"{name}: {format_bytes(size)}" for name, size in self.files.items()]
         return "\n".join(lines)
 
 
@@ -194,8 +195,9 @@ def _totals(tensors: Any) -> dict[str, Any]:
 
 def _figures(totals: dict[str, Any]) -> tuple[str, ...]:
     stored, dense = totals["stored_bytes"], totals["dense_bytes"]
-    return f"{totals['sparsity']:.2%}", _size(stored), _size(dense), f"{stored / dense:.3f}" if dense else ""
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return (
+        f"{totals['sparsity']:.2%}",
+        format_bytes(stored),
+        format_bytes(dense),
+        f"{stored / dense:.3f}" if dense else "",
+    )

@@ -11,9 +11,7 @@ import itertools
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -22,13 +20,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..registry import Spec
+from ..utils.atomic_io import PathLike, replace_file
 from .codecs import decode, encode, encode_all, layout, verify
 from .manifest import ITEM_BYTES, MAX_BYTES, Manifest, TensorEntry
 
 MANIFEST_KEY = "hf_sparse"
 """Where the header of a file keeps the manifest."""
-
-PathLike = str | os.PathLike[str]
 
 
 class Stored(NamedTuple):
@@ -46,23 +43,6 @@ def reading(path: PathLike) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
-
-
-def read_json(path: PathLike) -> dict[str, Any] | None:
-    """Read a JSON file beside a model, such as its config; one that is not there is None, and damage is never that.
-
-    Raises:
-        CheckpointError: if it is there and cannot be read, or holds no mapping.
-    """
-    if not Path(path).is_file():
-        return None
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{os.fspath(path)} should hold a mapping, not {found!r:.80}")
-    return found
 
 
 @contextlib.contextmanager
@@ -182,44 +162,6 @@ def _verify_dense(manifest: Manifest, home: Mapping[str, PathLike]) -> None:
         with _opened(path) as file:
             for key in keys:
                 verify(manifest.tensors[key], file.get_tensor(key), key)
-
-
-@contextlib.contextmanager
-def replace_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place only if the block ends without an error.
-
-    The new file is forced to the disk first, so that after a crash or a power cut there is the old file or the new one,
-    never a part of either.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        # Created here, exclusively, so that it is ours, and with the rights that the user's umask gives to a new file:
-        # safetensors puts one of its own in its place, which nobody but the user can read.
-        temporary.open("xb").close()
-        rights = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(rights)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is on the disk only when the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_whole(path: PathLike, text: str) -> None:
-    """Write a text so that an interruption leaves the old file whole; into pipes and terminals as it comes."""
-    if Path(path).exists() and not Path(path).is_file():
-        Path(path).write_text(text, encoding="utf-8")
-        return
-    with replace_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def settle_header(path: PathLike) -> None:

@@ -6,13 +6,11 @@ ten times faster. (ZipLM and the retraining-free pruning of Kwon et al. spend th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import platform
-import secrets
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SparsityError
+from ..utils.atomic_io import write_text
 
 CACHE_VARIABLE = "HF_SPARSE_CACHE"
 _ROUNDS = 9
@@ -158,14 +157,10 @@ class TimesFile:
         Raises:
             SparsityError: if it cannot be written.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps(table, indent=1))
         except OSError as error:
-            with contextlib.suppress(OSError):  # such as that the folder is none
-                temporary.unlink()
             raise SparsityError(
                 f"cannot keep the measured times in {self.path}: {error}. Name a folder that can be written: "
                 f"{CACHE_VARIABLE}=/some/folder"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..utils.validation import is_number
 
 SPEED = "speed.json"
 """File beside a model with what `hf-sparse bench` measured of it."""
@@ -91,21 +91,6 @@ class Speed:
             ("in memory", f"{self.sparse_bytes / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB"),
             *((key, str(getattr(self, key))) for key in ("against", "machine", *_COUNTS, "dtype")),
         ]
-
-
-def is_number(value: object) -> bool:
-    """Return whether what a JSON file says is a number that can be reckoned with: no bool, NaN or infinity.
-
-    Example:
-        >>> [is_number(value) for value in (1, 0.5, True, float("nan"), 10**400, "1")]
-        [True, True, False, False, False, False]
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number may have any number of digits
-        return False
 
 
 def verdict(speedup: Sequence[float]) -> str:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError
-from ..formats.safetensors_io import read_json
 from ..hf.auto import load_tokenizer, load_whole
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
 from ..pruning.summary import Summary, summarize
+from ..utils.atomic_io import read_json, replace_file, write_text
 from .data import load_split
 from .data_loader import LabelledBatches
 from .sections import DataSection
@@ -101,12 +101,13 @@ def _forget_run(folder: Path) -> None:
 
 
 def _carry_over(source: Path, output: Path) -> None:
-    """Let what was recorded of a model lie beside the same model with what was removed cut out."""
+    """Copy what was recorded of a model to the folder of the same model after compaction."""
     if (source / "recipe.yaml").is_file():
-        shutil.copyfile(source / "recipe.yaml", output / "recipe.yaml")
+        with replace_file(output / "recipe.yaml") as temporary:
+            shutil.copyfile(source / "recipe.yaml", temporary)
     if (measured := read_json(source / MEASURED)) is not None:
         text = json.dumps({**measured, BEFORE_COMPACTION: True}, indent=4)
-        (output / MEASURED).write_text(text + "\n", encoding="utf-8")
+        write_text(output / MEASURED, text + "\n")
 
 
 def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:

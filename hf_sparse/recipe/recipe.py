@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from ..config.distillation import DistillationConfig
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
-from ..formats.safetensors_io import write_whole
 from ..registry import Registry, Spec, check_keys
-from ..utils.strict_yaml import dump_yaml, override, parse_yaml
+from ..utils.atomic_io import write_text
+from ..utils.strict_yaml import dump_yaml, override, read_yaml
 from .metrics import DEFAULT, check_metrics
 from .sections import TASKS, DataSection, ModelSection
 
@@ -152,7 +151,7 @@ metric, freeze, sparsity, distillation, training, seed.
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML; `Recipe.load` of that file is the same run."""
-        write_whole(path, dump_yaml(self.to_dict()))
+        write_text(path, dump_yaml(self.to_dict()))
 
     def training_arguments(self) -> TrainingArguments:
         """Return the `TrainingArguments` of the recipe.
@@ -182,10 +181,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         RecipeError: if the file cannot be read, or is no mapping.
     """
-    try:
-        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    data = read_yaml(path)
     _check_mapping(data, f"recipe {path}")
     for assignment in overrides:
         data = override(data, assignment)

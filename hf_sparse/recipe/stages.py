@@ -27,12 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 
 from ..errors import CheckpointError, RecipeError
 from ..registry import check_keys
-from ..utils.strict_yaml import dump_yaml
+from ..utils.strict_yaml import dump_yaml, parse_yaml, read_yaml
 from .prune import compact_saved
 from .recipe import Recipe, read_recipe
 from .train import RunResult, run
@@ -195,7 +194,7 @@ def _state(stage: Stage) -> str:
     written = stage.output / "recipe.yaml"
     if not written.is_file():
         return "new"
-    if yaml.safe_load(written.read_text(encoding="utf-8")) != yaml.safe_load(dump_yaml(stage.recipe.to_dict())):
+    if read_yaml(written) != parse_yaml(dump_yaml(stage.recipe.to_dict())):
         raise CheckpointError(
             f"stage '{stage.name}' in {stage.output} was run with another recipe than this one, so it cannot be gone "
             "on with. Give another --output, or start anew without --resume"

@@ -32,7 +32,6 @@ from transformers import (
 from .._version import __version__
 from ..errors import RecipeError, SparsityError
 from ..formats.inspection import Inspection, inspect
-from ..formats.safetensors_io import write_whole
 from ..hf.auto import check_length, load_tokenizer
 from ..hf.hub.model_card import card_text, facts_of, forget, write_card
 from ..hf.hub.push import guard_trainer
@@ -41,6 +40,7 @@ from ..hf.trainer.checkpoint import last_checkpoint
 from ..hf.trainer.distillation_callback import DistillationCallback
 from ..pruning.fill import fill
 from ..pruning.summary import Summary, summarize
+from ..utils.atomic_io import write_text
 from .data import LabelledTexts, load_texts
 from .metrics import build_metrics
 from .recipe import Recipe
@@ -132,7 +132,7 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     result = RunResult(output, metrics, summarize(model), timer.median)
     if trainer.is_world_process_zero():
         report = report_text(recipe, texts, result, inspect(output))
-        write_whole(output / "report.md", report)  # that it is there tells that the run is finished
+        write_text(output / "report.md", report)  # that it is there tells that the run is finished
         try:
             write_card(output, card_text(facts_of(output)))
         except RecipeError as error:

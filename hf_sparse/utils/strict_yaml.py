@@ -1,29 +1,73 @@
-"""The text of a recipe: YAML read as people mean it, and `key.path=value` overrides of what it says."""
+"""Strict YAML: the only reader of YAML in hf_sparse, its writer, and `key.path=value` overrides.
+
+Recipes come from others, so reading takes bounded time and memory: aliases, anchors and tags are refused, and depth,
+digits and size are bounded.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
 from ..errors import RecipeError
+from .text import shorten
+
+MAX_DEPTH = 50
+MAX_DIGITS = 100
+MAX_BYTES = 1 << 20
+
+
+def _refuse(problem: str, mark: yaml.Mark | None) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `no` and `2:4` are words, and no key may be there twice."""
+    """YAML as people mean it: `1e-4` is a number, `no` and `2:4` are text, and no key may be there twice."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            # A few hundred bytes of aliases can stand for more text than there is memory ("billion laughs").
+            _refuse("anchors (&) and aliases (*) are not supported: write the value out, or quote it", event.start_mark)
+        if event.tag is not None:
+            _refuse(f"tags are not supported: remove {event.tag}, or quote the value", event.start_mark)
+        if self.depth == MAX_DEPTH:
+            _refuse(f"it is nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        self.depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a word", key_node.start_mark)
+                _refuse(f"key {shorten(key)} is not a string: quote it", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is there twice", key_node.start_mark)
+                _refuse(f"key {shorten(key)} is there twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            _refuse(f"the integer has more than {MAX_DIGITS} digits", node.start_mark)
+        return int(node.value)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = float(super().construct_yaml_float(node))
+        if math.isinf(value) and "inf" not in node.value:
+            _refuse(f"the number {shorten(node.value)} is too large", node.start_mark)
+        return value
 
 
 _KINDS = {
@@ -35,14 +79,19 @@ _KINDS = {
         list("-+.0123456789"),
     ),
 }
-"""What is not quoted and yet no text: the kind, and how its first character can look. All else is left out, such as
+"""What is not quoted and yet no string: the kind, and its possible first characters. All else is left out, such as
 times of day, which would make 124 of 2:4, and dates."""
 
 _Loader.yaml_implicit_resolvers = {}
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this or any other reader of YAML would take for something else."""
+    """Quotes every string that this or any other reader of YAML would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # one object in two places is written twice: `parse_yaml` refuses aliases
 
 
 for _kind, (_regex, _first) in _KINDS.items():
@@ -63,20 +112,40 @@ def dump_yaml(data: Any) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text says, in plain types only.
+    """Return the content of YAML text, in plain types only.
 
     Raises:
-        yaml.YAMLError: for text that is no YAML, or has a key twice.
+        RecipeError: for text that is not YAML, has a key twice, or has an anchor, alias or tag; naming line and column.
 
     Example:
         >>> parse_yaml("{learning_rate: 1e-4, pattern: 2:4, save_strategy: no}")
         {'learning_rate': 0.0001, 'pattern': '2:4', 'save_strategy': 'no'}
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader: plain types only
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader: plain types only
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}") from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a YAML file, see `parse_yaml`.
+
+    Raises:
+        RecipeError: if the file cannot be read, is not a regular file, is larger than 1 MiB, or as `parse_yaml`.
+    """
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise RecipeError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise RecipeError(f"it has {status.st_size} bytes, and at most {MAX_BYTES} are read")
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecipeError) as error:
+        raise RecipeError(f"cannot read {os.fspath(path)}: {error}") from None
 
 
 def override(data: Mapping[str, Any], assignment: str) -> dict[str, Any]:
-    """Return `data` with one value replaced; keys lead into mappings, whole numbers into lists.
+    """Return `data` with one value replaced; keys lead into mappings, integers into lists.
 
     A name stands for a mapping with that name, so an option can be added to it.
 
@@ -84,7 +153,7 @@ def override(data: Mapping[str, Any], assignment: str) -> dict[str, Any]:
         assignment: `key.path=value`, the value in YAML.
 
     Raises:
-        RecipeError: without "=", for a value that is no YAML, or a path that leads nowhere.
+        RecipeError: without "=", for a value that is not valid YAML, or a path that leads nowhere.
 
     Example:
         >>> override({"sparsity": {"sparsity": 0.9, "scorer": "movement"}}, "sparsity.scorer.learning_rate=1e-3")
@@ -94,12 +163,17 @@ def override(data: Mapping[str, Any], assignment: str) -> dict[str, Any]:
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path or "" in path.split("."):
-        raise RecipeError(f"an override is key.path=value, as in training.max_steps=100, not {assignment!r}")
+        raise RecipeError(
+            f"an override must be key.path=value, as in training.max_steps=100, got {shorten(assignment)}"
+        )
     try:
         value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value of override {assignment!r} is not YAML: {error}") from error
-    return _replaced(data, path.split("."), value, "the recipe")
+    except RecipeError as error:
+        raise RecipeError(f"the value of override {shorten(assignment)} is {error}") from None
+    keys = path.split(".")
+    if len(keys) > MAX_DEPTH:
+        raise RecipeError(f"override {shorten(assignment)} leads deeper than {MAX_DEPTH} levels")
+    return _replaced(data, keys, value, "the recipe")
 
 
 def _replaced(node: Any, keys: Sequence[str], value: Any, where: str) -> Any:
@@ -108,13 +182,13 @@ def _replaced(node: Any, keys: Sequence[str], value: Any, where: str) -> Any:
     key, rest = keys[0], keys[1:]
     below = key if where == "the recipe" else f"{where}.{key}"
     if isinstance(node, list):
-        if not key.isdecimal() or int(key) >= len(node):
-            raise RecipeError(f"{where} is a list of {len(node)}, counted from 0, and has no item '{key}'")
-        return [_replaced(item, rest, value, below) if i == int(key) else item for i, item in enumerate(node)]
+        if key not in map(str, range(len(node))):
+            raise RecipeError(f"{where} is a list of {len(node)}, counted from 0, and has no item {shorten(key)}")
+        return [_replaced(item, rest, value, below) if str(i) == key else item for i, item in enumerate(node)]
     if isinstance(node, str):
         node = {"name": node}
     if node is not None and not isinstance(node, Mapping):
-        raise RecipeError(f"{where} is {node!r}, so there is nothing called '{key}' in it")
+        raise RecipeError(f"{where} is {shorten(node)}, so there is nothing called '{key}' in it")
     node = dict(node or {})
     if key.isdecimal() and not node:
         raise RecipeError(f"{where} has no item {key}; an override can change items of a list, but not begin one")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import stat
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ from hf_sparse.formats.safetensors_io import (
     check_files,
     load_file,
     read_header,
-    read_json,
     read_manifest,
-    replace_file,
     save_file,
 )
 
@@ -262,42 +258,6 @@ def test_manifest_of_the_config_must_be_the_one_of_the_files(path):
         check_files(path, other)
 
 
-def test_replaced_file_stays_whole_when_writing_fails(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"old")
-
-    def interrupted():
-        with replace_file(path) as temporary:
-            temporary.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-def test_replaced_file_is_the_new_one_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"old")
-    with replace_file(path) as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_bytes(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["model.safetensors"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="rights of files are those of POSIX")
-def test_replaced_file_has_the_rights_of_any_new_file(tmp_path):
-    (tmp_path / "plain").touch()
-    with replace_file(tmp_path / "replaced") as temporary:
-        temporary.write_bytes(b"new")
-    save_file({"w": torch.eye(4)}, tmp_path / "saved")
-    plain, replaced, saved = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "replaced", "saved"))
-    assert plain == replaced == saved
-
-
 def test_save_leaves_the_old_file_when_a_tensor_cannot_be_stored(path):
     old = path.read_bytes()
     with pytest.raises(CheckpointError, match="complex128"):
@@ -305,16 +265,6 @@ def test_save_leaves_the_old_file_when_a_tensor_cannot_be_stored(path):
     with pytest.raises(CheckpointError, match="target 'v' is not among"):
         save_file({"w": torch.zeros(2)}, path, targets=["v"])
     assert path.read_bytes() == old
-
-
-def test_json_that_is_not_there_is_none_and_damage_is_an_error(tmp_path):
-    assert read_json(tmp_path / "config.json") is None
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    assert read_json(tmp_path / "config.json") == {"a": 1}
-    for text, reason in (("{", "cannot read"), ("[1]", "should hold a mapping"), ("[" * 100_000, "cannot read")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=reason):
-            read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [2**64 - 1, 0], [0, 2**62, 4]])

@@ -24,6 +24,7 @@ from transformers.exporters import ExportedModel
 
 from ...errors import BackendError, RecipeError
 from ...pruning.masked_weight import masked_weight
+from ...utils.text import format_bytes
 from ..auto import load_tokenizer, load_whole
 from .backends import TARGETS, Target, require
 from .inputs import Sizes, dynamic_sizes, sample, sizes_for
@@ -77,7 +78,8 @@ class ExportReport:
         lines = [
             f"Exported to {self.to} in {self.output}: {', '.join(self.files)}",
             f"largest difference to the model: {self.difference:.1e} (allowed {self.allowed:.1e}), batches {batches}",
-            f"size: {_size(self.file_bytes)}; the {self.parameters:,} parameters dense: {_size(self.dense_bytes)}",
+            f"size: {format_bytes(self.file_bytes)}; the {self.parameters:,} parameters dense: "
+            f"{format_bytes(self.dense_bytes)}",
         ]
         if note := TARGETS[self.to].note:
             lines.append(note)
@@ -300,7 +302,3 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

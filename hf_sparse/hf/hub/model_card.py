@@ -14,15 +14,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ...errors import CheckpointError, RecipeError
 from ...formats.inspection import Inspection, inspect
-from ...formats.safetensors_io import read_json, read_manifest, write_whole
+from ...formats.safetensors_io import read_manifest
 from ...formats.structure import EDITS_KEY, Edits
-from ...profiling.speed_record import SPEED, Speed, is_number, read_speed
+from ...profiling.speed_record import SPEED, Speed, read_speed
+from ...utils.atomic_io import read_json, write_text
 from ...utils.markdown import fenced, plain, table
+from ...utils.strict_yaml import dump_yaml, read_yaml
+from ...utils.text import kind_of_name
+from ...utils.validation import is_number
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
@@ -98,7 +101,7 @@ def facts_of(
             ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
         ),
         speed=read_speed(speed) if speed.is_file() else None,
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
+        recipe=dump_yaml(recipe) if recipe else None,
         license=license,
         note=_cut_out(folder),
         pruned=inspection.packed or bool(recipe.get("sparsity")),
@@ -131,9 +134,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"cannot read recipe {path}: {error}") from error
+        recipe = read_yaml(path)
+    except RecipeError as error:
+        raise CheckpointError(f"the recipe is damaged: {error}") from None
     if not isinstance(recipe, dict) or not all(
         isinstance(recipe.get(key) or {}, dict) for key in ("model", "data", "training")
     ):
@@ -169,7 +172,7 @@ def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:
     """Return parameters and sparsity of each kind of weight, over all layers."""
     totals: dict[str, list[int]] = {}
     for weight in inspection.weights:
-        kind = totals.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.name), [0, 0])
+        kind = totals.setdefault(kind_of_name(weight.name), [0, 0])
         kind[0] += weight.parameters
         kind[1] += weight.nonzeros
     return [(name, size, 1.0 - kept / size if size else 0.0) for name, (size, kept) in totals.items()]
@@ -208,7 +211,7 @@ def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -
     path = Path(folder) / CARD
     if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
-    write_whole(path, text)
+    write_text(path, text)
     return path
 
 

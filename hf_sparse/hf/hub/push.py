@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from ...errors import CheckpointError, HubError, RecipeError
 from ...formats.inspection import inspect
+from ...utils.strict_yaml import dump_yaml
 from .model_card import CARD, card_text, facts_of, read_recipe
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,7 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and PUSHED.fullmatch(path.name)
     }
     if recipe := read_recipe(folder / "recipe.yaml"):
-        files["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+        files["recipe.yaml"] = dump_yaml(recipe).encode()
     if CARD not in files and "config.json" in files:
         files[CARD] = card_text(facts_of(folder)).encode()
     return files

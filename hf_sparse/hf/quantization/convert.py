@@ -32,10 +32,11 @@ from ...formats.codecs import CODECS, decode, encode, layout
 from ...formats.codecs.base import as_bits
 from ...formats.compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_json, read_manifest, replace_file
+from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_manifest
 from ...formats.sharding import SINGLE, Shards, ShardWriter, opened, weight_files
 from ...formats.structure import EDITS_KEY
 from ...registry import Spec
+from ...utils.atomic_io import read_json, replace_file
 from .config import METHOD as OURS
 from .config import SparseConfig
 from .saving import FORMATS as PROFILES

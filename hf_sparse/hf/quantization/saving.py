@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Container, Iterator, Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -24,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from ...errors import RecipeError, SparsityError
+from ...errors import RecipeError
 from ...formats.codecs import SUFFIXES, encode
 from ...formats.codecs.base import pack_bits
 from ...formats.manifest import Manifest, TensorEntry
@@ -34,6 +32,7 @@ from ...pruning import summary as report
 from ...pruning.compaction import EDITS_ATTRIBUTE
 from ...pruning.masked_weight import STATE_SUFFIXES
 from ...pruning.summary import WEIGHTS_ATTRIBUTE
+from ...utils.atomic_io import replace_files
 from ..hub.push import push_model
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
@@ -231,27 +230,14 @@ def staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
     if not writes:
         yield os.fspath(directory)
         return
-    final = Path(directory)
-    if final.is_file():
-        raise SparsityError(f"cannot save into {final}: it is a file, not a directory")
-    final.mkdir(parents=True, exist_ok=True)
-    # Inside the final one, so that both are on one file system and replacing is atomic.
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=final))
-    try:
-        yield os.fspath(staging)
-        fresh = sorted(path for path in staging.iterdir() if path.is_file())
-        # The config last: it names the format, and with the old weights an old config still stands.
-        fresh.sort(key=lambda path: path.name == "config.json")
-        for path in fresh:
-            if path.suffix == ".safetensors":
-                settle_header(path)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            path.replace(final / path.name)
-        if any(WEIGHTS.fullmatch(path.name) for path in fresh):
-            _remove_stale(final, {path.name for path in fresh})
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with replace_files(directory, last="config.json") as folder:  # with the old weights the old config stands
+        yield os.fspath(folder)
+        fresh = {path.name for path in folder.iterdir() if path.is_file()}
+        for name in fresh:
+            if name.endswith(".safetensors"):
+                settle_header(folder / name)
+    if any(map(WEIGHTS.fullmatch, fresh)):
+        _remove_stale(Path(directory), fresh)
 
 
 def _remove_stale(directory: Path, fresh: set[str]) -> None:

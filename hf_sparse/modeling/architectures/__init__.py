@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ...errors import PatternError, RecipeError
+from ...utils.text import kind_of_name
 from ..layer_matching import refuse_runtime
 from .base import Attention, Family, FeedForward, Kind, SubBlock
 from .bert import BERT
@@ -80,7 +81,7 @@ def match_sub_blocks(
     """
     # One that compaction has left without a head or a neuron has none to remove.
     every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
-    listed = f"{wanted} could match: {', '.join(dict.fromkeys(_kind_of_name(block.name) for block in every))}."
+    listed = f"{wanted} could match: {', '.join(dict.fromkeys(kind_of_name(block.name) for block in every))}."
     for key, globs in (("targets", targets or ()), ("exclude", exclude)):
         for glob in globs:
             if not any(_matches(block, glob) for block in every):
@@ -99,7 +100,3 @@ def match_sub_blocks(
 def _matches(block: SubBlock, glob: str) -> bool:
     names = (block.name, *block.inputs, block.output_name)
     return any(fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob) for name in names)
-
-
-def _kind_of_name(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,120 @@
+"""Files that are whole: written so that an interruption leaves the old ones, and JSON read without trust."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, SparsityError
+from .text import shorten
+
+PathLike = str | os.PathLike[str]
+
+STAGING_PREFIX = ".saving-"
+
+
+def read_json(path: PathLike) -> dict[str, Any] | None:
+    """Read a JSON file that belongs to a model, such as its config; None if there is none, never for a damaged one.
+
+    Raises:
+        CheckpointError: if it is not a regular file, cannot be read, or does not hold a mapping.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise ValueError("not a regular file")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {shorten(found)}")
+    return found
+
+
+@contextlib.contextmanager
+def replace_file(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path next to `path`, which takes its place only if the block ends without an error.
+
+    The new file is forced to the disk first, so that after a crash or a power cut there is the old file or the new one,
+    never a part of either.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Created here, exclusively, so that it is ours, and with the rights that the user's umask gives to a new file:
+        # safetensors puts one of its own in its place, which nobody but the user can read.
+        temporary.open("xb").close()
+        rights = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(rights)
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write text so that an interruption leaves the old file whole; into pipes and terminals directly."""
+    if Path(path).exists() and not Path(path).is_file():
+        Path(path).write_text(text, encoding="utf-8")
+        return
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
+    """Yield an empty folder, whose files replace those of `folder` one by one if the block ends without an error.
+
+    Args:
+        folder: made if there is none.
+        last: name of the file that is replaced after all others, because it makes them valid.
+
+    Raises:
+        SparsityError: if `folder` is a file.
+    """
+    final = Path(folder)
+    if final.is_file():
+        raise SparsityError(f"cannot save into {final}: it is a file, not a directory")
+    final.mkdir(parents=True, exist_ok=True)
+    # Inside the final one, so that both are on one file system and replacing is atomic.
+    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=final))
+    try:
+        yield staging
+        fresh = sorted(path for path in staging.iterdir() if path.is_file())
+        fresh.sort(key=lambda path: path.name == last)
+        for path in fresh:
+            sync_file(path)
+        for path in fresh:
+            path.replace(final / path.name)
+        sync_folder(final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Force the content of a file to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk: a rename is there after a power cut only when the folder is."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
