@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from ..utils.atomic_io import write_text
+from ..utils import atomic_io
 from ..utils.text import shorten
 
 
@@ -71,6 +71,6 @@ def write_text(path: str | Path, text: str) -> None:
         RecipeError: if it cannot be written.
     """
     try:
-        write_text(path, text)
+        atomic_io.write_text(path, text)
     except OSError as error:
         raise RecipeError(f"cannot write {path}: {error}") from error

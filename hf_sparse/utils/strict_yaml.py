@@ -141,7 +141,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
             raise RecipeError(f"it has {status.st_size} bytes, and at most {MAX_BYTES} are read")
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecipeError) as error:
-        raise RecipeError(f"cannot read {os.fspath(path)}: {error}") from None
+        raise RecipeError(f"cannot read recipe {os.fspath(path)}: {error}") from None
 
 
 def override(data: Mapping[str, Any], assignment: str) -> dict[str, Any]:

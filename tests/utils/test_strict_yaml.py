@@ -104,10 +104,10 @@ def test_read_yaml_names_the_file(tmp_path):
     path.write_text("seed: 1")
     assert read_yaml(path) == {"seed": 1}
     path.write_text("seed: [")
-    with pytest.raises(RecipeError, match=r"cannot read .*recipe.yaml: not valid YAML"):
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*recipe.yaml: not valid YAML"):
         read_yaml(path)
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(RecipeError, match=r"cannot read .*recipe.yaml: .*utf-8"):
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*recipe.yaml: .*utf-8"):
         read_yaml(path)
     path.write_text("#" * (MAX_BYTES + 1))
     with pytest.raises(RecipeError, match="1048577 bytes"):
