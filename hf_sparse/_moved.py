@@ -54,7 +54,7 @@ MOVED = dict(
     kernels.dense kernels.dense_gemv
     kernels.fallback kernels.reference
     kernels.int8 kernels.int8_ops
-    kernels.int8_blocks kernels.int8_fused_ops
+    kernels.int8_blocks kernels.int8_ops
     kernels.int8_packing kernels.int8_layout
     kernels.ops kernels.fp32_ops
     kernels.packing kernels.fp32_layout

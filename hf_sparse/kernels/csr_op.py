@@ -1,8 +1,4 @@
-"""The product with torch's CSR matrix, for machines where the own kernels are missing.
-
-`F.linear` with a CSR weight is slower than dense at any sparsity; the matrix times a few columns at a time is not, from
-about 85 % zeros on.
-"""
+"""The operator `hf_sparse::csr_linear`: torch's CSR matmul, for machines where the C++ kernels are missing."""
 
 from __future__ import annotations
 
@@ -11,9 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from .validation import as_given
-
-_TOKENS = 32
+from .operators import define
+from .reference import csr_matmul
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,32 +33,21 @@ def _matrix(values: Tensor, columns: Tensor, pointers: Tensor, height: int, widt
     return torch.sparse_csr_tensor(pointers, columns, values, (height, width), check_invariants=False)
 
 
-@torch.library.custom_op("hf_sparse::csr_linear", mutates_args=())
-def csr_linear(
+def _run(
     x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
 ) -> Tensor:
-    """Return `x W^T + b` for a weight in CSR.
-
-    Shapes: `(..., width)` -> `(..., height)`
-    """
-    return as_given(_product)(x, values, columns, pointers, bias, height, width)
+    return csr_matmul(x, _matrix(values, columns, pointers, height, width), bias)
 
 
-def _product(
-    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
-) -> Tensor:
-    matrix = _matrix(values, columns, pointers, height, width)
-    tokens = x.reshape(-1, width)
-    out = x.new_empty((len(tokens), height))
-    for first in range(0, len(tokens), _TOKENS):
-        out[first : first + _TOKENS] = (matrix @ tokens[first : first + _TOKENS].t()).t()
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], height)
-
-
-@csr_linear.register_fake
-def _(
+def _fake(
     x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], height))
+
+
+csr_linear = define(
+    "csr_linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor? bias, SymInt height, SymInt width) "
+    "-> Tensor",
+    _run,
+    _fake,
+)

@@ -1,7 +1,7 @@
-"""The operator `hf_sparse::dense_linear`: torch's product, but that of a few tokens by a kernel that only reads fast.
+"""The operator `hf_sparse::dense_linear`: torch's linear layer, but a GEMV kernel of its own for a few tokens.
 
-For one token, torch reads a weight of 32,128 x 512 two fifths as fast as that kernel does on one core, and a copy of it
-by columns two thirds as fast. What needs a gradient, and what torch.autocast is to cast, is left to torch.
+For one token, torch reads a weight of 32,128 x 512 two fifths as fast as that kernel does on one core, and a
+column-major copy of it two thirds as fast. What needs a derivative, and what torch.autocast casts, is left to torch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .functional_transforms import KEY, refuse_derivatives
 from .library import library
-from .validation import needs_gradient
+from .validation import needs_derivative
 
 FEW = 8
-"""Most tokens that the kernel takes, all of them in one pass over the weight; torch gains on it with more."""
+"""Maximum number of tokens that the kernel takes, in one pass over the weight; torch catches up with more."""
 
 _library = torch.library.Library("hf_sparse", "FRAGMENT")
 _library.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -33,7 +34,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         >>> dense_linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
     """
-    if needs_gradient(x, weight, bias):
+    if needs_derivative(x, weight, bias):
         return F.linear(x, weight, bias)
     out: Tensor = torch.ops.hf_sparse.dense_linear(x, weight, bias)
     return out
@@ -44,7 +45,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         parts = (x, weight) if bias is None else (x, weight, bias)
         plain = all(part.dtype == torch.float32 and part.is_cpu for part in parts)
         fits = weight.is_contiguous() and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        own = not needs_gradient(*parts) and not torch.is_autocast_enabled("cpu")
+        own = not needs_derivative(*parts) and not torch.is_autocast_enabled("cpu")
         if own and plain and fits and (native := library()) is not None:
             return native.dense(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -55,4 +56,5 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _library.impl("dense_linear", _run, "CompositeExplicitAutograd")
+_library.impl("dense_linear", refuse_derivatives(torch.ops.hf_sparse.dense_linear), KEY)
 torch.library.register_fake("hf_sparse::dense_linear", _fake, lib=_library)

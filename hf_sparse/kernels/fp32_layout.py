@@ -72,9 +72,14 @@ class PackedWeight:
         return chunk_width(self.in_features, self.pointers.shape[0])
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All its tensors, in the order of the operators."""
+        return self.values, self.columns, self.pointers
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all three tensors."""
-        return sum(tensor.nbytes for tensor in (self.values, self.columns, self.pointers))
+        """Bytes of all its tensors."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def pack(weight: Tensor, rows: int = 1) -> PackedWeight:

@@ -1,63 +1,31 @@
-"""The operators `hf_sparse::sparse_linear`, `sparse_ffn`, `sparse_gated_ffn` and `sparse_attention`, for inference.
+"""The sparse operators on fp32 weights (`sparse_linear`, `sparse_ffn`, ...), and functions that call them.
 
 `sparse_ffn_norm` and `sparse_attention_norm` are whole sub-blocks of BERT: with the inputs added and the layer norm.
-
-They have no backward: whatever needs a gradient is refused, since a gradient that is silently missing trains a wrong
-model. They compute in the types that they are given, under torch.autocast too. Inputs may have any leading shape. A
-zero weight contributes nothing even where the input is infinite or NaN (the dense product would give NaN).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference as fallback
-from .fp32_layout import PackedWeight
-from .library import library
+from .fp32_layout import PackedWeight, check_layout, dense
+from .library import NativeOps, library
+from .operators import WeightFormat, define_all
+from .reference import csr_matmul
 from .types import Norm, Weight
-from .validation import (
-    NORM,
-    SHORTEST,
-    added,
-    as_given,
-    check,
-    check_attention,
-    check_norm,
-    check_weights,
-    scale_of,
-)
+from .validation import scale_of
 
-_WEIGHT = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor? {0}bias"
-_library = torch.library.Library("hf_sparse", "DEF")
-_library.define(
-    f"sparse_linear(Tensor x, {_WEIGHT.format('')}, int rows, int out_features, int in_features, "
-    'str activation="none") -> Tensor'
-)
-_library.define(
-    f"sparse_ffn(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, int up_rows, int down_rows, "
-    "int hidden_features, int out_features, int in_features, str activation) -> Tensor"
-)
-_library.define(
-    f"sparse_gated_ffn(Tensor x, {_WEIGHT.format('gate_')}, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, "
-    "int gate_rows, int up_rows, int down_rows, int hidden_features, int out_features, int in_features, "
-    "str activation) -> Tensor"
-)
-_library.define(
-    f"sparse_attention(Tensor x, {_WEIGHT.format('')}, Tensor? mask, int rows, int out_features, int in_features, "
-    "int heads, float scale) -> Tensor"
-)
+SHORTEST = 16
+"""Tokens from which the C++ attention and layer norm are used: they work on tiles of as many, one for each thread."""
 
-_library.define(
-    f"sparse_ffn_norm(Tensor x, {_WEIGHT.format('up_')}, {_WEIGHT.format('down_')}, {NORM}, int up_rows, "
-    "int down_rows, int hidden_features, int features, str activation) -> Tensor"
-)
-_library.define(
-    f"sparse_attention_norm(Tensor x, {_WEIGHT.format('')}, {_WEIGHT.format('output_')}, {NORM}, Tensor? mask, "
-    "int rows, int output_rows, int inner_features, int features, int heads, float scale) -> Tensor"
-)
+SPARSE_FROM = 0.85
+"""Fraction of zeros from which the reference uses torch's CSR matmul on a CPU: it beats the dense one there."""
+
+_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> version, weight; gone with the values
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -69,17 +37,16 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, activati
     Raises:
         BackendError: shapes or types that do not fit, an unknown activation, or an input that needs a gradient.
     """
-    return torch.ops.hf_sparse.sparse_linear(
+    out: Tensor = torch.ops.hf_sparse.sparse_linear(
         x,
-        weight.values,
-        weight.columns,
-        weight.pointers,
+        *weight.parts,
         bias,
         weight.rows,
         weight.out_features,
         weight.in_features,
         activation,
     )
+    return out
 
 
 def ffn(
@@ -98,13 +65,16 @@ def ffn(
     Raises:
         BackendError: as `linear`.
     """
-    return torch.ops.hf_sparse.sparse_ffn(
+    out: Tensor = torch.ops.hf_sparse.sparse_ffn(
         x,
-        *(up.values, up.columns, up.pointers, up_bias),
-        *(down.values, down.columns, down.pointers, down_bias),
+        *up.parts,
+        up_bias,
+        *down.parts,
+        down_bias,
         *(up.rows, down.rows, up.out_features, down.out_features, up.in_features),
         activation,
     )
+    return out
 
 
 def gated_ffn(
@@ -118,14 +88,18 @@ def gated_ffn(
     Raises:
         BackendError: as `linear`.
     """
-    return torch.ops.hf_sparse.sparse_gated_ffn(
+    out: Tensor = torch.ops.hf_sparse.sparse_gated_ffn(
         x,
-        *(gate.values, gate.columns, gate.pointers, None),
-        *(up.values, up.columns, up.pointers, None),
-        *(down.values, down.columns, down.pointers, None),
+        *gate.parts,
+        None,
+        *up.parts,
+        None,
+        *down.parts,
+        None,
         *(gate.rows, up.rows, down.rows, up.out_features, down.out_features, up.in_features),
         activation,
     )
+    return out
 
 
 def attention(
@@ -151,11 +125,12 @@ def attention(
     Raises:
         BackendError: as `linear`; or heads that do not divide the outputs, or a mask of another shape or type.
     """
-    return torch.ops.hf_sparse.sparse_attention(
+    out: Tensor = torch.ops.hf_sparse.sparse_attention(
         x,
-        *(qkv.values, qkv.columns, qkv.pointers, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
+        *(*qkv.parts, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
         scale_of(scale, qkv.out_features // 3, heads),
     )
+    return out
 
 
 def ffn_norm(
@@ -175,12 +150,15 @@ def ffn_norm(
     Raises:
         BackendError: as `linear`; or a norm of another size or type.
     """
-    return torch.ops.hf_sparse.sparse_ffn_norm(
+    out: Tensor = torch.ops.hf_sparse.sparse_ffn_norm(
         x,
-        *(up.values, up.columns, up.pointers, up_bias),
-        *(down.values, down.columns, down.pointers, down_bias),
+        *up.parts,
+        up_bias,
+        *down.parts,
+        down_bias,
         *(*norm, up.rows, down.rows, up.out_features, up.in_features, activation),
     )
+    return out
 
 
 def attention_norm(
@@ -203,145 +181,71 @@ def attention_norm(
     Raises:
         BackendError: as `attention`; or a norm of another size or type.
     """
-    return torch.ops.hf_sparse.sparse_attention_norm(
+    out: Tensor = torch.ops.hf_sparse.sparse_attention_norm(
         x,
-        *(qkv.values, qkv.columns, qkv.pointers, bias),
-        *(output.values, output.columns, output.pointers, output_bias),
+        *qkv.parts,
+        bias,
+        *output.parts,
+        output_bias,
         *(*norm, mask, qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
         scale_of(scale, output.in_features, heads),
     )
+    return out
 
 
-def _native(x: Tensor, *weights: Weight) -> bool:
-    """Say whether the C++ kernels take these: fp32 on the CPU, sizes that their int32 holds."""
-    return x.dtype == torch.float32 and all(
-        part.is_cpu for part in (x, *(part for weight in weights for part in weight[:4] if part is not None))
-    )
+def _native(x: Tensor, weights: Sequence[Weight]) -> NativeOps | None:
+    """Return the C++ kernels if they take these: fp32 on the CPU."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return None
+    for values, columns, pointers, bias, _, _, _ in weights:
+        if not (values.is_cpu and columns.is_cpu and pointers.is_cpu and (bias is None or bias.is_cpu)):
+            return None
+    loaded = library()
+    return None if loaded is None else loaded.fp32
 
 
-def _linear(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
-    weight = (values, columns, pointers, bias, rows, out_features, in_features)
-    check(x, activation, weight)
-    native = library() if _native(x, weight) else None
-    return native.linear(x, weight, activation) if native else fallback.linear(x, weight, activation)
+def _check(weight: Weight) -> None:
+    values, columns, pointers, _, rows, out_features, in_features = weight
+    check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse operator")
 
 
-def _linear_fake(x, values, columns, pointers, bias, rows, out_features, in_features, activation="none"):  # type: ignore[no-untyped-def]
-    check(x, activation, (values, columns, pointers, bias, rows, out_features, in_features))
-    return x.new_empty((*x.shape[:-1], out_features))
+def _fuses_norm(tokens: int, threads: int) -> bool:
+    return tokens >= SHORTEST * threads
 
 
-def _ffn_weights(parts: tuple) -> list[Weight]:
-    """Sort the arguments of a feed-forward operator by weight: (gate,) up, down."""
-    count = 2 if len(parts) == 13 else 3
-    rows, (hidden, out_features, in_features) = parts[4 * count : 5 * count], parts[5 * count :]
-    shapes = [(hidden, in_features)] * (count - 1) + [(out_features, hidden)]
-    return [(*parts[4 * i : 4 * i + 4], rows[i], *shapes[i]) for i in range(count)]
+def _fuses_heads(batch: int, length: int, weight: Weight) -> bool:
+    # Several short sequences fill the tiles of one matmul better than tiles of their own; taller blocks do not mind.
+    return length >= SHORTEST and not (batch > 2 and length < 2 * SHORTEST and weight.rows < 4)
 
 
-def _split(arguments: tuple) -> tuple[tuple, str]:
-    """Take the activation from the end; torch leaves it out where it is the default of the schema."""
-    if isinstance(arguments[-1], str):
-        return arguments[:-1], arguments[-1]
-    return arguments, "none"
+def _matmul(x: Tensor, weight: Weight) -> Tensor:
+    matrix, bias = _unpack(weight).to(x.dtype), weight.bias
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, matrix, bias) if matrix.layout == torch.strided else csr_matmul(x, matrix, bias)
 
 
-def _ffn(x, *arguments):  # type: ignore[no-untyped-def]
-    parts, activation = _split(arguments)
-    weights = _ffn_weights(parts)
-    check(x, activation, *weights)
-    native = library() if _native(x, *weights) else None
-    return native.ffn(x, weights, activation) if native else fallback.ffn(x, weights, activation)
+def _unpack(weight: Weight) -> Tensor:
+    """Return the CSR or the dense weight, made once for as long as the packed values live and do not change."""
+    values, columns, pointers, _, rows, out_features, in_features = weight
+    version = None if values.is_inference() else (values._version, columns._version, pointers._version)
+    cached = _unpacked.get(values)
+    if (
+        cached is not None
+        and version is not None
+        and cached[0] == version
+        and cached[1].shape == (out_features, in_features)
+    ):
+        matrix: Tensor = cached[1]
+        return matrix
+    matrix = dense(values, columns, pointers, rows, out_features, in_features)
+    filled = matrix.count_nonzero() if matrix.is_cpu and matrix.numel() else matrix.numel()
+    if filled < (1 - SPARSE_FROM) * matrix.numel():
+        matrix = matrix.to_sparse_csr()
+    _unpacked[values] = (version, matrix)
+    return matrix
 
 
-def _ffn_fake(x, *arguments):  # type: ignore[no-untyped-def]
-    parts, activation = _split(arguments)
-    weights = _ffn_weights(parts)
-    check(x, activation, *weights)
-    return x.new_empty((*x.shape[:-1], weights[-1][5]))
-
-
-def _ffn_norm_parts(parts: tuple) -> tuple[list[Weight], Norm]:
-    """Sort the arguments of `sparse_ffn_norm`."""
-    up_rows, down_rows, hidden, features = parts[11:]
-    return [(*parts[:4], up_rows, hidden, features), (*parts[4:8], down_rows, features, hidden)], parts[8:11]
-
-
-def _ffn_norm(x, *arguments):  # type: ignore[no-untyped-def]
-    parts, activation = _split(arguments)
-    weights, norm = _ffn_norm_parts(parts)
-    check(x, activation, *weights)
-    check_norm(x, norm)
-    native = library() if _native(x, *weights) else None
-    if native and x.shape[:-1].numel() >= SHORTEST * torch.get_num_threads():
-        return native.ffn(x, weights, activation, norm)
-    made = native.ffn(x, weights, activation) if native else fallback.ffn(x, weights, activation)
-    return fallback.normalise(made, x, norm)
-
-
-def _ffn_norm_fake(x, *arguments):  # type: ignore[no-untyped-def]
-    parts, activation = _split(arguments)
-    weights, norm = _ffn_norm_parts(parts)
-    check(x, activation, *weights)
-    check_norm(x, norm)
-    return x.new_empty(x.shape)
-
-
-def _heads(x: Tensor, weight: Weight, mask: Tensor | None, heads: int, scale: float, *after: Any) -> Tensor:
-    """Compute the heads, and what comes after them: nothing, or the output weight and the norm."""
-    output, norm = after or (None, None)
-    weights = [weight] if output is None else [weight, output]
-    native = library() if _native(x, *weights) and (mask is None or mask.is_cpu) else None
-    batch, length = x.shape[:2]
-    # Several short sequences fill the tiles of one product better than tiles of their own; taller blocks do not mind.
-    apart = length < SHORTEST or (batch > 2 and length < 2 * SHORTEST and weight[4] < 4) or weight[5] == 0
-    if native is not None and not apart:
-        return native.attention(x, weight, added(mask, x), heads, scale, output, norm)
-    product = native.linear if native else fallback.linear
-    made = fallback.attention(product(x, weight, "none"), heads, mask, scale)
-    return made if output is None else fallback.normalise(product(made, output, "none"), x, norm)
-
-
-def _attention(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
-    weight = (values, columns, pointers, bias, rows, out_features, in_features)
-    check_attention(x, weight, mask, heads)
-    return _heads(x, weight, mask, heads, scale)
-
-
-def _attention_fake(x, values, columns, pointers, bias, mask, rows, out_features, in_features, heads, scale):  # type: ignore[no-untyped-def]
-    check_attention(x, (values, columns, pointers, bias, rows, out_features, in_features), mask, heads)
-    return x.new_empty((*x.shape[:-1], out_features // 3))
-
-
-def _attention_norm_parts(x: Tensor, parts: tuple) -> tuple[Weight, Tensor | None, int, float, Weight, Norm]:
-    """Check and sort the arguments of `sparse_attention_norm`."""
-    mask, rows, output_rows, inner, features, heads, scale = parts[11:]
-    weight: Weight = (*parts[:4], rows, 3 * inner, features)
-    output: Weight = (*parts[4:8], output_rows, features, inner)
-    check_attention(x, weight, mask, heads)
-    check_weights(output)
-    check_norm(x, parts[8:11])
-    return weight, mask, heads, scale, output, parts[8:11]
-
-
-def _attention_norm(x, *parts):  # type: ignore[no-untyped-def]
-    return _heads(x, *_attention_norm_parts(x, parts))
-
-
-def _attention_norm_fake(x, *parts):  # type: ignore[no-untyped-def]
-    _attention_norm_parts(x, parts)
-    return x.new_empty(x.shape)
-
+FP32 = WeightFormat("sparse", Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
+define_all(FP32)
 
 library()  # now: a process that forks later is then known to have done so
-
-for _name, _run, _fake in (
-    ("sparse_linear", _linear, _linear_fake),
-    ("sparse_ffn", _ffn, _ffn_fake),
-    ("sparse_gated_ffn", _ffn, _ffn_fake),
-    ("sparse_ffn_norm", _ffn_norm, _ffn_norm_fake),
-    ("sparse_attention", _attention, _attention_fake),
-    ("sparse_attention_norm", _attention_norm, _attention_norm_fake),
-):
-    _library.impl(_name, as_given(_run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)

@@ -1,58 +1,33 @@
-"""The operators `hf_sparse::int8_linear`, `int8_ffn` and `int8_gated_ffn`: sparse weights in int8, for inference.
+"""The sparse operators on int8 weights (`int8_linear`, `int8_ffn`, ...), and functions that call them.
 
-Inputs are rounded as they come, each token to steps of its largest feature / 127, and so are the hidden features of a
-feed-forward part. Sums are exact in int32. A token with an infinity or NaN comes out as NaN.
+They are those of fp32_ops with weights in int8. What a matmul is given is rounded as it comes: each token to steps of
+its largest feature / 127. So are the input, the output of the heads, the hidden features. Sums are exact in int32;
+queries, keys, values, scores and the layer norm are in fp32. A token with an infinity or NaN comes out as NaN.
 The C++ needs AVX-512 with VNNI; everything else is computed in plain torch, from the same rounded numbers.
 """
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import BackendError
-from . import reference as fallback
 from .int8_layout import NOTHING, STEPS, PackedInt8, check_int8, dense_int8
-from .library import NormStructure, library, library_status, norm_structure
-from .types import ACTIVATIONS, Norm
-from .validation import as_given, check_gradients, check_input
+from .library import NativeOps, library, library_status
+from .operators import WeightFormat, define_all
+from .types import Int8Weight, Norm
+from .validation import scale_of
 
-PARTS = "Tensor {0}values, Tensor {0}columns, Tensor {0}pointers, Tensor {0}scales, Tensor {0}offsets, Tensor? {0}bias"
-COUNT = 6
+SHORTEST = 16
+"""Tokens from which the C++ attention is used."""
+
+MANY, SHORT = 3, 20
+"""So many sequences of less than so many tokens are faster as single matmuls, where they share tiles."""
+
 TILE = 64
 """Tokens of a tile in the C++."""
-
-_library = torch.library.Library("hf_sparse", "FRAGMENT")
-_library.define(
-    f"int8_linear(Tensor x, {PARTS.format('')}, int rows, int out_features, int in_features, str activation) -> Tensor"
-)
-_library.define(
-    f"int8_ffn(Tensor x, {PARTS.format('up_')}, {PARTS.format('down_')}, int up_rows, int down_rows, "
-    "int hidden_features, int out_features, int in_features, str activation) -> Tensor"
-)
-_library.define(
-    f"int8_gated_ffn(Tensor x, {PARTS.format('gate_')}, {PARTS.format('up_')}, {PARTS.format('down_')}, "
-    "int gate_rows, int up_rows, int down_rows, int hidden_features, int out_features, int in_features, "
-    "str activation) -> Tensor"
-)
-
-
-class WeightStructure(ctypes.Structure):
-    """`Int8Weight` of csrc/int8.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "columns", "pointers", "scales", "offsets", "bias")),
-        ("quads", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rows", "out_features", "in_features")),
-    )
-
-
-Weight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]
-"""values, columns, pointers, scales, offsets, bias, rows, out_features, in_features."""
 
 
 def int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -75,136 +50,147 @@ def int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None, activ
     return out
 
 
+def int8_attention(
+    x: Tensor,
+    qkv: PackedInt8,
+    bias: Tensor | None,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute the self-attention of every head, as `ops.attention`; the input and the weight in int8.
+
+    Shapes:
+        x: (batch, length, in). mask: broadcast to (batch, 1, length, length). Result: (batch, length, out / 3).
+
+    Raises:
+        BackendError: as `ops.attention`.
+
+    Example:
+        >>> from hf_sparse.kernels import pack_int8
+        >>> x = torch.tensor([[[127.0, 1.0]]])
+        >>> int8_attention(x, pack_int8(torch.eye(2).repeat(3, 1)), None, heads=1)  # one token: its own value
+        tensor([[[127.,   1.]]])
+    """
+    out: Tensor = torch.ops.hf_sparse.int8_attention(
+        *(x, *qkv.parts, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
+        scale_of(scale, qkv.out_features // 3, heads),
+    )
+    return out
+
+
+def int8_attention_norm(
+    x: Tensor,
+    qkv: PackedInt8,
+    bias: Tensor | None,
+    output: PackedInt8,
+    output_bias: Tensor | None,
+    norm: Norm,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute `layer_norm(x + int8_attention(x, ...) @ output.T + output_bias)`, the attention sub-block of BERT.
+
+    Shapes:
+        x: (batch, length, in). output: (in, inner), where qkv is (3 * inner, in). Result: (batch, length, in).
+
+    Raises:
+        BackendError: as `ops.attention_norm`.
+    """
+    out: Tensor = torch.ops.hf_sparse.int8_attention_norm(
+        *(x, *qkv.parts, bias, *output.parts, output_bias, *norm, mask),
+        *(qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
+        scale_of(scale, output.in_features, heads),
+    )
+    return out
+
+
+def int8_ffn_norm(
+    x: Tensor,
+    up: PackedInt8,
+    up_bias: Tensor | None,
+    down: PackedInt8,
+    down_bias: Tensor | None,
+    norm: Norm,
+    activation: str = "gelu",
+) -> Tensor:
+    """Compute `layer_norm(x + activation(x @ up.T + up_bias) @ down.T + down_bias)`: BERT's feed-forward sub-block.
+
+    Shapes:
+        x: (..., in). up: (hidden, in). down: (in, hidden). Weight and bias of the norm: (in,). Result: (..., in).
+
+    Raises:
+        BackendError: as `ops.ffn_norm`.
+    """
+    out: Tensor = torch.ops.hf_sparse.int8_ffn_norm(
+        *(x, *up.parts, up_bias, *down.parts, down_bias, *norm),
+        *(up.rows, down.rows, up.out_features, up.in_features, activation),
+    )
+    return out
+
+
 def why_not_int8() -> str | None:
-    """Say why the C++ int8 products cannot run here; None if they can."""
+    """Return why the C++ int8 kernels cannot run here; None if they can."""
     if native() is not None:
         return None
     status = library_status()
-    lacks = "the int8 products need AVX-512 with VNNI, and these do not have it here"
+    lacks = "the int8 kernels need AVX-512 with VNNI, and these do not have it here"
     return f"{status.message}; {lacks}" if status.available else status.message
 
 
-def native() -> ctypes.CDLL | None:
-    """Give the library, or None where it has no int8 products or this processor cannot run them."""
-    found = library()
-    return _open(found.path) if found is not None and found.isa.startswith("avx512") else None
+def native() -> NativeOps | None:
+    """Return the C++ int8 kernels, or None where there are none, or this processor cannot run them."""
+    loaded = library()
+    return None if loaded is None else loaded.int8
 
 
-@cache
-def _open(path: str) -> ctypes.CDLL | None:
-    made = ctypes.CDLL(path)  # the one that is loaded already
-    if not hasattr(made, "hf_sparse_int8_attention") or not made.hf_sparse_int8_runs():
-        return None
-    pointer, weight = ctypes.c_void_p, ctypes.POINTER(WeightStructure)
-    tail = (pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32)
-    made.hf_sparse_int8_linear.argtypes = (weight, *tail)
-    norm = ctypes.POINTER(NormStructure)
-    made.hf_sparse_int8_ffn.argtypes = (weight, weight, weight, norm, *tail)
-    made.hf_sparse_int8_attention.argtypes = [
-        *(weight, weight, norm, pointer, pointer, pointer),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
-    ]
-    return made
+def int8_matmul(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `round(x) @ matrix.T + bias`, each token rounded to steps of its largest feature / 127.
 
+    Args:
+        matrix: the dense weight after rounding, as `unpack_int8` gives it.
 
-def check_weights(x: Tensor, activation: str, weights: list[Weight]) -> None:
-    """Refuse what does not fit; the input has to be one of the first weight."""
-    check_input(x, activation, weights[0][-1])
-    for *parts, bias, rows, out_features, in_features in weights:
-        check_int8(tuple(parts), rows, out_features, in_features)
-        check_gradients(bias)
-        if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
-            raise BackendError(f"a bias {tuple(bias.shape)} in {bias.dtype} for {out_features} outputs")
-
-
-def _sorted(arguments: tuple) -> tuple[list[Weight], str]:
-    """Sort the arguments of an operator by weight: one; or (gate,) up, down."""
-    *parts, activation = arguments
-    count = len(parts) // (COUNT + 1)
-    tensors = [parts[COUNT * i : COUNT * (i + 1)] for i in range(count)]
-    if count == 1:
-        return [(*tensors[0], *parts[COUNT:])], activation
-    rows, (hidden, out, width) = parts[COUNT * count : -3], parts[-3:]
-    shapes = [(hidden, width)] * (count - 1) + [(out, hidden)]
-    return [(*tensors[i], rows[i], *shapes[i]) for i in range(count)], activation
-
-
-def _run(x: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    weights, activation = _sorted(arguments)
-    check_weights(x, activation, weights)
-    return compute(x, weights, activation)
-
-
-def compute(x: Tensor, weights: list[Weight], activation: str, norm: Norm | None = None) -> Tensor:
-    """Compute one product, or (gate,) up and down; with a norm, that of the sum of x and what comes out."""
-    own = native_for(x, weights)
-    if own is None:
-        out = _plain(x, weights, activation)
-        return out if norm is None else fallback.normalise(out, x, norm)
-    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    if norm is not None and -(-tokens // TILE) < threads:  # fewer tiles than threads share the products by outputs
-        return fallback.normalise(compute(x, weights, activation), x, norm)
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], weights[-1][-2]))
-    made_of = [structure(weight) for weight in weights]
-    made, normed = [part[0] for part in made_of], norm_structure(norm)
-    tail = (x.data_ptr(), y.data_ptr(), tokens, ACTIVATIONS.index(activation), threads)
-    if len(made) == 1:
-        result = own.hf_sparse_int8_linear(made[0], *tail)
-    else:
-        result = own.hf_sparse_int8_ffn(made[0], made[1] if len(made) == 3 else None, made[-1], normed[0], *tail)
-    return checked(result, y)
-
-
-def native_for(x: Tensor, weights: list[Weight]) -> ctypes.CDLL | None:
-    """Give the library if it takes these: fp32 on the CPU."""
-    tensors: list[Tensor] = [x, *(part for weight in weights for part in weight[:6] if part is not None)]
-    return native() if x.dtype == torch.float32 and all(part.is_cpu for part in tensors) else None
-
-
-def checked(result: int, y: Tensor) -> Tensor:
-    """Give the outputs, or raise what the library has said."""
-    if result:
-        reason = {1: "its pointers or columns lead outside of it: pack the weight again", 2: "not enough memory"}
-        raise BackendError(f"an int8 product failed: {reason.get(result, 'arguments that do not fit together')}")
-    return y
-
-
-def structure(weight: Weight) -> tuple[WeightStructure, Tensor | None]:
-    """Give the C structure, and the bias that has to live as long."""
-    bias = None if weight[5] is None else weight[5].to(torch.float32).contiguous()
-    addresses = [part.data_ptr() for part in weight[:5]]
-    at = None if bias is None else bias.data_ptr()
-    return WeightStructure(*addresses, at, weight[0].shape[0], *weight[6:]), bias
-
-
-def _fake(x: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    weights, activation = _sorted(arguments)
-    check_weights(x, activation, weights)
-    return x.new_empty((*x.shape[:-1], weights[-1][-2]))
-
-
-def _plain(x: Tensor, weights: list[Weight], activation: str) -> Tensor:
-    inner = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if len(weights) == 1:
-        return fallback.activate(_product(inner, weights[0]), activation).to(x.dtype)
-    hidden = fallback.activate(_product(inner, weights[0]), activation)
-    if len(weights) == 3:
-        hidden = hidden * _product(inner, weights[1])
-    return _product(hidden, weights[-1]).to(x.dtype)
-
-
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    values, columns, pointers, scales, _, bias, rows, out_features, in_features = weight
-    matrix = dense_int8(values, columns, pointers, scales, rows, out_features, in_features).to(x.dtype)
+    Shapes: `(..., in)` -> `(..., out)`
+    """
     largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
-    nothing = largest < NOTHING
-    steps = torch.where(nothing, 0.0, STEPS / largest) * x
-    size = torch.where(nothing, 0.0, torch.where(largest.isfinite(), largest / STEPS, torch.nan))
+    empty = largest < NOTHING
+    steps = torch.where(empty, 0.0, STEPS / largest) * x
+    size = torch.where(empty, 0.0, torch.where(largest.isfinite(), largest / STEPS, torch.nan))
     y = F.linear(steps.round(), matrix) * size
     return y if bias is None else y + bias.to(x.dtype)
 
 
-for _name in ("int8_linear", "int8_ffn", "int8_gated_ffn"):
-    _library.impl(_name, as_given(_run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_sparse::{_name}", _fake, lib=_library)
+def _native(x: Tensor, weights: Sequence[Int8Weight]) -> NativeOps | None:
+    """Return the C++ kernels if they take these: fp32 on the CPU."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return None
+    for values, columns, pointers, scales, offsets, bias, _, _, _ in weights:
+        if not (values.is_cpu and columns.is_cpu and pointers.is_cpu and scales.is_cpu and offsets.is_cpu):
+            return None
+        if not (bias is None or bias.is_cpu):
+            return None
+    return native()
+
+
+def _check(weight: Int8Weight) -> None:
+    values, columns, pointers, scales, offsets, _, rows, out_features, in_features = weight
+    check_int8((values, columns, pointers, scales, offsets), rows, out_features, in_features)
+
+
+def _fuses_norm(tokens: int, threads: int) -> bool:
+    return -(-tokens // TILE) >= threads  # else the threads share each matmul by outputs
+
+
+def _fuses_heads(batch: int, length: int, weight: Int8Weight) -> bool:
+    return length >= (SHORT if batch >= MANY else SHORTEST)
+
+
+def _matmul(x: Tensor, weight: Int8Weight) -> Tensor:
+    values, columns, pointers, scales, _, bias, rows, out_features, in_features = weight
+    matrix = dense_int8(values, columns, pointers, scales, rows, out_features, in_features).to(x.dtype)
+    return int8_matmul(x, matrix, bias)
+
+
+INT8 = WeightFormat("int8", Int8Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
+define_all(INT8)

@@ -1,19 +1,21 @@
-"""Load the C++ library, say what was found, and call it with tensors. ctypes releases the GIL around each call."""
+"""Load the C++ library, report its status, and call it with tensors. ctypes releases the GIL around each call."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
 from .fp32_layout import chunk_width
-from .types import ACTIVATIONS, Norm, Weight
+from .types import ACTIVATIONS, AnyWeight, Int8Weight, Norm, Weight
 
 TARGET = Path(__file__).with_name("_cpu.so")
 """The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""
@@ -29,7 +31,7 @@ _BUILD = "python -m hf_sparse.kernels.build (needs g++ or clang++)"
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """What `library_status` found: `available`, where the file is, the instruction set in use, and a line in words."""
+    """Result of `library_status`: whether the kernels are available, their file, instruction set and a message."""
 
     available: bool
     path: str | None
@@ -41,22 +43,91 @@ class _Weight(ctypes.Structure):
     """`Weight` of csrc/kernels.h."""
 
     _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("pointers", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("values", "columns", "pointers", "bias")),
         ("blocks", ctypes.c_int64),
-        ("rows", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("in_features", ctypes.c_int32),
-        ("chunk", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("rows", "out_features", "in_features", "chunk")),
     )
 
 
-class NormStructure(ctypes.Structure):
+class _Int8Weight(ctypes.Structure):
+    """`Int8Weight` of csrc/int8.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "columns", "pointers", "scales", "offsets", "bias")),
+        ("quads", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("rows", "out_features", "in_features")),
+    )
+
+
+class _Norm(ctypes.Structure):
     """`Norm` of csrc/kernels.h."""
 
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+_Structure = TypeVar("_Structure", _Weight, _Int8Weight)
+Kept = tuple[_Structure, Tensor | None]
+"""A C structure, and the bias that has to live as long."""
+
+
+class NativeOps:
+    """The C functions of one weight format, called with tensors: x in fp32 on the CPU.
+
+    Args:
+        functions: linear, ffn and attention.
+        structure: makes the C structure of a weight.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., int]], structure: Callable[[Any], Kept[Any]]) -> None:
+        self._linear, self._ffn, self._attention = functions
+        self._structure = structure
+
+    def linear(self, x: Tensor, weight: AnyWeight, activation: str) -> Tensor:
+        """Compute one linear layer and its activation."""
+        x = _readable(x)
+        y = x.new_empty((*x.shape[:-1], weight.out_features))
+        structure, _keep = self._structure(weight)
+        return _checked(self._linear(structure, x.data_ptr(), y.data_ptr(), *_tail(x, activation)), y)
+
+    def ffn(self, x: Tensor, weights: Sequence[AnyWeight], activation: str, norm: Norm | None) -> Tensor:
+        """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and the output."""
+        x = _readable(x)
+        y = x.new_empty((*x.shape[:-1], weights[-1].out_features))
+        kept = [self._structure(weight) for weight in weights]
+        normed, _keep = _norm_structure(norm)
+        result = self._ffn(
+            *(kept[0][0], kept[1][0] if len(kept) == 3 else None, kept[-1][0], normed),
+            *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
+        )
+        return _checked(result, y)
+
+    def attention(
+        self,
+        x: Tensor,
+        weights: Sequence[AnyWeight],
+        norm: Norm | None,
+        mask: Tensor | None,
+        heads: int,
+        scale: float,
+    ) -> Tensor:
+        """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None.
+
+        With a second weight, that of the output layer, its output; with a norm, that of the sum of x and the output.
+        """
+        x = _readable(x)
+        batch, length = x.shape[:2]
+        first, output = weights[0], weights[1] if len(weights) > 1 else None
+        y = x.new_empty((batch, length, first.out_features // 3 if output is None else output.out_features))
+        structure, _keep = self._structure(first)
+        after, _keep_too = (None, None) if output is None else self._structure(output)
+        normed, _keep_norm = _norm_structure(norm)
+        mask = None if mask is None else mask.contiguous()
+        step = length * length if mask is not None and mask.shape[0] > 1 else 0
+        result = self._attention(
+            *(structure, after, normed, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
+            *(step, batch, length, heads, scale, torch.get_num_threads()),
+        )
+        return _checked(result, y)
 
 
 class Library:
@@ -65,6 +136,10 @@ class Library:
     Args:
         path: of the shared library.
         isa: one of `isas`; the best one by default.
+
+    Attributes:
+        fp32: operators of `Weight`.
+        int8: operators of `Int8Weight`; None where the instruction set has none.
 
     Raises:
         BackendError: it cannot be loaded, or this processor lacks the instruction set.
@@ -79,112 +154,85 @@ class Library:
                 f"the C++ kernels at {path} cannot be loaded ({error}); rebuild them: {_BUILD}"
             ) from error
         self.path = path
-        self.shares = bool(self._c.hf_sparse_shares())
+        self.parallel = bool(self._c.hf_sparse_shares())
         self.isas: dict[str, int] = {}
-        place = 0
-        while (name := self._c.hf_sparse_isa(place)) != b"":
+        index = 0
+        while (name := self._c.hf_sparse_isa(index)) != b"":
             if name is not None:
-                self.isas[name.decode()] = place
-            place += 1
+                self.isas[name.decode()] = index
+            index += 1
         self.isa = isa or next(iter(self.isas))
         if self.isa not in self.isas:
             raise BackendError(
-                f"the C++ kernels were asked for {self.isa!r} ({ISA_VARIABLE}); this processor can do "
-                f"{', '.join(self.isas)}, and 'none' means plain torch"
+                f"{ISA_VARIABLE} must be one of {', '.join(self.isas)} on this processor, or 'none' for plain torch; "
+                f"got {self.isa!r}"
             )
+        index, c = self.isas[self.isa], self._c
+        functions = (c.hf_sparse_linear, c.hf_sparse_ffn, c.hf_sparse_attention)
+        self.fp32 = NativeOps([partial(function, index) for function in functions], _fp32_structure)
+        self.int8: NativeOps | None = None
+        if c.hf_sparse_int8_runs(index):
+            self.int8 = NativeOps(self._declare_int8(), _int8_structure)
+        self._dense = partial(c.hf_sparse_dense, index)
 
     def _declare(self) -> None:
         # A name that is missing means that the library is of another version of the sources.
         self._c.hf_sparse_isa.restype = ctypes.c_char_p
         self._c.hf_sparse_shares.argtypes = []
-        pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(_Weight), ctypes.POINTER(NormStructure)
-        tail = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-        self._c.hf_sparse_linear.argtypes = [ctypes.c_int, weight, pointer, pointer, *tail]
-        self._c.hf_sparse_ffn.argtypes = [ctypes.c_int, weight, weight, weight, norm, pointer, pointer, *tail]
-        self._c.hf_sparse_attention.argtypes = [
-            *(ctypes.c_int, weight, weight, norm, pointer, pointer, pointer),
-            *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int32),
+        self._c.hf_sparse_int8_runs.argtypes = [ctypes.c_int]
+        functions = (self._c.hf_sparse_linear, self._c.hf_sparse_ffn, self._c.hf_sparse_attention)
+        for function, types in zip(functions, _argument_types(_Weight), strict=True):
+            function.argtypes = [ctypes.c_int, *types]
+        self._c.hf_sparse_dense.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 4,
+            *[ctypes.c_int64] * 3,
+            ctypes.c_int32,
         ]
 
-        self._c.hf_sparse_dense.argtypes = [ctypes.c_int, *[pointer] * 4, *[ctypes.c_int64] * 3, ctypes.c_int32]
-
-    def linear(self, x: Tensor, weight: Weight, activation: str) -> Tensor:
-        """Compute one product; x in fp32 on the CPU."""
-        x = _readable(x)
-        y = x.new_empty((*x.shape[:-1], weight[5]))
-        structure, _keep = _structure(weight)
-        result = self._c.hf_sparse_linear(
-            self.isas[self.isa], structure, x.data_ptr(), y.data_ptr(), *_tail(x, activation)
-        )
-        return _checked(result, y)
-
-    def ffn(self, x: Tensor, weights: list[Weight], activation: str, norm: Norm | None = None) -> Tensor:
-        """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and what comes out."""
-        x = _readable(x)
-        y = x.new_empty((*x.shape[:-1], weights[-1][5]))
-        parts = [_structure(weight) for weight in weights]
-        structures = [part[0] for part in parts]
-        second = structures[1] if len(parts) == 3 else None
-        normed, _keep = norm_structure(norm)
-        result = self._c.hf_sparse_ffn(
-            *(self.isas[self.isa], structures[0], second, structures[-1], normed),
-            *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
-        )
-        return _checked(result, y)
+    def _declare_int8(self) -> tuple[Callable[..., int], ...]:
+        functions = (self._c.hf_sparse_int8_linear, self._c.hf_sparse_int8_ffn, self._c.hf_sparse_int8_attention)
+        for function, types in zip(functions, _argument_types(_Int8Weight), strict=True):
+            function.argtypes = types
+        return functions
 
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the product of a few tokens with a dense weight; weight and bias contiguous."""
+        """Compute a dense linear layer of a few tokens; weight and bias contiguous."""
         x = _readable(x)
         out, width = weight.shape
         y = x.new_empty((*x.shape[:-1], out))
-        result = self._c.hf_sparse_dense(
-            *(self.isas[self.isa], weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr()),
+        result = self._dense(
+            *(weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr()),
             *(y.data_ptr(), x.shape[:-1].numel(), width, out, torch.get_num_threads()),
         )
         return _checked(result, y)
 
-    def attention(
-        self,
-        x: Tensor,
-        weight: Weight,
-        mask: Tensor | None,
-        heads: int,
-        scale: float,
-        output: Weight | None = None,
-        norm: Norm | None = None,
-    ) -> Tensor:
-        """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None.
 
-        With an output weight, the product with it; with a norm, that of the sum of x and what comes out.
-        """
-        x = _readable(x)
-        batch, length = x.shape[:2]
-        y = x.new_empty((batch, length, weight[5] // 3 if output is None else output[5]))
-        structure, _keep = _structure(weight)
-        after, _bias = (None, None) if output is None else _structure(output)
-        normed, _parts = norm_structure(norm)
-        mask = None if mask is None else mask.contiguous()
-        step = length * length if mask is not None and mask.shape[0] > 1 else 0
-        result = self._c.hf_sparse_attention(
-            *(self.isas[self.isa], structure, after, normed, x.data_ptr(), y.data_ptr()),
-            *(None if mask is None else mask.data_ptr(), step, batch, length, heads, scale, torch.get_num_threads()),
-        )
-        return _checked(result, y)
+def _argument_types(structure: type[ctypes.Structure]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the types of the arguments of linear, ffn and attention, after the instruction set."""
+    pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(structure), ctypes.POINTER(_Norm)
+    tail = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+    sizes = [ctypes.c_int64] * 3
+    return (
+        [weight, *tail],
+        [weight, weight, weight, norm, *tail],
+        [weight, weight, norm, *[pointer] * 3, *sizes, ctypes.c_int32, ctypes.c_float, ctypes.c_int32],
+    )
 
 
 def library_status() -> LibraryStatus:
-    """Say whether the C++ kernels were found, where, and what they use here; or why not, and how to get them."""
+    """Return whether the C++ kernels are available, and where; or why not, and how to build them."""
     library, why = _load()
     if library is None:
-        return LibraryStatus(False, None, None, f"{why}; sparse products run in plain torch, slower")
-    threads = "" if library.shares else ", on one thread: they were built without OpenMP"
+        return LibraryStatus(False, None, None, f"{why}; sparse matmuls run in plain torch, slower")
+    threads = "" if library.parallel else ", on one thread: they were built without OpenMP"
     return LibraryStatus(
         True, library.path, library.isa, f"C++ kernels at {library.path}, using {library.isa}{threads}"
     )
 
 
 def library() -> Library | None:
-    """Give the library, or None where there is none."""
+    """Return the library, or None where there is none."""
     return _load()[0]
 
 
@@ -194,8 +242,8 @@ def _load() -> tuple[Library | None, str]:
     if isa == "none":
         return None, f"the C++ kernels are switched off by {ISA_VARIABLE}=none"
     if not TARGET.exists():
-        said = LOG.read_text(encoding="utf-8").strip() if LOG.exists() else ""
-        reason = f" (at install: {said})" if said else ""
+        log = LOG.read_text(encoding="utf-8").strip() if LOG.exists() else ""
+        reason = f" (at install: {log})" if log else ""
         return None, f"the C++ kernels are not built{reason}; build them with {_BUILD}"
     try:
         return Library(str(TARGET), isa), ""
@@ -203,43 +251,56 @@ def _load() -> tuple[Library | None, str]:
         return None, str(error)
 
 
-def _structure(weight: Weight) -> tuple[_Weight, Tensor | None]:
-    """Give the C structure, and the bias that has to live as long."""
+def _fp32_structure(weight: Weight) -> Kept[_Weight]:
     values, columns, pointers, bias, rows, out_features, in_features = weight
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    at = None if bias is None else bias.data_ptr()
+    address = None if bias is None else bias.data_ptr()
     return _Weight(
-        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), at, columns.numel()),
+        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), address, columns.numel()),
         *(rows, out_features, in_features, chunk_width(in_features, pointers.shape[0])),
     ), bias
 
 
-def norm_structure(norm: Norm | None) -> tuple[NormStructure | None, tuple[Tensor | None, ...]]:
-    """Give the C structure, and the tensors that have to live as long."""
+def _int8_structure(weight: Int8Weight) -> Kept[_Int8Weight]:
+    values, columns, pointers, scales, offsets, bias, rows, out_features, in_features = weight
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    address = None if bias is None else bias.data_ptr()
+    return _Int8Weight(
+        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), address),
+        *(values.shape[0], rows, out_features, in_features),
+    ), bias
+
+
+def _norm_structure(norm: Norm | None) -> tuple[_Norm | None, tuple[Tensor | None, ...]]:
+    """Return the C structure, and the tensors that have to live as long."""
     if norm is None:
         return None, ()
     weight, bias, eps = norm
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    return NormStructure(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
+    return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Give an input as the kernels read it: another type would be read, and written, past its end."""
+    """Return an input as the kernels read it: another type would be read, and written, past its end."""
     if x.dtype != torch.float32 or not x.is_cpu:
-        raise BackendError(f"the C++ products take float32 on the CPU, not {x.dtype} on {x.device}")
+        raise BackendError(f"the C++ kernels take float32 on the CPU, got {x.dtype} on {x.device}")
     return x.contiguous()
 
 
 def _tail(x: Tensor, activation: str) -> tuple[int, int, int]:
-    tokens = x.shape[:-1].numel()
-    return tokens, ACTIVATIONS.index(activation), torch.get_num_threads()
+    return x.shape[:-1].numel(), ACTIVATIONS.index(activation), torch.get_num_threads()
+
+
+_REASONS = {
+    1: "pointers or columns of a weight lead outside of it: pack the weight again",
+    2: "not enough memory for a tile",
+    3: "arguments that do not fit together",
+}
 
 
 def _checked(result: int, y: Tensor) -> Tensor:
-    if result == 1:
-        raise BackendError("the pointers of a packed weight run backwards or past its blocks: pack the weight again")
     if result:
-        reason = {2: "not enough memory for a tile", 3: "arguments that do not fit together"}.get(result, str(result))
-        raise BackendError(f"a C++ sparse product failed: {reason}")
+        raise BackendError(f"a C++ kernel failed: {_REASONS.get(result, result)}")
     return y

@@ -1,44 +1,37 @@
-"""The products in plain torch: right on every device, slower than the C++ ones."""
+"""The sparse operators in plain torch: correct on every device, slower than the C++ kernels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .fp32_layout import dense
-
-if TYPE_CHECKING:
-    from .types import Norm, Weight
-
-SPARSE_FROM = 0.85
-"""Share of zeros from which torch's CSR product, tokens in chunks, beats its dense one on a CPU."""
+from .types import AnyWeight, Norm
 
 TOKENS = 32
-"""Tokens a chunk of the CSR product: its activations stay in the cache."""
+"""Tokens a chunk of the CSR matmul: its activations stay in the cache."""
 
-_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> version, weight; gone with the values
-
-
-def linear(x: Tensor, weight: Weight, activation: str) -> Tensor:
-    """Compute a product, its bias and its activation; in fp32, or in fp64 where x is."""
-    return _linear(x.to(_dtype(x)), weight, activation).to(x.dtype)
+W = TypeVar("W", bound=AnyWeight)
 
 
-def ffn(x: Tensor, weights: list[Weight], activation: str) -> Tensor:
-    """Compute (gate,) up and down."""
-    inner = x.to(_dtype(x))
-    hidden = _linear(inner, weights[0], activation)
+def forward(x: Tensor, weights: Sequence[W], activation: str, matmul: Callable[[Tensor, W], Tensor]) -> Tensor:
+    """Compute one linear layer and its activation, or (gate,) up and down; in fp32, or in fp64 where x is.
+
+    Args:
+        matmul: computes `x @ weight.T + bias`.
+    """
+    inner = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    hidden = activate(matmul(inner, weights[0]), activation)
     if len(weights) == 3:
-        hidden = hidden * _linear(inner, weights[1], "none")
-    return _linear(hidden, weights[-1], "none").to(x.dtype)
+        hidden = hidden * matmul(inner, weights[1])
+    return (hidden if len(weights) == 1 else matmul(hidden, weights[-1])).to(x.dtype)
 
 
 def attention(x: Tensor, heads: int, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute the attention of queries, keys and values that lie beside each other.
+    """Compute the attention of concatenated queries, keys and values.
 
     Shapes: x: (batch, length, 3 * inner). Result: (batch, length, inner).
     """
@@ -48,10 +41,9 @@ def attention(x: Tensor, heads: int, mask: Tensor | None, scale: float) -> Tenso
     return out.transpose(1, 2).reshape(batch, length, width // 3)
 
 
-def normalise(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+def normalize(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     """Compute the layer norm of a sum."""
-    weight, bias, eps = norm
-    return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
+    return F.layer_norm(x + residual, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -69,39 +61,18 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return x
 
 
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def csr_matmul(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `x @ matrix.T + bias` for a matrix in CSR, some tokens at a time.
 
+    `F.linear` with a CSR weight is slower than dense at any sparsity; the matrix times a few columns is not, from about
+    85 % zeros on.
 
-def _linear(x: Tensor, weight: Weight, activation: str) -> Tensor:
-    matrix, bias = _unpack(weight).to(x.dtype), weight[3]
-    bias = None if bias is None else bias.to(x.dtype)
-    if matrix.layout == torch.strided:
-        return activate(F.linear(x, matrix, bias), activation)
-    flat = x.reshape(-1, x.shape[-1])
-    out = flat.new_empty(flat.shape[0], matrix.shape[0])
-    for start in range(0, flat.shape[0], TOKENS):
-        out[start : start + TOKENS] = (matrix @ flat[start : start + TOKENS].T).T
+    Shapes: `(..., in)` -> `(..., out)`
+    """
+    tokens = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    out = x.new_empty((len(tokens), matrix.shape[0]))
+    for start in range(0, len(tokens), TOKENS):
+        out[start : start + TOKENS] = (matrix @ tokens[start : start + TOKENS].t()).t()
     if bias is not None:
         out += bias
-    return activate(out, activation).view(*x.shape[:-1], matrix.shape[0])
-
-
-def _unpack(weight: Weight) -> Tensor:
-    """Make the CSR or the dense weight, once for as long as the packed values live and stay what they are."""
-    values, columns, pointers, _, rows, out_features, in_features = weight
-    version = None if values.is_inference() else (values._version, columns._version, pointers._version)
-    known = _unpacked.get(values)
-    if (
-        known is not None
-        and version is not None
-        and known[0] == version
-        and known[1].shape == (out_features, in_features)
-    ):
-        return known[1]
-    matrix = dense(values, columns, pointers, rows, out_features, in_features)
-    filled = matrix.count_nonzero() if matrix.is_cpu and matrix.numel() else matrix.numel()
-    if filled < (1 - SPARSE_FROM) * matrix.numel():
-        matrix = matrix.to_sparse_csr()
-    _unpacked[values] = (version, matrix)
-    return matrix
+    return out.view(*x.shape[:-1], matrix.shape[0])

@@ -23,7 +23,7 @@ def norm_of(after: Any) -> Norm | None:
         return None  # the dropout of a model in eval() can be switched on alone, to draw many answers (MC dropout)
     if any(watched(module) for module in (after, after.dense, after.dropout, norm)):
         return None
-    return norm.weight, norm.bias, norm.eps
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def is_own(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@
 
 using hf_sparse::Int8Weight;
 using hf_sparse::Norm;
-extern "C" int hf_sparse_int8_runs();
+extern "C" int hf_sparse_int8_runs(int);
 extern "C" int hf_sparse_int8_linear(const Int8Weight*, const float*, float*, int64_t, int32_t, int32_t);
 extern "C" int hf_sparse_int8_ffn(const Int8Weight*, const Int8Weight*, const Int8Weight*, const Norm*, const float*,
                                   float*, int64_t, int32_t, int32_t);
@@ -43,7 +43,7 @@ struct Packed {
 };
 
 int main() {
-  if (!hf_sparse_int8_runs()) return std::puts("no AVX-512 VNNI here: all right"), 0;
+  if (!hf_sparse_int8_runs(0)) return std::puts("no AVX-512 VNNI here: all right"), 0;
   for (int rows = 1; rows <= 4; rows *= 2)
     for (int out : {1, 5, 33, 129, 260})
       for (int in : {1, 5, 33, 129, 260})

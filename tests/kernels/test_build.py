@@ -27,7 +27,7 @@ exec g++ "$@"
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(compiler))
     made = library.Library(str(build.build(tmp_path / "_cpu.so", extra=("-O0",))))
-    assert not made.shares
+    assert not made.parallel
     monkeypatch.setattr(library, "_load", lambda: (made, ""))
     assert "on one thread: they were built without OpenMP" in library_status().message
     monkeypatch.setattr(ops, "library", lambda: made)

@@ -14,7 +14,7 @@ from hf_sparse.kernels import PackedWeight, library, pack
 from hf_sparse.kernels import fp32_ops as ops
 from hf_sparse.kernels import reference as fallback
 from hf_sparse.kernels.library import Library
-from hf_sparse.kernels.types import ACTIVATIONS
+from hf_sparse.kernels.types import ACTIVATIONS, Norm, Weight
 
 NATIVE = library.library()
 WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
@@ -154,7 +154,7 @@ def test_whole_sub_blocks_match_fp64(way, rows, threads):
             qkv, out = 0.3 * sparse(3 * inner, width, 0.8), sparse(width, inner, 0.8)
             b, c, d = torch.randn(hidden), torch.randn(width), torch.randn(3 * inner)
             up_, down_, qkv_, out_ = pack(up, rows[0]), pack(down, rows[1]), pack(qkv, rows[0]), pack(out, rows[1])
-            for norm in ((torch.randn(width), torch.randn(width), 1e-5), (torch.randn(width), None, 0.1)):
+            for norm in (Norm(torch.randn(width), torch.randn(width), 1e-5), Norm(torch.randn(width), None, 0.1)):
                 for batch, length in ((0, 20), (1, 1), (2, 15), (1, 16), (3, 17), (2, 64), (1, 130)):
                     x = torch.randn(batch, length, width)
                     y = F.linear(reference(x, up, b, "gelu"), down.double(), c.double())
@@ -166,12 +166,12 @@ def test_whole_sub_blocks_match_fp64(way, rows, threads):
 
 
 def test_attention_without_features_is_its_bias_and_the_input(way):
-    x, norm, bias = torch.randn(2, 20, 8), (torch.ones(8), None, 0.1), torch.randn(8)
+    x, norm, bias = torch.randn(2, 20, 8), Norm(torch.ones(8), None, 0.1), torch.randn(8)
     found = ops.attention_norm(x, pack(torch.zeros(0, 8)), None, pack(torch.zeros(8, 0)), bias, norm, 2)
     close(found, normed(x, bias.double().expand(2, 20, 8), norm))
 
 
-@pytest.mark.parametrize("norm", [(torch.ones(7), None, 0.1), (torch.ones(8), torch.ones(1), 0.1),
+@pytest.mark.parametrize("norm", [Norm(torch.ones(7), None, 0.1), Norm(torch.ones(8), torch.ones(1), 0.1),
                                   (torch.ones(8).double(), None, 0.1),
                                   (torch.ones(8, device="meta"), None, 0.1)])  # fmt: skip
 def test_norms_that_do_not_fit_are_refused(norm):
@@ -322,7 +322,7 @@ def test_gradients_of_what_is_not_the_input_are_refused_too(which):
         return torch.ones(shape, requires_grad=name == which)
 
     x, qkv, square = torch.randn(1, 20, 4), pack(torch.ones(12, 4)), pack(torch.ones(4, 4))
-    norm = (own("norm weight", 4), own("norm bias", 4), 1e-5)
+    norm = Norm(own("norm weight", 4), own("norm bias", 4), 1e-5)
     calls = {
         "attention": lambda: ops.attention_norm(
             x, qkv, own("bias", 12), square, own("down bias", 4), norm, 2, own("mask", 1, 1, 1, 20)
@@ -342,7 +342,7 @@ def test_gradients_of_what_is_not_the_input_are_refused_too(which):
 def test_autocast_around_changes_nothing(way, length):
     # A short attention is torch's own, which autocast would hand on in bfloat16 to a kernel that reads fp32.
     x, qkv, square = torch.randn(2, length, 16), pack(sparse(48, 16, 0.5)), pack(sparse(16, 16, 0.5))
-    norm, mask = (torch.randn(16), torch.randn(16), 1e-5), torch.zeros(2, 1, 1, length)
+    norm, mask = Norm(torch.randn(16), torch.randn(16), 1e-5), torch.zeros(2, 1, 1, length)
     calls = (
         lambda: ops.linear(x, square),
         lambda: ops.ffn(x, square, None, square, None),
@@ -362,11 +362,11 @@ def test_autocast_around_changes_nothing(way, length):
 @pytest.mark.skipif(NATIVE is None, reason="the C++ kernels are not built: python -m hf_sparse.kernels.build")
 def test_library_refuses_what_it_would_read_past_its_end():
     weight = pack(torch.eye(16))
-    parts = (weight.values, weight.columns, weight.pointers, None, 1, 16, 16)
+    parts = Weight(*weight.parts, None, 1, 16, 16)
     assert NATIVE is not None
     for x in (torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 16, device="meta")):
         with pytest.raises(BackendError, match="float32 on the CPU"):
-            NATIVE.linear(x, parts, "none")
+            NATIVE.fp32.linear(x, parts, "none")
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_library_refuses_what_it_would_read_past_its_end():
         (torch.tensor([1, 2, 3]), None, "none", "floating point"),
         (torch.tensor(1.0), None, "none", "3 inputs"),
         (torch.randn(2, 3), torch.zeros(4), "none", "bias"),
-        (torch.randn(2, 3), None, "tanh", "unknown activation"),
+        (torch.randn(2, 3), None, "tanh", "activation"),
     ],
 )
 def test_what_does_not_fit_is_refused(x, bias, activation, said):
@@ -423,7 +423,10 @@ def test_operators_pass_the_checks_of_torch(way):
             *(back.values, back.columns, back.pointers, torch.randn(30), 2, 1, 20, 30, 30, "gelu"),
         ),
     )
-    other, norm = (back.values, back.columns, back.pointers, torch.randn(30)), (torch.randn(30), torch.randn(30), 0.1)
+    other, norm = (
+        (back.values, back.columns, back.pointers, torch.randn(30)),
+        Norm(torch.randn(30), torch.randn(30), 0.1),
+    )
     torch.library.opcheck(
         torch.ops.hf_sparse.sparse_ffn_norm,
         (
@@ -466,7 +469,7 @@ class Block(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = ops.attention(x, self.qkv, None, 2)
-        norm = (torch.ones(30), None, 1e-5)
+        norm = Norm(torch.ones(30), None, 1e-5)
         x = ops.ffn_norm(
             ops.attention_norm(x, self.qkv, None, self.out, None, norm, 2), self.up, None, self.down, None, norm
         )
@@ -516,8 +519,8 @@ def test_two_threads_at_once(way):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_fork_after_use_does_not_hang():
     assert NATIVE is not None
-    packed, x, native = pack(sparse(200, 300, 0.8)), torch.randn(150, 300), NATIVE
-    weight = (*arguments(packed, x, None)[1:],)
+    packed, x, native = pack(sparse(200, 300, 0.8)), torch.randn(150, 300), NATIVE.fp32
+    weight = Weight(*arguments(packed, x, None)[1:])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

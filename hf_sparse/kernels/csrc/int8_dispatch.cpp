@@ -8,14 +8,30 @@
 
 using namespace hf_sparse;
 
+EXPORT const char* hf_sparse_isa(int place);
+
+namespace {
+
 // Whether this processor has what the int8 products need.
-EXPORT int hf_sparse_int8_runs() {
+bool int8_runs_here() {
 #ifdef HF_SPARSE_X86
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
 #else
-  return 0;
+  return false;
+#endif
+}
+
+}  // namespace
+
+// Whether the int8 products belong to this instruction set, and run on this processor.
+EXPORT int hf_sparse_int8_runs(int isa) {
+#ifdef HF_SPARSE_X86
+  const char* name = hf_sparse_isa(isa);
+  return name && (name == kAvx512.name || name == kAvx512Vbmi.name) && int8_runs_here();
+#else
+  return isa < 0;
 #endif
 }
 
@@ -255,7 +271,7 @@ int attention(const Int8Weight& w, const After& after, const float* x, float* y,
 // y = activation(x w^T + bias), x rounded to int8 token by token.
 EXPORT int hf_sparse_int8_linear(const Int8Weight* w, const float* x, float* y, int64_t tokens, int32_t activation,
                                  int32_t threads) {
-  if (!hf_sparse_int8_runs() || tokens < 0) return kBadArgument;
+  if (!int8_runs_here() || tokens < 0) return kBadArgument;
   if (!sound(*w)) return kBadWeight;
   if (tokens == 0 || w->out_features == 0) return kOk;
   return linear(*w, x, y, tokens, Activation(activation), threads);
@@ -265,7 +281,7 @@ EXPORT int hf_sparse_int8_linear(const Int8Weight* w, const float* x, float* y, 
 // token by token; second may be null. With a norm, which needs a tile for each thread: y = norm(x + that).
 EXPORT int hf_sparse_int8_ffn(const Int8Weight* first, const Int8Weight* second, const Int8Weight* down, const Norm* norm,
                               const float* x, float* y, int64_t tokens, int32_t activation, int32_t threads) {
-  if (!hf_sparse_int8_runs() || tokens < 0) return kBadArgument;
+  if (!int8_runs_here() || tokens < 0) return kBadArgument;
   if (!sound(*first) || (second && !sound(*second)) || !sound(*down)) return kBadWeight;
   if (down->in_features != first->out_features) return kBadArgument;
   if (second && (second->out_features != first->out_features || second->in_features != first->in_features))
@@ -280,7 +296,7 @@ EXPORT int hf_sparse_int8_ffn(const Int8Weight* first, const Int8Weight* second,
 EXPORT int hf_sparse_int8_attention(const Int8Weight* w, const Int8Weight* output, const Norm* norm, const float* x,
                                     float* y, const float* mask, int64_t mask_step, int64_t batch, int64_t length,
                                     int32_t heads, float scale, int32_t threads) {
-  if (!hf_sparse_int8_runs() || batch < 0 || length < 0 || heads < 1 || mask_step < 0) return kBadArgument;
+  if (!int8_runs_here() || batch < 0 || length < 0 || heads < 1 || mask_step < 0) return kBadArgument;
   if (w->out_features < 1 || w->out_features % (3 * int64_t(heads))) return kBadArgument;
   if (!sound(*w) || (output && !sound(*output))) return kBadWeight;
   if (output && output->in_features != w->out_features / 3) return kBadArgument;

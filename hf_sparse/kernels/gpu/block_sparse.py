@@ -23,6 +23,7 @@ from ...formats.codecs import codec_of, layout
 from ...formats.codecs.base import as_bits, unpack_bits
 from ...formats.codecs.block import Block
 from ...formats.manifest import TensorEntry
+from ..operators import define
 
 SIDES = (16, 32, 64, 128)
 """Rows or columns of a block that the kernel takes: what a tensor core multiplies, and what fits into its registers."""
@@ -167,14 +168,9 @@ def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Blocks | None
 # -- the product and the layer ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hf_sparse::block_sparse_linear", mutates_args=())
-def block_sparse_linear(
+def _run(
     x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Return `x W^T + bias`, see `Blocks`.
-
-    Shapes: `(tokens, in)` -> `(tokens, out_features)`.
-    """
     _, rows, cols = values.shape
     fits = rows in SIDES and cols in SIDES and x.dtype in DTYPES
     if x.shape[0] and fits and has_triton() and (x.is_cuda or interprets()):
@@ -186,8 +182,9 @@ def block_sparse_linear(
     return _by_rows(x, values, columns, pointers, bias, out_features)
 
 
-@block_sparse_linear.register_fake
-def _(x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _fake(
+    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
 
 
@@ -220,6 +217,15 @@ def _by_rows(
     return out.contiguous() if bias is None else out + bias
 
 
+block_sparse_linear = define(
+    "block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor? bias, SymInt out_features) "
+    "-> Tensor",
+    _run,
+    _fake,
+)
+"""`x W^T + bias`, see `Blocks`. Shapes: `(tokens, in)` -> `(tokens, out_features)`."""
+
+
 class BlockSparseLinear(nn.Module):
     """A linear layer for inference that keeps the blocks of its weight which are not zero.
 
@@ -250,7 +256,7 @@ class BlockSparseLinear(nn.Module):
         if x.dtype != self.values.dtype:
             raise BackendError(f"the layer is in {self.values.dtype}, and what it is given in {x.dtype}")
         flat = x.reshape(-1, self.in_features)
-        y = block_sparse_linear(flat, self.values, self.columns, self.pointers, self.bias, self.out_features)
+        y: Tensor = block_sparse_linear(flat, self.values, self.columns, self.pointers, self.bias, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:

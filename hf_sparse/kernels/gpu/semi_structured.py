@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BackendError
+from ..operators import define
 from .semi_structured_layout import (
     BACKENDS,
     FLOATS,
@@ -133,17 +134,7 @@ def _plain(x: Tensor) -> bool:
     return not x.is_cuda
 
 
-@torch.library.custom_op("hf_sparse::semi_structured_linear", mutates_args=())
-def semi_structured_linear(
-    x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int
-) -> Tensor:
-    """Return `x W^T + bias`.
-
-    Args:
-        packed: the values as bytes, in the layout of cuSPARSELt if there is no meta, else in that of CUTLASS.
-
-    Shapes: `(tokens, in)` -> `(tokens, out_features)`.
-    """
+def _run(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
     tokens = x.shape[0]
     if not tokens:
         return x.new_empty((0, out_features))
@@ -155,9 +146,19 @@ def semi_structured_linear(
     return _multiply(padded, values, meta, bias)[:tokens, :out_features].contiguous()
 
 
-@semi_structured_linear.register_fake
-def _(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
     return x.new_empty((x.shape[0], out_features))
+
+
+semi_structured_linear = define(
+    "semi_structured_linear(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, SymInt out_features) -> Tensor",
+    _run,
+    _fake,
+)
+"""`x W^T + bias`; `packed` is the values as bytes, for cuSPARSELt without meta, else for CUTLASS.
+
+Shapes: `(tokens, in)` -> `(tokens, out_features)`.
+"""
 
 
 class SemiStructuredLinear(nn.Module):
@@ -225,9 +226,8 @@ class SemiStructuredLinear(nn.Module):
                 "were cast since: cast the dense model first, then pack it"
             )
         flat = x.reshape(-1, self.in_features)
-        return semi_structured_linear(flat, self.packed, self.meta, self.bias, self.out_features).view(
-            *x.shape[:-1], self.out_features
-        )
+        y: Tensor = semi_structured_linear(flat, self.packed, self.meta, self.bias, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:
         """Return the dense layer, its weight as it was."""
