@@ -19,7 +19,7 @@ from ..errors import BackendError, RecipeError
 from ..hf.auto import load_whole, most_tokens
 from ..profiling.latency_table import machine
 from ..profiling.speed_record import verdict
-from ..pruning.compaction import EDITS_ATTRIBUTE
+from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
 
 TOLERANCE = 1e-3
@@ -243,7 +243,7 @@ def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:
     try:
         return to_runtime(model, backend)
     except BackendError:
-        if getattr(model, EDITS_ATTRIBUTE, None) is None:
+        if not edits_of(model):
             raise
         # What was removed is cut out, so it is faster without any sparse layer.
         return RuntimeReport(

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..formats.inspection import inspect
-from ..formats.structure import Cut, Edits
+from ..formats.structure import Cut
 from ..hf.auto import load_whole
 from ..modeling.architectures import SubBlock, known_sub_blocks
 from ..profiling.speed_record import SPEED, read_speed
-from ..pruning.compaction import EDITS_ATTRIBUTE
+from ..pruning.compaction import edits_of
 from ..pruning.summary import summarize
 from ..recipe.sections import DataSection
 from ..reporting import html as page
@@ -186,7 +186,7 @@ def groups_left(model: PreTrainedModel) -> list[GroupsLeft]:
 
     Shapes: `left` has one entry for each head or neuron that the model was made with.
     """
-    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    edits = edits_of(model)
     out = []
     for block in known_sub_blocks(model):
         cuts = edits.heads if block.kind == "attention" else edits.neurons

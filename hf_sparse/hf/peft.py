@@ -24,13 +24,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.utils import logging
 
 from ..formats.codecs.base import pack_bits, unpack_bits
+from ..modeling.model_state import KEPT, SPARSE_WEIGHTS, UPDATE
 from ..modeling.zero_preservation import keeps_zeros
-from ..pruning.summary import WEIGHTS_ATTRIBUTE
 
 logger = logging.get_logger(__name__)
-
-_KEPT = "hf_sparse_kept"
-_UPDATE = "hf_sparse_update"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def merged_update(model: nn.Module) -> MergedUpdate:
         >>> # model = peft_model.merge_and_unload()
         >>> # merged_update(model).lost_fraction
     """
-    found = {name: vars(module)[_UPDATE] for name, module in model.named_modules() if _UPDATE in vars(module)}
+    found = {name: u for name, module in model.named_modules() if (u := UPDATE.get(module)) is not None}
     return MergedUpdate(
         norm=sum(norm for norm, _ in found.values()) ** 0.5,
         lost=sum(lost for _, lost in found.values()) ** 0.5,
@@ -79,8 +76,8 @@ def _guard(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         verbs = {"merge": _merge, "unmerge": _unmerge}
         weight = _innermost(child).weight
         if not weight.is_meta:  # an offloaded one is looked at when it is merged
-            vars(parent)[_KEPT] = torch.from_numpy(pack_bits((weight.detach() != 0).view(-1).cpu().numpy()))
-    elif name == "model" and child is not None and WEIGHTS_ATTRIBUTE in vars(child):
+            KEPT.set(parent, _kept_bits(weight))
+    elif name == "model" and child is not None and SPARSE_WEIGHTS.get(child) is not None:
         verbs = {"merge_and_unload": _merge_and_unload, "merge_adapter": _merge_adapter}
     for verb, ours in verbs.items():
         theirs = getattr(type(parent), verb, None)
@@ -95,10 +92,16 @@ def _innermost(layer: nn.Module) -> Any:
     return layer
 
 
+def _kept_bits(weight: Tensor) -> Tensor:
+    return torch.from_numpy(pack_bits((weight.detach() != 0).view(-1).cpu().numpy()))
+
+
 def _kept(layer: nn.Module, weight: Tensor) -> Tensor:
-    if _KEPT not in vars(layer):
-        vars(layer)[_KEPT] = torch.from_numpy(pack_bits((weight.detach() != 0).view(-1).cpu().numpy()))
-    flags = unpack_bits(vars(layer)[_KEPT].numpy(), weight.numel(), "kept weights")
+    bits = KEPT.get(layer)
+    if bits is None:
+        bits = _kept_bits(weight)
+        KEPT.set(layer, bits)
+    flags = unpack_bits(bits.numpy(), weight.numel(), "kept weights")
     return torch.from_numpy(flags).view(weight.shape).to(weight.device)
 
 
@@ -113,8 +116,8 @@ def _merge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         update = base.weight.detach() - before
         norm, lost = (float(part.float().square().sum()) for part in (update, update[~kept]))
         if norm:
-            earlier = vars(base).get(_UPDATE, (0.0, 0.0))
-            setattr(base, _UPDATE, (earlier[0] + norm, earlier[1] + lost))
+            earlier = UPDATE.get(base) or (0.0, 0.0)
+            UPDATE.set(base, (earlier[0] + norm, earlier[1] + lost))
         base.weight.data.masked_fill_(~kept, 0)
 
 
@@ -125,7 +128,7 @@ def _unmerge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return cast(Any, type(layer)).unmerge(layer, *args, **kwargs)
     finally:
         base.weight.data.masked_fill_(~_kept(layer, base.weight), 0)
-        vars(base).pop(_UPDATE, None)
+        UPDATE.pop(base)
 
 
 def _merge_and_unload(tuner: Any, *args: Any, **kwargs: Any) -> Any:

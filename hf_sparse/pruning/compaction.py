@@ -11,13 +11,17 @@ from ..errors import CheckpointError, SparsityError
 from ..formats.structure import KINDS, Cut, Edits
 from ..modeling.architectures import SubBlock, find_sub_blocks, known_sub_blocks
 from ..modeling.architectures.base import Attention, FeedForward
+from ..modeling.model_state import EDITS
 from .masked_weight import masked_weight
-
-EDITS_ATTRIBUTE = "hf_sparse_edits"
-"""Attribute of a model with the `Edits` that made it what it is."""
 
 after_compact: list[Callable[[nn.Module], None]] = []
 """Called with every model that has lost something. The Hugging Face floor hangs itself in here to prepare saving."""
+
+
+def edits_of(model: nn.Module) -> Edits:
+    """Return what compaction has removed from a model since it was made, or the empty `Edits`."""
+    edits: Edits | None = getattr(model, EDITS.name, None)  # a wrapper hands attributes on
+    return edits or Edits()
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def compact(model: nn.Module) -> Edits:
                 raise SparsityError(f"'{name}' still has a mask. End the pruning first: Pruner.bake()")
             if layer.weight.is_meta:
                 raise SparsityError(f"'{name}' is not in memory (meta device). Load the whole model into memory first")
-    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    edits = edits_of(model)
     parts: dict[str, dict[str, Cut]] = {kind: dict(getattr(edits, kind)) for kind in KINDS.values()}
     for block in blocks:
         living = _living_heads(block) if block.kind == "attention" else _living_neurons(block)
@@ -72,7 +76,7 @@ def compact(model: nn.Module) -> Edits:
         _cut(block, kept, cuts[block.name])
     edits = Edits(**parts)
     if edits:
-        setattr(model, EDITS_ATTRIBUTE, edits)
+        EDITS.set(model, edits)
         for prepare in after_compact:
             prepare(model)
     return edits
@@ -167,4 +171,4 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
             )
         parts[kind][own] = cut
         _cut(block, cut.kept, cut)
-    setattr(model, EDITS_ATTRIBUTE, Edits(**parts))
+    EDITS.set(model, Edits(**parts))

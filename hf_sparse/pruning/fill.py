@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import SparsityError
+from ..modeling.model_state import sparse_weights, unmark_sparse_weights
 from ..modeling.zero_preservation import free_zeros
-from .summary import WEIGHTS_ATTRIBUTE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,14 +37,14 @@ def fill(model: M) -> M:
 
     Source: Lagunas et al. 2021, "Block Pruning For Faster Transformers", section 4.3 ("hybrid filled").
     """
-    names = getattr(model, WEIGHTS_ATTRIBUTE, ())
+    names = sparse_weights(model)
     if not names:
         raise SparsityError("the model holds no weights at zero, so there is nothing to fill; prune it first")
     layers = [model.get_submodule(name.rpartition(".")[0]) for name in names]
     if any("parametrizations" in dict(layer.named_children()) for layer in layers):
         raise SparsityError("there are masks on the model. End the pruning first: Pruner.bake()")
     free_zeros(layers)
-    delattr(model, WEIGHTS_ATTRIBUTE)
+    unmark_sparse_weights(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.quantization_config.intent = None  # what was asked for is not true any more

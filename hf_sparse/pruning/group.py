@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig
+from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError
 from ..modeling.zero_preservation import keeps_zeros
 from .masked_weight import hidden
@@ -176,6 +176,36 @@ def check_disjoint(plans: list[Plan]) -> None:
                     "from one of them"
                 )
             owner[name] = index
+
+
+def joined(model: nn.Module, earlier: SparsityConfig, later: SparsityConfig) -> SparsityConfig:
+    """Return what was requested of a model by two prunings, one after the other: for a weight of both, the later one.
+
+    Args:
+        model: as the later pruning found it, or with its masks.
+    """
+    if earlier == later:
+        return later
+    taken = {name for group in later.groups for name in _layers_of(model, group)}
+    groups: list[GroupConfig] = []
+    for group in earlier.groups:
+        names = set(_layers_of(model, group))
+        if names and names <= taken:
+            continue
+        again = sorted(names & taken)
+        if again and not isinstance(PATTERNS.build(group.pattern), Structure):
+            group = dataclasses.replace(group, exclude=(*group.exclude, *again))
+        groups.append(group)
+    return SparsityConfig(groups=[*groups, *later.groups])
+
+
+def _layers_of(model: nn.Module, group: GroupConfig) -> list[str]:
+    """Return the layers that a group means; none if the model has changed so much since that nothing fits."""
+    try:
+        units = find_shares(model, PATTERNS.build(group.pattern), group.targets, group.exclude)
+    except RecipeError:
+        return []
+    return [share.name for unit in units for share in unit]
 
 
 def check_shards(plan: Plan) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SparsityError
-from ..formats.structure import Cut, Edits
+from ..formats.structure import Cut
 from ..modeling.architectures import SubBlock, find_sub_blocks
-from .compaction import EDITS_ATTRIBUTE
+from .compaction import edits_of
 
 
 def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -129,7 +129,7 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any], who: str) -> Tensor:
 
 
 def _table(model: nn.Module, blocks: list[SubBlock], found: Mapping[str, Tensor]) -> Tensor:
-    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    edits = edits_of(model)
     cuts = [edits.heads.get(block.name, Cut(block.groups, tuple(range(block.groups)))) for block in blocks]
     table = torch.full((len(blocks), max(cut.before for cut in cuts)), float("nan"), dtype=torch.float64)
     for row, block, cut in zip(table, blocks, cuts, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError
+from ..modeling.model_state import sparse_weights
 from .pruner import Pruner
-from .summary import WEIGHTS_ATTRIBUTE
-from .unit import Share
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,8 +27,9 @@ def sparsify(model: M, config: SparsityConfig, batches: Iterable[Mapping[str, An
 
     Raises:
         RecipeError: for scorers that learn from training, for those that look at data if there are no batches, for
-            batches that no scorer looks at, and as `Pruner`.
-        SparsityError: if there are NaN among the weights; the model is then as it was. As `Pruner.measure`.
+            batches that no scorer looks at, for less sparsity than an earlier pruning left, and as `Pruner`. The model
+            is then as it was.
+        SparsityError: if there are NaN among the weights, and as `Pruner.measure`. The model is then as it was.
 
     Example:
         >>> import torch, hf_sparse
@@ -53,52 +53,46 @@ def sparsify(model: M, config: SparsityConfig, batches: Iterable[Mapping[str, An
             )
     if batches is not None and not any(plan.scorer.observes or plan.scorer.measures for plan in pruner.plans):
         raise RecipeError("there are batches, but no scorer looks at data: gradient, taylor and head_importance do")
-    pruner.attach()
+    alive = _alive_before(pruner)
+    pruner.put_masks()
     try:
         if batches is not None:
             pruner.measure(batches)
         pruner.step(progress=1.0)
+        _check_not_sparser(pruner, alive)
     except BaseException:
-        for unit in pruner.units:
-            unit.keep_all()
+        pruner.detach()
         raise
-    finally:
-        pruner.bake()
+    pruner.bake()
+    pruner.mark()
     return model
 
 
-def prune_further(model: M, config: SparsityConfig) -> M:
-    """Prune a model that is sparse already, as `sparsify` does.
+def _alive_before(pruner: Pruner) -> dict[str, Tensor]:
+    """Return which groups are left of each unit with a weight that an earlier pruning made sparse, by its name."""
+    sparse = set(sparse_weights(pruner.model))
+    units = [unit for plan in pruner.plans for unit in plan.shares]
+    return {
+        f"{unit[0].name}.weight": torch.stack([m.pattern.pool((m.layer.weight != 0).float(), "sum") for m in unit]).sum(
+            0
+        )
+        > 0
+        for unit in units
+        if any(f"{member.name}.weight" in sparse for member in unit)
+    }
 
-    Raises:
-        RecipeError: if the model is sparser than what is asked for, since what was removed cannot be brought back; and
-            as `sparsify`.
 
-    Example:
-        >>> import torch, hf_sparse
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> model = sparsify(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.75))
-        >>> prune_further(model, hf_sparse.SparsityConfig(targets="*", sparsity=0.5))
-        Traceback (most recent call last):
-            ...
-        hf_sparse.errors.RecipeError: sparsity 0.5 was asked for, but the model is at 0.7500 already, ...
-    """
-    for plan in Pruner(model, config).plans:
-        alive = [_alive(shares) for shares in plan.shares]
-        groups, kept = sum(mask.numel() for mask in alive), sum(int(mask.sum()) for mask in alive)
-        # Where the pattern or the selection decides, anything that is sparser fulfils it too.
-        if plan.config.sparsity is not None and kept + len(alive) < (1 - plan.sparsity) * groups:
+def _check_not_sparser(pruner: Pruner, alive: dict[str, Tensor]) -> None:
+    """Raise `RecipeError` if masks would keep more than an earlier pruning has left: it cannot be brought back."""
+    for plan in pruner.plans:
+        if plan.config.sparsity is None:
+            continue  # where the pattern or the selection decides, anything that is sparser fulfils it too
+        units = [unit for unit in plan.units if unit.name in alive]
+        left, kept = sum(int(alive[u.name].sum()) for u in units), sum(int(u.kept().sum()) for u in units)
+        if left + len(units) < kept:
+            total = sum(unit.groups for unit in units)
             raise RecipeError(
-                f"sparsity {plan.sparsity:g} was asked for, but the model is at {1 - kept / groups:.4f} already, and "
-                "what was removed cannot be brought back. Ask for more, or load the dense model"
+                f"sparsity {plan.sparsity:g} was requested, but '{units[0].name}' and {len(units) - 1} more weights "
+                f"are at {1 - left / total:.4f} since an earlier pruning, and removed weights cannot be restored. "
+                "Request a higher sparsity, exclude these weights, or start from the dense model"
             )
-    before = getattr(model, WEIGHTS_ATTRIBUTE, ())
-    sparsify(model, config)
-    # What is sparse from before and no target this time stays packed when saved.
-    setattr(model, WEIGHTS_ATTRIBUTE, tuple(dict.fromkeys((*before, *getattr(model, WEIGHTS_ATTRIBUTE)))))
-    return model
-
-
-def _alive(shares: Sequence[Share]) -> Tensor:
-    """Return which groups of a unit that has no masks have anything left in any of its weights."""
-    return torch.stack([share.pattern.pool((share.layer.weight != 0).float(), "sum") for share in shares]).sum(0) > 0

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError, SparsityError
-from ..modeling.zero_preservation import free_zeros, keep_zeros
+from ..modeling.model_state import mark_sparse_weights
+from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from .calibration import measure_heads, observe_batches
 from .group import check_disjoint, check_shards, make_plan
 from .masked_weight import check_free
 from .score_warmup import warm_up
-from .summary import WEIGHTS_ATTRIBUTE, Summary, summarize
+from .summary import Summary, summarize
 from .unit import Unit, attach_unit
 
 after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
@@ -59,6 +60,7 @@ class Pruner:
         self.plans = [make_plan(model, group) for group in config.groups]
         check_disjoint(self.plans)
         self.attached = False
+        self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
         self.progress = 0.0  # of the last `step`
 
     def attach(self) -> Pruner:
@@ -70,6 +72,12 @@ class Pruner:
             RecipeError: if a weight has a mask or another parametrisation, is on the meta device, or is frozen though
                 the scorer needs its gradient; the model is then untouched.
         """
+        self.put_masks()
+        self.mark()
+        return self
+
+    def put_masks(self) -> None:
+        """Put the masks on, and change nothing else of the model; `attach` without `mark`."""
         for plan in self.plans:
             for name, layer in plan.layers.items():
                 check_free(layer, f"{name}.weight")
@@ -78,18 +86,37 @@ class Pruner:
                         f"scorer '{plan.scorer.name}' looks at gradients, but '{name}.weight' is frozen "
                         "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
                     )
+        layers = [layer for plan in self.plans for layer in plan.layers.values()]
+        self._kept_zeros = [layer for layer in layers if keeps_zeros(layer)]
+        free_zeros(layers)  # of an earlier pruning: from here on the masks decide
         for plan in self.plans:
-            free_zeros(plan.layers.values())  # of an earlier pruning: from here on the masks decide
             weights = [layer.weight for layer in plan.layers.values()]
             shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
             plan.units = [attach_unit(unit, plan.scorer, shared) for unit in plan.shares]
-        names = {member.name for unit in self.units for member in unit.members}
-        order = [f"{name}.weight" for name, _ in self.model.named_modules() if f"{name}.weight" in names]
-        setattr(self.model, WEIGHTS_ATTRIBUTE, tuple(order))
         self.attached = True
+
+    def mark(self) -> None:
+        """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
+        names = [name for plan in self.plans for name in plan.layers]
+        mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
         for prepare in after_attach:
             prepare(self.model, self.config)
-        return self
+
+    @torch.no_grad()
+    def detach(self) -> nn.Module:
+        """Take the masks off without making their zeros permanent, and return the model with its dense weights.
+
+        Weights that an earlier pruning made sparse keep their zeros again.
+        """
+        self._must_be_attached()
+        for unit in self.units:
+            unit.keep_all()
+            unit.bake()
+        keep_zeros(self._kept_zeros)
+        for plan in self.plans:
+            plan.units = []
+        self.attached = False
+        return self.model
 
     @property
     def units(self) -> list[Unit]:

@@ -12,10 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import SparsityError
 from ..modeling.layer_matching import block_layers
+from ..modeling.model_state import SPARSE_WEIGHTS, sparse_weights
 from .masked_weight import MaskedWeight
-
-WEIGHTS_ATTRIBUTE = "hf_sparse_weights"
-"""Attribute of a model with the names of the weights that were asked to be sparse."""
 
 read_offloaded: list[Callable[[nn.Module, str], Tensor | None]] = []
 """Asked for a weight that is on the meta device. The Hugging Face floor reads here what accelerate has offloaded."""
@@ -137,8 +135,9 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
     parameters_of = model
     if names is None:
         # A wrapper (DDP, an adapter of PEFT) may hand attributes on, but the names are those inside it.
-        model = next((module for module in model.modules() if WEIGHTS_ATTRIBUTE in vars(module)), model)
-        names = getattr(model, WEIGHTS_ATTRIBUTE, None)
+        outermost = _outermost_marked(model)
+        model = outermost[0] if len(outermost) == 1 else model
+        names = sparse_weights(model) if outermost else None
     if names is None:
         names = [f"{name}.weight" for name in block_layers(model)]
     modules = dict(model.named_modules())
@@ -153,6 +152,14 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
         reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
     return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(parameters_of)))
+
+
+def _outermost_marked(model: nn.Module) -> list[nn.Module]:
+    """Return the models that were pruned or loaded sparse, without those inside another one."""
+    if SPARSE_WEIGHTS.get(model) is not None:
+        return [model]
+    found = [marked for child in model.children() for marked in _outermost_marked(child)]
+    return list(dict.fromkeys(found))
 
 
 def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:

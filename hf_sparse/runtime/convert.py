@@ -13,6 +13,7 @@ from ..kernels import LibraryStatus, library_status
 from ..kernels.int8_ops import why_not_int8
 from ..modeling.architectures import SubBlock, known_sub_blocks
 from ..modeling.layer_matching import InRuntimeForm
+from ..modeling.model_state import RUNTIME_FROZEN
 from ..profiling.latency_table import machine
 from . import fused_attention as attention
 from . import fused_ffn as blocks
@@ -29,8 +30,6 @@ __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime
 
 Backend = Literal["auto", "cpu", "cpu-int8", "csr", "dense"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-_FROZEN = "hf_sparse_runtime_frozen"
 
 
 @torch.no_grad()
@@ -148,7 +147,7 @@ def to_dense_runtime(model: nn.Module) -> None:
             together = module.joint.layers if module.joint is not None else (module,)
             become_dense(together)
             done.update(map(id, together))
-    trainable = set(vars(model).pop(_FROZEN, ()))
+    trainable = set(RUNTIME_FROZEN.pop(model) or ())
     for name, parameter in model.named_parameters():
         if name in trainable:
             parameter.requires_grad_(True)
@@ -278,7 +277,7 @@ def _freeze(model: nn.Module, trainable: tuple[str, ...], readers: list[SubBlock
         trainable: names of the parameters that did.
         readers: sub-blocks that look at the dtype of their last weight in each pass, which would unpack it.
     """
-    vars(model)[_FROZEN] = trainable
+    RUNTIME_FROZEN.set(model, trainable)
     for block in readers:
         if isinstance(block.output, PackedLinear) and blocks.kind(block) is not None:
             blocks.become_lean(block, None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DECODE = "hf_sparse_decode"
+from ..modeling.model_state import DECODE
 
 
 def can_wait(owner: nn.Module, name: str, dtype: torch.dtype, device_map: Any) -> bool:
@@ -37,13 +37,13 @@ def waiting(shape: tuple[int, ...], dtype: torch.dtype, decode: Callable[[], Ten
         decode: gives the weight; called each time that it is looked at.
     """
     weight = nn.Parameter(torch.zeros(1, dtype=dtype).expand(shape))
-    setattr(weight, _DECODE, decode)
+    DECODE.set(weight, decode)
     return weight
 
 
 def look(weight: Tensor) -> Tensor:
     """Return what a parameter holds, or will hold."""
-    decode: Callable[[], Tensor] | None = getattr(weight, _DECODE, None)
+    decode: Callable[[], Tensor] | None = DECODE.get(weight)
     return weight.detach() if decode is None else decode()
 
 
@@ -59,9 +59,9 @@ def arrive(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         weight = layer._parameters.get("weight")
-        if weight is not None and hasattr(weight, _DECODE):
+        if weight is not None and DECODE.get(weight) is not None:
             weight.data = look(weight)
-            delattr(weight, _DECODE)
+            DECODE.pop(weight)
 
 
 def give_back() -> None:

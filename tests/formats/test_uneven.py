@@ -25,7 +25,7 @@ from transformers import (
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.modeling.architectures import find_sub_blocks
-from hf_sparse.pruning.compaction import EDITS_ATTRIBUTE
+from hf_sparse.pruning.compaction import edits_of
 from tests.helpers import structures
 from tests.helpers.training import Rows, arguments, bert, sparse_trainer
 from tests.hf.quantization.test_quantizer import change_header
@@ -63,7 +63,7 @@ def same_state(first: torch.nn.Module, second: torch.nn.Module) -> None:
     assert first.state_dict().keys() == second.state_dict().keys()
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    assert getattr(first, EDITS_ATTRIBUTE) == getattr(second, EDITS_ATTRIBUTE)
+    assert edits_of(first) == edits_of(second)
 
 
 # -- exact -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertLMHeadModel
 from hf_sparse import Pruner, SparsityConfig, SparsityError, compact, sparsify
 from hf_sparse.formats.structure import Cut
 from hf_sparse.modeling.architectures import find_sub_blocks
-from hf_sparse.pruning.compaction import EDITS_ATTRIBUTE
+from hf_sparse.pruning.compaction import edits_of
 from tests.helpers import structures
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0.0}
@@ -308,7 +308,7 @@ def test_copies_and_pickles_are_the_small_model(family: str) -> None:
     inputs = structures.batch(family)
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):  # noqa: S301  made one line above
         assert torch.equal(other(**inputs).logits, small(**inputs).logits)
-        assert getattr(other, EDITS_ATTRIBUTE) == getattr(small, EDITS_ATTRIBUTE)
+        assert edits_of(other) == edits_of(small)
         assert [type(m) for m in other.modules()] == [type(m) for m in small.modules()]
 
 
@@ -434,7 +434,7 @@ def test_dense_model_is_left_as_it_is() -> None:
     model = structures.build("bert")
     before = model.state_dict()
     assert not compact(model)
-    assert not hasattr(model, EDITS_ATTRIBUTE)
+    assert not edits_of(model)
     assert not hasattr(model, "hf_quantizer")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from hf_sparse import RecipeError, SparsityConfig, SparsityError, compact, sparsify, summarize
-from hf_sparse.pruning.oneshot import prune_further
+from hf_sparse.modeling.model_state import sparse_weights
+from hf_sparse.modeling.zero_preservation import keeps_zeros
 from tests.helpers.layers import one_layer, two_layers
 from tests.helpers.training import bert
 
@@ -86,13 +87,51 @@ def test_sparsify_can_be_repeated_with_more() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "left"), [("head", 2), ("neuron", 32)])
-def test_prune_further_removes_whole_heads_and_neurons_of_a_model_that_is_sparse(pattern: str, left: int) -> None:
+def test_sparsify_removes_whole_heads_and_neurons_of_a_model_that_is_sparse(pattern: str, left: int) -> None:
     model = sparsify(bert(), SparsityConfig(sparsity=0.25))
-    edits = compact(prune_further(model, SparsityConfig(pattern=pattern, sparsity=0.5)))
+    edits = compact(sparsify(model, SparsityConfig(pattern=pattern, sparsity=0.5)))
     assert {len(cut.kept) for _, _, cut in edits} == {left}
 
 
-def test_prune_further_refuses_fewer_heads_removed_than_are() -> None:
-    model = sparsify(bert(), SparsityConfig(pattern="head", sparsity=0.75))
-    with pytest.raises(RecipeError, match=r"sparsity 0\.25 was asked for, but the model is at 0\.7500 already"):
-        prune_further(model, SparsityConfig(pattern="head", sparsity=0.25))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"sparsity": 0.75}, {"sparsity": 0.5}),
+        ({"sparsity": 0.75}, {"sparsity": 0.5, "pattern": "row"}),
+        ({"sparsity": 0.75, "pattern": "head"}, {"sparsity": 0.25, "pattern": "head"}),
+        ({"sparsity": 0.75, "pattern": "head"}, {"sparsity": 0.25}),
+        ({"sparsity": 0.75, "targets": "*attention*"}, {"sparsity": 0.5}),
+    ],
+)
+def test_sparsify_refuses_less_sparsity_than_there_is_and_leaves_the_model(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    model = sparsify(bert(), SparsityConfig(**first))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    marked = sparse_weights(model)
+    if second.get("pattern") == "row":  # a row is left while anything in it is
+        assert summarize(sparsify(model, SparsityConfig(**second))).sparsity > 0.75
+        return
+    with pytest.raises(
+        RecipeError, match=r"was requested, but '.*' and \d+ more weights are at 0\.7500 since an earlier"
+    ):
+        sparsify(model, SparsityConfig(**second))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert sparse_weights(model) == marked
+    kept = [keeps_zeros(module) for name, module in model.named_modules() if f"{name}.weight" in marked]
+    assert all(kept)
+    assert sum(keeps_zeros(module) for module in model.modules()) == len(marked)
+
+
+def test_sparsify_takes_the_same_sparsity_again() -> None:
+    model = two_layers()
+    for _ in range(2):
+        sparsify(model, SparsityConfig(targets="*", sparsity=0.5))
+    assert [weight.nonzeros for weight in summarize(model).weights] == [64, 64]
+
+
+def test_sparsify_takes_zeros_that_no_pruning_made() -> None:
+    model = two_layers()
+    model[0].weight.data[:7] = 0.0
+    sparsify(model, SparsityConfig(targets="*", sparsity=0.5))
+    assert [weight.nonzeros for weight in summarize(model).weights] == [16, 64]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from ...errors import RecipeError
-from ...pruning.compaction import EDITS_ATTRIBUTE
+from ...pruning.compaction import edits_of
 from .config import SparseConfig
 from .saving import save_plain
 
@@ -53,7 +53,7 @@ def hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
     """Make the model one of the second quantizer, which saves, dequantizes and loads it from now on."""
     loaded = cast(Any, model)
     save_plain(model)
-    if getattr(model, EDITS_ATTRIBUTE, None):
+    if edits_of(model):
         loaded.save_pretrained = _refuse_to_save
     loaded.hf_quantizer = second
     loaded.quantization_method = second.quantization_config.quant_method

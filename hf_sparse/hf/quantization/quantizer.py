@@ -22,12 +22,13 @@ from ...formats.codecs.base import TORCH_DTYPES
 from ...formats.manifest import Manifest
 from ...formats.safetensors_io import MANIFEST_KEY, check_files
 from ...formats.structure import EDITS_KEY, Edits
+from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
 from ...modeling.zero_preservation import free_zeros, keep_zeros
 from ...pruning import compaction, pruner
 from ...pruning.compaction import apply_edits
+from ...pruning.group import joined
 from ...pruning.masked_weight import STATE_SUFFIXES
-from ...pruning.oneshot import prune_further, sparsify
-from ...pruning.summary import WEIGHTS_ATTRIBUTE
+from ...pruning.oneshot import sparsify
 from ...runtime import is_runtime, to_dense_runtime, to_runtime
 from ...runtime.lazy_weights import can_wait, waiting
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
@@ -219,7 +220,7 @@ class SparseQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._settle(model)
         if self.prune_to is not None and not (self.pre_quantized and self.prune_to == self.quantization_config.intent):
-            (prune_further if self.pre_quantized else sparsify)(model, self.prune_to)
+            sparsify(model, self.prune_to)
         if self.second is None:
             if self.quantization_config.backend is not None:
                 to_runtime(model, self.quantization_config.backend)
@@ -235,7 +236,7 @@ class SparseQuantizer(HfQuantizer):
         loaded._weight_conversions = [c for c in loaded._weight_conversions or () if not _is_ours(c)]
         assert self.manifest is not None
         names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
-        setattr(model, WEIGHTS_ATTRIBUTE, tuple(names[key] for key in self.manifest.targets if key in names))
+        SPARSE_WEIGHTS.set(model, tuple(names[key] for key in self.manifest.targets if key in names))
         for parameter in model.parameters():
             if not parameter.numel():  # left by compaction, which does the same
                 parameter.requires_grad_(False)
@@ -264,8 +265,7 @@ class SparseQuantizer(HfQuantizer):
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.
         save_plain(model)
         free_zeros(_layers(model))
-        if hasattr(model, WEIGHTS_ATTRIBUTE):
-            delattr(model, WEIGHTS_ATTRIBUTE)
+        unmark_sparse_weights(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -308,7 +308,7 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return [model.get_submodule(name.rpartition(".")[0]) for name in getattr(model, WEIGHTS_ATTRIBUTE, ())]
+    return [model.get_submodule(name.rpartition(".")[0]) for name in sparse_weights(model)]
 
 
 def _is_ours(conversion: Any) -> bool:
@@ -338,7 +338,8 @@ def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:
         raise RecipeError(
             f"the model is quantized ({method}), so its weights cannot be pruned. Load it without quantization"
         )
-    config = SparseConfig(intent)
+    earlier = present.quantization_config.intent if isinstance(present, SparseQuantizer) else None
+    config = SparseConfig(intent if earlier is None or intent is None else joined(model, earlier, intent))
     cast(Any, model).hf_quantizer = SparseQuantizer(config)
     model.config.quantization_config = config
     save_packed(model)

@@ -27,11 +27,11 @@ from ...formats.codecs import SUFFIXES, encode
 from ...formats.codecs.base import pack_bits
 from ...formats.manifest import Manifest, TensorEntry
 from ...formats.safetensors_io import settle_header
-from ...formats.structure import EDITS_KEY, Edits
+from ...formats.structure import EDITS_KEY
+from ...modeling.model_state import sparse_weights
 from ...pruning import summary as report
-from ...pruning.compaction import EDITS_ATTRIBUTE
+from ...pruning.compaction import edits_of
 from ...pruning.masked_weight import STATE_SUFFIXES
-from ...pruning.summary import WEIGHTS_ATTRIBUTE
 from ...utils.atomic_io import replace_files
 from ..hub.push import push_model
 
@@ -59,7 +59,7 @@ def pack_state(
     for ignored in model._keys_to_ignore_on_save or ():
         plain.pop(ignored, None)
     plain = _untied(remove_tied_weights_from_state_dict(plain, model), model)
-    wanted = {id(plain[name]): name for name in getattr(model, WEIGHTS_ATTRIBUTE, ()) if name in plain}
+    wanted = {id(plain[name]): name for name in sparse_weights(model) if name in plain}
     # Weights that are offloaded are read one at a time, below; only where stored tensors are computed from several of
     # memory (experts that are merged, say) all have to be there at once.
     offloaded = {id(tensor): name for name, tensor in plain.items() if tensor.is_meta}
@@ -85,7 +85,7 @@ def pack_state(
         for suffix, part in _training_parts(state, name).items():
             entries[key + suffix], dense = encode(part, "dense")
             tensors[key + suffix] = dense[""]
-    edits: Edits = getattr(model, EDITS_ATTRIBUTE, Edits())
+    edits = edits_of(model)
     extra = {EDITS_KEY: edits.to_dict()} if edits else {}
     return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
 
@@ -203,7 +203,7 @@ def _save_pretrained(
 
 def refuse_edited(model: PreTrainedModel, what: str) -> None:
     """Raise `RecipeError` if a model has lost heads or neurons: without our marks nobody could load what it saves."""
-    if getattr(model, EDITS_ATTRIBUTE, None):
+    if edits_of(model):
         raise RecipeError(
             f"a compacted model cannot be {what}: its layers differ in size, which config.json has no words for, so "
             "no tool could load it. Save it packed (the default), or save it dense before compact()"

@@ -20,10 +20,10 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ...errors import RecipeError
+from ...modeling.model_state import is_marked
 from ...pruning.group import refuse_shards
 from ...pruning.masked_weight import placed_as
 from ...pruning.pruner import Pruner
-from ...pruning.summary import WEIGHTS_ATTRIBUTE
 
 logger = logging.get_logger(__name__)
 
@@ -66,13 +66,13 @@ def announce_fsdp() -> None:
 
     @functools.wraps(save_plain)
     def save(plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(model, WEIGHTS_ATTRIBUTE):
+        if is_marked(model):
             return None  # `model.safetensors` is there, and has all of it
         return save_plain(plugin, accelerator, model, *args, **kwargs)
 
     @functools.wraps(load_plain)
     def load(plugin: Any, accelerator: Any, model: nn.Module, folder: str, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(model, WEIGHTS_ATTRIBUTE):
+        if not is_marked(model):
             return load_plain(plugin, accelerator, model, folder, *args, **kwargs)
         accelerator.wait_for_everyone()
         loaded = load_whole_state(model, _read(Path(folder)))

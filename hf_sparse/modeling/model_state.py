@@ -1,0 +1,104 @@
+"""The attributes that hf_sparse hangs on the modules and parameters of its users: all of them, in one place.
+
+| attribute | on | holds | removed by |
+|---|---|---|---|
+| `hf_sparse_weights` | a model, pruned or loaded | names of the weights meant to be sparse | `fill`, `dequantize` |
+| `hf_sparse_edits` | the model that was compacted | the `Edits` that made its shape | never |
+| `hf_sparse_keeps_zeros` | a layer | whether zeros of its weight stay zero in training | never (set to False) |
+| `hf_sparse_armed` | a layer | the parameter that has the gradient hook | never |
+| `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
+| `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
+| `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |
+| `hf_sparse_runtime_frozen` | a model in runtime form | parameters that trained before | `to_dense_runtime` |
+
+All are plain attributes, so `copy.deepcopy` takes them along. None is a parameter, a buffer or a submodule, so a state
+dict has none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Attribute(Generic[T]):
+    """One attribute of the table above.
+
+    Args:
+        name: of the attribute.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> KEEPS_ZEROS.set(layer, True)
+        >>> KEEPS_ZEROS.get(layer), KEEPS_ZEROS.pop(layer), KEEPS_ZEROS.get(layer)
+        (True, True, None)
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get(self, owner: nn.Module | Tensor) -> T | None:
+        """Return the value on this very object, never that of something it wraps; None = there is none."""
+        value: T | None = vars(owner).get(self.name)
+        return value
+
+    def set(self, owner: nn.Module | Tensor, value: T) -> None:
+        """Put a value on an object."""
+        vars(owner)[self.name] = value
+
+    def pop(self, owner: nn.Module | Tensor) -> T | None:
+        """Take the value off an object and return it; None = there was none."""
+        value: T | None = vars(owner).pop(self.name, None)
+        return value
+
+
+SPARSE_WEIGHTS: Attribute[tuple[str, ...]] = Attribute("hf_sparse_weights")
+EDITS: Attribute[Any] = Attribute("hf_sparse_edits")
+KEEPS_ZEROS: Attribute[bool] = Attribute("hf_sparse_keeps_zeros")
+ARMED: Attribute[Any] = Attribute("hf_sparse_armed")
+KEPT: Attribute[Tensor] = Attribute("hf_sparse_kept")
+UPDATE: Attribute[tuple[float, float]] = Attribute("hf_sparse_update")
+DECODE: Attribute[Any] = Attribute("hf_sparse_decode")
+RUNTIME_FROZEN: Attribute[tuple[str, ...]] = Attribute("hf_sparse_runtime_frozen")
+
+
+def sparse_weights(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a model that are meant to be sparse, in the order of its modules.
+
+    A part that was pruned or loaded by itself (an encoder that a larger model was built around) counts too.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+        >>> mark_sparse_weights(model[1], ["0.weight"])
+        >>> sparse_weights(model)
+        ('1.0.weight',)
+    """
+    marked: set[str] = set()
+    modules = dict(model.named_modules())
+    for prefix, module in modules.items():
+        marked.update(f"{prefix}.{name}" if prefix else name for name in SPARSE_WEIGHTS.get(module) or ())
+    found: dict[str, list[str]] = {}
+    for name in sorted(marked):
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple(name for path in modules for name in found.get(path, ()))
+
+
+def is_marked(model: nn.Module) -> bool:
+    """Return whether a model, or a part of it, was given masks or was loaded sparse."""
+    return any(SPARSE_WEIGHTS.get(module) is not None for module in model.modules())
+
+
+def mark_sparse_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Add names to the weights of a model that are meant to be sparse; those of an earlier pruning stay."""
+    SPARSE_WEIGHTS.set(model, (*sparse_weights(model), *names))
+    SPARSE_WEIGHTS.set(model, sparse_weights(model))  # in the order of the model, each once
+
+
+def unmark_sparse_weights(model: nn.Module) -> None:
+    """Forget which weights of a model, and of its parts, are meant to be sparse."""
+    for module in model.modules():
+        SPARSE_WEIGHTS.pop(module)
