@@ -1,9 +1,16 @@
-"""Zeros that stay zero: fine-tuning a sparse model must not fill it up again behind its owner's back.
+"""Zero preservation: training a sparse model further keeps its zeros, with any optimizer of torch and any forward pass.
 
-A gradient hook sets the gradient to zero where the weight is zero. Every optimizer that works element by element then
-leaves these weights alone (momentum and decay of zero are zero), the forward pass costs nothing, no mask is stored, and
-the layers stay plain `nn.Linear`. The hook goes onto the parameter in the first forward pass that trains, so it is also
-there in copies of the model (`copy.deepcopy` and `pickle` drop hooks on parameters, but not those on modules).
+Two mechanisms, and no mask that is stored between steps:
+
+* A gradient hook on each guarded weight sets the gradient of its zeros to 0. Clipping by norm, momentum and second
+  moments are then computed as if those entries did not exist.
+* Hooks around `step` of every `torch.optim.Optimizer` note which entries of the guarded weights are zero before the
+  step, and set them to 0 after it. This covers optimizers that mix entries (Muon, LAMB-like, low-rank projections), and
+  momentum from before the guard. It needs no forward pass of the layer (`F.linear(x, layer.weight)`).
+
+The layers stay plain `nn.Linear`. Copies (`copy.deepcopy`, `pickle`, EMA) are guarded too: the guard is an attribute of
+the module, while hooks on parameters are dropped by copies; the copy gets its gradient hook in its first forward pass
+or optimizer step. The optimizer hooks are installed with the first guard and removed with the last.
 """
 
 from __future__ import annotations
@@ -14,15 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from ..errors import RecipeError
+from ..errors import RecipeError, SparsityError
+from .masked_values import mask_values, mask_values_
 
-_KEEPS = "hf_sparse_keeps_zeros"
-_ARMED = "hf_sparse_armed"
+_GUARD = "hf_sparse_zero_guard"
 
 
 def keep_zeros(layers: Iterable[nn.Module]) -> None:
-    """Let the weights of these layers that are zero stay zero in training, until `free_zeros`.
+    """Keep the weights of these layers that are zero at zero in training, until `free_zeros`.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -33,21 +44,32 @@ def keep_zeros(layers: Iterable[nn.Module]) -> None:
         [[0.0, 1.0]]
     """
     for layer in layers:
-        if _KEEPS not in vars(layer):
+        guard = _guard_of(layer)
+        if guard is None:
+            guard = _Guard(layer)
+            setattr(layer, _GUARD, guard)
             layer.register_forward_pre_hook(_arm)
-        setattr(layer, _KEEPS, True)
+        weight = _weight(layer)
+        if weight is not None and weight.requires_grad and not weight.is_meta:
+            guard.arm(weight)
 
 
 def free_zeros(layers: Iterable[nn.Module]) -> None:
-    """Let all weights of these layers train again."""
+    """Let all weights of these layers train again, and remove every hook that kept them at zero."""
     for layer in layers:
-        if _KEEPS in vars(layer):
-            setattr(layer, _KEEPS, False)
+        guard: _Guard | None = vars(layer).pop(_GUARD, None)
+        if guard is not None:
+            guard.disarm()
+            _guarded.discard(layer)
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if is_guard(hook)]:
+                del layer._forward_pre_hooks[key]
+    if not _guarded:
+        _step_hooks.remove()
 
 
 def keeps_zeros(layer: nn.Module) -> bool:
     """Return whether the zeros of this layer stay zero."""
-    return bool(vars(layer).get(_KEEPS, False))
+    return _GUARD in vars(layer)
 
 
 def is_guard(hook: object) -> bool:
@@ -55,39 +77,191 @@ def is_guard(hook: object) -> bool:
     return hook is _arm
 
 
-class _Armed:
-    """Know which parameter has the hook. Copies and pickles know of none, because theirs has none."""
+class _Guard:
+    """The guard of one layer, held by the layer itself.
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weakref.ref(weight)
+    Attributes:
+        covered: an optimizer step with the hooks of this module around it has trained the weight.
+        nonzeros: of the weight at the last backward pass before that.
+    """
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(None), ()
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+        self._handle: RemovableHandle | None = None
+        self._armed: int | None = None
+        self.covered = False
+        self.nonzeros: int | None = None
+        _guarded.add(layer)
+        _step_hooks.install()
+
+    # A copy of the layer has a guard of its own, which knows that copy.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self._layer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layer"])  # type: ignore[misc]
+
+    def is_armed(self, weight: Tensor) -> bool:
+        """Return whether the gradient hook is on this very parameter; not on one that has replaced it."""
+        # The handle holds the hooks of its parameter weakly: an id that a new parameter has taken over does not count.
+        return self._armed == id(weight) and self._handle is not None and self._handle.hooks_dict_ref() is not None
+
+    def arm(self, weight: Tensor) -> None:
+        """Put the gradient hook on the weight, if it is not there yet."""
+        if not self.is_armed(weight):
+            self.disarm()
+            self._armed, self._handle = id(weight), weight.register_hook(_GradientHook(self))
+
+    def disarm(self) -> None:
+        """Remove the gradient hook."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._armed = self._handle = None
+
+    def mask_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient with zeros where the weight is zero.
+
+        Raises:
+            SparsityError: if zeros were lost since the last backward pass.
+        """
+        layer = self._layer()
+        weight = None if layer is None else _weight(layer)
+        if weight is None or gradient.layout != torch.strided:  # a sparse gradient is left to the step hooks
+            return gradient
+        kept = weight.detach() != 0
+        if not self.covered and not (kept.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._check(_local(kept))
+        return mask_values(gradient, kept)
+
+    def _check(self, kept: Tensor) -> None:
+        # Until the first optimizer step that is covered; later, a GPU would have to wait for this count.
+        before, self.nonzeros = self.nonzeros, int(torch.count_nonzero(kept))
+        if before is not None and self.nonzeros > before:
+            raise SparsityError(
+                f"{self.nonzeros - before} zeros of a sparse weight of shape {tuple(kept.shape)} were filled between "
+                "two backward passes, by something that is not the `step` of a torch.optim.Optimizer, so they cannot "
+                "be kept. Train with an optimizer that is one (torch.optim, transformers, bitsandbytes), or call "
+                "hf_sparse.fill(model) if the zeros are meant to train"
+            )
+
+
+class _GradientHook:
+    """Call the guard as long as there is one; a parameter must not keep its layer alive."""
+
+    def __init__(self, guard: _Guard) -> None:
+        self.guard = weakref.ref(guard)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        guard = self.guard()
+        return gradient if guard is None else guard.mask_gradient(gradient)
 
 
 def _arm(layer: nn.Module, _: Any) -> None:
-    weight = layer._parameters.get("weight")
-    if weight is None or not getattr(layer, _KEEPS) or not weight.requires_grad:
+    """Forward pre-hook: put the gradient hook on a parameter that is new (a copy, `fully_shard`, a replaced weight)."""
+    guard = _guard_of(layer)
+    if guard is None or torch.compiler.is_compiling():  # the first optimizer step does it then
         return
-    if weight.is_meta:
-        if layer.training and torch.is_grad_enabled():
-            # accelerate brings it in for the forward pass only, as another tensor, whose gradient is thrown away.
-            raise RecipeError(
-                "a layer whose weight is offloaded cannot train: its gradient would be lost. Load the model onto one "
-                "device (without device_map) to train it, or call eval() and torch.no_grad() for inference"
-            )
-        return
-    armed: _Armed | None = getattr(layer, _ARMED, None)
-    if armed is not None and armed.weight() is weight:
-        return
-    owner = weakref.ref(layer)
+    weight = _weight(layer)
+    if weight is None:
+        if isinstance(vars(layer).get("weight"), Tensor):
+            _refuse_computed(layer)
+    elif weight.requires_grad and not weight.is_meta:
+        guard.arm(weight)
+    elif weight.requires_grad and layer.training and torch.is_grad_enabled():
+        # accelerate brings it in for the forward pass only, as another tensor, whose gradient is thrown away.
+        raise RecipeError(
+            "a layer whose weight is offloaded cannot train: its gradient would be lost. Load the model onto one "
+            "device (without device_map) to train it, or call eval() and torch.no_grad() for inference"
+        )
 
-    def only_kept(gradient: Tensor) -> Tensor:
-        present = owner()
-        if present is None or not getattr(present, _KEEPS):
-            return gradient
-        kept: Tensor = present._parameters["weight"]  # type: ignore[assignment]
-        return torch.where(kept.detach() != 0, gradient, 0.0)
 
-    weight.register_hook(only_kept)
-    setattr(layer, _ARMED, _Armed(weight))
+def _refuse_computed(layer: nn.Module) -> None:
+    if layer.training and torch.is_grad_enabled():
+        raise RecipeError(
+            "the weight of a sparse layer is not a parameter but a tensor computed from others (FSDP version 1, "
+            "weight_norm), so its zeros cannot be kept in training. Use fully_shard (fsdp_version: 2), or call "
+            "hf_sparse.fill(model) if the zeros are meant to train"
+        )
+
+
+def _guard_of(layer: nn.Module) -> _Guard | None:
+    guard: _Guard | None = vars(layer).get(_GUARD)
+    return guard
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    """Return the parameter that an optimizer trains: the weight, or what a parametrization computes it from."""
+    if "weight" in layer._parameters or "parametrizations" not in layer._modules:
+        return layer._parameters.get("weight")
+    parametrizations: Any = layer._modules["parametrizations"]
+    return getattr(parametrizations["weight"], "original", None) if "weight" in parametrizations else None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without autograd."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _StepHooks:
+    """Hooks around `step` of every torch optimizer; installed only while a layer is guarded."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        # Steps nest where a subclass calls `super().step()`; each entry belongs to one call.
+        self._zeros: weakref.WeakKeyDictionary[Optimizer, list[list[tuple[_Guard, Tensor, Tensor]]]]
+        self._zeros = weakref.WeakKeyDictionary()
+
+    def install(self) -> None:
+        if not self._handles:
+            self._handles = [
+                register_optimizer_step_pre_hook(self._before),
+                register_optimizer_step_post_hook(self._after),
+            ]
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note the zeros of every guarded weight that this optimizer trains."""
+        guards: dict[int, _Guard] = {}
+        for layer in list(_guarded):
+            guard, weight = _guard_of(layer), _weight(layer)
+            if guard is not None and weight is not None and weight.requires_grad and not weight.is_meta:
+                guards[id(weight)] = guard
+        noted = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in guards:
+                    guard = guards[id(parameter)]
+                    noted.append((guard, parameter, _local(parameter) == 0))
+                    _mask_missed_gradient(guard, parameter, noted[-1][-1])
+        calls = self._zeros.setdefault(optimizer, [])
+        # What a step that raised has left behind.
+        depth = sum("step" in vars(cls) for cls in type(optimizer).__mro__ if cls is not Optimizer)
+        del calls[: max(0, len(calls) - depth + 1)]
+        calls.append(noted)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        """Set what was zero before the step to 0 again."""
+        calls = self._zeros.get(optimizer)
+        for guard, parameter, zeros in calls.pop() if calls else ():
+            guard.covered = True
+            mask_values_(_local(parameter), zeros.logical_not_())
+
+
+def _mask_missed_gradient(guard: _Guard, parameter: Tensor, zeros: Tensor) -> None:
+    """Mask a gradient that was computed without the hook, so that the state of the optimizer stays zero there too."""
+    if guard.is_armed(parameter):
+        return
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout == torch.strided:
+        mask_values_(_local(gradient), ~zeros)
+    guard.arm(parameter)
+
+
+_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_step_hooks = _StepHooks()

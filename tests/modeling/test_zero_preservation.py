@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from hf_sparse import SparsityConfig, sparsify, summarize
-from tests.helpers.layers import two_layers
+from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
+from tests.helpers.layers import one_layer, two_layers
 from tests.helpers.training import RAMP, Rows, arguments, bert, sparse_trainer
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -106,6 +108,104 @@ def test_compiled_model_keeps_its_zeros(backend: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert summarize(model).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+class Encoder(nn.Module):
+    """An encoder of torch, whose attention reads `out_proj.weight` and does not call the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.blocks(inputs)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled, lambda model: model], ids=["deepcopy", "pickle", "itself"])
+def test_weights_of_layers_that_are_never_called_keep_their_zeros(how: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = how(sparsify(Encoder(), SparsityConfig(targets=["*"], sparsity=0.75)))
+    expected = summarize(model)
+    assert any("out_proj" in weight.name for weight in expected.weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        model(torch.randn(2, 5, 16)).square().sum().backward()
+        optimizer.step()
+        state = optimizer.state[model.blocks.layers[0].self_attn.out_proj.weight]
+        optimizer.zero_grad()
+    assert summarize(model) == expected
+    assert int((state["exp_avg"] == 0).sum()) == 192  # the optimizer knows nothing of the zeros
+
+
+def test_model_and_optimizer_copied_in_the_middle_of_training_keep_zeros() -> None:
+    model = sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(4):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model, optimizer = copy.deepcopy((model, optimizer))
+    assert summarize(model).sparsity == 0.5
+
+
+def test_averaged_models_keep_zeros() -> None:
+    model = sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5))
+    averages = [
+        torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=function)
+        for function in (None, torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    ]
+    optimizer = torch.optim.Muon([model[0].weight, model[2].weight], lr=0.1)
+    for _ in range(4):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        for average in averages:
+            average.update_parameters(model)
+    for average in averages:
+        assert summarize(average).sparsity == 0.5
+
+
+def test_norm_that_gradients_are_clipped_by_is_without_those_of_zeros() -> None:
+    model = sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5))
+    inputs = torch.randn(4, 16)
+    model(inputs).square().sum().backward()
+    gradients = [parameter.grad * (parameter != 0) for parameter in (model[0].weight, model[2].weight)]
+    gradients += [model[0].bias.grad, model[2].bias.grad]
+    expected = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) == pytest.approx(expected.item())
+
+
+def test_gradients_of_gradients_pass_the_guard() -> None:
+    model = sparsify(one_layer([[0.5, 3.0]]), SparsityConfig(targets="*", sparsity=0.5))
+    inputs = torch.tensor([[2.0, 5.0]])
+    (gradient,) = torch.autograd.grad(model(inputs).pow(3).sum(), model[0].weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), model[0].weight)
+    assert gradient.tolist() == [[0.0, 3 * 15.0**2 * 5]]
+    assert second.tolist() == [[0.0, 6 * 15.0 * 5 * 5]]
+
+
+def test_zeros_of_a_diverging_training_stay_positive_zeros() -> None:
+    model = sparsify(one_layer([[0.5, -3.0], [0.25, 4.0]]), SparsityConfig(targets="*", sparsity=0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))
+    for _ in range(2):
+        model(torch.full((1, 2), float("inf"))).sum().backward()
+        optimizer.step()
+    weight = model[0].weight.detach()
+    assert weight[:, 0].tolist() == [0.0, 0.0]
+    assert not torch.signbit(weight[:, 0]).any()
+    assert not torch.isfinite(weight[:, 1]).any()  # the rest has diverged
+
+
+def test_weight_that_is_computed_from_others_is_refused_in_training() -> None:
+    model = sparsify(two_layers(), SparsityConfig(targets="*", sparsity=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model[0])
+    with pytest.raises(RecipeError, match="not a parameter but a tensor computed from others"):
+        model(torch.randn(4, 16))
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(4, 16))
 
 
 def test_model_that_was_pruned_keeps_its_zeros_in_the_next_run(tmp_path: Path) -> None:
