@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
+from ..modeling.masked_values import mask_values, masks_by_bits
 from .patterns import Pattern
 
 STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_level", "_renewals")
@@ -79,30 +80,13 @@ def apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Return `W * M` with exact zeros; without a mask, the weight."""
     if mask is None:
         return weight.view_as(weight)
-    if _by_bits(weight):
+    if masks_by_bits(weight):
         return _Masked.apply(weight, mask)  # type: ignore[no-untyped-call]
     return _kept_values(weight, mask)
 
 
 def _kept_values(values: Tensor, mask: Tensor | None) -> Tensor:
-    # Not `values * mask`: that makes -0.0 of negative values and NaN of infinite ones.
-    if mask is None:
-        return values.view_as(values)
-    if not _by_bits(values):
-        return torch.where(placed_as(mask, values), values, 0.0)
-    # The same by multiplying bits with 0 or 1. On a CPU that is three to ten times as fast as `where`, which decides
-    # for each entry by itself.
-    bits = _BITS[values.element_size()]
-    return mask.to(bits).mul_(values.view(bits)).view(values.dtype)
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _by_bits(values: Tensor) -> bool:
-    # Compilers and exporters make their own of `where`, and no sense of bits.
-    plain = values.device.type == "cpu" and not isinstance(values, DTensor) and values.element_size() in _BITS
-    return plain and not torch.compiler.is_compiling()
+    return values.view_as(values) if mask is None else mask_values(values, placed_as(mask, values))
 
 
 def placed_as(whole: Tensor, other: Tensor) -> Tensor:

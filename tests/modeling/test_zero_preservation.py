@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.blocks(inputs)  # type: ignore[no-any-return]
+        return self.blocks(inputs)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled, lambda model: model], ids=["deepcopy", "pickle", "itself"])

@@ -145,7 +145,7 @@ class Rotating(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
             parameter.data = parameter.data.roll(1, 0) - 0.1  # the storage is another one, too
 
@@ -153,7 +153,7 @@ class Rotating(torch.optim.Optimizer):
 class Nested(Rotating):
     """Call the step of its base class, and change the weights before and after that."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         with torch.no_grad():
             for parameter in itertools.chain.from_iterable(group["params"] for group in self.param_groups):
                 parameter += 1
@@ -167,7 +167,7 @@ class Failing(Rotating):
 
     failed = False
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         if not self.failed:
             self.failed = True
