@@ -4,8 +4,7 @@
 |---|---|---|---|
 | `hf_sparse_weights` | a model, pruned or loaded | names of the weights meant to be sparse | `fill`, `dequantize` |
 | `hf_sparse_edits` | the model that was compacted | the `Edits` that made its shape | never |
-| `hf_sparse_keeps_zeros` | a layer | whether zeros of its weight stay zero in training | never (set to False) |
-| `hf_sparse_armed` | a layer | the parameter that has the gradient hook | never |
+| `hf_sparse_zero_guard` | a layer | the guard that keeps zeros of its weight at zero | `free_zeros` (`fill`, attaching) |
 | `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
 | `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
 | `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |
@@ -33,9 +32,9 @@ class Attribute(Generic[T]):
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> KEEPS_ZEROS.set(layer, True)
-        >>> KEEPS_ZEROS.get(layer), KEEPS_ZEROS.pop(layer), KEEPS_ZEROS.get(layer)
-        (True, True, None)
+        >>> SPARSE_WEIGHTS.set(layer, ("weight",))
+        >>> SPARSE_WEIGHTS.get(layer), SPARSE_WEIGHTS.pop(layer), SPARSE_WEIGHTS.get(layer)
+        (('weight',), ('weight',), None)
     """
 
     def __init__(self, name: str) -> None:
@@ -58,8 +57,7 @@ class Attribute(Generic[T]):
 
 SPARSE_WEIGHTS: Attribute[tuple[str, ...]] = Attribute("hf_sparse_weights")
 EDITS: Attribute[Any] = Attribute("hf_sparse_edits")
-KEEPS_ZEROS: Attribute[bool] = Attribute("hf_sparse_keeps_zeros")
-ARMED: Attribute[Any] = Attribute("hf_sparse_armed")
+ZERO_GUARD: Attribute[Any] = Attribute("hf_sparse_zero_guard")
 KEPT: Attribute[Tensor] = Attribute("hf_sparse_kept")
 UPDATE: Attribute[tuple[float, float]] = Attribute("hf_sparse_update")
 DECODE: Attribute[Any] = Attribute("hf_sparse_decode")

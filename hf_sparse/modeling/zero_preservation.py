@@ -28,8 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import RecipeError, SparsityError
 from .masked_values import mask_values, mask_values_
-
-_GUARD = "hf_sparse_zero_guard"
+from .model_state import ZERO_GUARD
 
 
 def keep_zeros(layers: Iterable[nn.Module]) -> None:
@@ -44,10 +43,10 @@ def keep_zeros(layers: Iterable[nn.Module]) -> None:
         [[0.0, 1.0]]
     """
     for layer in layers:
-        guard = _guard_of(layer)
+        guard: _Guard | None = ZERO_GUARD.get(layer)
         if guard is None:
             guard = _Guard(layer)
-            setattr(layer, _GUARD, guard)
+            ZERO_GUARD.set(layer, guard)
             layer.register_forward_pre_hook(_arm)
         weight = _weight(layer)
         if weight is not None and weight.requires_grad and not weight.is_meta:
@@ -57,7 +56,7 @@ def keep_zeros(layers: Iterable[nn.Module]) -> None:
 def free_zeros(layers: Iterable[nn.Module]) -> None:
     """Let all weights of these layers train again, and remove every hook that kept them at zero."""
     for layer in layers:
-        guard: _Guard | None = vars(layer).pop(_GUARD, None)
+        guard: _Guard | None = ZERO_GUARD.pop(layer)
         if guard is not None:
             guard.disarm()
             _guarded.discard(layer)
@@ -69,7 +68,7 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
 
 def keeps_zeros(layer: nn.Module) -> bool:
     """Return whether the zeros of this layer stay zero."""
-    return _GUARD in vars(layer)
+    return ZERO_GUARD.get(layer) is not None
 
 
 def is_guard(hook: object) -> bool:
@@ -158,7 +157,7 @@ class _GradientHook:
 
 def _arm(layer: nn.Module, _: Any) -> None:
     """Forward pre-hook: put the gradient hook on a parameter that is new (a copy, `fully_shard`, a replaced weight)."""
-    guard = _guard_of(layer)
+    guard: _Guard | None = ZERO_GUARD.get(layer)
     if guard is None or torch.compiler.is_compiling():  # the first optimizer step does it then
         return
     weight = _weight(layer)
@@ -182,11 +181,6 @@ def _refuse_computed(layer: nn.Module) -> None:
             "weight_norm), so its zeros cannot be kept in training. Use fully_shard (fsdp_version: 2), or call "
             "hf_sparse.fill(model) if the zeros are meant to train"
         )
-
-
-def _guard_of(layer: nn.Module) -> _Guard | None:
-    guard: _Guard | None = vars(layer).get(_GUARD)
-    return guard
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
@@ -228,7 +222,7 @@ class _StepHooks:
         """Note the zeros of every guarded weight that this optimizer trains."""
         guards: dict[int, _Guard] = {}
         for layer in list(_guarded):
-            guard, weight = _guard_of(layer), _weight(layer)
+            guard, weight = ZERO_GUARD.get(layer), _weight(layer)
             if guard is not None and weight is not None and weight.requires_grad and not weight.is_meta:
                 guards[id(weight)] = guard
         noted = []
