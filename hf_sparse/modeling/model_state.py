@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `hf_sparse_weights` | a model, pruned or loaded | names of the weights meant to be sparse | `fill`, `dequantize` |
 | `hf_sparse_edits` | the model that was compacted | the `Edits` that made its shape | never |
-| `hf_sparse_zero_guard` | a layer | the guard that keeps zeros of its weight at zero | `free_zeros` (`fill`, attaching) |
+| `hf_sparse_zero_guard` | a layer | what keeps the zeros of its weight | `free_zeros` (`fill`, attaching) |
 | `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
 | `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
 | `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |
