@@ -14,21 +14,28 @@ Example:
 
 from __future__ import annotations
 
-from . import csr_op as csr  # registers the operators
-from . import dense_gemv as dense  # registers the operators
-from . import fp32_ops as ops  # registers the operators
-from . import int8_ops as int8  # registers the operators
+# Each of these modules registers a kernel and its operators, the preferred one first.
+from . import fp32_ops as ops  # isort: skip
+from . import csr_op as csr  # isort: skip
+from . import int8_ops as int8  # isort: skip
+from . import dense_gemv as dense  # isort: skip
+from .gpu import block_sparse, semi_structured  # isort: skip
 from .fp32_layout import PackedWeight, pack, unpack
 from .int8_layout import PackedInt8, pack_int8, unpack_int8
 from .library import LibraryStatus, library_status
+from .registry import KERNELS, Kernel, Layout, register
 
 int8_blocks = int8
 """The name of before: one table makes the operators of whole sub-blocks with all others."""
 
 __all__ = [
+    "KERNELS",
+    "Kernel",
+    "Layout",
     "LibraryStatus",
     "PackedInt8",
     "PackedWeight",
+    "block_sparse",
     "csr",
     "dense",
     "int8",
@@ -37,6 +44,8 @@ __all__ = [
     "ops",
     "pack",
     "pack_int8",
+    "register",
+    "semi_structured",
     "unpack",
     "unpack_int8",
 ]

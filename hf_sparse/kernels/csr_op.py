@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .operators import define
 from .reference import csr_matmul
+from .registry import Kernel, Layout, register
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +22,8 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with warnings.catch_warnings():  # torch calls its CSR tensors beta, once a process
         warnings.simplefilter("ignore", UserWarning)
         matrix = weight.detach().to_sparse_csr()
-    return matrix.values(), matrix.col_indices().to(torch.int32), matrix.crow_indices().to(torch.int32)
+    # A copy: torch.export cannot look into a view of a sparse tensor.
+    return matrix.values().clone(), matrix.col_indices().to(torch.int32), matrix.crow_indices().to(torch.int32)
 
 
 def unpack(values: Tensor, columns: Tensor, pointers: Tensor, height: int, width: int) -> Tensor:
@@ -51,3 +53,29 @@ csr_linear = define(
     _run,
     _fake,
 )
+
+
+def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return pack(weight)
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, columns, pointers = parts
+    return unpack(values, columns, pointers, out_features, in_features)
+
+
+def _matmul(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    pointers: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    out: Tensor = csr_linear(x, values, columns, pointers, bias, out_features, in_features)
+    return out
+
+
+register(Kernel(name="csr", layout=Layout(("values", "columns", "pointers"), _pack, _unpack), op=_matmul))

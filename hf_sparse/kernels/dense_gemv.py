@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .functional_transforms import KEY, refuse_derivatives
 from .library import library
+from .registry import Kernel, Layout, register
 from .validation import needs_derivative
 
 FEW = 8
@@ -58,3 +59,23 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 _library.impl("dense_linear", _run, "CompositeExplicitAutograd")
 _library.impl("dense_linear", refuse_derivatives(torch.ops.hf_sparse.dense_linear), KEY)
 torch.library.register_fake("hf_sparse::dense_linear", _fake, lib=_library)
+
+
+def _refusal(weight: Tensor) -> str | None:
+    return None if weight.is_contiguous() else "it is not contiguous"
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, out_features: int, in_features: int) -> Tensor:
+    return dense_linear(x, weight, bias)
+
+
+register(
+    Kernel(
+        name="dense_few",
+        backend="",  # of the LM head alone
+        layout=Layout(("weight",), lambda weight, rows: (weight,), lambda parts, rows, out, width: parts[0]),
+        op=_matmul,
+        isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
+        guard=_refusal,
+    )
+)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .fp32_layout import PackedWeight, check_layout, dense
-from .library import NativeOps, library
+from .fp32_layout import PackedWeight, check_layout, dense, pack, unpack
+from .library import NativeOps, library, library_status
 from .operators import WeightFormat, define_all
 from .reference import csr_matmul
+from .registry import Kernel, Layout, register
 from .types import Norm, Weight
 from .validation import scale_of
 
@@ -245,7 +246,34 @@ def _unpack(weight: Weight) -> Tensor:
     return matrix
 
 
+def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return pack(weight, rows).parts
+
+
+def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, columns, pointers = parts
+    return unpack(PackedWeight(values, columns, pointers, rows, out_features, in_features))
+
+
+def _unavailable() -> str | None:
+    status = library_status()
+    return None if status.available else status.message
+
+
 FP32 = WeightFormat("sparse", Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
-define_all(FP32)
+OPERATORS = define_all(FP32)
+
+register(
+    Kernel(
+        name="cpu",
+        label="sparse",
+        layout=Layout(("values", "columns", "pointers"), _pack, _unpack_parts),
+        op=OPERATORS["linear"],
+        fused=OPERATORS,
+        isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
+        unavailable=_unavailable,
+        heights={1: 1.0, 2: 0.77, 4: 0.7, 8: 0.69, 16: 0.69},
+    )
+)
 
 library()  # now: a process that forks later is then known to have done so

@@ -86,10 +86,8 @@ def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
     check_matrix("pack_int8", weight, rows, ROWS)
     weight = weight.detach()
     out, width = weight.shape
-    if width > MOST_INPUTS:
-        raise BackendError(f"pack_int8 was given {width} inputs; its sums hold the products of {MOST_INPUTS}")
-    if not bool(weight.isfinite().all()):
-        raise BackendError("pack_int8 was given a weight with infinities or NaN, which no int8 can say")
+    if why := refusal(weight):
+        raise BackendError(f"pack_int8 cannot take this weight: {why}")
     largest = weight.abs().amax(dim=1) if width else weight.new_zeros(out)
     scales = torch.where(largest < NOTHING, 0.0, largest / STEPS)
     steps = torch.where(largest < NOTHING, 0.0, STEPS / largest)[:, None] * weight
@@ -115,6 +113,15 @@ def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
         out_features=out,
         in_features=width,
     )
+
+
+def refusal(weight: Tensor) -> str | None:
+    """Return why a matrix cannot be packed in int8, or None."""
+    if weight.shape[1] > MOST_INPUTS:
+        return f"it has {weight.shape[1]} inputs, and int32 holds the sums of at most {MOST_INPUTS}"
+    if not bool(weight.isfinite().all()):
+        return "it holds infinities or NaN, which int8 cannot represent"
+    return None
 
 
 def unpack_int8(packed: PackedInt8) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8_layout import NOTHING, STEPS, PackedInt8, check_int8, dense_int8
+from .int8_layout import NOTHING, STEPS, PackedInt8, check_int8, dense_int8, pack_int8, refusal
 from .library import NativeOps, library, library_status
 from .operators import WeightFormat, define_all
+from .registry import Kernel, Layout, register
 from .types import Int8Weight, Norm
 from .validation import scale_of
 
@@ -192,5 +193,30 @@ def _matmul(x: Tensor, weight: Int8Weight) -> Tensor:
     return int8_matmul(x, matrix, bias)
 
 
+def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return pack_int8(weight, rows).parts
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, columns, pointers, scales, _ = parts
+    return dense_int8(values, columns, pointers, scales, rows, out_features, in_features)
+
+
 INT8 = WeightFormat("int8", Int8Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
-define_all(INT8)
+OPERATORS = define_all(INT8)
+
+register(
+    Kernel(
+        name="int8",
+        backend="cpu-int8",
+        layout=Layout(("values", "columns", "pointers", "scales", "offsets"), _pack, _unpack),
+        op=OPERATORS["linear"],
+        reference=int8_matmul,
+        fused=OPERATORS,
+        isas=("avx512vnni",),
+        guard=refusal,
+        unavailable=why_not_int8,
+        heights={1: 1.0, 2: 0.68, 4: 0.6},
+        error=0.5 / STEPS,
+    )
+)

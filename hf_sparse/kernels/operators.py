@@ -201,12 +201,14 @@ def _inference_only(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return inner
 
 
-def define_all(form: WeightFormat[Any]) -> None:
-    """Register all operators of one weight format."""
+def define_all(form: WeightFormat[Any]) -> dict[str, Any]:
+    """Register all operators of one weight format, and return them by the name in the table."""
+    operators = {}
     for spec in OPS:
         read = _reader(spec, form)
         make_run, make_fake = (_attention_run, _attention_fake) if spec.has_mask else (_forward_run, _forward_fake)
-        define(spec.schema(form), make_run(form, read), make_fake(form, read))
+        operators[spec.name] = define(spec.schema(form), make_run(form, read), make_fake(form, read))
+    return operators
 
 
 def _reader(spec: OpSpec, form: WeightFormat[W]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

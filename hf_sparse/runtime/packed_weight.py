@@ -64,7 +64,7 @@ class Packed(NamedTuple):
             made = kernels.pack(weight, rows)
             parts = (made.values, made.columns, made.pointers)
         lost = torch.signbit(weight) & (weight == 0)
-        negative = torch.from_numpy(pack_bits(lost.view(-1).numpy())) if bool(lost.any()) else None
+        negative = torch.from_numpy(pack_bits(lost.reshape(-1).numpy())) if bool(lost.any()) else None
         rounded = kernels.pack_int8(weight, choose_rows(weight, INT8_HEIGHTS)).parts if kernel == "int8" else ()
         height, width = weight.shape
         return cls(kernel, rows, height, width, *parts, negative, *rounded)

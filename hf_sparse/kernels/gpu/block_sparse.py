@@ -24,6 +24,7 @@ from ...formats.codecs.base import as_bits, unpack_bits
 from ...formats.codecs.block import Block
 from ...formats.manifest import TensorEntry
 from ..operators import define
+from ..registry import Kernel, Layout, register
 
 SIDES = (16, 32, 64, 128)
 """Rows or columns of a block that the kernel takes: what a tensor core multiplies, and what fits into its registers."""
@@ -271,3 +272,47 @@ class BlockSparseLinear(nn.Module):
     def extra_repr(self) -> str:
         count, rows, cols = self.values.shape
         return f"in_features={self.in_features}, out_features={self.out_features}, {count} blocks of {rows} x {cols}"
+
+
+def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return tuple(pack_blocks(weight, rows, rows))
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, columns, pointers = parts
+    return unpack_blocks(Blocks(values, columns, pointers), (out_features, in_features))
+
+
+def _matmul(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    pointers: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    flat = x.reshape(-1, in_features)
+    y: Tensor = block_sparse_linear(flat, values, columns, pointers, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+register(
+    Kernel(
+        name="block_sparse",
+        backend="",  # "auto" on a GPU
+        layout=Layout(("values", "columns", "pointers"), _pack, _unpack),
+        op=_matmul,
+        dtypes=DTYPES,
+        device="cuda",
+        guard=lambda weight: None if all(weight.shape) else "it has no entries",
+        unavailable=lambda: refusal((64, 64), torch.float16, _capability(), 32, 32),
+        heights=dict.fromkeys(SIDES, 1.0),  # blocks are squares
+        module=lambda layer, rows: BlockSparseLinear.from_linear(layer, rows, rows),
+    )
+)

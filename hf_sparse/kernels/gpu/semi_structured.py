@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...errors import BackendError
 from ..operators import define
+from ..registry import Kernel, Layout, register
 from .semi_structured_layout import (
     BACKENDS,
     FLOATS,
@@ -245,3 +246,45 @@ class SemiStructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         backend = "cuSPARSELt" if self.meta is None else "CUTLASS"
         return f"in_features={self.in_features}, out_features={self.out_features}, 2:4 by {backend}"
+
+
+def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
+    return tuple(pack_semi_structured(weight))
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, meta = parts
+    return unpack_semi_structured(Packed(values, meta))
+
+
+def _matmul(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, rows: int, out_features: int, in_features: int
+) -> Tensor:
+    flat = x.reshape(-1, in_features)
+    y: Tensor = semi_structured_linear(flat, values.view(torch.uint8), meta, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _guard(weight: Tensor) -> str | None:
+    return of_shape(tuple(weight.shape), weight.dtype, "cutlass") or of_weight(weight)
+
+
+def _unavailable() -> str | None:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return _of_machine(capability, default_backend(capability))
+
+
+register(
+    Kernel(
+        name="semi_structured",
+        backend="",  # "auto" on a GPU
+        layout=Layout(("values", "meta"), _pack, _unpack),
+        op=_matmul,
+        dtypes=FLOATS,
+        device="cuda",
+        pattern="2:4",
+        guard=_guard,
+        unavailable=_unavailable,
+        module=lambda layer, rows: SemiStructuredLinear.from_linear(layer),
+    )
+)
