@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse.runtime import to_dense_runtime, to_runtime
 from hf_sparse.runtime.packed_weight import Packed
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda weight: weight.clone(),
     "transposed": lambda weight: weight.t().contiguous().t(),
     "strided": lambda weight: weight.repeat_interleave(2, dim=1)[:, ::2],
@@ -41,5 +43,5 @@ def test_model_with_a_transposed_weight_is_packed_and_restored(backend: str) -> 
     before, model = layer.weight.detach().clone(), nn.Sequential(layer).eval()
     to_runtime(model, backend)
     to_dense_runtime(model)
-    assert torch.equal(model[0].weight, before)
-    assert torch.equal(torch.signbit(model[0].weight), torch.signbit(before))
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(torch.signbit(layer.weight), torch.signbit(before))
