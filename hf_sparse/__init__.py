@@ -7,29 +7,41 @@ from ._moved import install as _install
 from ._version import __version__ as __version__
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, HubError, PatternError, RecipeError, SparsityError
-from .hf import peft as _peft  # registers itself with PEFT
+from .formats.structure import Edits
+from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import quantizer as _quantizer  # registers itself with transformers
 from .hf.quantization.config import SparseConfig
 from .hf.trainer.callback import SparsityCallback
 from .hf.trainer.checkpoint import last_checkpoint
+from .hf.trainer.distillation_callback import DistillationCallback
 from .pruning.compaction import compact
 from .pruning.fill import fill
+from .pruning.head_importance import head_importance
 from .pruning.oneshot import sparsify
 from .pruning.pruner import Pruner
 from .pruning.summary import Summary, summarize
-from .runtime import to_dense_runtime, to_runtime
+from .runtime import LayerReport, RuntimeReport, to_dense_runtime, to_runtime
 
 _install()
+
+HfSparseConfig = SparseConfig
+ConfigError = RecipeError
 
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "ConfigError",
+    "DistillationCallback",
     "DistillationConfig",
+    "Edits",
     "GroupConfig",
+    "HfSparseConfig",
     "HubError",
+    "LayerReport",
     "PatternError",
     "Pruner",
     "RecipeError",
+    "RuntimeReport",
     "SparseConfig",
     "SparsityCallback",
     "SparsityConfig",
@@ -37,7 +49,9 @@ __all__ = [
     "Summary",
     "compact",
     "fill",
+    "head_importance",
     "last_checkpoint",
+    "merged_update",
     "sparsify",
     "summarize",
     "to_dense_runtime",
