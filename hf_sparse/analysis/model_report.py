@@ -17,6 +17,7 @@ from ..errors import RecipeError
 from ..formats.inspection import inspect
 from ..formats.structure import Cut
 from ..hf.auto import load_whole
+from ..hf.trainer.evaluation import measured
 from ..modeling.architectures import SubBlock, known_sub_blocks
 from ..profiling.speed_record import SPEED, read_speed
 from ..pruning.compaction import edits_of
@@ -30,7 +31,6 @@ from .robustness import stress
 BINS = 40
 MAP_SIDE = 64
 BUCKETS = 48
-NOT_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_sparsity")
 
 
 def write_report(
@@ -97,11 +97,7 @@ def _sizes(folder: Path, against: Path | None) -> str:
 
 def _metrics(folder: Path) -> list[str]:
     found = read_json(folder / "eval_results.json") or {}
-    values = [
-        f"{str(key).removeprefix('eval_')} {value:.4f}"
-        for key, value in found.items()
-        if str(key).startswith("eval_") and key not in NOT_METRICS and is_number(value)
-    ]
+    values = [f"{key} {value:.4f}" for key, value in measured(found).items() if is_number(value)]
     return [", ".join(values)] if values else []
 
 
@@ -238,7 +234,7 @@ def _training(folder: Path) -> str:
         if not isinstance(row, Mapping) or not is_number(row.get("step")):
             continue
         for key, value in row.items():
-            wanted = key in ("sparsity", "loss") or (str(key).startswith("eval_") and key not in NOT_METRICS)
+            wanted = key in ("sparsity", "loss") or bool(measured({key: value}))
             if wanted and is_number(value):
                 series.setdefault(str(key), {})[row["step"]] = value
     names = {"loss": "training loss"}

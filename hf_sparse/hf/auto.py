@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,31 @@ def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedM
         RecipeError: if it cannot be loaded.
         CheckpointError: if it is packed, and damaged.
     """
-    try:
+    with _readable(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
         return _model_class(config.architectures).from_pretrained(name, revision=revision, **options)
+
+
+def load(factory: Any, name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
+    """Load a model with a class of the caller's, such as `AutoModelForSequenceClassification`.
+
+    Raises:
+        RecipeError, CheckpointError: as `load_whole`.
+    """
+    with _readable(name):
+        model: PreTrainedModel = factory.from_pretrained(name, revision=revision, **options)
+        return model
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be loaded into a `RecipeError`."""
+    try:
+        yield
     except SparsityError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model '{name}': {error}") from error
+        raise RecipeError(f"cannot load model '{name}' (not a folder, nor available from the Hub): {error}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise

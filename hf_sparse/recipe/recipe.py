@@ -29,9 +29,10 @@ import torch
 from transformers import TrainingArguments
 
 from ..config.distillation import DistillationConfig
-from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from ..config.resolve import plain, resolved
+from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError
-from ..registry import Registry, Spec, check_keys
+from ..registry import check_keys
 from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, override, read_yaml
 from .metrics import DEFAULT, check_metrics
@@ -143,7 +144,7 @@ metric, freeze, sparsity, distillation, training, seed.
             "data": {**dataclasses.asdict(self.data), "text": _one_or_list(self.data.text_columns)},
             "metric": _one_or_list(self.metric),
             "freeze": list(self.freeze),
-            "sparsity": None if self.sparsity is None else {"groups": [_resolved(g) for g in self.sparsity.groups]},
+            "sparsity": None if self.sparsity is None else resolved(self.sparsity),
             "distillation": None if self.distillation is None else _spelled_distillation(self.distillation),
             "training": dict(self.training),
             "seed": self.seed,
@@ -235,27 +236,7 @@ def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
 
 
 def _spelled_distillation(config: DistillationConfig) -> dict[str, Any]:
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def _resolved(group: GroupConfig) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    registries = {"scorer": SCORERS, "pattern": PATTERNS, "selection": SELECTIONS, "schedule": SCHEDULES}
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
-        if field.name in registries and value is not None:
-            value = _spelled_out(registries[field.name], value)
-        out[field.name] = list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def _spelled_out(registry: Registry[Any], spec: Spec) -> dict[str, Any]:
-    entry = registry.build(spec)
-    return {"name": entry.name, **{f.name: _plain(getattr(entry, f.name)) for f in dataclasses.fields(entry) if f.init}}
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _section(cls: type[Any], data: Any, where: str) -> Any:

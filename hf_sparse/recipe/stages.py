@@ -30,11 +30,15 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import CheckpointError, RecipeError
+from ..hf.trainer.checkpoint import check_unused, remove_trained, trained_files
+from ..hf.trainer.run_record import STATE, changes, listing, read_record
 from ..registry import check_keys
-from ..utils.strict_yaml import dump_yaml, parse_yaml, read_yaml
+from .data import load_texts
+from .identity import OF_THE_MODEL, SECTION, recipe_facts
 from .prune import compact_saved
 from .recipe import Recipe, read_recipe
-from .train import RunResult, run
+from .report import RunResult
+from .train import check_flags, run
 
 _MERGED = ("model", "data", "training")
 _OWN = ("name", "compact")
@@ -158,45 +162,65 @@ def _mapping(data: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(value)
 
 
-def run_stages(stages: Sequence[Stage], resume: bool = False) -> RunResult:
+def run_stages(
+    stages: Sequence[Stage], resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
+) -> RunResult:
     """Run all stages and return what the last one measured.
 
     Args:
-        resume: leave out the stages that are done, and go on in the one that was interrupted.
+        resume: skip the stages that are finished, and continue the one that was interrupted.
+        overwrite: replace the models and checkpoints of another run in the output folders.
+        allow: as in `run`, for the stage that is continued.
 
     Raises:
         RecipeError: as `run`.
-        CheckpointError: on a resume, if a stage was run with another recipe.
+        CheckpointError: on a resume, if a stage was run with another recipe or other data.
     """
+    check_flags(resume, overwrite, allow)
     stages[0].recipe.training_arguments()  # starts the processes' group, if there are several
     processes = PartialState()
-    if not resume and processes.is_main_process:
-        for stage in stages:  # what an earlier run has left there is not of this one
-            for name in ("recipe.yaml", "report.md"):
+    if processes.is_main_process and not resume:
+        for stage in stages:
+            if overwrite:
+                remove_trained(stage.output)
+            check_unused(stage.output)
+            for name in ("recipe.yaml", "report.md"):  # of an earlier run that has left no model
                 (stage.output / name).unlink(missing_ok=True)
     processes.wait_for_everyone()
-    done = [_state(stage) for stage in stages]
+    finished = [resume and is_finished(stage) for stage in stages]
     processes.wait_for_everyone()
     result: RunResult | None = None
-    for stage, state in zip(stages, done, strict=True):
-        if state == "done" and stage is not stages[-1]:
+    for stage, done in zip(stages, finished, strict=True):
+        if done and stage is not stages[-1]:
             continue
-        if stage.source is not None and state == "new" and processes.is_main_process:
+        if stage.source is not None and not trained_files(stage.output) and processes.is_main_process:
             compact_saved(stage.source, Path(stage.recipe.model.name))
         processes.wait_for_everyone()
-        result = run(stage.recipe, resume=state != "new")
+        begun = resume and bool(trained_files(stage.output))
+        processes.wait_for_everyone()
+        result = run(stage.recipe, resume=begun, allow=allow if begun else ())
     assert result is not None
     return result
 
 
-def _state(stage: Stage) -> str:
-    """Return "new", "begun" or "done"."""
-    written = stage.output / "recipe.yaml"
-    if not written.is_file():
-        return "new"
-    if read_yaml(written) != parse_yaml(dump_yaml(stage.recipe.to_dict())):
+def is_finished(stage: Stage) -> bool:
+    """Return whether a stage has ended with the model of its recipe in its folder.
+
+    Raises:
+        CheckpointError: if it has ended with another recipe, or with other data.
+    """
+    if not (stage.output / "report.md").is_file() or not (stage.output / STATE).is_file():
+        return False
+    recorded = (read_record(stage.output, SECTION) or {}).get("facts")
+    facts = recipe_facts(stage.recipe, load_texts(stage.recipe.data, stage.recipe.model.predicts))
+    if not isinstance(recorded, Mapping):
         raise CheckpointError(
-            f"stage '{stage.name}' in {stage.output} was run with another recipe than this one, so it cannot be gone "
-            "on with. Give another --output, or start anew without --resume"
+            f"stage '{stage.name}' in {stage.output} was run by an older hf_sparse, which did not record what it ran. "
+            "Give another --output, or replace it with --overwrite"
         )
-    return "done" if (stage.output / "report.md").is_file() else "begun"
+    if found := changes({key: value for key, value in recorded.items() if key not in OF_THE_MODEL}, facts):
+        raise CheckpointError(
+            f"stage '{stage.name}' in {stage.output} was run with another recipe or other data: {listing(found)}. Give "
+            "another --output, or run all stages anew with --overwrite"
+        )
+    return True

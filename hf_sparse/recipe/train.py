@@ -1,20 +1,14 @@
-"""The training run of a recipe: first refuse what is known to be wrong, then data, model, Trainer, files, report."""
+"""The training run of a recipe: first refuse what cannot work, then data, model, Trainer, files, report."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-import platform
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from accelerate import PartialState
 from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -26,82 +20,70 @@ from transformers import (
     Seq2SeqTrainer,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
-from .._version import __version__
-from ..errors import RecipeError, SparsityError
-from ..formats.inspection import Inspection, inspect
-from ..hf.auto import check_length, load_tokenizer
+from ..errors import CheckpointError, RecipeError
+from ..formats.inspection import inspect
+from ..hf.auto import check_length, load, load_tokenizer
 from ..hf.hub.model_card import card_text, facts_of, forget, write_card
 from ..hf.hub.push import guard_trainer
 from ..hf.trainer.callback import SparsityCallback
-from ..hf.trainer.checkpoint import last_checkpoint
+from ..hf.trainer.checkpoint import check_unused, last_checkpoint, remove_trained, trained_files
 from ..hf.trainer.distillation_callback import DistillationCallback
+from ..hf.trainer.resume import guard_checkpoints
+from ..hf.trainer.run_record import check_resume, read_record
 from ..pruning.fill import fill
-from ..pruning.summary import Summary, summarize
+from ..pruning.summary import summarize
 from ..utils.atomic_io import write_text
 from .data import LabelledTexts, load_texts
+from .identity import SECTION, RunRecord, run_facts
 from .metrics import build_metrics
 from .recipe import Recipe
+from .report import RunResult, report_text
 from .sections import ModelSection
+from .step_timer import StepTimer
 
 logger = logging.getLogger(__name__)
 
-NOT_MEASURED = ("epoch", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-"""What an evaluation returns beside the metrics."""
 
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """What a run measured.
-
-    Args:
-        output: folder with the model, tokenizer, recipe, metrics and report.
-        metrics: of the validation texts, with the Trainer's names (`eval_accuracy`, ...).
-        summary: sparsity of the trained model.
-        seconds_per_step: median over the optimizer steps, data loading included, evaluation and saving not.
-
-    Units:
-        seconds_per_step in seconds.
-    """
-
-    output: Path
-    metrics: dict[str, float]
-    summary: Summary
-    seconds_per_step: float
-
-
-def run(recipe: Recipe, resume: bool = False) -> RunResult:
-    """Train the model of a recipe, measure it on the validation texts, and write everything into its output folder.
-
-    Args:
-        resume: go on from the last complete checkpoint in the output folder, if there is one.
+def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()) -> RunResult:
+    """Train the model of a recipe, measure it on the validation data, and write everything into its output folder.
 
     The folder gets the model and tokenizer, `recipe.yaml` as resolved, `trainer_state.json`, `train_results.json`,
     `eval_results.json`, `all_results.json`, `report.md` and the model card `README.md`.
 
+    Args:
+        resume: continue from the last complete checkpoint in the output folder, if there is one. It must have been made
+            by the same recipe, data and model.
+        overwrite: replace the model and the checkpoints of another run in the output folder. Without it, and without
+            `resume`, a folder that has any is refused.
+        allow: keys of the recipe that may differ from the checkpoint that is resumed from, such as "learning_rate".
+
     Raises:
         RecipeError: before any training, for whatever does not fit together.
+        CheckpointError: before any training, if the checkpoint to resume from was made by another run.
     """
+    check_flags(resume, overwrite, allow)
     arguments = recipe.training_arguments()
+    output = Path(arguments.output_dir or ".")
+    if not resume and not overwrite:
+        check_unused(output)
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
     texts = load_texts(recipe.data, recipe.model.predicts)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model = load_model(recipe.model, texts)
     check_length(recipe.data.max_length, model, tokenizer)
+    facts = run_facts(recipe, texts, model, tokenizer, arguments.world_size)
     if recipe.model.fill:
         fill(model)
     freeze(model, recipe.freeze)
 
+    checkpoint, changes = _checkpoint(arguments, facts, resume, allow)
     train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
-    timer = StepTimer()
-    callbacks: list[TrainerCallback] = [timer]
-    if recipe.sparsity is not None:
-        callbacks.append(SparsityCallback(recipe.sparsity, distillation=recipe.distillation))
-    elif recipe.distillation is not None:
-        callbacks.append(DistillationCallback(recipe.distillation))
+    timer, record = StepTimer(), RunRecord(facts, changes)
     trainer = (Seq2SeqTrainer if recipe.model.predicts == "text" else Trainer)(
         model=model,
         args=arguments,
@@ -110,18 +92,17 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
         eval_dataset=validation,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        callbacks=callbacks,
+        callbacks=[timer, *_method(recipe, changes), record],  # the record last: it reads the optimizer of the others
     )
     guard_trainer(trainer)  # also where nothing is pruned
-    output = Path(arguments.output_dir or ".")
+    guard_checkpoints(trainer)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            remove_trained(output)
         recipe.save(output / "recipe.yaml")
         forget(output)  # or an interrupted run would look finished, with the results of the one before
-    checkpoint = arguments.resume_from_checkpoint
-    if resume:
-        checkpoint = last_checkpoint(output, arguments.world_size)
-        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+    PartialState().wait_for_everyone()
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output), _internal_call=True)  # pushed at the end, with what was measured
     trainer.save_state()
@@ -131,8 +112,8 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     trainer.save_metrics("eval", metrics)
     result = RunResult(output, metrics, summarize(model), timer.median)
     if trainer.is_world_process_zero():
-        report = report_text(recipe, texts, result, inspect(output))
-        write_text(output / "report.md", report)  # that it is there tells that the run is finished
+        report = report_text(recipe, texts, result, inspect(output), record.history)
+        write_text(output / "report.md", report)  # its presence marks the run as finished
         try:
             write_card(output, card_text(facts_of(output)))
         except RecipeError as error:
@@ -140,6 +121,47 @@ def run(recipe: Recipe, resume: bool = False) -> RunResult:
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def check_flags(resume: bool, overwrite: bool, allow: Sequence[str]) -> None:
+    """Raise `RecipeError` for options of a run that contradict each other."""
+    if resume and overwrite:
+        raise RecipeError("resume and overwrite contradict each other: one continues a run, the other replaces it")
+    if allow and not resume:
+        raise RecipeError("allow is for a run that is resumed: it names what may differ from the checkpoint")
+
+
+def _checkpoint(
+    arguments: TrainingArguments, facts: Mapping[str, Any], resume: bool, allow: Sequence[str]
+) -> tuple[str | None, dict[str, str]]:
+    """Return the checkpoint to start from, and what was allowed to differ from the run that made it."""
+    output = Path(arguments.output_dir or ".")
+    checkpoint = arguments.resume_from_checkpoint
+    if resume:
+        checkpoint = last_checkpoint(output, arguments.world_size)
+        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+        if checkpoint is None and (left := trained_files(output)):
+            raise CheckpointError(
+                f"{output} has a model ({left[0].name}) and no checkpoint, so there is nothing to resume from. Replace "
+                "it (--overwrite), or choose another output folder"
+            )
+    if checkpoint is None:
+        return None, {}
+    recorded = (read_record(checkpoint, SECTION) or {}).get("facts")
+    if not isinstance(recorded, Mapping):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not record what made it: it was not written by `hf-sparse train`, or by an "
+            "older hf_sparse. Start a new run"
+        )
+    return checkpoint, check_resume(checkpoint, recorded, facts, allow, "--resume --allow {}")
+
+
+def _method(recipe: Recipe, changes: Mapping[str, str]) -> list[TrainerCallback]:
+    """Return the callback that prunes or distils, if any."""
+    if recipe.sparsity is not None:
+        allow = [key for key in changes if key.startswith("sparsity.")]
+        return [SparsityCallback(recipe.sparsity, distillation=recipe.distillation, allow=allow)]
+    return [] if recipe.distillation is None else [DistillationCallback(recipe.distillation)]
 
 
 def collator_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
@@ -169,15 +191,7 @@ def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
                 f"{', '.join(texts.names)}"
             )
         head = {"id2label": dict(enumerate(texts.names)), "label2id": {name: i for i, name in enumerate(texts.names)}}
-    try:
-        model: PreTrainedModel = factory.from_pretrained(section.name, revision=section.revision or "main", **head)
-    except SparsityError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"cannot load model '{section.name}' (neither a folder, nor to be had from the Hub?): {error}"
-        ) from error
-    return model
+    return load(factory, section.name, section.revision or "main", **head)
 
 
 def freeze(model: nn.Module, globs: Sequence[str]) -> None:
@@ -194,57 +208,3 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
             raise RecipeError(f"freeze: '{glob}' matches no parameter. Parameters of the model: {some}, ...")
         for name in matched:
             parameters[name].requires_grad_(False)
-
-
-class StepTimer(TrainerCallback):
-    """Times optimizer steps from the beginning of one to the beginning of the next.
-
-    Whatever ran between two steps that is no training, such as an evaluation, takes that pair out.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._begun: float | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        if self._begun is not None:
-            self.seconds.append(now - self._begun)
-        self._begun = now
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun = None
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun = None
-
-    @property
-    def median(self) -> float:
-        """Return the median seconds per step; NaN before the second step."""
-        return statistics.median(self.seconds) if self.seconds else float("nan")
-
-
-def report_text(recipe: Recipe, texts: LabelledTexts, result: RunResult, files: Inspection) -> str:
-    """Return the report of a run as Markdown."""
-    measured = {name.removeprefix("eval_"): value for name, value in result.metrics.items() if name not in NOT_MEASURED}
-    source = " / ".join(filter(None, (recipe.data.name, recipe.data.config))) or os.path.basename(
-        recipe.data.train or ""
-    )
-    versions = f"hf_sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    weights = None if files.packed else {weight.name for weight in result.summary.weights}
-    rows = [
-        ("model", os.path.basename(recipe.model.name.rstrip("/\\"))),
-        ("data", f"{source}: {len(texts.train)} training texts, {len(texts.validation)} validation texts"),
-        *((f"{name} on the validation texts", f"{value:.4f}") for name, value in measured.items()),
-        ("sparsity of the targeted weights", f"{result.summary.sparsity:.4%}"),
-        ("targeted weights in the file", files.size_line(weights)),
-        ("seed", str(recipe.seed)),
-        ("time per step", f"{result.seconds_per_step * 1e3:.1f} ms (median)"),
-        ("threads", str(torch.get_num_threads())),
-        ("versions", f"{versions}, Python {platform.python_version()}"),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"# Run report\n\nThe recipe as it ran is `recipe.yaml` beside this file.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Sparsity\n\n```\n{result.summary}\n```\n"
-    )

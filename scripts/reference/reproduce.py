@@ -57,7 +57,7 @@ def reproduce(machine: Machine, entry: Entry, seed: int, results: Path, again: b
     recipe = machine.load(entry, seed)
     if again or not _finished(folder, recipe):
         yield f"{entry.name} seed {seed}: training"
-        run(recipe)
+        run(recipe, overwrite=True)
     if entry.compact:
         compact_saved(str(folder), folder / "compact")
     result = result_of(machine, entry, seed, folder)

@@ -9,7 +9,8 @@ from transformers import Trainer
 
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipe.recipe import Recipe
-from hf_sparse.recipe.train import StepTimer, freeze, run
+from hf_sparse.recipe.step_timer import StepTimer
+from hf_sparse.recipe.train import freeze, run
 from tests.helpers import tiny
 
 

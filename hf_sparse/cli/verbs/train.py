@@ -25,6 +25,13 @@ class Train(Verb):
         parser.add_argument(
             "--resume", action="store_true", help="resume from the last complete checkpoint in the output folder"
         )
+        parser.add_argument(
+            "--allow", action="append", default=[], metavar="KEY",
+            help="with --resume: a key of the recipe that may differ from the checkpoint; may be repeated",
+        )  # fmt: skip
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace model and checkpoints of another run in the output folder"
+        )
 
     def run(self, options: argparse.Namespace) -> None:
         from ...recipe.recipe import Recipe
@@ -34,8 +41,9 @@ class Train(Verb):
         overrides = list(options.overrides)
         if options.output is not None:
             overrides.append(f"training.output_dir={json.dumps(options.output)}")
+        how = {key: getattr(options, key) for key in ("resume", "overwrite", "allow")}
         if has_stages(options.recipe):
-            result = run_stages(load_stages(options.recipe, overrides), resume=options.resume)
+            result = run_stages(load_stages(options.recipe, overrides), **how)
         else:
-            result = run(Recipe.load(options.recipe, overrides), resume=options.resume)
+            result = run(Recipe.load(options.recipe, overrides), **how)
         print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")

@@ -26,9 +26,9 @@ from ...utils.markdown import fenced, plain, table
 from ...utils.strict_yaml import dump_yaml, read_yaml
 from ...utils.text import kind_of_name
 from ...utils.validation import is_number
+from ..trainer.evaluation import measured
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
-NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "sparsity", "loss")
 OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
@@ -163,9 +163,8 @@ def forget(folder: Path) -> None:
 
 
 def _metrics(folder: Path) -> dict[str, float]:
-    measured = read_json(folder / MEASURED) or {}
-    found = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
-    return {key: float(v) for key, v in found.items() if key not in NOT_MEASURED and is_number(v)}
+    found = measured(read_json(folder / MEASURED) or {}, without=["loss"])
+    return {key: float(value) for key, value in found.items() if is_number(value)}
 
 
 def _groups(inspection: Inspection) -> list[tuple[str, int, float]]:

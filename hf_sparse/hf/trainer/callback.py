@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -19,41 +19,57 @@ from transformers import (
 from transformers.utils import logging
 
 from ...config.distillation import DistillationConfig
+from ...config.resolve import resolved
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError, SparsityError
-from ...pruning.group import Plan, warn_of_freed_zeros
+from ...pruning.group import warn_of_freed_zeros
 from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
 from ..hub.push import guard_trainer
 from .fsdp import announce_fsdp, check_fsdp
+from .log_first import LogsFirst
 from .loss_hook import LossTerms
+from .mask_owner import release, remove_masks, set_owner, take_over
 from .optimizer import announce_optimizer, check_optimizer, group_scores
+from .resume import announce_resume, guard_checkpoints
+from .schedule_check import check_best_model, check_schedule
+from .sparsity_record import check_sparsity_record, record_sparsity
 from .teacher import check_cache, make_distiller
 
 logger = logging.get_logger(__name__)
 
-SHORT_RAMP = 1000
-"""Learned scores start from nothing. With the ramp over before so many steps, movement was at chance in our trials."""
+
+class Phase(enum.Enum):
+    """Where a `SparsityCallback` is in its life."""
+
+    NEW = "new"
+    ATTACHED = "attached"
+    FINISHED = "finished"
+    REPLACED = "replaced"
 
 
-class SparsityCallback(TrainerCallback):
+class SparsityCallback(LogsFirst):
     """Make the model of a Trainer sparse while it is fine-tuned.
 
     Masks are put on when the Trainer is made, renewed after every optimizer step, and made permanent when training
     ends; from then on `save_model` and `save_pretrained` write packed weights. Checkpoints written on the way load with
     `from_pretrained` (masked) and resume. `load_best_model_at_end` chooses among checkpoints at the final sparsity
-    only.
+    only. A new Trainer with a new callback on the same model starts over: masks of an earlier callback that has not
+    finished are taken off.
 
     Args:
-        config: what is asked for, a `SparsityConfig` or a mapping with its keys.
-        teacher: what to learn from beside the labels: "self" for a frozen copy of the model as it is before pruning, a
-            folder or Hub name, or a module. None = nothing, unless `distillation` is given.
-        distillation: how, a `DistillationConfig` or a mapping with its keys.
-        check_masks_every: optimizer steps between two proofs that all processes hold the same masks; 0 = never.
+        config: a `SparsityConfig` or a mapping with its keys.
+        teacher: "self" for a frozen copy of the model as it is before pruning, a folder or Hub name, or a module.
+            None = no distillation, unless `distillation` is given.
+        distillation: a `DistillationConfig` or a mapping with its keys.
+        check_masks_every: optimizer steps between two checks that all processes hold the same masks; 0 = never.
+        allow: keys of `config` that may differ from those of the checkpoint that training is resumed from, as in
+            `["sparsity", "schedule"]`. Any other difference is an error.
 
     Raises:
         RecipeError: before the first step, if the config does not fit the model, the training arguments or the number
             of steps.
+        CheckpointError: before a resume, if the checkpoint was made with another config.
 
     Example:
         >>> from hf_sparse import SparsityCallback, SparsityConfig
@@ -67,19 +83,22 @@ class SparsityCallback(TrainerCallback):
         teacher: str | nn.Module | None = None,
         distillation: DistillationConfig | Mapping[str, Any] | None = None,
         check_masks_every: int = 100,
+        allow: Sequence[str] = (),
     ) -> None:
         if isinstance(check_masks_every, bool) or not isinstance(check_masks_every, int) or check_masks_every < 0:
-            raise RecipeError(f"check_masks_every is a whole number of steps from 0 on, not {check_masks_every!r}")
+            raise RecipeError(f"`check_masks_every` must be an integer in [0, inf), got {check_masks_every!r}")
         self.check_masks_every = check_masks_every
         self.config = config if isinstance(config, SparsityConfig) else SparsityConfig.from_dict(config)
         self.distillation = _distillation(teacher, distillation)
+        self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
         self.pruner: Pruner | None = None
+        self.phase = Phase.NEW
         self._teacher = teacher if isinstance(teacher, nn.Module) else None
-        self._model: nn.Module | None = None
         self._terms: LossTerms | None = None
-        self._finished = False
+        self._resumed_at = 0.0
         announce_optimizer()
         announce_fsdp()
+        announce_resume()
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -87,9 +106,23 @@ class SparsityCallback(TrainerCallback):
         """Put the masks on: before the optimizer, before the wrap for several processes, before a resume loads."""
         self._attach(kwargs["model"], args)
 
+    def before_resume(self, trainer: Trainer, folder: Path) -> None:
+        """Compare the config of a checkpoint with this one.
+
+        Raises:
+            CheckpointError: for a difference that `allow` does not name; the message lists each.
+        """
+        check_sparsity_record(trainer, folder, resolved(self.config), self.allow)
+        guard_checkpoints(trainer)
+
     def before_optimizer(self, trainer: Trainer) -> None:
         """Put the masks on a model that is new since (`model_init`, or a callback added later)."""
-        if self._finished and trainer.model is self._model:
+        if self.phase is Phase.REPLACED:
+            raise RecipeError(
+                "the masks of this SparsityCallback were taken off its model, by detach() or by a later Trainer with a "
+                "SparsityCallback on the same model. Train with that one, or make a new Trainer with a new callback"
+            )
+        if self.phase is Phase.FINISHED and trainer.model is self._model:
             raise RecipeError(
                 "this SparsityCallback has finished its run and its masks are permanent. To prune the model further, "
                 "make a new Trainer with a new SparsityCallback"
@@ -107,19 +140,22 @@ class SparsityCallback(TrainerCallback):
         assert self.pruner is not None
         check_fsdp(trainer, self.pruner)
         guard_trainer(trainer)
+        guard_checkpoints(trainer)
         assert self._terms is not None
         self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
         if self._terms.distiller is not None:
             check_cache(self._terms.distiller, trainer)
 
     def after_optimizer(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Give learned scores their parameter group, and speak before the loggers do."""
+        """Give learned scores their parameter group."""
         assert self.pruner is not None
-        if group_scores(optimizer, self.pruner):
+        if group_scores(optimizer, self.pruner, trainer.lr_scheduler):
             self.pruner.warm_up(optimizer)
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)  # what `on_log` adds is then seen by TensorBoard, Weights & Biases and all others
+        super().after_optimizer(trainer, optimizer)
+
+    @property
+    def _model(self) -> nn.Module | None:
+        return None if self.pruner is None else self.pruner.model
 
     def _attach(self, model: Any, args: TrainingArguments) -> None:
         if model is self._model:
@@ -132,6 +168,7 @@ class SparsityCallback(TrainerCallback):
                 f"scorer '{measuring}' measures a model on data before it is pruned, and never in training. Prune with "
                 "sparsify(model, config, batches) or `hf-sparse prune --data`, then fine-tune; or use 'taylor' here"
             )
+        take_over(model)
         # The teacher first: "self" is a copy of the model without masks.
         distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
         terms = LossTerms(model, pruner, distiller)
@@ -145,7 +182,23 @@ class SparsityCallback(TrainerCallback):
             raise
         if self._terms is not None:
             self._terms.remove()
-        self.pruner, self._model, self._terms, self._finished = pruner, model, terms, False
+        self.pruner, self._terms, self.phase = pruner, terms, Phase.ATTACHED
+        set_owner(model, self)
+
+    def detach(self) -> None:
+        """Take the masks off a model whose training has not ended, and give it its dense weights back.
+
+        A new `SparsityCallback` on the same model does this by itself.
+        """
+        if self._terms is not None:
+            self._terms.remove()
+        if self.phase is Phase.ATTACHED:
+            assert self._model is not None
+            remove_masks(self._model)
+            release(self._model)
+            self.phase = Phase.REPLACED
+            assert self.pruner is not None
+            self.pruner.attached = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,15 +207,19 @@ class SparsityCallback(TrainerCallback):
         pruner = self._pruner(kwargs.get("model"))
         self._check_scores_are_trained(kwargs.get("optimizer"), pruner)
         for plan in pruner.plans:
-            _check_schedule(plan, state.max_steps)
+            check_schedule(plan, state.max_steps)
         if args.load_best_model_at_end:
-            _check_best_model(pruner, args, state)
+            check_best_model(pruner, args, state)
         assert self._terms is not None
         self._terms.count_batches(args)
-        pruner.progress = state.global_step / state.max_steps
+        self._resumed_at = record_sparsity(state, resolved(self.config))
+        pruner.progress = self._progress(state)
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)
         self._forget_early_best(state)
+
+    def _progress(self, state: TrainerState) -> float:
+        return max(state.global_step / state.max_steps, self._resumed_at)
 
     def _check_scores_are_trained(self, optimizer: Any, pruner: Pruner) -> None:
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -184,7 +241,7 @@ class SparsityCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the gradients to the scorers that look at them."""
+        """Pass the gradients to the scorers that use them."""
         pruner = self._pruner(kwargs.get("model"))
         # accelerate's, in fp16 alone; it has unscaled the gradients of parameters by now, and changes after the step.
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
@@ -195,7 +252,7 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Renew the masks for the next step, for evaluation and for the checkpoint of this one."""
         pruner = self._pruner(kwargs.get("model"))
-        pruner.step(state.global_step / state.max_steps, step=state.global_step)
+        pruner.step(self._progress(state), step=state.global_step)
         last = state.global_step == state.max_steps
         if self.check_masks_every and (last or state.global_step % self.check_masks_every == 0):
             check_same_masks((unit.masked.mask for unit in pruner.units), f"step {state.global_step}")
@@ -206,14 +263,12 @@ class SparsityCallback(TrainerCallback):
         if self.pruner is None or not self.pruner.attached or not logs:
             return
         if "loss" in logs:
-            own = self.pruner.logs() | (self._terms.logs() if self._terms is not None else {})
+            values = self.pruner.logs() | (self._terms.logs() if self._terms is not None else {})
         elif any(key.startswith("eval_") for key in logs):
-            own = {"eval_sparsity": self.pruner.logs()["sparsity"]}
+            values = {"eval_sparsity": self.pruner.logs()["sparsity"]}
         else:
             return
-        logs.update(own)
-        if state.log_history:
-            state.log_history[-1].update(own)
+        self.add_to_logs(logs, state, values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forget a best checkpoint that is not at the final sparsity."""
@@ -222,8 +277,7 @@ class SparsityCallback(TrainerCallback):
     def _forget_early_best(self, state: TrainerState) -> None:
         if self.pruner is None or not state.max_steps:
             return
-        progress = state.global_step / state.max_steps
-        if not all(plan.schedule.reached(progress) for plan in self.pruner.plans):
+        if not all(plan.schedule.reached(self._progress(state)) for plan in self.pruner.plans):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     # -- after the last step -----------------------------------------------------------------------------------------
@@ -233,18 +287,18 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Make the zeros permanent and take masks and scores off."""
         pruner = self._pruner(kwargs.get("model"))
-        progress = state.global_step / state.max_steps
-        if all(plan.schedule.reached(progress) for plan in pruner.plans):
+        if all(plan.schedule.reached(self._progress(state)) for plan in pruner.plans):
             pruner.finish()
         else:
             logger.warning(
                 f"training was stopped at step {state.global_step} of {state.max_steps}, before the schedule reached "
-                f"the sparsity that was asked; the model is at {pruner.logs()['sparsity']:.4f}"
+                f"its final sparsity; the model is at {pruner.logs()['sparsity']:.4f}"
             )
         pruner.bake()
         if self._terms is not None:
             self._terms.remove()
-        self._finished = True
+        self.phase = Phase.FINISHED
+        release(pruner.model)
 
     def _pruner(self, model: nn.Module | None) -> Pruner:
         if self.pruner is None or not self.pruner.attached:
@@ -255,47 +309,13 @@ class SparsityCallback(TrainerCallback):
 def _distillation(
     teacher: str | nn.Module | None, distillation: DistillationConfig | Mapping[str, Any] | None
 ) -> DistillationConfig | None:
-    """Return what is asked of a teacher, or None if none is wanted."""
+    """Return the config of the distillation, or None if there is none."""
     if distillation is None and teacher is None:
         return None
-    made = distillation if isinstance(distillation, DistillationConfig) else None
-    if made is None:
-        made = DistillationConfig.from_dict(distillation or {})  # type: ignore[arg-type]
-    return dataclasses.replace(made, teacher=teacher) if isinstance(teacher, str) else made
+    config = distillation if isinstance(distillation, DistillationConfig) else None
+    if config is None:
+        config = DistillationConfig.from_dict(distillation or {})  # type: ignore[arg-type]
+    return dataclasses.replace(config, teacher=teacher) if isinstance(teacher, str) else config
 
 
-def _check_schedule(plan: Plan, steps: int) -> None:
-    """Raise `RecipeError` if the schedule cannot be followed in this many steps; warn where learning will suffer."""
-    schedule = plan.schedule
-    ramp = int(schedule.end * steps) - int(schedule.begin * steps)
-    if schedule.end > schedule.begin and ramp < 1:
-        raise RecipeError(
-            f"schedule '{schedule.name}' rises from {schedule.begin:g} to {schedule.end:g} of the training, which is "
-            f"less than one of its {steps} steps. Train longer, widen the ramp, or use schedule 'constant'"
-        )
-    if schedule.end > schedule.begin and schedule.every > ramp:  # without a ramp there is none to jump over
-        raise RecipeError(
-            f"schedule '{schedule.name}' renews the masks every {schedule.every} steps, but its ramp has {ramp} of the "
-            f"{steps} steps of this training, so it would be jumped over. Lower 'every'"
-        )
-    plan.scorer.check_steps(schedule.every, steps)
-    last = math.ceil(schedule.end * steps)
-    if plan.scorer.learned and plan.sparsity > 0 and last < SHORT_RAMP:
-        logger.warning(
-            f"scorer '{plan.scorer.name}' learns its scores from zero, and this schedule ends its ramp at step {last} "
-            f"of {steps}. With fewer than about {SHORT_RAMP} steps the scores are mostly noise at high sparsity and "
-            "accuracy collapses; train longer, or use scorer 'magnitude'"
-        )
-
-
-def _check_best_model(pruner: Pruner, args: TrainingArguments, state: TrainerState) -> None:
-    """Raise `RecipeError` if no evaluation happens at the final sparsity, so that no best model could be chosen."""
-    end = max(plan.schedule.end for plan in pruner.plans)
-    by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
-    # transformers evaluates after the very last step whatever the interval is, but never before eval_delay.
-    if args.eval_delay > (state.max_steps if by_steps else state.num_train_epochs):
-        raise RecipeError(
-            f"load_best_model_at_end needs an evaluation at the final sparsity, which holds from step "
-            f"{math.ceil(end * state.max_steps)} of {state.max_steps} on, but eval_delay={args.eval_delay} puts the "
-            "first one behind the end of training. Lower eval_delay"
-        )
+announce_resume()

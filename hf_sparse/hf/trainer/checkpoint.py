@@ -1,16 +1,53 @@
-"""Which training checkpoint to resume from: the last one that was written to its end."""
+"""Training checkpoints in an output folder: which one to resume from, and what a new run must not inherit."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, RecipeError
+from .run_record import STATE
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_STATE = "trainer_state.json"
+_WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
+
+
+def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder has the name of a training checkpoint."""
+    return _FOLDER.fullmatch(Path(folder).name) is not None
+
+
+def trained_files(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints and the model weights that a run has left in its output folder."""
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    entries = sorted(folder.iterdir())
+    checkpoints = [path for path in entries if path.is_dir() and is_checkpoint(path)]
+    return checkpoints + [path for path in entries if path.is_file() and _WEIGHTS.fullmatch(path.name)]
+
+
+def check_unused(output_dir: str | os.PathLike[str]) -> None:
+    """Raise `RecipeError` if a new run in this folder would inherit checkpoints, or overwrite a model."""
+    if found := trained_files(output_dir):
+        listed = ", ".join(path.name for path in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise RecipeError(
+            f"output folder {os.fspath(output_dir)} has a model or checkpoints of another run ({listed}). Resume that "
+            "run (--resume), replace it (--overwrite), or choose another output folder"
+        )
+
+
+def remove_trained(output_dir: str | os.PathLike[str]) -> None:
+    """Remove the checkpoints and the model weights of an earlier run from an output folder."""
+    for path in trained_files(output_dir):
+        if path.is_dir():
+            (path / STATE).unlink(missing_ok=True)  # first: half a folder is then no complete checkpoint
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> str | None:
@@ -36,7 +73,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> s
         None
     """
     folder = Path(output_dir)
-    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if is_checkpoint(path)] if folder.is_dir() else []
     found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     missing: dict[str, str] = {}
     for path in found:
@@ -63,8 +100,8 @@ def _missing(path: Path, processes: int) -> str:
     if not any(path.glob("*.safetensors")):
         return "its weights"
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"a readable {_STATE}"
+        return f"a readable {STATE}"
     step = int(path.name.rpartition("-")[2])
-    return "" if isinstance(state, dict) and state.get("global_step") == step else f"a {_STATE} of its step"
+    return "" if isinstance(state, dict) and state.get("global_step") == step else f"a {STATE} of its step"

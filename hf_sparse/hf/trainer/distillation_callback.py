@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ...config.distillation import DistillationConfig
 from ...errors import RecipeError
+from .log_first import LogsFirst
 from .loss_hook import LossTerms
 from .optimizer import announce_optimizer
 from .teacher import check_cache, make_distiller
 
 
-class DistillationCallback(TrainerCallback):
+class DistillationCallback(LogsFirst):
     """Add what a teacher says to the loss of a model that is not being pruned. (`SparsityCallback` does that itself.)
 
     Args:
@@ -61,12 +62,6 @@ class DistillationCallback(TrainerCallback):
             raise
         self._model, self._terms = model, terms
 
-    def after_optimizer(self, trainer: Trainer, optimizer: Any) -> None:
-        """Speak before the loggers do."""
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.remove(self)
-        callbacks.insert(0, self)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -87,10 +82,7 @@ class DistillationCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if self._terms is None or not logs or "loss" not in logs:
             return
-        own = self._terms.logs()
-        logs.update(own)
-        if state.log_history:
-            state.log_history[-1].update(own)
+        self.add_to_logs(logs, state, self._terms.logs())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

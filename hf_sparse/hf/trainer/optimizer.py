@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 from transformers import Trainer
 
 from ...errors import RecipeError
@@ -68,16 +69,19 @@ def check_optimizer(name: str) -> None:
             )
 
 
-def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> bool:
+def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner, scheduler: Any = None) -> bool:
     """Move the learned scores into groups of their own: their learning rate, no weight decay, all else as default.
 
-    The learning-rate scheduler, made after this, scales their rate as it scales the others.
+    The learning-rate scheduler scales their rate as it scales the others.
+
+    Args:
+        scheduler: one that was made before this, for the groups that the optimizer had then; None = made after this.
 
     Returns:
         Whether any were moved: not where there are none, or they have their groups since an earlier `train`.
 
     Raises:
-        RecipeError: if the optimizer has no parameter groups to put them into.
+        RecipeError: if the optimizer has no parameter groups to put them into, or the scheduler takes no more groups.
     """
     groups = pruner.score_groups()
     if not groups:
@@ -92,9 +96,49 @@ def group_scores(optimizer: torch.optim.Optimizer, pruner: Pruner) -> bool:
         if group["params"] and all(id(parameter) in learned for parameter in group["params"]):
             return False  # a second call of train(), with the optimizer of the first
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in learned]
+    if scheduler is not None:
+        _check_extensible(scheduler)
     for group in groups:
         optimizer.add_param_group(group)
+        if scheduler is not None:
+            _extend(scheduler, optimizer)
     return True
+
+
+EXTENSIBLE = (
+    schedulers.ConstantLR,
+    schedulers.CosineAnnealingLR,
+    schedulers.CosineAnnealingWarmRestarts,
+    schedulers.ExponentialLR,
+    schedulers.LambdaLR,
+    schedulers.LinearLR,
+    schedulers.MultiStepLR,
+    schedulers.PolynomialLR,
+    schedulers.StepLR,
+)
+"""Schedulers whose state is a base rate (and a function) per parameter group. Those of transformers are LambdaLR."""
+
+
+def _check_extensible(scheduler: Any) -> None:
+    if type(scheduler) not in EXTENSIBLE:
+        raise RecipeError(
+            f"the lr_scheduler given to the Trainer ({type(scheduler).__name__}) was made before the movement scores "
+            "had their parameter group, and takes no more groups. Leave it out and set lr_scheduler_type, give one of "
+            f"{', '.join(cls.__name__ for cls in EXTENSIBLE)}, or use a scorer that learns nothing (magnitude)"
+        )
+
+
+def _extend(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let a scheduler know of the last parameter group, as if it had been there from the beginning."""
+    first, last = optimizer.param_groups[0], optimizer.param_groups[-1]
+    base = last["initial_lr"] = float(last["lr"])
+    scheduler.base_lrs.append(base)
+    if isinstance(scheduler, schedulers.LambdaLR):
+        scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
+        last["lr"] = base * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    elif first["initial_lr"]:
+        last["lr"] = base * first["lr"] / first["initial_lr"]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _parameters(group: dict[str, Any]) -> list[nn.Parameter]:

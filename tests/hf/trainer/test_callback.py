@@ -202,7 +202,7 @@ def test_stopping_before_the_schedule_ends_warns_and_says_the_sparsity(
     trainer = sparse_trainer(tmp_path, callbacks=[Stop()])
     logging.getLogger("hf_sparse.hf.trainer.callback").addHandler(caplog.handler)
     trainer.train()
-    assert "stopped at step 5 of 20, before the schedule reached the sparsity" in caplog.text
+    assert "stopped at step 5 of 20, before the schedule reached its final sparsity" in caplog.text
     assert 0.3 < summarize(trainer.model).sparsity < 0.9
 
 
@@ -333,7 +333,7 @@ def test_schedule_that_this_run_cannot_follow_is_an_error_before_step_one(
 
 
 def test_short_ramp_warns_for_learned_scores_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("hf_sparse.hf.trainer.callback").addHandler(caplog.handler)
+    logging.getLogger("hf_sparse.hf.trainer.schedule_check").addHandler(caplog.handler)
     sparse_trainer(tmp_path, SparsityConfig(sparsity=0.5, schedule=RAMP)).train()
     assert "learns its scores from zero" not in caplog.text
     sparse_trainer(tmp_path).train()

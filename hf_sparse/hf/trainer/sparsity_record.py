@@ -1,0 +1,66 @@
+"""The sparsity config in a training checkpoint: what a resume compares, and how far the schedule was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.utils import logging
+
+from ...errors import CheckpointError
+from .run_record import check_resume, flatten, read_record, recorded_in, write_record
+
+logger = logging.get_logger(__name__)
+
+SECTION = "sparsity"
+
+
+def check_sparsity_record(trainer: Trainer, folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Compare the config of a checkpoint with that of a callback.
+
+    Args:
+        config: as `resolved` returns it.
+        allow: keys that may differ.
+
+    Raises:
+        CheckpointError: for any other difference, or if the checkpoint has no sparsity config.
+    """
+    if trainer.model_init is not None:
+        raise CheckpointError(
+            f"cannot resume from {folder} with model_init: it makes a new model, without masks, before the checkpoint "
+            "is loaded. Give the Trainer the model itself (model=...)"
+        )
+    recorded = read_record(folder, SECTION)
+    if recorded is None:
+        if "sparsity" in allow:
+            return
+        raise CheckpointError(
+            f"checkpoint {folder} does not record a sparsity config: it was written without SparsityCallback, or by an "
+            "older hf_sparse. To prune the model that it holds, load it with from_pretrained and train without "
+            "resume_from_checkpoint; to resume all the same: SparsityCallback(..., allow=['sparsity'])"
+        )
+    old, new = ({"sparsity": facts} for facts in (recorded.get("config"), config))
+    check_resume(folder, flatten(old), flatten(new), allow, "SparsityCallback(..., allow=['{}'])")
+
+
+def record_sparsity(state: TrainerState, config: Mapping[str, Any]) -> float:
+    """Record a config in the state of a Trainer, and return the progress that a resumed run starts from.
+
+    A run that is resumed with more steps is less far along its schedule than its masks are. The schedule then holds
+    where it was, so that no zero is lost.
+    """
+    recorded = recorded_in(state, SECTION)
+    steps, before = recorded.get("max_steps"), 0.0
+    if state.global_step and isinstance(steps, int) and steps > 0:
+        before = max(min(state.global_step / steps, 1.0), float(recorded.get("progress") or 0.0))
+        now = state.global_step / state.max_steps
+        if before > now:
+            logger.warning(
+                f"resumed at step {state.global_step} of {state.max_steps}, from a run of {steps} steps: the schedule "
+                f"would go back from {before:.0%} to {now:.0%} of the training and prune less. Masks stay at "
+                f"{before:.0%} until the longer run gets there, so the sparsity does not fall"
+            )
+    write_record(state, SECTION, {"config": config, "max_steps": state.max_steps, "progress": before})
+    return before
