@@ -8,6 +8,7 @@ from ._version import __version__ as __version__
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, HubError, PatternError, RecipeError, SparsityError
 from .formats.structure import Edits
+from .hf import patches as _patches
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import quantizer as _quantizer  # registers itself with transformers
 from .hf.quantization.config import SparseConfig
@@ -23,6 +24,7 @@ from .pruning.summary import Summary, summarize
 from .runtime import LayerReport, RuntimeReport, to_dense_runtime, to_runtime
 
 _install()
+_patches.install()
 
 HfSparseConfig = SparseConfig
 ConfigError = RecipeError

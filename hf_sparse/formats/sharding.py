@@ -73,6 +73,16 @@ class Shards:
         with reading(path):
             return file.get_tensor(key)
 
+    def slice(self, key: str) -> Any:
+        """Return a tensor as a safetensors slice, which is read when it is indexed.
+
+        Raises:
+            CheckpointError: if the file cannot be read any more.
+        """
+        path, file = self._files[key]
+        with reading(path):
+            return file.get_slice(key)
+
 
 @contextlib.contextmanager
 def opened(paths: Sequence[Path]) -> Iterator[Shards]:

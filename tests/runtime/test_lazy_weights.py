@@ -52,11 +52,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note how many bytes of decoded weights are alive whenever one is decoded."""
     import weakref
 
-    from hf_sparse.hf.quantization import quantizer
+    from hf_sparse.hf.quantization import load_plan
 
     alive: list[Any] = []
     most: list[int] = []
-    real = quantizer.decode  # type: ignore[attr-defined]
+    real = load_plan.decode  # type: ignore[attr-defined]
 
     def decode(*args: Any) -> torch.Tensor:
         weight = real(*args)
@@ -64,7 +64,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         most.append(sum(storage().nbytes() for storage in alive if storage() is not None))
         return weight
 
-    monkeypatch.setattr(quantizer, "decode", decode)
+    monkeypatch.setattr(load_plan, "decode", decode)
     return most
 
 

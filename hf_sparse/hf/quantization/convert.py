@@ -32,13 +32,14 @@ from ...formats.codecs import CODECS, decode, encode, layout
 from ...formats.codecs.base import as_bits
 from ...formats.compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_manifest
+from ...formats.safetensors_io import MANIFEST_KEY
 from ...formats.sharding import SINGLE, Shards, ShardWriter, opened, weight_files
 from ...formats.structure import EDITS_KEY
 from ...registry import Spec
 from ...utils.atomic_io import read_json, replace_file
 from .config import METHOD as OURS
 from .config import SparseConfig
+from .load_plan import manifest_of
 from .saving import FORMATS as PROFILES
 from .saving import is_training_state, staged
 
@@ -118,8 +119,9 @@ def convert(
         return _convert_file(source, output, spec)
     config = read_json(source / "config.json") or {}
     method = _method(config) if config else None
+    described = _described(config) if method == OURS else None
     with staged(output, writes=True) as folder:
-        done = _convert(files, method, Path(folder), spec, limit)
+        done = _convert(files, method, described, Path(folder), spec, limit)
         if config:
             text = json.dumps(_config_of(config, done.manifest), indent=2, sort_keys=True)
             (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -132,7 +134,7 @@ def _convert_file(source: Path, output: Path, spec: Spec) -> Conversion:
         raise RecipeError(f"{source} is a file, so the output should be one, and {output} is a folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(output) as temporary, tempfile.TemporaryDirectory(dir=output.parent, prefix=".saving-") as folder:
-        done = _convert([source], None, Path(folder), spec, math.inf)
+        done = _convert([source], None, None, Path(folder), spec, math.inf)
         os.replace(Path(folder) / SINGLE, temporary)
     return dataclasses.replace(done, files=(output.name,))
 
@@ -188,6 +190,12 @@ def _method(config: Mapping[str, Any]) -> str:
     return METHOD if found in FORMATS else "dense"
 
 
+def _described(config: Mapping[str, Any]) -> Manifest | None:
+    """Return the manifest in a config; files have their own, which is the one that counts."""
+    manifest = _quantization(config).get("manifest")
+    return None if manifest is None else Manifest.from_dict(manifest)
+
+
 def _config_of(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """Return a config that says how the weights are stored now; what was asked of the model stays."""
     stated = _quantization(config)
@@ -198,9 +206,11 @@ def _config_of(config: Mapping[str, Any], manifest: Manifest | None) -> dict[str
     return out
 
 
-def _convert(files: Sequence[Path], method: str | None, folder: Path, spec: Spec, limit: float) -> Conversion:
+def _convert(
+    files: Sequence[Path], method: str | None, described: Manifest | None, folder: Path, spec: Spec, limit: float
+) -> Conversion:
     """Write the weight files into an empty folder; without a config (no method) they say themselves what they are."""
-    manifest = check_files(files) if method == OURS or read_manifest(files[0]) is not None else None
+    manifest = manifest_of(files, described)
     if spec == "dense" and manifest is not None and manifest.extra.get(EDITS_KEY):
         raise RecipeError(
             "a compacted model cannot be written dense: its layers differ in size, which config.json has no words for, "
@@ -221,7 +231,7 @@ def _convert(files: Sequence[Path], method: str | None, folder: Path, spec: Spec
         for key, read, packed, target in pending:
             tensor = read()
             if packed is None:
-                packed = spec != "dense" and _is_sparse(key, tensor)
+                packed = spec != "dense" and looks_sparse(key, tensor)
                 target = packed
             entry, parts = encode(tensor, spec if packed else "dense")
             if any(key + suffix in taken for suffix in parts if suffix):  # the model has a tensor of that name itself
@@ -263,13 +273,19 @@ def _compressed(shards: Shards) -> Iterator[_Waiting]:
         yield _Waiting(key, partial(shards.get, key), packed=False)
 
 
-def _is_sparse(key: str, tensor: Tensor) -> bool:
-    """Return whether the zeros of a dense tensor look like intent."""
-    if tensor.ndim < 2 or not key.endswith(".weight") or not tensor.numel():
+def looks_sparse(key: str, tensor: Tensor) -> bool:
+    """Return whether the zeros of a dense tensor look like intent.
+
+    Example:
+        >>> import torch
+        >>> looks_sparse("layer.0.query.weight", torch.eye(4)), looks_sparse("word_embeddings.weight", torch.eye(4))
+        (True, False)
+    """
+    if tensor.ndim < 2 or not key.endswith(".weight") or not tensor.numel() or tensor.is_meta:
         return False
     if any(word in key.lower() for word in _EMBEDDINGS):
         return False
-    zeros = tensor.numel() - int(np.count_nonzero(as_bits(tensor).numpy()))
+    zeros = tensor.numel() - int(np.count_nonzero(as_bits(tensor.detach().cpu()).numpy()))
     return zeros >= MIN_ZEROS * tensor.numel()
 
 

@@ -6,76 +6,32 @@ is loaded exactly, into plain dense weights with zeros.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
 from ...config.sparsity import SparsityConfig
-from ...errors import BackendError, CheckpointError, RecipeError
-from ...formats.codecs import SUFFIXES, decode
-from ...formats.codecs.base import TORCH_DTYPES
-from ...formats.manifest import Manifest
-from ...formats.safetensors_io import MANIFEST_KEY, check_files
-from ...formats.structure import EDITS_KEY, Edits
+from ...errors import BackendError, RecipeError
+from ...formats.safetensors_io import MANIFEST_KEY
 from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
 from ...modeling.zero_preservation import free_zeros, keep_zeros
 from ...pruning import compaction, pruner
-from ...pruning.compaction import apply_edits
 from ...pruning.group import joined
-from ...pruning.masked_weight import STATE_SUFFIXES
 from ...pruning.oneshot import sparsify
 from ...runtime import is_runtime, to_dense_runtime, to_runtime
-from ...runtime.lazy_weights import can_wait, waiting
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
-from .saving import FORMATS, pack_state, refuse_edited, save_packed, save_plain
+from .convert import looks_sparse
+from .load_plan import LoadPlan, is_packed
+from .saving import is_training_state, pack_state, refuse_edited, save_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
-
-
-class Unpack(ConversionOps):
-    """Decode one weight while a checkpoint is loaded; weights that are not packed pass through."""
-
-    def __init__(self, hf_quantizer: SparseQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-        self.dtype: torch.dtype | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
-        # transformers copies the op for every weight; the quantizer, which holds the manifest, is one.
-        return Unpack(self.hf_quantizer)
-
-    def convert(  # type: ignore[override]
-        self,
-        input_dict: dict[str, list[Tensor] | Tensor],
-        *,
-        target_patterns: list[str],
-        full_layer_name: str,
-        model: PreTrainedModel,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        parts = {
-            key.removeprefix("weight"): part[0] if isinstance(part, list) else part for key, part in input_dict.items()
-        }
-        parts = {suffix: part for suffix, part in parts.items() if suffix not in STATE_SUFFIXES}
-        try:
-            if (later := self.hf_quantizer.waiting(full_layer_name, parts, model, self.dtype)) is not None:
-                return {target_patterns[0]: later}
-            weight = self.hf_quantizer.unpack(full_layer_name, parts, model)
-        except CheckpointError as error:
-            # transformers turns what an op raises into a general report; ours is kept and raised after loading.
-            self.hf_quantizer.failures.append(error)
-            reference = model.get_parameter_or_buffer(full_layer_name)
-            weight = torch.zeros(reference.shape, dtype=reference.dtype, device=parts[""].device)
-        weight = weight if self.dtype is None else weight.to(self.dtype)
-        second = self.hf_quantizer.second
-        if second is not None and second.param_needs_quantization(model, full_layer_name):
-            return second.get_quantize_ops().convert({full_layer_name: weight}, model=model)
-        return {target_patterns[0]: weight}
 
 
 @register_quantizer(METHOD)
@@ -83,9 +39,6 @@ class SparseQuantizer(HfQuantizer):
     """Load packed checkpoints, prune dense ones on request (one-shot), and pack on saving."""
 
     quantization_config: SparseConfig
-    serialized_names = {  # noqa: RUF012  an instance variable for transformers
-        "weight": [f"weight{suffix}" for suffix in (*SUFFIXES, *STATE_SUFFIXES)]
-    }
 
     def __init__(self, quantization_config: SparseConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -96,11 +49,7 @@ class SparseQuantizer(HfQuantizer):
                 f"{', '.join(quantization_config.stated)} in config.json has no effect: how a checkpoint is run is for "
                 "the one who loads it, as in from_pretrained(..., quantization_config=SparseConfig(...))"
             )
-        self.manifest = quantization_config.manifest
-        self.failures: list[CheckpointError] = []
-        self.checked = False
-        self.given_state: dict[str, Tensor] | None = None
-        self.codec = FORMATS["packed"]
+        self.plan: LoadPlan | None = None
         self.second = second_quantizer(quantization_config)
         self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
         self.device_map: Any = None
@@ -136,90 +85,47 @@ class SparseQuantizer(HfQuantizer):
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """Name the op that `from_pretrained` runs on each weight."""
-        return {"deserialize": Unpack}
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Leave the stored types as they are; the op casts after decoding, when the checksum has been verified."""
-        ours = [op for op in getattr(converter, "operations", ()) if isinstance(op, Unpack)]
-        if not ours:
-            return super().get_new_dtype(converter, param, dtype)
-        # A piece of a file, or a tensor of a state dict that was given.
-        name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype).removeprefix("torch.").upper()
-        if name.startswith(("F", "BF")):
-            ours[0].dtype = dtype
-        return None
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         _refuse_shards(model)
         self.device_map = kwargs.get("device_map")
-        if self.pre_quantized and checkpoint_files:
-            # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
-            # save, if a save was killed between replacing the weights and replacing the config.
-            copy, self.manifest = self.manifest, check_files(checkpoint_files)
-            self.checked = True
-            if copy is not None and copy != self.manifest:
-                logger.warning(
-                    "config.json describes another save of this checkpoint than its weight files hold (was a save "
-                    "interrupted?). The weight files are whole and are loaded; save the model again to mend it"
-                )
-        if self.pre_quantized and self.manifest is not None and EDITS_KEY in self.manifest.extra:
-            # Before the weights arrive and before a device map is made, so that it is made of the real sizes.
-            apply_edits(model, Edits.from_dict(self.manifest.extra[EDITS_KEY]), model.base_model_prefix)
+        self.plan = self._plan(checkpoint_files or ())
+        if self.plan is not None:
+            self.plan.shape_model(model)  # before a device map is made, so that it is made of the real sizes
         if self.second is not None and self.prune_to is None:
             self.second._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
-    def unpack(self, name: str, parts: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
-        """Decode a weight of the model from the parts that the checkpoint has for it.
+    def _plan(self, files: Sequence[str]) -> LoadPlan | None:
+        copy = self.quantization_config.manifest if self.pre_quantized else None
+        if not files:
+            return None if copy is None else LoadPlan(copy)
+        plan = LoadPlan.of(files, copy)
+        # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
+        # save, if a save was killed between replacing the weights and replacing the config.
+        if plan is not None and copy is not None and copy != plan.manifest:
+            logger.warning(
+                "config.json describes another save of this checkpoint than its weight files hold (was a save "
+                "interrupted?). The weight files are complete and are loaded; save the model again to repair it"
+            )
+        return plan
 
-        Raises:
-            CheckpointError: if the manifest does not describe it, the content is damaged, or the shape is another.
-        """
-        if self.manifest is None:
-            raise CheckpointError("the checkpoint has no manifest, neither in config.json nor in its files")
-        entry = self.manifest.tensors.get(_key_in(self.manifest, name, model))
-        # Old names (LayerNorm.gamma) are renamed on the way here. What arrives whole under a name that is not listed is
-        # a dense tensor that has been verified under its own: packed ones have several parts and another shape.
-        renamed = self.checked and parts.keys() == {""}
-        if entry is None and not renamed:
-            raise CheckpointError(f"the manifest does not list '{name}'")
-        weight = parts[""] if entry is None or entry.codec == "dense" else decode(entry, parts, name)
-        expected = model.get_parameter_or_buffer(name).shape
-        # transformers judges dense weights (a head for another task, with ignore_mismatched_sizes), but looks at no
-        # weight that is quantized on the way.
-        judged = weight is parts[""] and not self.param_needs_quantization(model, name)
-        if not judged:
-            _check_shape(name, tuple(weight.shape), tuple(expected))
-        return weight
-
-    def waiting(
-        self, name: str, parts: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype | None
-    ) -> nn.Parameter | None:
-        """Return a weight that is decoded when `to_runtime` packs it, so that all are never dense at once; or None.
-
-        Raises:
-            CheckpointError: for another shape; what can only be seen by decoding is raised then.
-        """
-        entry = None if self.manifest is None else self.manifest.tensors.get(_key_in(self.manifest, name, model))
-        packs = self.quantization_config.backend not in (None, "dense") and self.prune_to is None
-        if not packs or self.second is not None or entry is None or entry.codec == "dense":
-            return None
-        kind = dtype or TORCH_DTYPES[entry.dtype]
-        if not can_wait(model.get_submodule(name.rpartition(".")[0]), name, kind, self.device_map):
-            return None
-        expected = tuple(model.get_parameter_or_buffer(name).shape)
-        _check_shape(name, entry.shape, expected)
-        return waiting(expected, kind, lambda: decode(entry, parts, name).to(kind))
+    def load(self, original: Callable[..., Any], model: PreTrainedModel, state: Any, files: Any, load: Any) -> Any:
+        """Do what `PreTrainedModel._load_pretrained_model` does, with the tensors of the plan."""
+        assert self.plan is not None
+        lazy = self.quantization_config.backend not in (None, "dense") and self.prune_to is None and self.second is None
+        if self.second is not None:  # it quantizes each weight as it is read, as it does for a dense file
+            load = dataclasses.replace(load, hf_quantizer=self.second if self.prune_to is None else None)
+        return self.plan.load(original, model, None if self.plan.files else state, load, lazy)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.failures:
-            raise self.failures[0]
-        if self.pre_quantized:
-            self._settle(model)
-        if self.prune_to is not None and not (self.pre_quantized and self.prune_to == self.quantization_config.intent):
+        sparse = self.plan is not None
+        if self.plan is not None:
+            self._settle(model, self.plan)
+            self.plan = None
+        elif self.pre_quantized:
+            sparse = self._settle_dense(model)
+        if self.prune_to is not None and not (sparse and self.prune_to == self.quantization_config.intent):
             sparsify(model, self.prune_to)
         if self.second is None:
             if self.quantization_config.backend is not None:
@@ -229,14 +135,9 @@ class SparseQuantizer(HfQuantizer):
             quantize(model, self.second, self.device_map)
         return hand_over(model, self.second)
 
-    def _settle(self, model: PreTrainedModel) -> None:
+    def _settle(self, model: PreTrainedModel, plan: LoadPlan) -> None:
         """Make a model that was packed keep its zeros, and pack again when it is saved."""
-        # Our op decodes and has no reverse; saving packs by `get_state_dict_and_metadata` instead.
-        loaded = cast(Any, model)
-        loaded._weight_conversions = [c for c in loaded._weight_conversions or () if not _is_ours(c)]
-        assert self.manifest is not None
-        names = {_key_in(self.manifest, name, model): name for name in dict(model.named_parameters())}
-        SPARSE_WEIGHTS.set(model, tuple(names[key] for key in self.manifest.targets if key in names))
+        SPARSE_WEIGHTS.set(model, plan.targets)
         for parameter in model.parameters():
             if not parameter.numel():  # left by compaction, which does the same
                 parameter.requires_grad_(False)
@@ -244,17 +145,32 @@ class SparseQuantizer(HfQuantizer):
             keep_zeros(_layers(model))
             save_packed(model)
 
+    def _settle_dense(self, model: PreTrainedModel) -> bool:
+        """Do the same for dense files beside a config.json that says "hf_sparse"; return whether anything is sparse.
+
+        Such are a part of a sparse model that was saved by itself, or a dense model that was given its config.
+        """
+        names = tuple(name for name, parameter in model.named_parameters() if looks_sparse(name, parameter))
+        if names:
+            SPARSE_WEIGHTS.set(model, names)
+            keep_zeros(_layers(model))
+            save_packed(model)
+        else:
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        return bool(names)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
+        request = save_request()
+        state = model.state_dict() if request.state is None else request.state
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters, and nothing else
-            return (model.state_dict() if self.given_state is None else self.given_state), {}
-        state = model.state_dict() if self.given_state is None else self.given_state
+            return dict(state), {}
         if any(key.endswith(".base_layer.weight") for key in state):
             raise RecipeError(
                 "the model is wrapped in adapters, and would be saved under names that nothing can load. Save the "
                 "adapters (PeftModel.save_pretrained), or the model that merge_and_unload() or unload() returns"
             )
-        tensors, manifest = pack_state(model, state, self.codec)
+        tensors, manifest = pack_state(model, state, request.codec)
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)
         return tensors, {MANIFEST_KEY: manifest.to_json()}
 
@@ -300,28 +216,45 @@ def _refuse_shards(model: PreTrainedModel) -> None:
         )
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"'{name}' has shape {found} in the checkpoint, but the model built from config.json has {expected}"
-        )
-
-
 def _layers(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(name.rpartition(".")[0]) for name in sparse_weights(model)]
 
 
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, Unpack) for op in getattr(conversion, "operations", ()))
+def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wrap `PreTrainedModel._load_pretrained_model`: read packed files as if they were dense.
 
-
-def _key_in(manifest: Manifest, name: str, model: PreTrainedModel) -> str:
-    """Return the checkpoint key of a weight: a base model loads from a model with a head, and the other way round."""
-    prefix = f"{model.base_model_prefix}."
-    for key in (name, prefix + name, name.removeprefix(prefix)):
-        if key in manifest.tensors:
-            return key
-    return name
+    Args:
+        original: what is wrapped.
+        *args: the model on the meta device, the tensors where they are given, the files of the checkpoint, and the
+            `LoadStateDictConfig`.
+        **kwargs: none of `from_pretrained`; adapters are loaded with `expected_keys`, into a model that is there.
+    """
+    if kwargs or len(args) != 4:
+        return original(*args, **kwargs)
+    model, state, files, load = args
+    quantizer = load.hf_quantizer
+    if isinstance(quantizer, SparseQuantizer):
+        if quantizer.plan is None:
+            information, offloaded = original(model, state, files, load)
+            # A part that was saved while the whole was being pruned has the training state of its weights beside them.
+            names = information.unexpected_keys | model.state_dict().keys()
+            information.unexpected_keys -= {key for key in names if is_training_state(key, names)}
+            return information, offloaded
+        return quantizer.load(original, model, state, files, load)
+    if state is not None or not files or not is_packed(files[0]):
+        return original(model, state, files, load)
+    # The config names no quantization: that of one tower of a CLIP, or one that the user made. The files are packed.
+    plan = LoadPlan.of(files)
+    assert plan is not None
+    plan.shape_model(model)
+    loaded = plan.load(original, model, None, load, lazy=False)
+    if quantizer is None:
+        config = SparseConfig(manifest=plan.manifest)
+        ours = SparseQuantizer(config, pre_quantized=True)
+        ours._settle(model, plan)
+        cast(Any, model).hf_quantizer = ours
+        model.config.quantization_config = config
+    return loaded
 
 
 def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:

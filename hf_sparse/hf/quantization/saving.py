@@ -11,9 +11,10 @@ import contextlib
 import os
 import re
 from collections.abc import Container, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,26 @@ def dense_state(model: PreTrainedModel, state: Mapping[str, Tensor] | None = Non
     return {key: tensor for key, tensor in state.items() if not is_training_state(key, state)}
 
 
+class SaveRequest(NamedTuple):
+    """What one `save_pretrained` was called with, for the quantizer that transformers calls in between.
+
+    Attributes:
+        state: the state dict to save; None = that of the model.
+        codec: of the weights that are sparse.
+    """
+
+    state: Mapping[str, Tensor] | None = None
+    codec: str = FORMATS["packed"]
+
+
+_REQUEST: ContextVar[SaveRequest | None] = ContextVar("hf_sparse_save_request", default=None)
+
+
+def save_request() -> SaveRequest:
+    """Return the request of the save that is under way."""
+    return _REQUEST.get() or SaveRequest()
+
+
 def save_packed(model: PreTrainedModel) -> None:
     """Give a model a `save_pretrained` that writes packed weights, dense ones on request, and files that are whole."""
     # A partial, because a bound method that the class does not have cannot be pickled.
@@ -189,13 +210,12 @@ def _save_pretrained(
     save = type(self).save_pretrained
     with staged(save_directory, is_main_process) as directory:
         if format != "dense":
-            quantizer: Any = self.hf_quantizer
-            quantizer.given_state, quantizer.codec = state_dict, FORMATS[format]
+            token = _REQUEST.set(SaveRequest(state_dict, FORMATS[format]))
             try:
                 # The names are reverted before packing (`pack_state`), so not a second time.
                 save(self, directory, is_main_process, None, save_original_format=False, **kwargs)
             finally:
-                quantizer.given_state, quantizer.codec = None, FORMATS["packed"]
+                _REQUEST.reset(token)
         else:
             with _unmarked(self):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)

@@ -245,7 +245,6 @@ def test_compression_config_of_older_versions_is_read(tmp_path):
         ({"quant_method": "gptq", "bits": 4}, r"quantized \(gptq\)"),
         ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "marlin-24"}}, "'marlin-24'"),
         ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {}}}, "not only sparse"),
-        ({"quant_method": "hf_sparse"}, "has no hf_sparse manifest"),
         ([1], "should be a mapping"),
     ],
 )

@@ -166,7 +166,13 @@ def test_head_for_another_task_is_made_anew_as_with_a_dense_file(
 
 def test_packed_weight_of_another_shape_is_an_error(packed: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has shape \(64, 32\) in the checkpoint, .* has \(128, 32\)"):
-        load(packed, intermediate_size=128, ignore_mismatched_sizes=True)
+        load(packed, intermediate_size=128)
+
+
+def test_packed_weight_of_another_shape_is_made_anew_on_request_as_with_a_dense_file(packed: Path) -> None:
+    loaded = load(packed, intermediate_size=128, ignore_mismatched_sizes=True)
+    assert loaded.bert.encoder.layer[0].intermediate.dense.weight.shape == (128, 32)
+    assert len(summarize(loaded).weights) == 8, "what is made anew is not sparse"
 
 
 # -- intent on a dense model -----------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_checkpoint_saved_dense_in_training_is_the_masked_model(tmp_path: Path) 
 SAVE_FOREVER = """
     import sys, torch
     from hf_sparse import SparsityConfig, sparsify
-    from tests.training import bert
+    from tests.helpers.training import bert
     model = sparsify(bert(), SparsityConfig(sparsity=0.5))
     print("ready", flush=True)
     while True:
