@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from .. import kernels
 from ..formats.codecs.base import pack_bits, unpack_bits
 from ..kernels import csr_op as csr
 
-Kernel = Literal["cpu", "csr", "int8"]
-"""What multiplies: the own kernels, in fp32 or in int8, or torch's product with a CSR matrix."""
+Kernel = str
+"""Name of a kernel in `hf_sparse.kernels.KERNELS`."""
 
 INT8_PARTS = ("int8_values", "int8_columns", "int8_pointers", "int8_scales", "int8_offsets")
 PARTS = ("values", "columns", "pointers", "negative", *INT8_PARTS)
