@@ -1,4 +1,4 @@
-// Compares every product of every instruction set with sums in double, through the C interface alone: for machines
+// Compares every operator of every instruction set with sums in double, through the C interface alone: for machines
 // that have no Python here, such as an emulated one.
 #include <cmath>
 #include <cstdio>
@@ -128,7 +128,7 @@ int main() {
             bad |= hf_sparse_ffn(isa, &first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, act,
                                  threads);
             compare(z, down.times(hidden, count));
-            if (bad) return std::printf("%s: a sound weight was refused\n", name), 1;
+            if (bad) return std::printf("%s: a valid weight was refused\n", name), 1;
           }
     std::printf("%s: at most %.1e from the sums in double\n", name, worst);
     if (!(worst < 1e-5)) return std::puts("WRONG"), 1;

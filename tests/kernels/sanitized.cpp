@@ -1,4 +1,4 @@
-// Calls every product of every instruction set on exactly allocated memory, with sound and with hostile weights.
+// Calls every operator of every instruction set on exactly allocated memory, with valid and with hostile weights.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -66,7 +66,7 @@ int main() {
             const Norm norm{down.bias.data(), count % 2 ? down.bias.data() : nullptr, 1e-5f};
             if (count >= 16 * threads)
               bad |= hf_sparse_ffn(isa, &first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
-            if (bad) return std::printf("%s: a sound weight was refused\n", name), 1;
+            if (bad) return std::printf("%s: a valid weight was refused\n", name), 1;
             first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
             if (!hf_sparse_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
               return std::printf("%s: hostile pointers were taken\n", name), 1;
@@ -89,7 +89,7 @@ int main() {
           for (const Norm* wanted : {static_cast<const Norm*>(nullptr), &norm})
             bad |= hf_sparse_attention(isa, &qkv.weight, &after.weight, wanted, x.data(), z.data(), mask.data(), 0, batch,
                                        count, heads, 1, threads);
-          if (bad) return std::printf("%s: a sound weight of an attention was refused\n", name), 1;
+          if (bad) return std::printf("%s: a valid weight of an attention was refused\n", name), 1;
           qkv.pointers[random_bits() % qkv.pointers.size()] = int32_t(random_bits() | (1u << 30));
           if (!hf_sparse_attention(isa, &qkv.weight, nullptr, nullptr, x.data(), y.data(), nullptr, 0, batch, count, heads,
                                    1, threads))
@@ -105,7 +105,7 @@ int main() {
           for (float each : y)
             if (each != 0.5f * in) return std::printf("%s: %f is no sum of %d halves\n", name, each, in), 1;
         }
-    // Rows with more values than their chunk has columns, which a sound weight cannot have: one token takes another way.
+    // Rows with more values than their chunk has columns, which a valid weight cannot have: one token takes another way.
     Packed crowded(40, 33, 1, 50, true);
     const int times = 20000 / (int(crowded.columns.size()) + 1) + 1;
     std::vector<float> values;

@@ -1,4 +1,4 @@
-// Calls every int8 product on exactly allocated memory, with sound and with hostile weights.
+// Calls every int8 operator on exactly allocated memory, with valid and with hostile weights.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -60,7 +60,7 @@ int main() {
           const Norm norm{down.bias.data(), count % 2 ? down.bias.data() : nullptr, 1e-5f};
           if (count >= 64 * threads)
             bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
-          if (bad) return std::puts("a sound weight was refused"), 1;
+          if (bad) return std::puts("a valid weight was refused"), 1;
           if (!first.columns.empty()) {
             uint16_t& column = first.columns[random_bits() % first.columns.size()];
             const uint16_t before = column;
@@ -92,7 +92,7 @@ int main() {
           };
           int bad = run(nullptr, nullptr, nullptr, 0) | run(nullptr, nullptr, mask.data(), int64_t(count) * count);
           bad |= run(&after, nullptr, mask.data(), 0) | run(&after, &norm, nullptr, 0);
-          if (bad) return std::puts("a sound weight of an attention was refused"), 1;
+          if (bad) return std::puts("a valid weight of an attention was refused"), 1;
           Packed& broken = random_bits() % 2 ? qkv : after;
           broken.pointers[random_bits() % broken.pointers.size()] = int32_t(random_bits() | (1u << 30));
           if (!run(&after, &norm, nullptr, 0)) return std::puts("hostile pointers of an attention were taken"), 1;

@@ -4,7 +4,7 @@
 
 namespace hf_sparse {
 
-// A weight as int8_packing.py lays it out; shared with int8.py, field by field. Columns come in fours, called quads.
+// A weight as int8_layout.py lays it out; shared with library.py, field by field. Columns come in fours, called quads.
 struct Int8Weight {
   const int8_t* values;     // quads x rows x 4
   const uint16_t* columns;  // quads x 4
@@ -15,30 +15,30 @@ struct Int8Weight {
   int64_t quads;
   int32_t rows;  // 1, 2 or 4
   int32_t out_features;
-  int32_t in_features;  // at most 65,536: the products of more bytes could overflow int32
+  int32_t in_features;  // at most 65,536: the sums of more bytes could overflow int32
 };
 
 inline int64_t groups(const Int8Weight& w) { return (int64_t(w.out_features) + w.rows - 1) / w.rows; }
 
-// Tokens in a tile: many, or few.
+// Tokens in a tile, and in a narrow one.
 constexpr int kInt8Tile = 64;
-constexpr int kInt8Few = 16;
+constexpr int kInt8NarrowTile = 16;
 
-// The products for AVX-512 with VNNI. A tile is feature-major, as in kernels.h: `tile` floats for feature 0, then for
+// The matmuls for AVX-512 with VNNI. A tile is feature-major, as in kernels.h: `tile` floats for feature 0, then for
 // feature 1, ...; or bytes, the order of whose tokens is known to these functions alone. Bytes count the steps of their
 // token, plus 128. A step is the largest feature / 127; NaN where a feature is infinite or NaN.
 namespace int8 {
 
-bool below(const uint16_t* columns, int64_t count, int32_t limit);
+bool all_below(const uint16_t* columns, int64_t count, int32_t limit);
 // Round tokens, `stride` apart, into a tile of bytes.
-void read(const float* x, int64_t stride, int tokens, int64_t features, int tile, uint8_t* out, float* steps);
+void quantize_rows(const float* x, int64_t stride, int tokens, int64_t features, int tile, uint8_t* out, float* steps);
 // The same from a tile of floats.
-void quantise(const float* in, int64_t features, int tile, uint8_t* out, float* steps);
+void quantize_tile(const float* in, int64_t features, int tile, uint8_t* out, float* steps);
 // Groups first to last of w in + bias, from out on.
-void product(const Int8Weight& w, const uint8_t* in, int tile, const float* steps, float* out, int64_t first,
+void matmul(const Int8Weight& w, const uint8_t* in, int tile, const float* steps, float* out, int64_t first,
              int64_t last);
 // Write a tile of floats to tokens `stride` apart.
-void write(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride);
+void store_rows(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride);
 
 }  // namespace int8
 }  // namespace hf_sparse

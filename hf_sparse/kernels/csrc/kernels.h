@@ -6,10 +6,10 @@ namespace hf_sparse {
 
 enum Activation : int32_t { kNone, kGelu, kGeluTanh, kRelu, kSilu };
 
-// Most tokens in one tile: four vectors of the widest instruction set.
+// Maximum number of tokens in one tile: four vectors of the widest instruction set.
 constexpr int kMaxTile = 64;
 
-// A packed weight as packing.py lays it out; shared with library.py, field by field.
+// A packed weight as fp32_layout.py lays it out; shared with library.py, field by field.
 struct Weight {
   const float* values;      // blocks x rows
   const uint8_t* columns;   // blocks; within the chunk
@@ -27,7 +27,7 @@ inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chun
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
 inline int64_t padded_inputs(const Weight& w) { return chunks(w) * w.chunk + 256; }
 
-// What a product computes: groups first to last, from the columns of chunks from to to. A later range of chunks adds to what
+// What a matmul computes: groups first to last, from the columns of chunks from to to. A later range of chunks adds to what
 // an earlier one left in the outputs.
 struct Part {
   int64_t first, last, from, to;
@@ -64,20 +64,20 @@ struct Kernels {
   void (*gather)(const float* x, int64_t stride, int tokens, int64_t features, int tile, float* out);
   void (*scatter)(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride);
   // out = activation(w in + bias): `in` and `out` are the features and the groups of the part alone.
-  void (*product)(const Weight& w, const float* in, float* out, int tile, const Part& part, Activation act);
+  void (*matmul)(const Weight& w, const float* in, float* out, int tile, const Part& part, Activation act);
   void (*multiply)(float* a, const float* b, int64_t count);
   // One token, outputs in the lanes. `in` has padded_inputs features.
-  void (*vector)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
+  void (*gemv)(const Weight& w, const float* in, float* out, int64_t first, int64_t last, Activation act);
   // In place; count is a multiple of the lanes.
   void (*activate)(float* at, int64_t count, Activation act);
   // out = norm(out + residual), in place.
-  void (*normalise)(float* out, const float* residual, int64_t features, int tile, const Norm& norm);
-  // What one head makes of one tile of queries. `mask` (or null) is added to the scores: a tile, keys for features.
+  void (*normalize)(float* out, const float* residual, int64_t features, int tile, const Norm& norm);
+  // The attention of one head and one tile of queries. `mask` (or null) is added to the scores: a tile, keys for features.
   // `scores` has room for as many tokens as all tiles, times the tile.
   void (*attend)(const Attention& a, int64_t head, int64_t queries, const float* mask, float* scores, float* out);
-  // Outputs first to last of y = x weight^T + bias, all of them dense.
-  void (*dense)(const float* weight, const float* bias, const float* x, float* y, int64_t tokens, int64_t in, int64_t out,
-                int64_t first, int64_t last);
+  // Outputs first to last of y = x weight^T + bias, all matrices by rows.
+  void (*dense_gemv)(const float* weight, const float* bias, const float* x, float* y, int64_t tokens, int64_t in,
+                     int64_t out, int64_t first, int64_t last);
 };
 
 extern const Kernels kPortable;

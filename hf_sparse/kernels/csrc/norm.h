@@ -6,14 +6,14 @@
 namespace hf_sparse {
 namespace {
 
-INLINE Vec root(Vec x) {
+INLINE Vec square_root(Vec x) {
   Vec out;
   for (int i = 0; i < kLanes; i++) out[i] = __builtin_sqrtf(x[i]);
   return out;
 }
 
 template <int kVecs>
-void normalise_some(float* out, const float* residual, int64_t features, int tile, const Norm& norm) {
+void normalize_columns(float* out, const float* residual, int64_t features, int tile, const Norm& norm) {
   Vec sum[kVecs] = {}, squares[kVecs] = {}, mean[kVecs], scale[kVecs];
   for (int64_t j = 0; j < features; j++)
 #pragma GCC unroll 4
@@ -23,7 +23,7 @@ void normalise_some(float* out, const float* residual, int64_t features, int til
       store(out + at, x);
       sum[v] += x;
     }
-  for (int v = 0; v < kVecs; v++) mean[v] = sum[v] * splat(1.0f / float(features));
+  for (int v = 0; v < kVecs; v++) mean[v] = sum[v] * broadcast(1.0f / float(features));
   for (int64_t j = 0; j < features; j++)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; v++) {
@@ -31,9 +31,9 @@ void normalise_some(float* out, const float* residual, int64_t features, int til
       squares[v] += x * x;
     }
   for (int v = 0; v < kVecs; v++)
-    scale[v] = splat(1.0f) / root(squares[v] * splat(1.0f / float(features)) + splat(norm.eps));
+    scale[v] = broadcast(1.0f) / square_root(squares[v] * broadcast(1.0f / float(features)) + broadcast(norm.eps));
   for (int64_t j = 0; j < features; j++) {
-    const Vec weight = splat(norm.weight[j]), bias = splat(norm.bias ? norm.bias[j] : 0.0f);
+    const Vec weight = broadcast(norm.weight[j]), bias = broadcast(norm.bias ? norm.bias[j] : 0.0f);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; v++) {
       float* at = out + j * tile + v * kLanes;
@@ -42,11 +42,11 @@ void normalise_some(float* out, const float* residual, int64_t features, int til
   }
 }
 
-void normalise(float* out, const float* residual, int64_t features, int tile, const Norm& norm) {
+void normalize(float* out, const float* residual, int64_t features, int tile, const Norm& norm) {
   int at = 0;
   for (; at + 4 * kLanes <= tile; at += 4 * kLanes)
-    normalise_some<4>(out + at, residual + at, features, tile, norm);
-  for (; at < tile; at += kLanes) normalise_some<1>(out + at, residual + at, features, tile, norm);
+    normalize_columns<4>(out + at, residual + at, features, tile, norm);
+  for (; at < tile; at += kLanes) normalize_columns<1>(out + at, residual + at, features, tile, norm);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ bool forked = false;
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Memory that a thread keeps between calls: fresh pages would cost more than some products.
+// Memory that a thread keeps between calls: fresh pages would cost more than some matmuls.
 struct Scratch {
   float* data = nullptr;
   int64_t size = 0;
@@ -33,16 +33,18 @@ struct Scratch {
   }
 };
 
-// Heads of an attention that one thread computes at a time: as many as have their queries, keys and values in the second
-// cache (2^16 floats) and leave some for each thread; all of them where blocks of rows lie across heads.
-int64_t heads_at_once(int64_t heads, int64_t size, int rows, int64_t tokens, int threads) {
-  if (size % rows) return heads;
-  const int64_t fit = (1 << 16) / (3 * size * tokens), fair = (heads + threads - 1) / threads;
-  return fit < 1 ? 1 : fit < fair ? fit : fair;
-}
+// What several threads may find at once. Only whether any of them did is read, and after they have ended.
+class SharedResult {
+ public:
+  void set(int value) { __atomic_store_n(&value_, value, __ATOMIC_RELAXED); }
+  int get() const { return __atomic_load_n(&value_, __ATOMIC_RELAXED); }
+
+ private:
+  int value_ = 0;
+};
 
 template <typename Work>
-void share(int64_t count, int threads, const Work& work) {
+void parallel_for(int64_t count, int threads, const Work& work) {
   if (threads <= 1 || count <= 1 || forked) {
     for (int64_t i = 0; i < count; i++) work(i);
     return;

@@ -15,7 +15,7 @@ namespace {
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntQuad{i, j, k, l})
 #endif
 
-// Turn 4 rows of 4 floats, `from` apart, into 4 columns, `to` apart.
+// Transpose 4 rows of 4 floats, `from` apart, to 4 columns, `to` apart.
 INLINE void transpose4(const float* in, int64_t from, float* out, int64_t to) {
   const Quad a = *reinterpret_cast<const Quad*>(in), b = *reinterpret_cast<const Quad*>(in + from);
   const Quad c = *reinterpret_cast<const Quad*>(in + 2 * from), d = *reinterpret_cast<const Quad*>(in + 3 * from);
@@ -27,11 +27,11 @@ INLINE void transpose4(const float* in, int64_t from, float* out, int64_t to) {
   *reinterpret_cast<Quad*>(out + 3 * to) = SHUFFLE(ef, gh, 2, 3, 6, 7);
 }
 
-// Turn kLanes rows of kLanes floats into as many columns. Each step interleaves the halves of the rows, so that log2(kLanes)
-// of them rotate every index (row, place) into (place, row); whole vectors, hence whole cache lines, are written.
+// Transpose kLanes rows of kLanes floats. Each step interleaves the halves of the rows, so that log2(kLanes)
+// of them rotate every index (row, column) into (column, row); whole vectors, hence whole cache lines, are written.
 #if HF_SPARSE_BYTES == 64 && defined(WIDE_SHUFFLE)
-#define HF_SPARSE_TURNS 1
-INLINE void turn(const float* in, int64_t from, float* out, int64_t to) {
+#define HF_SPARSE_TRANSPOSE16 1
+INLINE void transpose16(const float* in, int64_t from, float* out, int64_t to) {
   Vec row[16], next[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) row[i] = *reinterpret_cast<const LooseVec*>(in + i * from);
@@ -55,10 +55,10 @@ void transpose(const float* in, int64_t from, int64_t rows, int64_t cols, float*
   for (int64_t c = 0; c < cols; c += 32) {
     const int64_t end = c + 32 < cols ? c + 32 : cols, whole = c + (end - c) / 4 * 4;
     int64_t i = 0;
-#ifdef HF_SPARSE_TURNS
+#ifdef HF_SPARSE_TRANSPOSE16
     for (; i + 16 <= rows && end == c + 32; i += 16) {
-      turn(in + i * from + c, from, out + c * to + i, to);
-      turn(in + i * from + c + 16, from, out + (c + 16) * to + i, to);
+      transpose16(in + i * from + c, from, out + c * to + i, to);
+      transpose16(in + i * from + c + 16, from, out + (c + 16) * to + i, to);
     }
 #endif
     for (; i + 4 <= rows; i += 4) {

@@ -20,25 +20,25 @@ typedef int32_t IntQuad __attribute__((vector_size(16)));
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE Vec splat(float value) { return value - Vec{}; }
+INLINE Vec broadcast(float value) { return value - Vec{}; }
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 INLINE void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 
 // e^x by range reduction to |r| <= ln 2 / 2 and a Taylor polynomial of degree 6 (relative error below 2e-7).
 INLINE Vec exponential(Vec x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its lowest bits hold
-  const Vec shifted = x * splat(1.44269504088896341f) + magic;
+  x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
+  x = x > broadcast(88.0f) ? broadcast(88.0f) : x;
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its lowest bits hold
+  const Vec shifted = x * broadcast(1.44269504088896341f) + magic;
   const Vec n = shifted - magic;
-  const Vec r = (x - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
-  Vec p = splat(1.0f / 720);
-  p = p * r + splat(1.0f / 120);
-  p = p * r + splat(1.0f / 24);
-  p = p * r + splat(1.0f / 6);
-  p = p * r + splat(0.5f);
-  p = p * r + splat(1.0f);
-  p = p * r + splat(1.0f);
+  const Vec r = (x - n * broadcast(0.693145751953125f)) - n * broadcast(1.42860682030941723e-6f);
+  Vec p = broadcast(1.0f / 720);
+  p = p * r + broadcast(1.0f / 120);
+  p = p * r + broadcast(1.0f / 24);
+  p = p * r + broadcast(1.0f / 6);
+  p = p * r + broadcast(0.5f);
+  p = p * r + broadcast(1.0f);
+  p = p * r + broadcast(1.0f);
   // Times 2^n: n is added to the exponent. x in bounds keeps that one of a finite, normal number; NaN stays one.
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
 }
@@ -50,10 +50,10 @@ INLINE Vec exponential(Vec x) {
 // less than half of the instructions of the form below.
 INLINE Vec gelu(Vec x) {
   const Vec size = x < Vec{} ? -x : x;
-  const Vec most = splat(31.0f / kGeluScale), magic = splat(12582912.0f);
-  const Vec a = size > most ? most : size;
-  const Vec shifted = a * splat(kGeluScale) + magic;
-  const Vec u = a * splat(kGeluScale) - (shifted - magic);
+  const Vec limit = broadcast(31.0f / kGeluScale), magic = broadcast(12582912.0f);
+  const Vec a = size > limit ? limit : size;
+  const Vec shifted = a * broadcast(kGeluScale) + magic;
+  const Vec u = a * broadcast(kGeluScale) - (shifted - magic);
   const __m512i piece = _mm512_castps_si512(shifted);  // its lowest bits; the others are not looked at
   Vec p = _mm512_permutex2var_ps(load(kGeluTail[4]), piece, load(kGeluTail[4] + 16));
 #pragma GCC unroll 4
@@ -64,27 +64,27 @@ INLINE Vec gelu(Vec x) {
 #else
 // x Phi(x); Phi by Abramowitz and Stegun 7.1.26 for erf (absolute error 1.5e-7).
 INLINE Vec gelu(Vec x) {
-  const Vec z = x * splat(0.70710678118654752f);
+  const Vec z = x * broadcast(0.70710678118654752f);
   const Vec a = z < Vec{} ? -z : z;
-  const Vec t = splat(1.0f) / (a * splat(0.3275911f) + splat(1.0f));
-  Vec p = splat(1.061405429f);
-  p = p * t + splat(-1.453152027f);
-  p = p * t + splat(1.421413741f);
-  p = p * t + splat(-0.284496736f);
-  p = p * t + splat(0.254829592f);
-  const Vec tail = splat(0.5f) * p * t * exponential(-a * a);  // Phi(-|x|): keeps its digits where x is negative
-  return x * (z < Vec{} ? tail : splat(1.0f) - tail);
+  const Vec t = broadcast(1.0f) / (a * broadcast(0.3275911f) + broadcast(1.0f));
+  Vec p = broadcast(1.061405429f);
+  p = p * t + broadcast(-1.453152027f);
+  p = p * t + broadcast(1.421413741f);
+  p = p * t + broadcast(-0.284496736f);
+  p = p * t + broadcast(0.254829592f);
+  const Vec tail = broadcast(0.5f) * p * t * exponential(-a * a);  // Phi(-|x|): keeps its digits where x is negative
+  return x * (z < Vec{} ? tail : broadcast(1.0f) - tail);
 }
 #endif
 
-INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+INLINE Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
 
 INLINE Vec apply(Vec x, Activation act) {
   switch (act) {
     case kGelu:
       return gelu(x);
     case kGeluTanh:  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
-      return x * sigmoid(splat(1.5957691216057308f) * (x + splat(0.044715f) * x * x * x));
+      return x * sigmoid(broadcast(1.5957691216057308f) * (x + broadcast(0.044715f) * x * x * x));
     case kRelu:
       return x < Vec{} ? Vec{} : x;  // keeps NaN
     case kSilu:
