@@ -186,7 +186,7 @@ def groups_left(model: PreTrainedModel) -> list[GroupsLeft]:
     out = []
     for block in known_sub_blocks(model):
         cuts = edits.heads if block.kind == "attention" else edits.neurons
-        cut = cuts.get(block.name, Cut(block.groups, tuple(range(block.groups))))
+        cut = cuts.get(block.name, Cut.of(block.groups))
         left = torch.zeros(cut.before)
         left[list(cut.kept)] = _fractions(block)
         out.append(GroupsLeft(block.name, block.kind, left))

@@ -1,40 +1,40 @@
 """What a file holds, from the file alone: no model code, no weights decoded.
 
-Packed files say it themselves, in the manifest of their header. Of plain safetensors files the zeros are counted.
+Packed files have a manifest in their header. In plain safetensors files the zeros are counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
-from ..utils.text import format_bytes
+from ..utils.atomic_io import PathLike
+from ..utils.text import format_bytes, printable
 from .codecs import layout
 from .codecs.base import as_bits
 from .manifest import ITEM_BYTES, Manifest
-from .safetensors_io import Stored, check_files, read_header, read_manifest
+from .model_folder import safetensors_files
+from .safetensors_io import Header, Stored, check_headers, manifests_in, open_safetensors, read_header
 
 FP32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as it lies in a file.
+    """One tensor as a file holds it.
 
     Args:
         name: its key.
         codec: how it is stored; "plain" in a file without manifest.
         shape, dtype: of the decoded tensor, the type by its safetensors name.
         nonzeros: elements that are not zero.
-        stored_bytes: what it takes in the file.
-        targeted: whether it was asked to be sparse.
+        stored_bytes: its size in the file.
+        targeted: whether sparsity was requested for it.
     """
 
     name: str
@@ -57,7 +57,7 @@ class StoredTensor:
 
     @property
     def dense_bytes(self) -> int:
-        """What it would take dense, in its own type."""
+        """Its size when dense, in its own type."""
         return self.parameters * ITEM_BYTES[self.dtype]
 
 
@@ -77,19 +77,20 @@ class Inspection:
 
     @property
     def weights(self) -> tuple[StoredTensor, ...]:
-        """The tensors that were asked to be sparse; where no manifest names any, all matrices."""
+        """The tensors for which sparsity was requested; where no manifest names any, all matrices."""
         targeted = tuple(tensor for tensor in self.tensors if tensor.targeted)
         return targeted or tuple(tensor for tensor in self.tensors if len(tensor.shape) > 1)
 
     @property
     def others(self) -> tuple[StoredTensor, ...]:
-        """The tensors that are no `weights`: biases, norms, embeddings, heads."""
+        """All other tensors: biases, norms, embeddings, heads."""
         weights = {tensor.name for tensor in self.weights}
         return tuple(tensor for tensor in self.tensors if tensor.name not in weights)
 
     def size_line(self, names: Collection[str] | None = None) -> str:
         """Return the size in the file, and against dense fp32, of the tensors with these names (None = `weights`)."""
-        tensors = self.weights if names is None else [tensor for tensor in self.tensors if tensor.name in names]
+        wanted = None if names is None else set(names)
+        tensors = self.weights if wanted is None else [tensor for tensor in self.tensors if tensor.name in wanted]
         stored = sum(tensor.stored_bytes for tensor in tensors)
         dense = sum(tensor.parameters for tensor in tensors) * FP32_BYTES
         share = f", {stored / dense:.4f} of dense fp32 ({format_bytes(dense)})" if dense else ""
@@ -109,52 +110,46 @@ class Inspection:
         }
 
     def __str__(self) -> str:
-        wide = max([len(tensor.name) for tensor in self.weights] + [len("other tensors")])
-        row = f"{{:<{wide}}}  {{:<8}}  {{:>16}}  {{:<5}}  {{:>8}}  {{:>10}}  {{:>10}}  {{:>6}}"
+        weights, others = self.weights, self.others
+        width = max([len(printable(tensor.name)) for tensor in weights] + [len("other tensors")])
+        row = f"{{:<{width}}}  {{:<8}}  {{:>16}}  {{:<5}}  {{:>8}}  {{:>10}}  {{:>10}}  {{:>6}}"
         head = row.format("weight", "codec", "shape", "type", "sparsity", "stored", "dense", "share")
         lines = [] if self.packed else ["No manifest: not a file of hf_sparse, or saved dense. Zeros were counted.", ""]
         lines += [head, "-" * len(head)]
-        for tensor in self.weights:
-            shape = "x".join(map(str, tensor.shape))
-            lines.append(row.format(tensor.name, tensor.codec, shape, tensor.dtype, *_figures(_totals([tensor]))))
+        for tensor in weights:
+            shape, name = "x".join(map(str, tensor.shape)), printable(tensor.name)
+            lines.append(row.format(name, tensor.codec, shape, tensor.dtype, *_figures(_totals([tensor]))))
         lines.append("-" * len(head))
-        for name, tensors in (("weights", self.weights), ("other tensors", self.others)):
+        for name, tensors in (("weights", weights), ("other tensors", others)):
             lines.append(row.format(name, "", f"{_totals(tensors)['parameters']:,}", "", *_figures(_totals(tensors))))
-        lines += [f"{name}: {format_bytes(size)}" for name, size in self.files.items()]
+        lines += [printable(f"{name}: {format_bytes(size)}") for name, size in self.files.items()]
         return "\n".join(lines)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Read what a safetensors file holds, or all those of a folder.
 
-    Packed files are checked as loading them would, but for what is packed itself. One shard of several can be looked at
-    alone.
+    Packed files are verified as loading them would, except for the content of packed tensors. A folder must hold all
+    shards of its checkpoints; name the file to look at one shard alone.
 
     Raises:
-        CheckpointError: if there is no such file, or it is damaged, inconsistent, or from a newer version.
+        CheckpointError: if there is no such file, a shard is missing, or a file is damaged, inconsistent, or from a
+            newer version.
     """
-    files = _files(Path(path))
-    headers = {file: read_header(file)[1] for file in files}
-    manifests = {file: manifest for file in files if (manifest := read_manifest(file)) is not None}
-    for manifest in list(manifests.values())[:1]:
-        found = {key for file in manifests for key in headers[file]}
-        if len(files) > 1 or found >= manifest.tensors.keys():
-            check_files(manifests)
+    path = Path(path)
+    files = safetensors_files(path) if path.is_dir() or not path.exists() else [path]
+    headers: dict[PathLike, Header] = {file: read_header(file) for file in files}
+    manifests = manifests_in(headers)
+    packed = {file: manifest for file, manifest in manifests.items() if manifest is not None}
+    for manifest in list(packed.values())[:1]:
+        found = {key for file in packed for key in headers[file].tensors}
+        if path.is_dir() or found >= manifest.tensors.keys():
+            check_headers({file: headers[file] for file in packed}, manifests)
     tensors: list[StoredTensor] = []
     for file in files:
-        tensors += _listed(headers[file], manifests[file]) if file in manifests else _counted(file, headers[file])
-    return Inspection({file.name: file.stat().st_size for file in files}, tuple(tensors), bool(manifests))
-
-
-def _files(path: Path) -> Sequence[Path]:
-    """Return the files, found by looking: an index file could name any path."""
-    if path.is_dir():
-        if found := sorted(path.glob("*.safetensors")):
-            return found
-        raise CheckpointError(f"folder {path} holds no .safetensors file")
-    if not path.is_file():
-        raise CheckpointError(f"there is no file or folder {path}")
-    return [path]
+        header = headers[file].tensors
+        tensors += _listed(header, packed[file]) if file in packed else _counted(file, header)
+    return Inspection({file.name: file.stat().st_size for file in files}, tuple(tensors), bool(packed))
 
 
 def _listed(header: dict[str, Stored], manifest: Manifest) -> Iterator[StoredTensor]:
@@ -168,13 +163,10 @@ def _listed(header: dict[str, Stored], manifest: Manifest) -> Iterator[StoredTen
 
 def _counted(file: Path, header: dict[str, Stored]) -> Iterator[StoredTensor]:
     """Yield the tensors of a plain file, with their zeros counted, one in memory at a time."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name, stored in header.items():
-                nonzeros = _nonzeros(tensors.get_tensor(name))
-                yield StoredTensor(name, "plain", stored.shape, stored.dtype, nonzeros, stored.nbytes)
-    except SafetensorError as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+    with open_safetensors(file) as tensors:
+        for name, stored in header.items():
+            nonzeros = _nonzeros(tensors.get_tensor(name))
+            yield StoredTensor(name, "plain", stored.shape, stored.dtype, nonzeros, stored.nbytes)
 
 
 def _nonzeros(tensor: torch.Tensor) -> int:

@@ -1,6 +1,6 @@
 """Fact: what a checkpoint contains, tensor by tensor. (What the user asked for is intent, and lives in `config`.)
 
-The manifest is plain JSON, kept in the header of every safetensors file and in `config.json`. It comes from strangers:
+The manifest is plain JSON, kept in the header of every safetensors file and in `config.json`. It is untrusted input:
 `from_dict` accepts exactly what FORMAT.md describes and refuses the rest before anything is allocated.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import CheckpointError
+from ..utils.text import shorten
 
 FORMAT_VERSION = 1
 
@@ -36,18 +37,13 @@ _WORD = re.compile(r"[a-z0-9_:]{1,32}")
 
 def _keys(data: Any, required: Sequence[str], optional: Sequence[str], where: str) -> None:
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{where} is a mapping, not {_short(data)}")
+        raise CheckpointError(f"{where} is a mapping, not {shorten(data)}")
     for key in data:
         if key not in required and key not in optional:
-            raise CheckpointError(f"{where} has the unknown key {_short(key)}; unknown keys belong under 'extra'")
+            raise CheckpointError(f"{where} has the unknown key {shorten(key)}; unknown keys belong under 'extra'")
     for key in required:
         if key not in data:
             raise CheckpointError(f"{where} lacks the key '{key}'")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_text(value: Any) -> bool:
@@ -93,22 +89,22 @@ class TensorEntry:
 
     def __post_init__(self) -> None:
         if not isinstance(self.codec, str) or not _WORD.fullmatch(self.codec):
-            raise CheckpointError(f"codec is the name of a codec, not {_short(self.codec)}")
+            raise CheckpointError(f"codec is the name of a codec, not {shorten(self.codec)}")
         if not isinstance(self.dtype, str) or self.dtype not in ITEM_BYTES:
-            raise CheckpointError(f"dtype {_short(self.dtype)} is not one of {', '.join(ITEM_BYTES)}")
+            raise CheckpointError(f"dtype {shorten(self.dtype)} is not one of {', '.join(ITEM_BYTES)}")
         if not isinstance(self.shape, tuple) or not all(map(is_count, self.shape)) or len(self.shape) > _MAX_DIMENSIONS:
-            raise CheckpointError(f"shape is a list of whole numbers, not {_short(self.shape)}")
+            raise CheckpointError(f"shape is a list of whole numbers, not {shorten(self.shape)}")
         if math.prod(max(size, 1) for size in self.shape) * ITEM_BYTES[self.dtype] > MAX_BYTES:
-            raise CheckpointError(f"shape {_short(self.shape)} is larger than {MAX_BYTES} bytes")
+            raise CheckpointError(f"shape {shorten(self.shape)} is larger than {MAX_BYTES} bytes")
         if not is_count(self.nonzeros) or self.nonzeros > self.numel:
-            raise CheckpointError(f"nonzeros is a number from 0 to {self.numel}, not {_short(self.nonzeros)}")
+            raise CheckpointError(f"nonzeros is a number from 0 to {self.numel}, not {shorten(self.nonzeros)}")
         if not isinstance(self.checksum, str) or not _CHECKSUM.fullmatch(self.checksum):
-            raise CheckpointError(f"checksum is 'crc32:' and 8 hex digits, not {_short(self.checksum)}")
+            raise CheckpointError(f"checksum is 'crc32:' and 8 hex digits, not {shorten(self.checksum)}")
         if not isinstance(self.options, Mapping) or len(self.options) > 8:
-            raise CheckpointError(f"options is a mapping from names to whole numbers, not {_short(self.options)}")
+            raise CheckpointError(f"options is a mapping from names to whole numbers, not {shorten(self.options)}")
         for name, value in self.options.items():
             if not isinstance(name, str) or not _WORD.fullmatch(name) or not is_count(value):
-                raise CheckpointError(f"option {_short(name)} is a whole number, not {_short(value)}")
+                raise CheckpointError(f"option {shorten(name)} is a whole number, not {shorten(value)}")
 
     @property
     def numel(self) -> int:
@@ -137,7 +133,7 @@ class TensorEntry:
         fields = [field.name for field in dataclasses.fields(cls)]
         _keys(data, fields[:-1], fields[-1:], "a tensor entry")
         if not isinstance(data["shape"], list):
-            raise CheckpointError(f"shape is a list of whole numbers, not {_short(data['shape'])}")
+            raise CheckpointError(f"shape is a list of whole numbers, not {shorten(data['shape'])}")
         return cls(**{**data, "shape": tuple(data["shape"])})
 
 
@@ -170,17 +166,17 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.generator, str) or len(self.generator) > 100:
-            raise CheckpointError(f"generator is the version of hf_sparse, not {_short(self.generator)}")
+            raise CheckpointError(f"generator is the version of hf_sparse, not {shorten(self.generator)}")
         if not isinstance(self.extra, Mapping):
-            raise CheckpointError(f"extra is a mapping, not {_short(self.extra)}")
+            raise CheckpointError(f"extra is a mapping, not {shorten(self.extra)}")
         for text in (self.generator, *self.tensors):
             if not _is_text(text):
-                raise CheckpointError(f"{_short(text)} is no text that a file can hold")
+                raise CheckpointError(f"{shorten(text)} is no text that a file can hold")
         if not all(isinstance(key, str) for key in self.targets) or len(set(self.targets)) != len(self.targets):
-            raise CheckpointError(f"targets is a list of different keys, not {_short(self.targets)}")
+            raise CheckpointError(f"targets is a list of different keys, not {shorten(self.targets)}")
         for key in self.targets:
             if key not in self.tensors:
-                raise CheckpointError(f"target {_short(key)} is not among the tensors")
+                raise CheckpointError(f"target {shorten(key)} is not among the tensors")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; what is empty is left out."""
@@ -207,46 +203,68 @@ class Manifest:
             )
         _keys(data, ("version", "generator", "tensors"), ("targets", "extra"), "the manifest")
         if type(version) is not int or version != FORMAT_VERSION:
-            raise CheckpointError(f"the version of the format is a whole number from 1, not {_short(version)}")
+            raise CheckpointError(f"the version of the format is a whole number from 1, not {shorten(version)}")
         if not isinstance(data["tensors"], Mapping):
-            raise CheckpointError(f"tensors is a mapping from keys to entries, not {_short(data['tensors'])}")
+            raise CheckpointError(f"tensors is a mapping from keys to entries, not {shorten(data['tensors'])}")
         if not isinstance(data.get("targets", []), list):
-            raise CheckpointError(f"targets is a list of keys, not {_short(data['targets'])}")
+            raise CheckpointError(f"targets is a list of keys, not {shorten(data['targets'])}")
         tensors = {}
         for key, entry in data["tensors"].items():
             try:
                 tensors[key] = TensorEntry.from_dict(entry)
             except CheckpointError as error:
-                raise CheckpointError(f"tensor {_short(key)} in the manifest: {error}") from None
+                raise CheckpointError(f"tensor {shorten(key)} in the manifest: {error}") from None
         targets = tuple(data.get("targets", ()))
         return cls(tensors, targets, version, data["generator"], data.get("extra", {}))
 
     def to_json(self) -> str:
-        """Return the manifest as compact JSON."""
-        return json.dumps(self.to_dict(), separators=(",", ":"))
+        """Return the manifest as compact JSON.
+
+        Raises:
+            CheckpointError: if `extra` holds what JSON cannot: NaN, infinity, other types.
+        """
+        try:
+            return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"extra of the manifest cannot be written as JSON: {error}") from None
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse what `to_json` returns.
 
         Raises:
-            CheckpointError: if the text is no JSON, names a key twice, or as `from_dict`.
+            CheckpointError: if the text is not valid JSON, names a key twice, holds a number that cannot be written
+                again, or as `from_dict`.
         """
         try:
-            data = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
-        except CheckpointError:
-            raise
+            data = json.loads(text, object_pairs_hook=without_repeats, parse_constant=_no_constant, parse_float=_finite)
+        except CheckpointError as error:
+            raise CheckpointError(f"the manifest {error}") from None
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"the manifest is no JSON: {error}") from None
+            raise CheckpointError(f"the manifest is not valid JSON: {error}") from None
         return cls.from_dict(data)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the mapping of a JSON object, for `object_pairs_hook`.
+
+    Raises:
+        CheckpointError: if it names a key twice.
+    """
     out = dict(pairs)
     if len(out) != len(pairs):
-        raise CheckpointError("the manifest names a key twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise CheckpointError(f"names the key {shorten(twice)} twice")
     return out
 
 
 def _no_constant(name: str) -> Any:
-    raise CheckpointError(f"the manifest holds {name}, which is no JSON")
+    raise CheckpointError(f"holds {name}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise CheckpointError(f"holds the number {shorten(text)}, which is too large")
+    return value

@@ -18,22 +18,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SparsityError
 from ..registry import Spec
-from ..utils.atomic_io import PathLike, replace_file
+from ..utils.atomic_io import PathLike, replace_file, require_regular
 from .codecs import decode, encode, encode_all, layout, verify
-from .manifest import ITEM_BYTES, MAX_BYTES, Manifest, TensorEntry
+from .manifest import ITEM_BYTES, MAX_BYTES, Manifest, TensorEntry, without_repeats
 
 MANIFEST_KEY = "hf_sparse"
 """Where the header of a file keeps the manifest."""
 
 
 class Stored(NamedTuple):
-    """A tensor as it lies in a file: type by its safetensors name, shape, size in bytes."""
+    """A tensor as a file holds it: type by its safetensors name, shape, size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+
+
+class Header(NamedTuple):
+    """The header of a file: its metadata, and each tensor by key."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Stored]
 
 
 @contextlib.contextmanager
@@ -46,32 +53,68 @@ def reading(path: PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(path: PathLike) -> Iterator[Any]:
-    with reading(path), safe_open(path, framework="pt") as file:
-        yield file
+def writing(path: PathLike) -> Iterator[None]:
+    """Turn what safetensors and the system say while files are replaced, as of a full disk, into a `SparsityError`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # of a connection, as in a push while saving
+            raise
+        raise SparsityError(f"cannot write {os.fspath(path)}: {error}. The old files are unchanged") from error
 
 
-def read_header(path: PathLike) -> tuple[dict[str, str], dict[str, Stored]]:
-    """Read what a file says about itself, and no tensor.
-
-    Returns:
-        The metadata, and type, shape and size of each tensor by key.
+@contextlib.contextmanager
+def open_safetensors(path: PathLike) -> Iterator[Any]:
+    """Open a file, to read single tensors.
 
     Raises:
-        CheckpointError: if the file is missing or truncated, or its header is not valid or does not fit its length.
+        CheckpointError: if it is not a regular file, or not valid.
     """
-    tensors = {}
-    with _opened(path) as file:  # safetensors checks length, offsets, gaps, overlaps, shapes and its limit of 100 MB
-        for key in file.keys():  # noqa: SIM118  it is no mapping
-            piece = file.get_slice(key)
-            dtype, shape = piece.get_dtype(), tuple(piece.get_shape())
-            if dtype not in ITEM_BYTES:
-                raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has the unknown type {dtype}")
-            # safetensors lets any side stand beside one of 0, also one that no tensor can have.
-            if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] > MAX_BYTES:
-                raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has a shape that no tensor can have: {shape}")
-            tensors[key] = Stored(dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
-        return dict(file.metadata() or {}), tensors
+    with reading(path):
+        require_regular(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, str]) -> None:
+    """Write a file, with sorted metadata: equal models are equal files.
+
+    Raises:
+        SparsityError: if it cannot be written.
+    """
+    with writing(path):
+        safetensors_torch.save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+
+
+def read_header(path: PathLike) -> Header:
+    """Read the header of a file, and no tensor.
+
+    Raises:
+        CheckpointError: if the file is missing or truncated, or its header is not valid, names a key twice, or does not
+            fit the length of the file.
+    """
+    # safetensors checks length, offsets, gaps, overlaps, shapes and its limit of 100 MB.
+    with open_safetensors(path), open(path, "rb") as file:
+        content = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        # safetensors takes the last of several entries with one name, where another reader may take the first.
+        data = json.loads(content, object_pairs_hook=without_repeats)
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fspath(path)}: its header {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from None
+    metadata = data.pop("__metadata__", None) or {}
+    return Header(metadata, {key: _stored(key, entry, path) for key, entry in data.items()})
+
+
+def _stored(key: str, entry: Mapping[str, Any], path: PathLike) -> Stored:
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has the unknown type {dtype}")
+    # safetensors lets any side stand next to one of 0, also one that no tensor can have.
+    if math.prod(max(side, 1) for side in shape) * ITEM_BYTES[dtype] > MAX_BYTES:
+        raise CheckpointError(f"{os.fspath(path)}: tensor {key!r} has a shape that no tensor can have: {shape}")
+    return Stored(dtype, shape, math.prod(shape) * ITEM_BYTES[dtype])
 
 
 def read_manifest(path: PathLike) -> Manifest | None:
@@ -80,16 +123,26 @@ def read_manifest(path: PathLike) -> Manifest | None:
     Raises:
         CheckpointError: as `read_header`, or if the manifest is not valid or from a newer version.
     """
-    return _manifest_in(read_header(path)[0], path)
+    return manifests_in({path: read_header(path)})[path]
 
 
-def _manifest_in(metadata: Mapping[str, str], path: PathLike) -> Manifest | None:
-    if MANIFEST_KEY not in metadata:
-        return None
-    try:
-        return Manifest.from_json(metadata[MANIFEST_KEY])
-    except CheckpointError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+def manifests_in(headers: Mapping[PathLike, Header]) -> dict[PathLike, Manifest | None]:
+    """Return the manifest in each header, or None; equal ones are parsed once.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    parsed: dict[str | None, Manifest | None] = {None: None}
+    for path, header in headers.items():
+        text = header.metadata.get(MANIFEST_KEY)
+        if text in parsed:
+            continue
+        assert text is not None
+        try:
+            parsed[text] = Manifest.from_json(text)
+        except CheckpointError as error:
+            raise CheckpointError(f"{os.fspath(path)}: {error}") from None
+    return {path: parsed[header.metadata.get(MANIFEST_KEY)] for path, header in headers.items()}
 
 
 def check_files(paths: PathLike | Iterable[PathLike], manifest_from_config: Manifest | None = None) -> Manifest:
@@ -110,23 +163,34 @@ def check_files(paths: PathLike | Iterable[PathLike], manifest_from_config: Mani
         CheckpointError: naming the file or the tensor and what is wrong with it.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    headers = {path: read_header(path) for path in paths}
+    if len(headers) != len(paths):
+        raise CheckpointError(f"a file is listed twice: {', '.join(sorted(map(os.fspath, paths)))}")
+    return check_headers(headers, manifests_in(headers), manifest_from_config)
+
+
+def check_headers(
+    headers: Mapping[PathLike, Header],
+    manifests: Mapping[PathLike, Manifest | None],
+    manifest_from_config: Manifest | None = None,
+) -> Manifest:
+    """Verify files whose headers have been read, as `check_files` does."""
     manifest, where, found = manifest_from_config, "config.json", {}
     home: dict[str, PathLike] = {}
-    for path in paths:
-        metadata, tensors = read_header(path)
-        own = _manifest_in(metadata, path)
+    for path, (_, tensors) in headers.items():
+        own = manifests[path]
         if own is None:
             raise CheckpointError(
                 f"{os.fspath(path)} has no hf_sparse manifest in its header; load it as a dense model"
             )
-        if manifest is not None and own != manifest:
+        if manifest is not None and own is not manifest and own != manifest:
             raise CheckpointError(f"{os.fspath(path)} has another manifest than {where}: files of two checkpoints")
         manifest, where = own, os.fspath(path)
         for key in tensors.keys() & home.keys():
             raise CheckpointError(f"tensor '{key}' is in two files: {os.fspath(home[key])} and {os.fspath(path)}")
         home.update(dict.fromkeys(tensors, path))
         found.update(tensors)
-    if manifest is None or not paths:
+    if manifest is None or not headers:
         raise CheckpointError("there are no files to check")
     _check_parts(manifest, found)
     _verify_dense(manifest, home)
@@ -159,7 +223,7 @@ def _verify_dense(manifest: Manifest, home: Mapping[str, PathLike]) -> None:
         if entry.codec == "dense":
             dense.setdefault(home[key], []).append(key)
     for path, keys in dense.items():
-        with _opened(path) as file:
+        with open_safetensors(path) as file:
             for key in keys:
                 verify(manifest.tensors[key], file.get_tensor(key), key)
 
@@ -213,9 +277,8 @@ def save_file(
         entries[key] = entry
         stored.update({key + suffix: part for suffix, part in parts.items()})
     manifest = Manifest(entries, targets=tuple(targets))
-    with replace_file(path) as temporary:
-        metadata = {"format": "pt", MANIFEST_KEY: manifest.to_json()}
-        safetensors_torch.save_file(stored, temporary, metadata=metadata)
+    with writing(path), replace_file(path) as temporary:
+        write_safetensors(stored, temporary, {MANIFEST_KEY: manifest.to_json()})
         settle_header(temporary)
     return manifest
 
@@ -227,7 +290,7 @@ def load_file(path: PathLike) -> dict[str, Tensor]:
         CheckpointError: if anything about the file is not exactly as it was written.
     """
     manifest = check_files(path)
-    with _opened(path) as file:
+    with open_safetensors(path) as file:
         return {
             key: decode(entry, {suffix: file.get_tensor(key + suffix) for suffix in layout(entry, key)}, key)
             for key, entry in manifest.tensors.items()

@@ -1,62 +1,26 @@
-"""The weight files of a checkpoint as one: read tensor by tensor from all shards, and written shard by shard.
-
-The files are found by looking at the folder. An index file is written, because transformers reads it, and never read:
-it could name any path.
-"""
+"""The weight files of a checkpoint as one: read tensor by tensor from all shards, and written shard by shard."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_io import Stored, read_header, reading, settle_header
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the files that hold the model: the file itself, or those of a folder that transformers would load.
-
-    Raises:
-        CheckpointError: if there are none, or a shard is missing.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise CheckpointError(f"there is no file or folder {path}")
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    files = sorted(path.glob("*.safetensors"))
-    shards = [(file, match) for file in files if (match := _SHARD.fullmatch(file.name))]
-    if not shards and len(files) == 1:
-        return files
-    if not shards:
-        several = f"several, none of them named {SINGLE}: name the one you mean" if files else "none"
-        raise CheckpointError(f"folder {path} should hold the .safetensors files of one model, and there are {several}")
-    totals = {int(match[2]) for _, match in shards}
-    if len(totals) > 1 or [int(match[1]) for _, match in shards] != list(range(1, max(totals) + 1)):
-        names = ", ".join(file.name for file, _ in shards[:4])
-        raise CheckpointError(f"the shards in {path} are not those of one complete checkpoint: {names}, ...")
-    return [file for file, _ in shards]
+from .model_folder import INDEX, SINGLE
+from .safetensors_io import Stored, open_safetensors, read_header, reading, settle_header, write_safetensors
 
 
 class Shards:
-    """All tensors of several files, of which none is in memory until it is asked for.
+    """All tensors of several files, each read when it is requested.
 
     Args:
-        headers: what the files say about each tensor, by key.
+        headers: type, shape and size of each tensor, by key.
     """
 
     def __init__(self, headers: dict[str, Stored], files: dict[str, tuple[Path, Any]]) -> None:
@@ -99,8 +63,7 @@ def opened(paths: Sequence[Path]) -> Iterator[Shards]:
             for key in tensors.keys() & headers.keys():
                 raise CheckpointError(f"tensor '{key}' is in two files: {files[key][0]} and {path}")
             headers.update(tensors)
-            with reading(path):
-                file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(open_safetensors(path))
             files.update(dict.fromkeys(tensors, (path, file)))
         yield Shards(headers, files)
 
@@ -160,7 +123,7 @@ class ShardWriter:
         path = self._part(len(self._written))
         path.touch()
         rights = path.stat().st_mode  # what the user's umask gives; safetensors gives fewer
-        safetensors_torch.save_file(self._waiting, path, metadata={"format": "pt", **metadata})
+        write_safetensors(self._waiting, path, metadata)
         path.chmod(rights)
         settle_header(path)
         self._written.append({key: part.nbytes for key, part in self._waiting.items()})

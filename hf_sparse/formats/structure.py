@@ -1,6 +1,6 @@
-"""Fact: what was cut out of a model, so that it can be built again without it. (`manifest` says what a file contains.)
+"""Fact: which heads and neurons a model has lost, so that it can be built without them. (`manifest` lists the tensors.)
 
-Like the manifest this comes from strangers: `from_dict` accepts exactly what FORMAT.md describes.
+Like the manifest this is untrusted input: `from_dict` accepts exactly what FORMAT.md describes.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError
+from ..utils.text import shorten
 
 KINDS = {"attention": "heads", "feed_forward": "neurons"}
 """The key of FORMAT.md for each kind of sub-block."""
 
 EDITS_KEY = "edits"
-"""Where `extra` of a manifest keeps what was cut out of the model."""
+"""Key in `extra` of a manifest for the heads and neurons that were removed."""
 
 MAX_GROUPS = 2**24
 """More heads or neurons in one sub-block are a mistake or an attack."""
@@ -31,27 +34,44 @@ class Cut:
     """What is left of one sub-block.
 
     Args:
-        before: how many heads or neurons it has in a model that is built from `config.json`.
-        kept: the numbers of those that are left, ascending, counted from 0 in that model.
+        before: number of heads or neurons in a model that is built from `config.json`.
+        mask: bitmask of those that are left, as FORMAT.md defines it. It stays one: a file may list 2**24 neurons for
+            each of many sub-blocks that the model does not have.
 
     Example:
-        >>> Cut(12, (0, 3)).to_dict()
+        >>> Cut.of(12, (0, 3)).to_dict()
         {'of': 12, 'kept': '0900'}
     """
 
     before: int
-    kept: tuple[int, ...]
+    mask: bytes
+
+    @classmethod
+    def of(cls, before: int, kept: Iterable[int] | None = None) -> Cut:
+        """Build from the numbers of those that are left (None = all), counted from 0."""
+        flags = np.zeros(before, dtype=bool)
+        flags[list(kept) if kept is not None else slice(None)] = True
+        return cls(before, np.packbits(flags, bitorder="little").tobytes())
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of those that are left, ascending, counted from 0 in the model that `config.json` describes."""
+        flags = np.unpackbits(np.frombuffer(self.mask, dtype=np.uint8), count=self.before, bitorder="little")
+        return tuple(np.flatnonzero(flags).tolist())
+
+    @property
+    def count(self) -> int:
+        """How many are left."""
+        return int.from_bytes(self.mask).bit_count()
 
     def then(self, kept: Sequence[int]) -> Cut:
         """Return this cut and another after it, whose numbers count what this one has left."""
-        return Cut(self.before, tuple(self.kept[index] for index in kept))
+        before = self.kept
+        return Cut.of(self.before, (before[index] for index in kept))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; `kept` is the bitmask of FORMAT.md, as hexadecimal digits."""
-        mask = bytearray(-(-self.before // 8))
-        for index in self.kept:
-            mask[index // 8] |= 1 << index % 8
-        return {"of": self.before, "kept": mask.hex()}
+        """Return plain JSON types; `kept` is the bitmask as hexadecimal digits."""
+        return {"of": self.before, "kept": self.mask.hex()}
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> Cut:
@@ -61,17 +81,16 @@ class Cut:
             CheckpointError: for anything that `to_dict` would not have written.
         """
         if not isinstance(data, Mapping) or set(data) != {"of", "kept"}:
-            raise CheckpointError(f"{where} is a mapping with the keys 'of' and 'kept', and nothing else")
+            raise CheckpointError(f"{where} must be a mapping with the keys 'of' and 'kept', and nothing else")
         before, text = data["of"], data["kept"]
         if type(before) is not int or not 1 <= before <= MAX_GROUPS:
-            raise CheckpointError(f"{where}: 'of' is a whole number from 1 to {MAX_GROUPS}")
+            raise CheckpointError(f"{where}: 'of' must be an integer in [1, {MAX_GROUPS}], got {shorten(before)}")
         if not isinstance(text, str) or len(text) != 2 * -(-before // 8) or not _HEX.fullmatch(text):
-            raise CheckpointError(f"{where}: 'kept' is a bitmask of {before} flags in hexadecimal digits")
+            raise CheckpointError(f"{where}: 'kept' must be a bitmask of {before} flags in hexadecimal digits")
         mask = bytes.fromhex(text)
-        kept = tuple(8 * place + bit for place, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1)
-        if kept and kept[-1] >= before:
+        if before % 8 and mask[-1] >> before % 8:
             raise CheckpointError(f"{where}: 'kept' has bits behind the end of its {before} flags")
-        return cls(before, kept)
+        return cls(before, mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +102,7 @@ class Edits:
         neurons: by name of the feed-forward sub-block.
 
     Example:
-        >>> edits = Edits({"layer.0.attention": Cut(4, (1, 2))})
+        >>> edits = Edits({"layer.0.attention": Cut.of(4, (1, 2))})
         >>> Edits.from_dict(edits.to_dict()) == edits
         True
     """
@@ -116,18 +135,18 @@ class Edits:
         """
         known = (*KINDS.values(), "checksum")
         if not isinstance(data, Mapping) or not set(data) <= set(known):
-            raise CheckpointError(f"edits is a mapping with no other keys than {', '.join(known)}")
+            raise CheckpointError(f"edits must be a mapping with no other keys than {', '.join(known)}")
         parts: dict[str, dict[str, Cut]] = {}
         given = {kind: cuts for kind, cuts in data.items() if kind != "checksum"}
         for kind, cuts in given.items():
             if not isinstance(cuts, Mapping):
-                raise CheckpointError(f"{kind} of the edits is a mapping from names of modules")
+                raise CheckpointError(f"{kind} of the edits must be a mapping from names of modules")
             for name in cuts:
                 if not isinstance(name, str) or not _NAME.fullmatch(name):
-                    raise CheckpointError(f"{kind} of the edits: {repr(name)[:80]} is no name of a module")
+                    raise CheckpointError(f"{kind} of the edits: {shorten(name)} is not a name of a module")
             parts[kind] = {name: Cut.from_dict(cut, f"{kind} of '{name}'") for name, cut in cuts.items()}
         if data.get("checksum") != (_checksum(given) if given else None):
-            raise CheckpointError("the checksum of the edits is not that of what they say: the file is damaged")
+            raise CheckpointError("the checksum of the edits does not match their content: the file is damaged")
         return cls(**parts)
 
 

@@ -72,7 +72,7 @@ def compact(model: nn.Module) -> Edits:
             continue
         cuts = parts[KINDS[block.kind]]
         kept = living.nonzero().flatten().tolist()
-        cuts[block.name] = cuts.get(block.name, Cut(block.groups, tuple(range(block.groups)))).then(kept)
+        cuts[block.name] = cuts.get(block.name, Cut.of(block.groups)).then(kept)
         _cut(block, kept, cuts[block.name])
     edits = Edits(**parts)
     if edits:
@@ -125,7 +125,7 @@ def _cut(block: SubBlock, kept: Sequence[int], cut: Cut) -> None:
     """Keep the groups with these numbers, counted now; `cut` has them as they were at first."""
     if isinstance(block.table, Attention):
         block.table.resize(block.core, cut.kept, cut.before)
-    lines = torch.tensor([index * block.size + line for index in kept for line in range(block.size)], dtype=torch.long)
+    lines = (torch.tensor(kept, dtype=torch.long)[:, None] * block.size + torch.arange(block.size)).flatten()
     for layer in block.inputs.values():
         layer.weight = _taken(layer.weight, lines, 0)
         layer.bias = None if layer.bias is None else _taken(layer.bias, lines, 0)

@@ -130,7 +130,7 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any], who: str) -> Tensor:
 
 def _table(model: nn.Module, blocks: list[SubBlock], found: Mapping[str, Tensor]) -> Tensor:
     edits = edits_of(model)
-    cuts = [edits.heads.get(block.name, Cut(block.groups, tuple(range(block.groups)))) for block in blocks]
+    cuts = [edits.heads.get(block.name, Cut.of(block.groups)) for block in blocks]
     table = torch.full((len(blocks), max(cut.before for cut in cuts)), float("nan"), dtype=torch.float64)
     for row, block, cut in zip(table, blocks, cuts, strict=True):
         if cut.kept:

@@ -86,7 +86,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
     _save(model, name, output, revision)
     _carry_over(Path(name), Path(output))
     after = model.num_parameters()
-    left = [f"{where}: {len(cut.kept)} of {cut.before} {kind}" for kind, where, cut in edits]
+    left = [f"{where}: {cut.count} of {cut.before} {kind}" for kind, where, cut in edits]
     return "\n".join([*left, f"{before:,} parameters before, {after:,} after ({after / before:.1%})"])
 
 

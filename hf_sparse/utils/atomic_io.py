@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,16 @@ PathLike = str | os.PathLike[str]
 STAGING_PREFIX = ".saving-"
 
 
+def require_regular(path: PathLike) -> None:
+    """Raise unless a path is that of a regular file, or a link to one: reading a pipe would wait for ever.
+
+    Raises:
+        OSError: if it is not, or there is nothing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
 def read_json(path: PathLike) -> dict[str, Any] | None:
     """Read a JSON file that belongs to a model, such as its config; None if there is none, never for a damaged one.
 
@@ -31,8 +42,7 @@ def read_json(path: PathLike) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            raise ValueError("not a regular file")
+        require_regular(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..errors import RecipeError
+from .atomic_io import require_regular
 from .text import shorten
 
 MAX_DEPTH = 50
@@ -134,11 +134,9 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         RecipeError: if the file cannot be read, is not a regular file, is larger than 1 MiB, or as `parse_yaml`.
     """
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            raise RecipeError("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise RecipeError(f"it has {status.st_size} bytes, and at most {MAX_BYTES} are read")
+        require_regular(path)
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            raise RecipeError(f"it has {size} bytes, and at most {MAX_BYTES} are read")
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecipeError) as error:
         raise RecipeError(f"cannot read recipe {os.fspath(path)}: {error}") from None

@@ -104,11 +104,11 @@ def test_manifest_refuses_what_it_would_not_have_written(data, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "no JSON"),
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ('{"version": ' + "9" * 5000 + "}", "no JSON"),
-        ('{"version": 1, "version": 1}', "names a key twice"),
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"version": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"version": 1, "version": 1}', "the manifest names the key 'version' twice"),
         (json.dumps(DATA)[:-1] + ', "extra": {"a": NaN}}', "holds NaN"),
         (json.dumps(DATA)[:-1] + ', "extra": {"a": -Infinity}}', "holds -Infinity"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -241,8 +242,11 @@ def test_shards_are_checked_together(path, tmp_path):
     assert check_files([second, first]) == read_manifest(path)
     with pytest.raises(CheckpointError, match="is a shard missing"):
         check_files([first])
-    with pytest.raises(CheckpointError, match=r"is in two files: .*1.safetensors and .*1.safetensors"):
+    with pytest.raises(CheckpointError, match="a file is listed twice"):
         check_files([first, second, first])
+    copy = shutil.copyfile(first, tmp_path / "copy.safetensors")
+    with pytest.raises(CheckpointError, match=r"is in two files: .*1.safetensors and .*copy.safetensors"):
+        check_files([first, second, copy])
 
 
 def test_shards_of_two_checkpoints_are_refused(path, tmp_path):

@@ -383,7 +383,7 @@ def test_head_goes_if_nothing_comes_out_of_it(what: str, leaves: bool) -> None:
             attention.self.query.weight[4:8] = attention.self.query.bias[4:8] = 0.0
     before = model(**structures.batch("bert")).logits
     edits = compact(model)
-    assert dict(edits.heads) == ({"bert.encoder.layer.0.attention": Cut(4, (0, 2, 3))} if leaves else {})
+    assert dict(edits.heads) == ({"bert.encoder.layer.0.attention": Cut.of(4, (0, 2, 3))} if leaves else {})
     torch.testing.assert_close(model(**structures.batch("bert")).logits, before, **CLOSE)
 
 
@@ -409,11 +409,11 @@ def test_edits_compose_and_keep_the_numbers_of_the_first_model(family: str) -> N
     blocks = {block.name: block for block in find_sub_blocks(model, "a test")}
     heads = [name for name, block in blocks.items() if block.kind == "attention"]
     structures.remove_others(model, each(heads, [0, 2, 3]))
-    assert dict(compact(model).heads) == dict.fromkeys(heads, Cut(4, (0, 2, 3)))
+    assert dict(compact(model).heads) == dict.fromkeys(heads, Cut.of(4, (0, 2, 3)))
     reference = copy.deepcopy(model)
     structures.remove_others(reference, each(heads, [1, 2]))  # those were 2 and 3
     structures.remove_others(model, each(heads, [1, 2]))
-    assert dict(compact(model).heads) == dict.fromkeys(heads, Cut(4, (2, 3)))
+    assert dict(compact(model).heads) == dict.fromkeys(heads, Cut.of(4, (2, 3)))
     inputs = structures.batch(family)
     torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits, **CLOSE)
 

@@ -115,7 +115,7 @@ def _cut_out(folder: Path) -> str | None:
         return None
     edits = Edits.from_dict(manifests[0].extra[EDITS_KEY])
     left = " and ".join(
-        f"{sum(len(cut.kept) for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
+        f"{sum(cut.count for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
         for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
         if cuts
     )

@@ -32,8 +32,9 @@ from ...formats.codecs import CODECS, decode, encode, layout
 from ...formats.codecs.base import as_bits
 from ...formats.compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.safetensors_io import MANIFEST_KEY
-from ...formats.sharding import SINGLE, Shards, ShardWriter, opened, weight_files
+from ...formats.model_folder import SINGLE, weight_files
+from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_manifest
+from ...formats.sharding import Shards, ShardWriter, opened
 from ...formats.structure import EDITS_KEY
 from ...registry import Spec
 from ...utils.atomic_io import read_json, replace_file
@@ -251,10 +252,11 @@ def _convert(
 
 def _packed(shards: Shards, manifest: Manifest) -> Iterator[_Waiting]:
     """Yield the tensors of a packed checkpoint. What a Trainer needs to go on with training stays behind."""
+    targets = set(manifest.targets)
     for key, entry in manifest.tensors.items():
         if is_training_state(key, manifest.tensors):
             continue
-        target = key in manifest.targets
+        target = key in targets
         yield _Waiting(key, partial(_decode, shards, key, entry), target or entry.codec != "dense", target)
 
 

@@ -142,7 +142,7 @@ def test_sub_block_that_has_lost_everything_is_left_out() -> None:
         sparsify(model, SparsityConfig(pattern="head", sparsity=0.5, targets="*.layer.0.*"))
     sparsify(model, SparsityConfig(pattern="head", sparsity=0.5))
     first, second = compact(model).heads.values()
-    assert (first, len(second.kept)) == (Cut(4, ()), 2)
+    assert (first, len(second.kept)) == (Cut.of(4, ()), 2)
     assert model.bert.encoder.layer[1].attention.self.num_attention_heads == 2
     sparsify(model, SparsityConfig(scorer="random", sparsity=0.5))  # patterns of one weight leave the empty ones out
     assert summarize(model).sparsity == pytest.approx(0.5, abs=0.01)
