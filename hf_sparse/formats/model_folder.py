@@ -1,7 +1,7 @@
 """The files of a model in a folder: which hold its weights, whether all are there, and which may be published.
 
-Folders are untrusted input. Files are found by listing the folder, never by a path that a file names: an index is
-verified, because transformers reads it, but not followed.
+Folders are untrusted input. Files are found by listing the folder, never by a path that a file names. An index is not
+read to find them, only verified before others read it: transformers on loading, or whoever downloads the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / SINGLE).is_file():
-        check_index(path)
         return [path / SINGLE]
     files = safetensors_files(path)
     shards = [file for file in files if (match := _SHARD.fullmatch(file.name)) and match["name"] == "model"]
@@ -43,7 +42,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """Return all safetensors files of a folder.
 
     Raises:
-        CheckpointError: if there are none, shards are missing, or an index names other files than those of the folder.
+        CheckpointError: if there are none, or shards are missing.
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no file or folder {folder}")
@@ -51,7 +50,6 @@ def safetensors_files(folder: Path) -> list[Path]:
     if not files:
         raise CheckpointError(f"folder {folder} holds no .safetensors file")
     check_shards(files)
-    check_index(folder)
     return files
 
 
@@ -82,10 +80,11 @@ def check_shards(files: Iterable[Path]) -> None:
             )
 
 
-def check_index(folder: Path) -> None:
-    """Raise unless every index of shards names files of its folder.
+def check_index(folder: Path, exist: bool = True) -> None:
+    """Raise unless every index of shards names files of its folder: transformers follows any path that stands there.
 
-    An index may name any path; transformers would read it, and whoever loads the model after a push.
+    Args:
+        exist: whether the files must exist; an old index next to a single file does no harm until it is published.
 
     Raises:
         CheckpointError: naming the index and the entry.
@@ -97,7 +96,7 @@ def check_index(folder: Path) -> None:
         for name in sorted(set(weight_map.values())):
             if not name or re.search(r"[/\\\0]", name) or name in (".", ".."):
                 raise CheckpointError(f"{index} names {name!r:.80}, which is not a file of its folder")
-            if not (folder / name).is_file():
+            if exist and not (folder / name).is_file():
                 raise CheckpointError(f"{index} names {name!r:.80}, and there is no such file in the folder")
 
 
@@ -116,14 +115,20 @@ def check_one_folder(files: Iterable[str]) -> None:
 def check_link(path: Path) -> None:
     """Raise if a file of a folder is a link that leads out of it: what is read from there must not be published.
 
-    Links inside the folder are followed, and those of a snapshot in the cache of the Hub, `snapshots/REVISION/FILE`, to
-    the blobs of the same repository.
-
     Raises:
-        CheckpointError: if it does.
+        CheckpointError: naming the target.
+    """
+    if (target := leads_out(path)) is not None:
+        raise CheckpointError(f"{path} is a link to {target}, outside of its folder: copy the file here, or remove it")
+
+
+def leads_out(path: Path) -> Path | None:
+    """Return the target of a link that leads out of its folder, or None.
+
+    A snapshot in the cache of the Hub, `snapshots/REVISION/FILE`, consists of links to the blobs of the same
+    repository; these count as inside.
     """
     folder, target = path.parent.resolve(), path.resolve()
     # Not resolved once more: a folder `blobs` that is a link itself leads out, too.
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
-    if folder not in target.parents and target.parent != blobs:
-        raise CheckpointError(f"{path} is a link to {target}, outside of its folder: copy the file here, or remove it")
+    return None if folder in target.parents or target.parent == blobs else target

@@ -7,6 +7,7 @@ a tensor is touched. Reading never follows a path that a file names.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -70,20 +71,26 @@ def open_safetensors(path: PathLike) -> Iterator[Any]:
     Raises:
         CheckpointError: if it is not a regular file, or not valid.
     """
-    with reading(path):
-        require_regular(path)
-        with safe_open(path, framework="pt") as file:
+    with contextlib.ExitStack() as stack:
+        with reading(path):
+            require_regular(path)
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        try:
             yield file
+        except SafetensorError as error:  # an OSError may be of another file
+            raise CheckpointError(f"cannot read {os.fspath(path)}: {error}") from error
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, str]) -> None:
-    """Write a file, with sorted metadata: equal models are equal files.
+    """Write a file with the metadata that transformers needs.
 
     Raises:
-        SparsityError: if it cannot be written.
+        OSError: if it cannot be written; `writing` makes words of it.
     """
-    with writing(path):
+    try:
         safetensors_torch.save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), os.fspath(path)) from error
 
 
 def read_header(path: PathLike) -> Header:
@@ -165,7 +172,7 @@ def check_files(paths: PathLike | Iterable[PathLike], manifest_from_config: Mani
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     headers = {path: read_header(path) for path in paths}
     if len(headers) != len(paths):
-        raise CheckpointError(f"a file is listed twice: {', '.join(sorted(map(os.fspath, paths)))}")
+        raise CheckpointError(f"a file is listed twice: {', '.join(sorted(str(path) for path in paths))}")
     return check_headers(headers, manifests_in(headers), manifest_from_config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RecipeError, SparsityError
+from ..formats.model_folder import check_index
 
 
 def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
@@ -44,6 +46,8 @@ def load(factory: Any, name: str, revision: str = "main", **options: Any) -> Pre
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be loaded into a `RecipeError`."""
+    if Path(name).is_dir():
+        check_index(Path(name), exist=False)
     try:
         yield
     except SparsityError:
@@ -111,9 +115,9 @@ def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
             yield module
 
 
-def _model_class(architectures: list[str] | None) -> Any:
+def _model_class(architectures: Any) -> Any:
     """Return the class of transformers with that name. The name is from a file, so it must be a model and no more."""
-    for architecture in architectures or ():
+    for architecture in architectures if isinstance(architectures, list) else ():
         found = getattr(transformers, str(architecture), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file as save_plain
 
-from hf_sparse.errors import CheckpointError
+from hf_sparse.errors import CheckpointError, SparsityError
+from hf_sparse.formats import inspection
 from hf_sparse.formats.codecs import CODECS, encode
+from hf_sparse.formats.inspection import inspect
 from hf_sparse.formats.manifest import Manifest
 from hf_sparse.formats.safetensors_io import (
     MANIFEST_KEY,
@@ -20,6 +23,7 @@ from hf_sparse.formats.safetensors_io import (
     read_manifest,
     save_file,
 )
+from tests.helpers.limits import limited
 
 PACKED = "encoder.weight"
 
@@ -278,3 +282,74 @@ def test_shape_that_no_tensor_can_have_is_refused_also_without_elements(shape, t
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="'w' has a shape that no tensor can have"):
         read_header(path)
+
+
+def write_header(path, text, data=b""):
+    content = text.encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + data)
+
+
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [
+        ('{"w": ENTRY, "v": ENTRY2, "w": ENTRY}', "w"),
+        ('{"__metadata__": {"hf_sparse": "{}", "hf_sparse": "{}"}, "w": ENTRY}', "hf_sparse"),
+        ('{"__metadata__": {}, "__metadata__": {}, "w": ENTRY}', "__metadata__"),
+        ('{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "shape": [1]}}', "shape"),
+    ],
+)
+def test_header_that_names_a_key_twice_is_refused(header, key, tmp_path):
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = header.replace("ENTRY2", entry.replace("[0, 4]", "[4, 8]")).replace("ENTRY", entry)
+    path = tmp_path / "model.safetensors"
+    write_header(path, header, bytes(8 if "[4, 8]" in header else 4))
+    for read in (read_header, read_manifest, check_files, load_file):
+        with pytest.raises(CheckpointError, match=f"its header names the key '{key}' twice|cannot read"):
+            read(path)
+
+
+def test_headers_are_read_and_manifests_parsed_once(tmp_path, monkeypatch):
+    save_file({f"layer.{n}.weight": torch.eye(8) for n in range(20)}, tmp_path / "model.safetensors", codec="bitmask")
+    calls: list[str] = []
+    monkeypatch.setattr(Manifest, "from_json", watched(Manifest.from_json, calls))
+    monkeypatch.setattr(inspection, "read_header", watched(read_header, calls))
+    str(inspect(tmp_path))
+    assert len(calls) == 2
+
+
+def watched(function, calls):
+    def call(*arguments):
+        calls.append(function.__name__)
+        return function(*arguments)
+
+    return call
+
+
+def inspected(path):
+    return str(inspect(path)).count("\n")
+
+
+@pytest.mark.parametrize("codec", ["bitmask", "dense"])
+def test_file_of_many_entries_is_inspected_in_bounded_time(tmp_path, codec):
+    path = tmp_path / "model.safetensors"
+    eye = torch.eye(4)
+    entry, parts = encode(eye, codec)
+    count = 32_000
+    keys = [f"model.layers.{n}.weight" for n in range(count)]
+    stored = {key + suffix: part.clone() for key in keys for suffix, part in parts.items()}
+    manifest = Manifest(dict.fromkeys(keys, entry), targets=tuple(keys))
+    save_plain(stored, path, metadata={MANIFEST_KEY: manifest.to_json()})
+    assert limited(inspected, path, seconds=30, megabytes=2048) > count
+
+
+def save_much(folder):
+    return save_file({"w": torch.rand(64, 64)}, folder / "model.safetensors")
+
+
+def test_full_disk_is_an_error_in_words_and_leaves_the_old_file(tmp_path):
+    save_file({"w": torch.eye(4)}, tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SparsityError, match=r"cannot write .*model.safetensors: .*The old files are unchanged"):
+        limited(save_much, tmp_path, file_bytes=1000)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == before

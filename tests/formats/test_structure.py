@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from hf_sparse import CheckpointError
 from hf_sparse.formats.structure import MAX_GROUPS, Cut, Edits
+from hf_sparse.pruning.compaction import apply_edits, edits_of
+from tests.helpers.limits import limited
+from tests.helpers.training import bert
 
 GOOD: dict[str, Any] = {"heads": {"layer.0.attention": {"of": 12, "kept": "0900"}}, "checksum": "crc32:5a0ffe6b"}
 GOOD_CUTS = {"layer.0.attention": Cut.of(12, (0, 3))}
@@ -80,3 +84,31 @@ def with_cut(**change: Any) -> dict[str, Any]:
 def test_anything_else_is_refused(data: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Edits.from_dict(data)
+
+
+BOMB = {"neurons": {f"decoder.{n}": {"of": MAX_GROUPS, "kept": "ff" * (MAX_GROUPS // 8)} for n in range(6)}}
+
+
+def apply_bomb(data: dict[str, Any], model: Any) -> int:
+    apply_edits(model, Edits.from_dict(data), "bert")
+    return len(edits_of(model).neurons)
+
+
+def test_edits_of_sub_blocks_that_the_model_does_not_have_cost_no_more_than_their_bytes() -> None:
+    lines = [f"neurons {name} {cut['of']} {cut['kept']}\n" for name, cut in BOMB["neurons"].items()]
+    data = {**BOMB, "checksum": f"crc32:{zlib.crc32(''.join(sorted(lines)).encode()):08x}"}
+    assert limited(apply_bomb, data, bert(), seconds=10, megabytes=300) == 0
+
+
+def test_edits_of_another_size_are_refused_before_the_bitmask_is_looked_at() -> None:
+    cut = {"encoder.layer.0": {"of": MAX_GROUPS, "kept": "ff" * (MAX_GROUPS // 8)}}
+    line = f"neurons encoder.layer.0 {MAX_GROUPS} {cut['encoder.layer.0']['kept']}\n"
+    data = {"neurons": cut, "checksum": f"crc32:{zlib.crc32(line.encode()):08x}"}
+    with pytest.raises(CheckpointError, match=r"has lost neurons of|does not know"):
+        limited(apply_bomb, data, bert(), seconds=10, megabytes=300)
+
+
+def test_number_of_those_left_is_that_of_the_list() -> None:
+    cut = Cut.of(13, (0, 3, 12))
+    assert (cut.kept, cut.count) == ((0, 3, 12), 3)
+    assert Cut.of(9).kept == tuple(range(9))

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ...errors import CheckpointError, RecipeError
 from ...formats.inspection import Inspection, inspect
+from ...formats.model_folder import check_link
 from ...formats.safetensors_io import read_manifest
 from ...formats.structure import EDITS_KEY, Edits
 from ...profiling.speed_record import SPEED, Speed, read_speed
@@ -32,6 +33,7 @@ TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGene
 OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
+RECIPE = "recipe.yaml"
 MEASURED = "eval_results.json"
 BEFORE_COMPACTION = "before_compaction"
 """Key of that file: what it says was measured before what was removed was cut out of the model."""
@@ -74,10 +76,12 @@ def facts_of(
     """
     folder = Path(folder)
     inspection = inspect(folder)
+    for name in ("config.json", RECIPE, MEASURED, SPEED):
+        check_link(folder / name)
     config = read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"folder {folder} has no config.json: it has to hold a saved model")
-    recipe = read_recipe(folder / "recipe.yaml")
+    recipe = read_recipe(folder / RECIPE)
     data = recipe.get("data") or {}
     named = " / ".join(str(data[key]) for key in ("name", "config") if data.get(key))
     speed = folder / SPEED
@@ -131,7 +135,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is no YAML mapping. (A file that is not there is an empty recipe.)
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         recipe = read_yaml(path)

@@ -1,7 +1,8 @@
-"""Push a saved model to the Hub: weights, config, tokenizer, recipe and card, and nothing else that lies in the folder.
+"""Push a saved model to the Hub: weights, config, tokenizer, recipe and card, and nothing else of the folder.
 
-What a Trainer leaves beside the model (`training_args.bin`, optimizer states: pickles, which run code where they are
-opened) stays at home. So files are chosen by what they are, not left out by what they are called.
+Other files of a Trainer (`training_args.bin`, optimizer states: pickles, which run code when they are opened) are not
+uploaded: the names of what is uploaded are listed, not the names of what is not. Links that lead out of the folder are
+refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from transformers.utils import logging
 
 from ...errors import CheckpointError, HubError, RecipeError
 from ...formats.inspection import inspect
+from ...formats.model_folder import check_index, check_link
+from ...formats.safetensors_io import reading
+from ...utils.atomic_io import require_regular
 from ...utils.strict_yaml import dump_yaml
 from .model_card import CARD, card_text, facts_of, read_recipe
 
@@ -44,7 +48,7 @@ ADVICE = {
     409: "somebody else changed the repository meanwhile: push again",
     429: "the Hub is asking for fewer requests: wait some minutes and push again",
 }
-AGAIN = "push again; files that arrived whole are not sent a second time"
+AGAIN = "push again; files that arrived complete are not sent again"
 
 
 def push_folder(
@@ -67,12 +71,13 @@ def push_folder(
         keep_card: leave a card alone that the repository has already.
 
     Raises:
-        CheckpointError: if the folder holds no whole model. Nothing is sent then.
+        CheckpointError: if the folder holds no complete model, or a link that leads out of it. Nothing is sent then.
         RecipeError: for a name that no repository can have.
         HubError: if the Hub refuses or cannot be reached; the message says what to do.
     """
     folder = Path(folder)
     _check_name(repo_id)
+    token = _checked_token(token)
     files = contents(folder)
     api = HfApi(library_name="hf_sparse", token=token)
     try:
@@ -92,28 +97,56 @@ def push_folder(
     except OfflineModeIsEnabled as error:
         raise HubError(f"cannot push to '{repo_id}': HF_HUB_OFFLINE is set; unset it and push again") from error
     except (TRANSPORT, OSError, RuntimeError, ValueError) as error:
-        raise HubError(f"cannot push to '{repo_id}': {_explained(error)}") from error
+        reason = _explained(error)
+        redacted = _redacted(reason)
+        # A traceback shows the cause too, with all that the client wrote into it.
+        raise HubError(f"cannot push to '{repo_id}': {redacted}") from (error if redacted == reason else None)
 
 
 def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RecipeError(f"'{repo_id}' is no name of a repository, as in user/name: {error}") from error
+        raise RecipeError(f"'{repo_id}' is not a name of a repository, as in user/name: {error}") from error
+
+
+def _checked_token(token: bool | str | None) -> bool | str | None:
+    """Return a token without the line feed that files end with.
+
+    Raises:
+        RecipeError: if it has other characters that no token has; the HTTP library would quote it in its error.
+    """
+    if not isinstance(token, str):
+        return token
+    if not re.fullmatch(r"[!-~]+", token.strip()):
+        raise RecipeError("`token` must be one word of ASCII characters, got spaces or other characters in it")
+    return token.strip()
+
+
+def _redacted(text: str) -> str:
+    """Return text without tokens, which errors of the client may quote."""
+    return re.sub(r"(hf_(?:jwt_)?|Bearer\s+)[^\s'\",;)]+", r"\1***", text)
 
 
 def contents(folder: Path) -> dict[str, Path | bytes]:
-    """Return what is pushed of a folder, by name: paths, and bytes where others may not see all of a file.
+    """Return the files of a folder that are pushed, by name: paths, and bytes where a file is redacted.
 
     Raises:
-        CheckpointError: if the folder holds no whole model.
+        CheckpointError: if the folder holds no complete model, or a link that leads out of it.
     """
     inspect(folder)  # a damaged model is found here, not by those who download it
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(f"folder {folder} has no config.json: it holds weights, but no model")
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and PUSHED.fullmatch(path.name)
-    }
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(path for path in folder.iterdir() if PUSHED.fullmatch(path.name)):
+        check_link(path)
+        with reading(path):
+            require_regular(path)
+        files[path.name] = path
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(f"folder {folder} has no weights with a name that is pushed, such as model.safetensors")
+    if any(".safetensors.index." in name for name in files):
+        check_index(folder)
     if recipe := read_recipe(folder / "recipe.yaml"):
         files["recipe.yaml"] = dump_yaml(recipe).encode()
     if CARD not in files and "config.json" in files:

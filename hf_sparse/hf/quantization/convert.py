@@ -32,12 +32,13 @@ from ...formats.codecs import CODECS, decode, encode, layout
 from ...formats.codecs.base import as_bits
 from ...formats.compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.model_folder import SINGLE, weight_files
-from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_manifest
+from ...formats.model_folder import SINGLE, check_link, leads_out, weight_files
+from ...formats.safetensors_io import MANIFEST_KEY, writing
 from ...formats.sharding import Shards, ShardWriter, opened
 from ...formats.structure import EDITS_KEY
 from ...registry import Spec
 from ...utils.atomic_io import read_json, replace_file
+from ...utils.text import printable
 from .config import METHOD as OURS
 from .config import SparseConfig
 from .load_plan import manifest_of
@@ -88,7 +89,7 @@ class Conversion:
         share = f" ({self.output_bytes / self.source_bytes:.3f})" if self.source_bytes else ""
         sizes = f"{self.source_bytes / 1e6:.2f} MB to {self.output_bytes / 1e6:.2f} MB{share}"
         lines = [f"{self.kind}: {self.tensors} tensors, {self.packed} packed now, {sizes} in {len(self.files)} file(s)"]
-        return "\n".join(lines + [f"not copied: {', '.join(self.left)}"] * bool(self.left))
+        return "\n".join(lines + [printable(f"not copied: {', '.join(self.left)}")] * bool(self.left))
 
 
 def convert(
@@ -118,6 +119,7 @@ def convert(
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
     if source.is_file():
         return _convert_file(source, output, spec)
+    check_link(source / "config.json")
     config = read_json(source / "config.json") or {}
     method = _method(config) if config else None
     described = _described(config) if method == OURS else None
@@ -134,7 +136,11 @@ def _convert_file(source: Path, output: Path, spec: Spec) -> Conversion:
     if output.is_dir():
         raise RecipeError(f"{source} is a file, so the output should be one, and {output} is a folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(output) as temporary, tempfile.TemporaryDirectory(dir=output.parent, prefix=".saving-") as folder:
+    with (
+        writing(output),
+        replace_file(output) as temporary,
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=".saving-") as folder,
+    ):
         done = _convert([source], None, None, Path(folder), spec, math.inf)
         os.replace(Path(folder) / SINGLE, temporary)
     return dataclasses.replace(done, files=(output.name,))
@@ -292,17 +298,14 @@ def looks_sparse(key: str, tensor: Tensor) -> bool:
 
 
 def _copy_small(source: Path, folder: Path) -> tuple[str, ...]:
-    """Copy tokenizer, texts and other small files; return the names of what stayed behind."""
+    """Copy tokenizer, documents and other small files; return the names of those that were not copied."""
     left = []
     weights = {file.name for file in weight_files(source)}
-    # A link out of the folder could put anything into a checkpoint that is going to be published. The links of the
-    # cache of the Hub lead to its blobs.
-    known = {source.resolve(), (source.resolve() / ".." / ".." / "blobs").resolve()}
     for path in sorted(path for path in source.iterdir() if path.is_file() and path.name not in weights):
         if (folder / path.name).exists() or path.name.endswith(".index.json"):
             continue
         small = path.suffix in _COPIED and path.stat().st_size <= _COPIED_BYTES
-        if small and path.resolve().parent in known:
+        if small and leads_out(path) is None:  # what is converted is going to be published
             shutil.copyfile(path, folder / path.name)
         else:
             left.append(path.name)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ...errors import CheckpointError
 from ...formats.codecs import decode, layout
 from ...formats.manifest import Manifest, TensorEntry
+from ...formats.model_folder import check_one_folder
 from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_header
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY, Edits
@@ -157,8 +158,9 @@ class LoadPlan:
             expected: what config.json says that they hold.
 
         Raises:
-            CheckpointError: as `manifest_of`.
+            CheckpointError: as `manifest_of`, or if the files are in several folders.
         """
+        check_one_folder(files)
         manifest = manifest_of([Path(file) for file in files if file.endswith(".safetensors")], expected)
         return None if manifest is None else cls(manifest, tuple(files))
 

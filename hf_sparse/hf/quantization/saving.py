@@ -27,7 +27,7 @@ from ...errors import RecipeError
 from ...formats.codecs import SUFFIXES, encode
 from ...formats.codecs.base import pack_bits
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.safetensors_io import settle_header
+from ...formats.safetensors_io import settle_header, writing
 from ...formats.structure import EDITS_KEY
 from ...modeling.model_state import sparse_weights
 from ...pruning import summary as report
@@ -250,7 +250,8 @@ def staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
     if not writes:
         yield os.fspath(directory)
         return
-    with replace_files(directory, last="config.json") as folder:  # with the old weights the old config stands
+    # The config last: with the old weights the old config still stands.
+    with writing(directory), replace_files(directory, last="config.json") as folder:
         yield os.fspath(folder)
         fresh = {path.name for path in folder.iterdir() if path.is_file()}
         for name in fresh:

@@ -296,7 +296,7 @@ def test_nothing_is_sent_of_a_folder_that_is_no_whole_model(hub, saved):
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(CheckpointError):
         push_folder(saved, REPO)
-    with pytest.raises(RecipeError, match="no name of a repository"):
+    with pytest.raises(RecipeError, match="not a name of a repository"):
         push_folder(saved, "a/b/c")
     assert hub.seen == []
 
