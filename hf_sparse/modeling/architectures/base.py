@@ -6,7 +6,7 @@ Modules are found by the names of their classes and the layers inside them, so n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -187,6 +187,14 @@ def become(module: nn.Module, mixin: type[Changed]) -> None:
     """Let a module behave as `mixin` says, and otherwise as before; its parameters, names and hooks stay."""
     plain = getattr(type(module), "plain", type(module))
     module.__class__ = _changed_class(mixin, plain)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the keyword arguments of an attention, or None.
+
+    transformers calls it `cache` from 5.24 on, and `past_key_values` before.
+    """
+    return next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
 
 
 def fill_cache(module: Any, cache: Any, hidden: Tensor, memory: Tensor | None) -> None:

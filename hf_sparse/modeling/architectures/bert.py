@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Attention, Changed, Family, FeedForward, become, fill_cache
+from .base import Attention, Changed, Family, FeedForward, become, cache_of, fill_cache
 
 _NAMES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 
@@ -17,7 +17,7 @@ class Headless(Changed):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return nothing for the output layer to add its bias to."""
-        fill_cache(self, kwargs.get("past_key_values"), hidden_states, kwargs.get("encoder_hidden_states"))
+        fill_cache(self, cache_of(kwargs), hidden_states, kwargs.get("encoder_hidden_states"))
         return hidden_states[..., :0], None
 
 

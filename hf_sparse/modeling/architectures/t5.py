@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Changed, Family, FeedForward, become, fill_cache
+from .base import Attention, Changed, Family, FeedForward, become, cache_of, fill_cache
 
 
 class Uneven(Changed):
@@ -34,14 +34,13 @@ class Uneven(Changed):
         mask: Tensor | None = None,
         key_value_states: Tensor | None = None,
         position_bias: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attend as before with the own heads, and hand on the bias of all."""
         if position_bias is None:
-            position_bias = self.bias_of_all_heads(hidden_states, key_value_states, past_key_values)
+            position_bias = self.bias_of_all_heads(hidden_states, key_value_states, cache_of(kwargs))
         if not self.runs:
-            fill_cache(self, past_key_values, hidden_states, key_value_states)
+            fill_cache(self, cache_of(kwargs), hidden_states, key_value_states)
             return self.o(hidden_states[..., :0]), position_bias, None
         own = [position_bias[:, first:last] for first, last in self.runs]
         output, _, weights = super().forward(  # type: ignore[misc]
@@ -49,7 +48,6 @@ class Uneven(Changed):
             mask=mask,
             key_value_states=key_value_states,
             position_bias=own[0] if len(own) == 1 else torch.cat(own, dim=1),
-            past_key_values=past_key_values,
             **kwargs,
         )
         return output, position_bias, weights
