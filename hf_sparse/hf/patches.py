@@ -10,9 +10,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+import transformers.trainer
+import transformers.trainer_utils
+from transformers import PreTrainedModel, Trainer
 
 from .quantization.quantizer import load_pretrained
+from .quantization.state_dict import load_best_model, load_from_checkpoint, load_sharded
 
 
 class Patch(NamedTuple):
@@ -35,6 +38,9 @@ class Patch(NamedTuple):
     until: str
 
 
+_FOLDER = "a model is not told which file a state dict comes from, and the manifest is in its header"
+_LOADS = "Trainer loads checkpoints through from_pretrained, or a callback is called before they are loaded"
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         PreTrainedModel,
@@ -44,6 +50,10 @@ PATCHES: tuple[Patch, ...] = (
         "none filed",
         "HfQuantizer can replace the slices of a checkpoint before they are renamed",
     ),
+    Patch(Trainer, "_load_from_checkpoint", load_from_checkpoint, _FOLDER, "none filed", _LOADS),
+    Patch(Trainer, "_load_best_model", load_best_model, _FOLDER, "none filed", _LOADS),
+    Patch(transformers.trainer, "load_sharded_checkpoint", load_sharded, _FOLDER, "none filed", _LOADS),
+    Patch(transformers.trainer_utils, "load_sharded_checkpoint", load_sharded, _FOLDER, "none filed", _LOADS),
 )
 
 

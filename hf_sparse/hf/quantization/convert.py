@@ -42,8 +42,9 @@ from ...utils.text import printable
 from .config import METHOD as OURS
 from .config import SparseConfig
 from .load_plan import manifest_of
-from .saving import FORMATS as PROFILES
-from .saving import is_training_state, staged
+from .pack_state import FORMATS as PROFILES
+from .pack_state import is_training_state
+from .saving import staged
 
 SHARD_SIZE = "2GB"
 MIN_ZEROS = 0.1

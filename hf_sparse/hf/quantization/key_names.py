@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .pack_state import is_training_state
+
 
 class InMemory(NamedTuple):
     """Where a stored tensor goes.
@@ -92,18 +94,23 @@ def _targets(name: str, patterns: Sequence[str], state: Container[str] | Iterabl
 def as_in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a dense state dict of a checkpoint under the names, and in the layout, that the model has in memory.
 
-    A key that the model has no place for stays, so that it is reported as unexpected.
+    The training state of a weight follows its name. A key that the model has no place for stays, so that it is reported
+    as unexpected.
     """
     rules = _Rules(model, get_model_conversion_mapping(model))
     out: dict[str, Tensor] = {}
     pending: dict[str, WeightConverter] = {}
-    for key in sorted(state, key=dot_natural_key):
+    training = [key for key in state if is_training_state(key, state)]
+    for key in sorted(state.keys() - set(training), key=dot_natural_key):
         name, pattern = rules.apply(key)
-        if pattern is None or name not in rules.state:
-            out[name if name in rules.state else key] = state[key]
-            continue
-        converter = pending.setdefault(name, copy.deepcopy(rules.by_pattern[pattern]))
-        converter.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]
+        if name not in rules.state:
+            out[key] = state[key]
+        elif pattern is None:
+            out[name] = state[key]
+            out |= {name + part.removeprefix(key): state[part] for part in training if part.rpartition("_")[0] == key}
+        else:
+            converter = pending.setdefault(name, copy.deepcopy(rules.by_pattern[pattern]))
+            converter.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]
     for name, converter in pending.items():
         for target, tensor in converter.convert(name, model=model, config=model.config).items():
             out[target] = tensor[0] if isinstance(tensor, list) else tensor

@@ -31,7 +31,7 @@ from ...formats.structure import EDITS_KEY, Edits
 from ...pruning.compaction import apply_edits
 from ...runtime.lazy_weights import can_wait, waiting
 from .key_names import InMemory, names_in_memory
-from .saving import is_training_state
+from .pack_state import is_training_state
 
 
 class _Reads:

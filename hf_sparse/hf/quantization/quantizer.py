@@ -29,7 +29,8 @@ from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
 from .convert import looks_sparse
 from .load_plan import LoadPlan, is_packed
-from .saving import is_training_state, pack_state, refuse_edited, save_packed, save_plain, save_request
+from .pack_state import is_training_state, pack_state
+from .saving import refuse_edited, save_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
 

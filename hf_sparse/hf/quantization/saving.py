@@ -1,149 +1,28 @@
-"""What `save_pretrained` writes for a sparse model: the packed state dict, its manifest, and files that are never half.
-
-A model that is still being pruned writes its training state too (removed values, scores), in the same file, so that the
-checkpoint of a Trainer is one consistent thing: `from_pretrained` reads the masked model out of it, and
-`resume_from_checkpoint` the whole state.
-"""
+"""What `save_pretrained` does for a sparse model: packed tensors and their manifest, in files that are never half."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ...errors import RecipeError
-from ...formats.codecs import SUFFIXES, encode
-from ...formats.codecs.base import pack_bits
-from ...formats.manifest import Manifest, TensorEntry
 from ...formats.safetensors_io import settle_header, writing
-from ...formats.structure import EDITS_KEY
-from ...modeling.model_state import sparse_weights
 from ...pruning import summary as report
 from ...pruning.compaction import edits_of
-from ...pruning.masked_weight import STATE_SUFFIXES
 from ...utils.atomic_io import replace_files
 from ..hub.push import push_model
-
-FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
-"""What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
-
-
-def pack_state(
-    model: PreTrainedModel, state: Mapping[str, Tensor], codec: str = "auto"
-) -> tuple[dict[str, Tensor], Manifest]:
-    """Pack the weights that were asked to be sparse, and list every tensor in a manifest.
-
-    Args:
-        state: of the model, with the keys that `masking` gives masked weights.
-        codec: of the weights that are not in training, see `codecs.encode`.
-
-    Returns:
-        The tensors to write, under the names of the checkpoint format of the model, and the manifest.
-
-    Raises:
-        RecipeError: if the model has a tensor of its own under the name of a part.
-    """
-    training = {key for key in state if is_training_state(key, state)}
-    plain = {key: tensor for key, tensor in state.items() if key not in training}
-    for ignored in model._keys_to_ignore_on_save or ():
-        plain.pop(ignored, None)
-    plain = _untied(remove_tied_weights_from_state_dict(plain, model), model)
-    wanted = {id(plain[name]): name for name in sparse_weights(model) if name in plain}
-    # Weights that are offloaded are read one at a time, below; only where stored tensors are computed from several of
-    # memory (experts that are merged, say) all have to be there at once.
-    offloaded = {id(tensor): name for name, tensor in plain.items() if tensor.is_meta}
-    if offloaded and any(isinstance(c, WeightConverter) for c in getattr(model, "_weight_conversions", None) or ()):
-        plain = {key: load_offloaded_parameter(model, key) if t.is_meta else t for key, t in plain.items()}
-        wanted = {id(plain[name]): name for name in wanted.values()}
-    # Some models are stored under other names than they have in memory; packing comes after that renaming.
-    stored = revert_weight_conversion(model, plain)
-    _refuse_taken_names(stored)
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, TensorEntry] = {}
-    targets = []
-    for key, tensor in sorted(stored.items()):
-        name = wanted.get(id(tensor))
-        if tensor.is_meta:
-            tensor = load_offloaded_parameter(model, offloaded[id(tensor)])
-        chosen = "dense" if name is None else "bitmask" if f"{name}_kept" in training else codec
-        entries[key], parts = encode(tensor, chosen)
-        tensors.update({key + suffix: part for suffix, part in parts.items()})
-        if name is None:
-            continue
-        targets.append(key)
-        for suffix, part in _training_parts(state, name).items():
-            entries[key + suffix], dense = encode(part, "dense")
-            tensors[key + suffix] = dense[""]
-    edits = edits_of(model)
-    extra = {EDITS_KEY: edits.to_dict()} if edits else {}
-    return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
-
-
-def _untied(plain: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Drop tied weights that transformers missed: each forward pass makes the offloaded ones other objects."""
-    for twin, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if twin in plain and kept in plain and (plain[twin].is_meta or plain[kept].is_meta):
-            values = [load_offloaded_parameter(model, k) if plain[k].is_meta else plain[k] for k in (twin, kept)]
-            if torch.equal(values[0].cpu(), values[1].cpu()):
-                plain.pop(twin)
-    return plain
-
-
-def is_training_state(key: str, keys: Container[str]) -> bool:
-    """Return whether a key is of the training state of a weight, and not of a tensor that the model itself calls so.
-
-    Args:
-        keys: all that there are. Every weight in training has its `_kept` and `_hidden` among them.
-
-    Example:
-        >>> keys = {"w", "w_kept", "w_hidden", "v", "v_hidden"}
-        >>> [is_training_state(key, keys) for key in ("w_hidden", "v_hidden")]
-        [True, False]
-    """
-    if not key.endswith(STATE_SUFFIXES):
-        return False
-    owner = key[: key.rindex("_")]
-    return all(each in keys for each in (owner, f"{owner}_kept", f"{owner}_hidden"))
-
-
-def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
-    """Raise `RecipeError` if a tensor has a name that loading takes for a part of another."""
-    for key in stored:
-        for suffix in filter(None, (*SUFFIXES, *STATE_SUFFIXES)):
-            owner = key.removesuffix(suffix)
-            if owner != key and owner.rpartition(".")[2] == "weight" and owner in stored:
-                raise RecipeError(
-                    f"the model has a tensor '{key}' of its own, and packed files keep a part of '{owner}' under that "
-                    "name. Save it with format='dense', or give that tensor another name"
-                )
-
-
-def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the training state of a weight as it goes to disk, by suffix: nothing that the weight itself holds."""
-    parts = {suffix: state[name + suffix].cpu() for suffix in STATE_SUFFIXES if name + suffix in state}
-    if parts:
-        removed = ~parts["_kept"]
-        parts["_hidden"] = parts["_hidden"][removed]
-        parts["_kept"] = torch.from_numpy(pack_bits((~removed).view(-1).numpy()))
-    return parts
-
-
-def dense_state(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the state dict of the masked model with plain dense weights and nothing else."""
-    state = model.state_dict() if state is None else state
-    return {key: tensor for key, tensor in state.items() if not is_training_state(key, state)}
+from .pack_state import FORMATS, dense_state
+from .state_dict import hook_load, unhook_load
 
 
 class SaveRequest(NamedTuple):
@@ -167,16 +46,18 @@ def save_request() -> SaveRequest:
 
 
 def save_packed(model: PreTrainedModel) -> None:
-    """Give a model a `save_pretrained` that writes packed weights, dense ones on request, and files that are whole."""
+    """Make a model write packed files (dense ones on request), and read them back in `load_state_dict`."""
     # A partial, because a bound method that the class does not have cannot be pickled.
     model.save_pretrained = update_wrapper(partial(_save_pretrained, model), _save_pretrained)  # type: ignore[method-assign]
     model.push_to_hub = update_wrapper(partial(push_model, model), push_model)
+    hook_load(model)
 
 
 def save_plain(model: PreTrainedModel) -> None:
     """Take `save_packed` back."""
     vars(model).pop("save_pretrained", None)
     vars(model).pop("push_to_hub", None)
+    unhook_load(model)
 
 
 def _save_pretrained(

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import safetensors.torch
 import transformers.trainer
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ...errors import RecipeError
@@ -24,6 +23,7 @@ from ...modeling.model_state import is_marked
 from ...pruning.group import refuse_shards
 from ...pruning.masked_weight import placed_as
 from ...pruning.pruner import Pruner
+from ..quantization.state_dict import read_state
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +75,7 @@ def announce_fsdp() -> None:
         if not is_marked(model):
             return load_plain(plugin, accelerator, model, folder, *args, **kwargs)
         accelerator.wait_for_everyone()
-        loaded = load_whole_state(model, _read(Path(folder)))
+        loaded = load_whole_state(model, read_state(Path(folder), cast(PreTrainedModel, model)))
         accelerator.wait_for_everyone()
         return loaded
 
@@ -92,11 +92,3 @@ def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> Any:
     parameters = dict(model.named_parameters())
     placed = {key: placed_as(tensor, parameters[key]) if key in parameters else tensor for key, tensor in state.items()}
     return model.load_state_dict(placed, strict=False)
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, of one file or of several."""
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        state |= safetensors.torch.load_file(path)
-    return state

@@ -1,0 +1,179 @@
+"""The tensors that a packed file holds: collected from the model, named as in the file, encoded.
+
+A model that is still being pruned writes its training state too (removed values, scores), in the same file, so that the
+checkpoint of a Trainer is one consistent thing: `from_pretrained` reads the masked model out of it, and
+`resume_from_checkpoint` the whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ...errors import RecipeError
+from ...formats.codecs import SUFFIXES, encode
+from ...formats.codecs.base import pack_bits
+from ...formats.manifest import Manifest, TensorEntry
+from ...formats.structure import EDITS_KEY
+from ...modeling.model_state import sparse_weights
+from ...pruning.compaction import edits_of
+from ...pruning.masked_weight import STATE_SUFFIXES
+
+FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
+"""What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
+
+
+class _Stored(NamedTuple):
+    """A tensor under its key in the file.
+
+    Attributes:
+        key: in the file.
+        tensor: on the meta device if it is offloaded.
+        name: in memory; None if it was merged, split or rearranged from tensors in memory.
+        target: whether it was asked to be sparse.
+    """
+
+    key: str
+    tensor: Tensor
+    name: str | None
+    target: bool
+
+
+def pack_state(
+    model: PreTrainedModel, state: Mapping[str, Tensor], codec: str = "auto"
+) -> tuple[dict[str, Tensor], Manifest]:
+    """Pack the weights that were asked to be sparse, and list every tensor in a manifest.
+
+    Args:
+        state: of the model, with the keys that `masking` gives masked weights.
+        codec: of the weights that are not in training, see `codecs.encode`.
+
+    Returns:
+        The tensors to write, under the names of the checkpoint format of the model, and the manifest.
+
+    Raises:
+        RecipeError: if the model has a tensor of its own under the name of a part, or stores a weight that is being
+            pruned in another form than it has in memory.
+    """
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, TensorEntry] = {}
+    targets = []
+    for key, tensor, name, target in _stored(model, _collected(model, state)):
+        training = {} if name is None or not target else _training_parts(state, name)
+        if name is not None and tensor.is_meta:
+            tensor = load_offloaded_parameter(model, name)
+        entries[key], parts = encode(tensor, ("bitmask" if training else codec) if target else "dense")
+        tensors.update({key + suffix: part for suffix, part in parts.items()})
+        for suffix, part in training.items():
+            entries[key + suffix], dense = encode(part, "dense")
+            tensors[key + suffix] = dense[""]
+        if target:
+            targets.append(key)
+    edits = edits_of(model)
+    extra = {EDITS_KEY: edits.to_dict()} if edits else {}
+    return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
+
+
+def _collected(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is to be saved by its name in memory: tied tensors once, and no training state."""
+    plain = dense_state(model, state)
+    for ignored in model._keys_to_ignore_on_save or ():
+        plain.pop(ignored, None)
+    plain = _untied(remove_tied_weights_from_state_dict(plain, model), model)
+    # Weights that are offloaded are read one at a time, by `pack_state`; only where stored tensors are computed from
+    # several of memory (experts that are merged, say) all have to be there at once.
+    if any(isinstance(rule, WeightConverter) for rule in getattr(model, "_weight_conversions", None) or ()):
+        plain = {key: load_offloaded_parameter(model, key) if t.is_meta else t for key, t in plain.items()}
+    return plain
+
+
+def _stored(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> Iterator[_Stored]:
+    """Yield the tensors as the checkpoint format of the model has them, in the order of their keys.
+
+    Raises:
+        RecipeError: as `pack_state`.
+    """
+    wanted = {name for name in sparse_weights(model) if name in plain}
+    names = {id(tensor): name for name, tensor in plain.items()}
+    stored = revert_weight_conversion(model, dict(plain))  # packing comes after that renaming
+    _refuse_taken_names(stored)
+    converted = wanted - {names.get(id(tensor)) for tensor in stored.values()}
+    sources = _sources(model, plain, converted) if converted else set()
+    for key, tensor in sorted(stored.items()):
+        name = names.get(id(tensor))
+        yield _Stored(key, tensor, name, name in wanted or key in sources)
+
+
+def _sources(model: PreTrainedModel, plain: Mapping[str, Tensor], converted: set[str]) -> set[str]:
+    """Return the keys of the stored tensors that hold values of converted weights (merged, split, permuted)."""
+    for name in converted:
+        if (layer := model.get_submodule(name.rpartition(".")[0])) is not None and "parametrizations" in layer._modules:
+            raise RecipeError(
+                f"'{name}' is being pruned, and files of {type(model).__name__} hold it merged or rearranged, so a "
+                "checkpoint of its training state could not be resumed from. Set save_strategy='no' and save after "
+                "training, or exclude it"
+            )
+    marks = {key: torch.tensor(key in converted).expand(tensor.shape) for key, tensor in plain.items()}
+    return {key for key, mark in revert_weight_conversion(model, marks).items() if bool(mark.any())}
+
+
+def _untied(plain: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Drop tied weights that transformers missed: each forward pass makes the offloaded ones other objects."""
+    for twin, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if twin in plain and kept in plain and (plain[twin].is_meta or plain[kept].is_meta):
+            values = [load_offloaded_parameter(model, k) if plain[k].is_meta else plain[k] for k in (twin, kept)]
+            if torch.equal(values[0].cpu(), values[1].cpu()):
+                plain.pop(twin)
+    return plain
+
+
+def is_training_state(key: str, keys: Container[str]) -> bool:
+    """Return whether a key is of the training state of a weight, and not of a tensor that the model itself calls so.
+
+    Args:
+        keys: all that there are. Every weight in training has its `_kept` and `_hidden` among them.
+
+    Example:
+        >>> keys = {"w", "w_kept", "w_hidden", "v", "v_hidden"}
+        >>> [is_training_state(key, keys) for key in ("w_hidden", "v_hidden")]
+        [True, False]
+    """
+    if not key.endswith(STATE_SUFFIXES):
+        return False
+    owner = key[: key.rindex("_")]
+    return all(each in keys for each in (owner, f"{owner}_kept", f"{owner}_hidden"))
+
+
+def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
+    """Raise `RecipeError` if a tensor has a name that loading takes for a part of another."""
+    for key in stored:
+        for suffix in filter(None, (*SUFFIXES, *STATE_SUFFIXES)):
+            owner = key.removesuffix(suffix)
+            if owner != key and owner.rpartition(".")[2] == "weight" and owner in stored:
+                raise RecipeError(
+                    f"the model has a tensor '{key}' of its own, and packed files keep a part of '{owner}' under that "
+                    "name. Save it with format='dense', or give that tensor another name"
+                )
+
+
+def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the training state of a weight as it goes to disk, by suffix: nothing that the weight itself holds."""
+    parts = {suffix: state[name + suffix].cpu() for suffix in STATE_SUFFIXES if name + suffix in state}
+    if parts:
+        removed = ~parts["_kept"]
+        parts["_hidden"] = parts["_hidden"][removed]
+        parts["_kept"] = torch.from_numpy(pack_bits((~removed).view(-1).numpy()))
+    return parts
+
+
+def dense_state(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the state dict of the masked model with plain dense weights and nothing else."""
+    state = model.state_dict() if state is None else state
+    return {key: tensor for key, tensor in state.items() if not is_training_state(key, state)}
