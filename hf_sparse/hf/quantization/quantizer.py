@@ -30,6 +30,7 @@ from .config import METHOD, SparseConfig
 from .convert import looks_sparse
 from .load_plan import LoadPlan, is_packed
 from .pack_state import is_training_state, pack_state
+from .parts import sparse_parts
 from .saving import refuse_edited, save_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
@@ -259,12 +260,14 @@ def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:
-    """Prepare a model of transformers that is given masks, or was compacted, for saving; leave other modules alone.
+    """Prepare a model of transformers that is given masks, or was compacted, for saving; of other modules, the parts.
 
     Raises:
         RecipeError: if its weights are quantized, and so are no plain numbers that could be masked.
     """
     if not isinstance(model, PreTrainedModel):
+        for inner in sparse_parts(model):
+            mark_sparse(inner, intent)
         return
     present = getattr(model, "hf_quantizer", None)
     if present is not None and not isinstance(present, SparseQuantizer):

@@ -50,7 +50,8 @@ def load_training_state(model: nn.Module, folder: str | os.PathLike[str]) -> Non
         state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot read the training state {path}: {error}") from error
-    if _masks(state) != _masks(_masked_entries(model)):
+    wanted = _masked_entries(model)
+    if _masks(state) != _masks(wanted) or not wanted.keys() <= state.keys():
         raise CheckpointError(f"the training state {path} is of other masks than those on the model")
     model.load_state_dict(state, strict=False)
 
