@@ -1,4 +1,4 @@
-"""A dense teacher beside the model that is pruned: run it on the same batch, compare, return a loss."""
+"""Distillation in training: run the teacher on the batch of the student, compare outputs, return a loss."""
 
 from __future__ import annotations
 
@@ -9,44 +9,48 @@ import torch
 from torch import Tensor, nn
 
 from ..config.distillation import DistillationConfig
-from ..errors import RecipeError, SparsityError
+from ..errors import SparsityError
 from .example_keys import Examples
-from .losses import attention_mse, masked_mse, match_layers, soft_target_kl
+from .layer_map import fixed_pairs, nearest_pairs
+from .losses import attention_mse, masked_mse, sigmoid_kl, soft_target_kl
 
 NOT_FOR_THE_TEACHER = ("labels", "start_positions", "end_positions", "num_items_in_batch", "return_loss")
 _NEVER = -100  # label of a position that is not trained, everywhere in transformers
 _STACKS = ("", "encoder_", "decoder_")
 
 
-class Answers(Protocol):
-    """In place of a teacher: what it has said before."""
+class CachedOutputs(Protocol):
+    """Outputs that a teacher has computed before, in place of the teacher."""
 
     def look_up(self, examples: Examples) -> Mapping[str, Tensor]:
         """Return the teacher's outputs for a batch, by name."""
 
 
 class Distiller:
-    """Hold a frozen teacher and compute what the student is to learn from it.
+    """Hold a frozen teacher and compute the distillation loss of a student.
 
     Args:
-        teacher: takes the same keyword arguments as the student and returns outputs with the same names; or what it
-            has said before.
+        teacher: takes the same keyword arguments as the student and returns outputs with the same names; or outputs
+            that it has computed before.
         config: weights of the terms, temperature, layer map.
         shifts_labels: whether the labels of a position are those of the next one (decoder-only language models).
         decoder_inputs: makes `decoder_input_ids` of labels, for encoder-decoders.
+        problem_type: returns the `problem_type` of the student's config, which the first batch may set; None = unknown.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | Answers,
+        teacher: nn.Module | CachedOutputs,
         config: DistillationConfig,
         shifts_labels: bool = False,
         decoder_inputs: Callable[[Tensor], Tensor] | None = None,
+        problem_type: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, nn.Module) else teacher
         self.config = config
         self.shifts_labels = shifts_labels
         self.decoder_inputs = decoder_inputs
+        self.problem_type = problem_type
         self.seen: dict[str, list[Tensor]] = {}
 
     def wanted(self) -> dict[str, bool]:
@@ -57,8 +61,8 @@ class Distiller:
         }
 
     @torch.no_grad()
-    def ask(self, args: tuple[Any, ...], batch: Mapping[str, Any]) -> Any:
-        """Return what the teacher says to a batch, without its loss."""
+    def teacher_outputs(self, args: tuple[Any, ...], batch: Mapping[str, Any]) -> Any:
+        """Return the outputs of the teacher for a batch, without its loss."""
         if not isinstance(self.teacher, nn.Module):
             if args:
                 raise SparsityError("a cached teacher needs inputs by name, as in model(input_ids=...)")
@@ -90,7 +94,7 @@ class Distiller:
         Raises:
             SparsityError: if teacher and student cannot be compared.
         """
-        teacher = self.ask(args, batch)
+        teacher = self.teacher_outputs(args, batch)
         terms = {
             "distillation_kl": (self.config.logits_weight, self._logits),
             "distillation_hidden": (self.config.hidden_weight, self._hidden),
@@ -119,27 +123,36 @@ class Distiller:
         if not names:
             raise SparsityError(
                 f"the model returns no logits to distil, but {', '.join(student)}. TRL's SFTTrainer, for one, never "
-                "has them all at once: use the Trainer of transformers, set logits_weight=0 and learn something else, "
+                "has them all at once: use the Trainer of transformers, set logits_weight=0 and give hidden_weight, "
                 "or leave the teacher out"
             )
         return torch.stack([self._one(student[n], teacher[n], batch, n == "logits", share) for n in names]).mean()
 
     def _one(self, s: Tensor, t: Tensor, batch: Mapping[str, Any], is_classes: bool, share: float) -> Tensor:
-        if not is_classes:  # logits over the positions of a text: padding is no position
+        if not is_classes:  # logits over the positions of a sequence, without padding
             kept = batch.get("attention_mask")
             classes = None if kept is None or kept.shape != s.shape else kept.bool()
             return share * soft_target_kl(s, t, self.config.temperature, classes=classes)
         labels, count = batch.get("labels"), batch.get("num_items_in_batch")
-        if s.shape[-1] == 1:  # one number has no distribution: a softmax over it is always 1
+        if s.shape[-1] == 1 or self.problem_type() == "regression":  # numbers have no distribution
             return share * masked_mse(s, t)
+        if self._is_multi_label(s, labels):
+            return share * sigmoid_kl(s, t, self.config.temperature)
         valid = self._trained(s, batch)
         if labels is None or count is None:
             return share * soft_target_kl(s, t, self.config.temperature, valid)
         # The Trainer counts the labels of all accumulated batches, so that long batches weigh more than short ones.
         return soft_target_kl(s, t, self.config.temperature, valid, count=count)
 
+    def _is_multi_label(self, logits: Tensor, labels: Tensor | None) -> bool:
+        """Return whether each class is a yes or no of its own: float labels of the shape of the logits, as usual."""
+        declared = self.problem_type()
+        if declared is not None:
+            return declared == "multi_label_classification"
+        return labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+
     def _trained(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
-        """Return which positions have a label to be learned; padded targets of a sequence never have."""
+        """Return which positions have a label; padded targets of a sequence have none."""
         labels = batch.get("labels")
         if logits.ndim < 3:
             return None if labels is None or labels.shape != logits.shape[:-1] else labels != _NEVER
@@ -155,9 +168,8 @@ class Distiller:
         losses = []
         for stack, s, t in _pairs_of_stacks(student, teacher, "hidden_states"):
             # The first entry is the embeddings, layer 0 is the second.
-            layers, taught, valid = list(s[1:]), list(t[1:]), _present(stack, batch, s[0])
-            chosen = self._chosen(layers, taught, valid)
-            losses += [masked_mse(layers[i], taught[j], valid) for i, j in chosen]
+            ours, theirs, valid = list(s[1:]), list(t[1:]), _present(stack, batch, s[0])
+            losses += [masked_mse(ours[i], theirs[j], valid) for i, j in self._layer_pairs(ours, theirs, valid)]
         return share * torch.stack(losses).mean()
 
     def _attentions(self, student: Mapping[str, Any], teacher: Any, batch: Mapping[str, Any], share: float) -> Tensor:
@@ -168,39 +180,12 @@ class Distiller:
             losses += [attention_mse(s[i], t[j], valid) for i, j in pairs]
         return share * torch.stack(losses).mean()
 
-    def _chosen(self, student: list[Tensor], teacher: list[Tensor], valid: Tensor | None) -> list[tuple[int, int]]:
+    def _layer_pairs(self, student: list[Tensor], teacher: list[Tensor], valid: Tensor | None) -> list[tuple[int, int]]:
         if self.config.layer_map == "dynamic":
             # Every third of twelve, as CoFi has it: 2, 5, 8, 11.
             every = max(1, len(teacher) // 4)
-            return match_layers(student, teacher, list(range(every - 1, len(teacher), every)), valid)
+            return nearest_pairs(student, teacher, list(range(every - 1, len(teacher), every)), valid)
         return fixed_pairs(self.config, len(student), len(teacher))
-
-
-def uniform(student: int, teacher: int) -> list[tuple[int, int]]:
-    """Return pairs of layers that spread the student's over the teacher's; the last meets the last.
-
-    Example:
-        >>> uniform(3, 12)
-        [(0, 3), (1, 7), (2, 11)]
-    """
-    return [(layer, -(-(layer + 1) * teacher // student) - 1) for layer in range(student)]
-
-
-def fixed_pairs(config: DistillationConfig, student: int, teacher: int) -> list[tuple[int, int]]:
-    """Return the pairs of layers of a layer map that does not change; in place of "dynamic", the uniform one.
-
-    Raises:
-        RecipeError: if the map names a layer that is not there.
-    """
-    if isinstance(config.layer_map, str):
-        return uniform(student, teacher)
-    for one, other in config.layer_map:
-        if one >= student or other >= teacher:
-            raise RecipeError(
-                f"distillation: layer_map has the pair [{one}, {other}], but the student has layers 0 to {student - 1} "
-                f"and the teacher 0 to {teacher - 1}"
-            )
-    return [(pair[0], pair[1]) for pair in config.layer_map]
 
 
 def _pairs_of_stacks(student: Mapping[str, Any], teacher: Any, what: str) -> list[tuple[str, Any, Any]]:
@@ -216,7 +201,7 @@ def _pairs_of_stacks(student: Mapping[str, Any], teacher: Any, what: str) -> lis
 
 
 def _present(stack: str, batch: Mapping[str, Any], states: Tensor) -> Tensor | None:
-    """Return which positions of a stack are no padding."""
+    """Return which positions of a stack are not padding."""
     if stack == "decoder_":
         labels = batch.get("labels")
         kept = None if labels is None else labels != _NEVER

@@ -1,4 +1,4 @@
-"""What a student is told by its teacher: soft targets, hidden states, attention maps. Plain functions of tensors."""
+"""Distillation losses: soft targets, hidden states, attention maps. Plain functions of tensors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def soft_target_kl(
 
     Args:
         student, teacher: logits.
-        temperature: T, above 0; higher tells more of the unlikely classes.
+        temperature: T, above 0; a higher one gives unlikely classes more weight.
         valid: which positions count; None = all. Padding never does, so a longer batch has the same loss.
-        classes: which classes exist, for logits over positions of a padded text; None = all.
+        classes: which classes exist, for logits over positions of a padded sequence; None = all.
         count: what the sum is divided by; None = the number of valid positions.
 
     Shapes: logits `(..., classes)`, valid `(...)`, classes `(..., classes)`; returns a scalar.
@@ -49,6 +49,43 @@ def soft_target_kl(
     if classes is not None:
         terms = torch.where(classes, terms, 0.0)  # 0 * (inf - inf) of classes that do not exist
     return temperature**2 * _mean_over(terms.sum(-1), valid, count)
+
+
+def sigmoid_kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None = None,
+    count: Tensor | int | None = None,
+) -> Tensor:
+    """Return `T^2 KL(sigmoid(t / T) || sigmoid(s / T))` of independent classes, averaged over positions and classes.
+
+    For multi-label classification: each class is a yes or no of its own. It differs from the binary cross-entropy with
+    the teacher's probabilities as targets by a constant, so that it is 0 for equal logits.
+
+    Args:
+        student, teacher: logits.
+        temperature: T, above 0.
+        valid: which positions count; None = all.
+        count: what the sum over positions is divided by; None = the number of valid positions.
+
+    Shapes: logits `(..., classes)`, valid `(...)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have logits of different shapes.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0], [0.0, 9.0]])
+        >>> float(sigmoid_kl(logits, logits, temperature=2.0))
+        0.0
+
+    Source: Hinton et al. 2015, section 2, with one Bernoulli distribution for each class.
+    """
+    _same_shape(student, teacher, "logits")
+    s, t = student.float() / temperature, teacher.float() / temperature
+    p = t.sigmoid()
+    terms = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+    return temperature**2 * _mean_over(terms.mean(-1), valid, count)
 
 
 def masked_mse(
@@ -86,7 +123,7 @@ def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None)
 
     Args:
         student, teacher: attention of each query to each key.
-        valid: which positions of the text count, as queries and as keys; None = all.
+        valid: which positions of the sequence count, as queries and as keys; None = all.
 
     Shapes: `(batch, heads, length, length)`, valid `(batch, length)`; returns a scalar.
 
@@ -103,7 +140,7 @@ def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None)
     squares = (student.float() - teacher.float()).square().mean(1)  # (batch, queries, keys)
     if valid is None:
         return squares.mean()
-    if valid.shape[1] != squares.shape[2]:  # keys that are no positions of the text, as of a prefix: all count
+    if valid.shape[1] != squares.shape[2]:  # keys that are not positions of the sequence, as of a prefix: all count
         return _mean_over(squares.mean(-1), valid, None)
     keys = valid.sum(-1, keepdim=True).clamp(min=1)
     return _mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
@@ -120,43 +157,5 @@ def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
     if student.shape != teacher.shape:
         raise SparsityError(
             f"the teacher's {what} have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}, so they "
-            "cannot be compared: teacher and student need the same classes (or vocabulary), tokenizer and width"
+            "cannot be compared: teacher and student need the same classes (or vocabulary), tokenizer and hidden size"
         )
-
-
-def match_layers(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    teacher_layers: list[int],
-    valid: Tensor | None = None,
-    present: list[bool] | None = None,
-) -> list[tuple[int, int]]:
-    """Return pairs (student layer, teacher layer), from the top down, by the smallest distance of hidden states.
-
-    Each teacher layer takes the nearest student layer below the last match, so that the order of layers is kept. Where
-    no layer is left below, the teacher layer goes without.
-
-    Args:
-        student, teacher: one tensor of hidden states per layer.
-        teacher_layers: numbers of the teacher layers to match, from 0.
-        valid: as in `masked_mse`.
-        present: which student layers are still there; None = all.
-
-    Example:
-        >>> states = [torch.full((1, 1, 1), float(layer)) for layer in range(4)]
-        >>> match_layers(states, states, [1, 3])
-        [(3, 3), (1, 1)]
-
-    Source: Xia et al. 2022, "Structured Pruning Learns Compact and Accurate Models" (CoFi), section 3.2, with the
-    choice restricted to layers that are present (the reference implementation masks sorted places instead of layers).
-    """
-    pairs: list[tuple[int, int]] = []
-    above = len(student)
-    for layer in sorted(teacher_layers, reverse=True):
-        free = [index for index in range(above) if present is None or present[index]]
-        if not free:
-            break
-        distances = [float(masked_mse(student[index].detach(), teacher[layer], valid)) for index in free]
-        above = free[distances.index(min(distances))]
-        pairs.append((above, layer))
-    return pairs

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from hf_sparse import DistillationConfig, RecipeError, SparsityCallback, SparsityConfig, SparsityError, summarize
-from hf_sparse.distillation.distiller import Distiller, uniform
+from hf_sparse.distillation.distiller import Distiller
+from hf_sparse.distillation.layer_map import uniform_pairs
 from hf_sparse.hf.trainer.teacher import make_distiller
 from tests.helpers import tiny
 from tests.helpers.training import RAMP, Rows, arguments, bert
@@ -257,9 +258,9 @@ def test_dynamic_map_finds_the_same_layers_in_a_copy() -> None:
 
 
 def test_uniform_map_ends_at_the_last_layer() -> None:
-    assert uniform(6, 12) == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
-    assert uniform(2, 2) == [(0, 0), (1, 1)]
-    assert uniform(4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert uniform_pairs(6, 12) == [(0, 1), (1, 3), (2, 5), (3, 7), (4, 9), (5, 11)]
+    assert uniform_pairs(2, 2) == [(0, 0), (1, 1)]
+    assert uniform_pairs(4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
 
 
 # -- refused before step one -----------------------------------------------------------------------------------------
@@ -338,3 +339,88 @@ def test_logits_of_another_shape_are_an_error_and_not_broadcast(tmp_path: Path) 
     trainer = taught_trainer(tmp_path, bert(), Other())
     with pytest.raises(SparsityError, match=r"the teacher's logits have shape \(1, 2\) and the student's \(8, 2\)"):
         trainer.train()
+
+
+# -- what the labels are ---------------------------------------------------------------------------------------------
+
+
+class Tags(Rows):
+    """Three labels for each example: independent classes, or numbers."""
+
+    def __init__(self, numbers: bool = False) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        row["labels"] = row["input_ids"][:3].float() / 10 if self.numbers else (row["input_ids"][:3] % 2).float()
+        return row
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "numbers", "loss"),
+    [
+        (None, False, "sigmoid"),
+        ("multi_label_classification", False, "sigmoid"),
+        ("regression", True, "squared"),
+    ],
+)
+def test_logits_are_compared_as_the_labels_are_meant(
+    problem_type: str | None, numbers: bool, loss: str, tmp_path: Path
+) -> None:
+    """The first term with a teacher that adds 1 to each logit, which a softmax would not see."""
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        options = {} if problem_type is None else {"problem_type": problem_type}
+        return BertForSequenceClassification(tiny.config(num_labels=3, **NO_DROPOUT, **options))
+
+    teacher = model()
+    torch.nn.init.ones_(teacher.classifier.bias)
+    student = model()
+    callback, student_inputs = SparsityCallback(LATE, teacher=teacher), Tags(numbers)
+    options: dict[str, Any] = {"logging_steps": 1, "max_steps": 10, "per_device_train_batch_size": 64}
+    trainer = Trainer(student, arguments(tmp_path, **options), train_dataset=student_inputs, callbacks=[callback])
+    batch = {"input_ids": student_inputs.ids, "attention_mask": torch.ones_like(student_inputs.ids)}
+    with torch.no_grad():
+        logits = model().eval()(**batch).logits
+    trainer.train()
+    p, q = ((logits + extra).div(2.0).sigmoid() for extra in (1.0, 0.0))
+    bernoulli = 4.0 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    expected = {"sigmoid": float(bernoulli), "squared": 1.0}[loss]
+    assert logged(trainer, "distillation_kl")[0] == pytest.approx(expected, rel=1e-3)
+
+
+# -- which teachers ---------------------------------------------------------------------------------------------------
+
+
+def test_self_works_for_a_plain_module(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8)])
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, input_ids: torch.Tensor, labels: Any = None, **_: Any) -> dict[str, torch.Tensor]:
+            logits = self.head(torch.relu(self.layers[0](input_ids.float())))
+            loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+            return {**loss, "logits": logits}
+
+    trainer = taught_trainer(tmp_path, Plain(), config=SparsityConfig(sparsity=0.5, targets="layers.*", schedule=RAMP))
+    trainer.train()
+    assert logged(trainer, "distillation_kl")
+    assert summarize(trainer.model).sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_teacher_folder_without_a_head_is_an_error_when_the_trainer_is_made(tmp_path: Path) -> None:
+    folder = str(tiny.save_bert(tmp_path / "base", head=False))
+    with pytest.raises(RecipeError, match=r"the teacher \(BertModel\) has no head, so it returns no logits"):
+        taught_trainer(tmp_path, bert(), folder)
+
+
+def test_teacher_folder_that_lacks_weights_of_its_head_is_an_error_when_the_trainer_is_made(tmp_path: Path) -> None:
+    folder = tiny.save_bert(tmp_path / "base", head=False)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"BertModel"', '"BertForSequenceClassification"'))
+    with pytest.raises(RecipeError, match=r"no weights for 2 parameters of BertForSequenceClassification"):
+        taught_trainer(tmp_path, bert(), str(folder))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hf_sparse import SparsityError
-from hf_sparse.distillation.losses import attention_mse, masked_mse, match_layers, soft_target_kl
+from hf_sparse.distillation.layer_map import nearest_pairs
+from hf_sparse.distillation.losses import attention_mse, masked_mse, sigmoid_kl, soft_target_kl
 
 
 def test_kl_of_two_classes_by_hand() -> None:
@@ -93,19 +94,19 @@ def states(*values: float) -> list[torch.Tensor]:
 
 def test_layers_are_matched_from_the_top_by_distance_and_keep_their_order() -> None:
     # Teacher layer 3 (value 10) is nearest to student layer 1; layer 1 (value 9) may then take layer 0 only.
-    assert match_layers(states(0.0, 10.0, 4.0), states(1.0, 9.0, 2.0, 10.0), [1, 3]) == [(1, 3), (0, 1)]
+    assert nearest_pairs(states(0.0, 10.0, 4.0), states(1.0, 9.0, 2.0, 10.0), [1, 3]) == [(1, 3), (0, 1)]
 
 
 def test_layers_that_are_gone_are_never_matched() -> None:
     # The nearest student layers in order of distance are 2, 0, 1: masking places of that order instead of layers
     # (as CoFi's reference does) would choose the removed layer 2.
     student, teacher = states(3.0, 9.0, 1.0), states(1.0)
-    assert match_layers(student, teacher, [0], present=[True, True, False]) == [(0, 0)]
-    assert match_layers(student, teacher, [0], present=[False, False, False]) == []
+    assert nearest_pairs(student, teacher, [0], present=[True, True, False]) == [(0, 0)]
+    assert nearest_pairs(student, teacher, [0], present=[False, False, False]) == []
 
 
 def test_a_teacher_layer_without_a_student_layer_below_goes_without() -> None:
-    assert match_layers(states(5.0, 0.0), states(4.0, 5.0), [0, 1]) == [(0, 1)]
+    assert nearest_pairs(states(5.0, 0.0), states(4.0, 5.0), [0, 1]) == [(0, 1)]
 
 
 def test_attention_mse_is_unchanged_by_padding_and_by_hand() -> None:
@@ -122,3 +123,36 @@ def test_attention_mse_is_unchanged_by_padding_and_by_hand() -> None:
     one, other = (torch.nn.functional.pad(each, more, value=9.0) for each in (student, -teacher))
     padded = attention_mse(one, other, torch.nn.functional.pad(valid, (0, 5)))
     assert float(padded) == pytest.approx(float(attention_mse(student, -teacher, valid)))
+
+
+def test_sigmoid_kl_is_the_sum_of_independent_bernoulli_divergences() -> None:
+    student, teacher, temperature = torch.randn(3, 4), torch.randn(3, 4), 2.0
+    p, q = (teacher / temperature).sigmoid().double(), (student / temperature).sigmoid().double()
+    by_hand = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean() * temperature**2
+    assert float(sigmoid_kl(student, teacher, temperature)) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_sigmoid_kl_has_the_gradient_of_binary_cross_entropy_with_the_probabilities_of_the_teacher() -> None:
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    (ours,) = torch.autograd.grad(sigmoid_kl(student, teacher, 1.0), student)
+    target = torch.nn.functional.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+    (expected,) = torch.autograd.grad(target, student)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_sigmoid_kl_is_finite_for_logits_of_any_size() -> None:
+    logits = torch.tensor([[300.0, -300.0]], requires_grad=True)
+    value = sigmoid_kl(logits, -logits.detach(), 1.0)
+    value.backward()
+    assert torch.isfinite(value)
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_sigmoid_kl_leaves_padding_out() -> None:
+    student, teacher = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    teacher[0, 1] = 50.0
+    valid = torch.tensor([[True, False]])
+    torch.testing.assert_close(
+        sigmoid_kl(student, teacher, 1.0, valid), sigmoid_kl(student[:, :1], teacher[:, :1], 1.0)
+    )

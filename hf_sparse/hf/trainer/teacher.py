@@ -1,4 +1,4 @@
-"""Where a teacher comes from: the model itself, a folder, the Hub; and whether it can teach this student."""
+"""Where a teacher comes from: the model itself, a folder, the Hub; and whether it fits the student."""
 
 from __future__ import annotations
 
@@ -11,35 +11,43 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ...config.distillation import DistillationConfig
-from ...distillation.distiller import Distiller, fixed_pairs
+from ...distillation.distiller import Distiller
+from ...distillation.layer_map import fixed_pairs
 from ...errors import RecipeError
 from ..auto import load_whole
 from .teacher_cache import TeacherCache, batches_of
 
 
-def make_distiller(student: PreTrainedModel, config: DistillationConfig, teacher: nn.Module | None = None) -> Distiller:
-    """Get the teacher and check that it fits; call it while the student has no masks yet.
+def make_distiller(student: nn.Module, config: DistillationConfig, teacher: nn.Module | None = None) -> Distiller:
+    """Load the teacher and check that it fits the student; call it while the student has no masks yet.
 
     Args:
-        student: the model that will be pruned.
-        config: what is asked for.
+        student: the model that is trained.
+        config: where the teacher is, and what is compared.
         teacher: in place of `config.teacher`.
 
     Raises:
-        RecipeError: if the teacher cannot be loaded, or cannot teach this student.
+        RecipeError: if the teacher cannot be loaded, or its outputs cannot be compared with those of the student.
         CheckpointError: if there is a cache, but of another teacher.
     """
-    if teacher is None:
-        # With a cache nothing trains beside the model: it is looked at for its fingerprint, and let go.
-        own = student if config.cache is not None else copy.deepcopy(student)
-        teacher = own if config.teacher == "self" else _loaded(config)
+    if teacher is None and config.teacher == "self":
+        # With a cache the teacher does not run: only its fingerprint is needed.
+        teacher = student if config.cache is not None else copy.deepcopy(student)
+    elif teacher is None:
+        teacher = _loaded(config)
     _check(student, teacher, config)
-    answers = teacher if config.cache is None else TeacherCache.open(config.cache, teacher)
-    writes = bool(getattr(student.config, "is_encoder_decoder", False))
+    outputs = teacher if config.cache is None else TeacherCache.open(config.cache, teacher)
+    ours: Any = getattr(student, "config", None)
+    writes = bool(getattr(ours, "is_encoder_decoder", False))
     # As the Trainer decides it: decoder-only models are trained on the next label.
     shifts = LOSS_MAPPING.get(str(getattr(student, "loss_type", None))) is ForCausalLMLoss and not writes
-    decoder_inputs = getattr(student, "prepare_decoder_input_ids_from_labels", None) if writes else None
-    return Distiller(answers, config, shifts_labels=shifts, decoder_inputs=decoder_inputs)
+    return Distiller(
+        outputs,
+        config,
+        shifts_labels=shifts,
+        decoder_inputs=getattr(student, "prepare_decoder_input_ids_from_labels", None) if writes else None,
+        problem_type=lambda: getattr(ours, "problem_type", None),
+    )
 
 
 def check_cache(distiller: Distiller, trainer: Trainer) -> None:
@@ -66,19 +74,28 @@ def _loaded(config: DistillationConfig) -> PreTrainedModel:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if config.attention_weight:
         options["attn_implementation"] = "eager"
-    return load_whole(config.teacher, config.revision or "main", **options)
-
-
-def _check(student: PreTrainedModel, teacher: nn.Module, config: DistillationConfig) -> None:
-    """Raise `RecipeError` for what is known to differ before any batch was seen."""
-    ours, theirs = student.config, getattr(teacher, "config", None)
-    if theirs is None:
-        return  # a module of the user's own; the shapes of its outputs are checked at each batch
-    if getattr(ours, "problem_type", None) == "multi_label_classification" and config.logits_weight:
+    model: Any = load_whole(config.teacher, config.revision or "main", output_loading_info=True, **options)
+    teacher, loading = model
+    if missing := sorted(loading["missing_keys"]):
         raise RecipeError(
-            "distillation of logits is for classes that exclude each other, but the model's problem_type is "
-            "multi_label_classification; set logits_weight: 0 and give hidden_weight"
+            f"distillation: teacher '{config.teacher}' has no weights for {len(missing)} parameters of "
+            f"{type(teacher).__name__} (first: {missing[0]}), so its outputs would be random. Fine-tune it first, or "
+            "choose another teacher"
         )
+    return cast(PreTrainedModel, teacher)
+
+
+def _check(student: nn.Module, teacher: nn.Module, config: DistillationConfig) -> None:
+    """Raise `RecipeError` for what is known to differ before any batch was seen."""
+    ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
+    headless = isinstance(teacher, PreTrainedModel) and teacher.base_model is teacher
+    if config.logits_weight and headless and getattr(student, "base_model", None) is not student:
+        raise RecipeError(
+            f"distillation: the teacher ({type(teacher).__name__}) has no head, so it returns no logits. Give a model "
+            "that was fine-tuned for the task, or set logits_weight: 0 and give hidden_weight"
+        )
+    if ours is None or theirs is None:
+        return  # modules of the user's own; the shapes of outputs are checked at each batch
     if config.logits_weight:
         for name in ("num_labels", "vocab_size"):
             _same(name, ours, theirs, "logits cannot be compared; set logits_weight: 0, or choose another teacher")
@@ -86,14 +103,14 @@ def _check(student: PreTrainedModel, teacher: nn.Module, config: DistillationCon
         _same("hidden_size", ours, theirs, "hidden states cannot be compared; set hidden_weight: 0")
     if config.attention_weight:
         _same("num_attention_heads", ours, theirs, "attention maps cannot be compared; set attention_weight: 0")
-        for who, one in (("model", ours), ("teacher", theirs)):
-            if (found := getattr(one, "_attn_implementation", None)) != "eager":
+        for who, side in (("model", ours), ("teacher", theirs)):
+            if (implementation := getattr(side, "_attn_implementation", None)) != "eager":
                 raise RecipeError(
                     f"distillation of attention maps needs them, and the {who} computes none with "
-                    f'attn_implementation="{found}"; load it with attn_implementation="eager"'
+                    f'attn_implementation="{implementation}"; load it with attn_implementation="eager"'
                 )
     if config.hidden_weight or config.attention_weight:
-        layers = [getattr(one, "num_hidden_layers", None) for one in (ours, theirs)]
+        layers = [getattr(side, "num_hidden_layers", None) for side in (ours, theirs)]
         if all(isinstance(count, int) for count in layers):
             fixed_pairs(config, *cast(list[int], layers))
 

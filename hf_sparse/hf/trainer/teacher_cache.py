@@ -158,7 +158,7 @@ def write_cache(
     writer: ArrowWriter | None = None
     for batch in batches:
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        said, examples = distiller.ask((), batch), distiller.examples(batch)
+        said, examples = distiller.teacher_outputs((), batch), distiller.examples(batch)
         if writer is None:
             names = [name for name in LOGITS if said.get(name) is not None]
             if not names:

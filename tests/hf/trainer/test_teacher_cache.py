@@ -95,14 +95,19 @@ def test_the_same_batches_give_the_same_bits(tmp_path: Path) -> None:
     student, teacher, batch = classes_batch()
     live = make_distiller(student, DistillationConfig(teacher="there"), teacher)
     write_cache(live, [batch], tmp_path, None)
-    assert torch.equal(TeacherCache(tmp_path).look_up(live.examples(batch))["logits"], live.ask((), batch)["logits"])
+    assert torch.equal(
+        TeacherCache(tmp_path).look_up(live.examples(batch))["logits"], live.teacher_outputs((), batch)["logits"]
+    )
 
 
 def test_half_precision_is_near(tmp_path: Path) -> None:
     student, teacher, batch = classes_batch()
     live = make_distiller(student, DistillationConfig(teacher="there"), teacher)
     write_cache(live, [batch], tmp_path, None, dtype="fp16")
-    found, exact = TeacherCache(tmp_path).look_up(live.examples(batch))["logits"], live.ask((), batch)["logits"]
+    found, exact = (
+        TeacherCache(tmp_path).look_up(live.examples(batch))["logits"],
+        live.teacher_outputs((), batch)["logits"],
+    )
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
     with pytest.raises(RecipeError, match="stored as fp32 or fp16, not 'int8'"):
@@ -172,7 +177,7 @@ def test_a_cache_that_is_being_read_stays_while_another_is_written_in_its_place(
     student, teacher, batch = classes_batch()
     first = make_distiller(student, DistillationConfig(), teacher)
     write_cache(first, [batch], tmp_path, None)
-    reader, expected = TeacherCache(tmp_path), first.ask((), batch)["logits"].clone()
+    reader, expected = TeacherCache(tmp_path), first.teacher_outputs((), batch)["logits"].clone()
     write_cache(make_distiller(student, DistillationConfig(), moved(teacher)), [batch], tmp_path, None)
     assert torch.equal(reader.look_up(first.examples(batch))["logits"], expected)
 

@@ -31,12 +31,14 @@ class Encoder(nn.Module):
         self.head = nn.Linear(32, 2)
 
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        states = self.parts[0](input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.head(states.mean(1))
+        backbone: Any = self.parts[0]
+        states = backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits: Tensor = self.head(states.mean(1))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     def save(self, folder: Path) -> None:
-        self.parts[0].save_pretrained(folder / "backbone")
+        backbone: Any = self.parts[0]
+        backbone.save_pretrained(folder / "backbone")
         safetensors.torch.save_file(self.head.state_dict(), folder / "head.safetensors")
 
     @classmethod
@@ -85,7 +87,12 @@ def test_resumed_run_of_a_wrapper_is_the_uninterrupted_run(scorer: Any, kind: ty
 
 
 def test_best_model_of_a_wrapper_is_whole_and_sparse(tmp_path: Path) -> None:
-    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
     run = trainer(tmp_path, "magnitude", metric_for_best_model="loss", greater_is_better=True, **options)
     run.train()
     best = Encoder.load(Path(run.state.best_model_checkpoint)).state_dict()
@@ -102,7 +109,7 @@ def test_backbone_of_a_wrapper_is_saved_packed_and_keeps_its_zeros(trained: bool
         model = run.model
     else:
         model = sparsify(Encoder(), SparsityConfig(sparsity=0.75))
-        model.save(tmp_path / "out")  # type: ignore[operator]
+        model.save(tmp_path / "out")
     assert inspect(tmp_path / "out" / "backbone").packed
     loaded = Encoder.load(tmp_path / "out")
     for name, tensor in model.state_dict().items():
