@@ -1,12 +1,8 @@
-"""Is the runtime form of a model faster than the dense one? Outputs first, then time in turns, then memory."""
+"""Is the runtime form of a model faster than the dense one? Outputs first, then interleaved times, then memory."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,9 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import BackendError, RecipeError
 from ..hf.auto import load_whole, most_tokens
-from ..profiling.latency_table import machine
+from ..profiling.machine import machine
 from ..profiling.speed_record import verdict
+from ..profiling.timer import interleave, quartiles, ratios, threads_of_torch
 from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
 
@@ -80,7 +77,7 @@ class Comparison:
         for name, timing in (("dense", self.dense), ("runtime", self.runtime)):
             low, middle, high = (1e3 * value for value in timing.seconds)
             lines.append(f"{name:<8} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  {timing.bytes / 1e6:9.1f} MB")
-        lines.append(f"{self.verdict}; medians and quartiles, in turns")
+        lines.append(f"{self.verdict}; medians and quartiles, interleaved")
         return "\n".join(lines)
 
 
@@ -103,7 +100,7 @@ def bench(
         batch: texts at once.
         length: tokens of each.
         backend: see `to_runtime`.
-        rounds: passes of each model, in turns.
+        rounds: passes of each model, interleaved.
 
     Raises:
         BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.
@@ -121,7 +118,7 @@ def bench(
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)
             _check_same_inputs(sparse, dense, batch, length)
-        seconds = in_turns({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
+        seconds = interleave({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
         setting = {
             "model": _shown(model),
             "against": "the same weights, dense" if against is None else _shown(against),
@@ -133,13 +130,12 @@ def bench(
             "length": length,
             "layers sparse": f"{len(report.sparse)} of {len(report.layers)}",
         }
-    ratios = [a / b for a, b in zip(seconds["dense"], seconds["runtime"], strict=True)]
     return Comparison(
         setting,
         difference,
         Timing(quartiles(seconds["dense"]), size(dense)),
         Timing(quartiles(seconds["runtime"]), size(sparse)),
-        quartiles(ratios),
+        quartiles(ratios(seconds, "dense", "runtime")),
         report,
     )
 
@@ -159,36 +155,6 @@ def compare(model: nn.Module, dense: nn.Module, inputs: dict[str, Tensor], toler
             "greatest, which is no rounding, so no time is measured. See what `hf-sparse doctor` finds"
         )
     return difference
-
-
-@torch.inference_mode()
-def in_turns(runs: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Time several things in turns, each round in the reverse order of the last.
-
-    Units: seconds.
-    """
-    for run in list(runs.values()) * warm:
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in sorted(runs, reverse=bool(number % 2)):
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return 25 %, median and 75 %.
-
-    Example:
-        >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
-        (2.0, 3.0, 4.0)
-    """
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def size(model: nn.Module) -> int:
@@ -221,17 +187,6 @@ def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length:
             f"a {type(model).__name__} that knows {words[0]:,} tokens cannot be compared with a "
             f"{type(against).__name__} that knows {words[1]:,}: both are asked the same. Name its dense twin"
         )
-
-
-@contextlib.contextmanager
-def threads_of_torch(count: int | None) -> Iterator[None]:
-    """Let torch have this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _first(outputs: Any) -> Tensor:

@@ -13,7 +13,7 @@ import transformers
 from .._version import __version__
 from ..kernels import library_status
 from ..kernels.int8_ops import why_not_int8
-from ..profiling.latency_table import machine
+from ..profiling.machine import machine
 from ..runtime.autotune import SpeedTable
 from ..runtime.packed_weight import HEIGHTS, Kernel, Packed
 
@@ -67,7 +67,7 @@ def diagnose() -> Diagnosis:
         else "no CUDA device; none is needed for the CPU kernels"
     )
     found.append(Finding("CUDA", cuda, says))
-    path = SpeedTable().file.path
+    path = SpeedTable().cache.path
     found.append(Finding("measured times", path.is_file(), f"{path}" if path.is_file() else f"{path}: none yet"))
     return Diagnosis(tuple(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,15 +46,17 @@ def refuse_runtime(model: nn.Module, asked: str) -> None:
         )
 
 
+def parameter_owners(model: nn.Module) -> Counter[int]:
+    """Return by `id` of each parameter how many modules hold it; more than one if it is tied."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+
+
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear layer by name, but those that share their weight with another module (tied embeddings).
 
     Layers that compaction has left empty are none.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = parameter_owners(model)
     return {
         name: module
         for name, module in model.named_modules()

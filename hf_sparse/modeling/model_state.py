@@ -8,7 +8,9 @@
 | `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
 | `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
 | `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |
-| `hf_sparse_runtime_frozen` | a model in runtime form | parameters that trained before | `to_dense_runtime` |
+| `hf_sparse_runtime_frozen` | a model in runtime form | what trained before, by name | `to_dense_runtime` |
+| `_apply`, `_load_from_state_dict` | modules of a runtime model | refusals | `to_dense_runtime` |
+| `fused_core`, `fused_block`, `fused_ffn` | modules that the runtime fuses | their parts | `to_dense_runtime` |
 
 All are plain attributes, so `copy.deepcopy` takes them along. None is a parameter, a buffer or a submodule, so a state
 dict has none of them.
@@ -61,7 +63,7 @@ ZERO_GUARD: Attribute[Any] = Attribute("hf_sparse_zero_guard")
 KEPT: Attribute[Tensor] = Attribute("hf_sparse_kept")
 UPDATE: Attribute[tuple[float, float]] = Attribute("hf_sparse_update")
 DECODE: Attribute[Any] = Attribute("hf_sparse_decode")
-RUNTIME_FROZEN: Attribute[tuple[str, ...]] = Attribute("hf_sparse_runtime_frozen")
+RUNTIME_FROZEN: Attribute[dict[str, nn.Parameter]] = Attribute("hf_sparse_runtime_frozen")
 
 
 def sparse_weights(model: nn.Module) -> tuple[str, ...]:

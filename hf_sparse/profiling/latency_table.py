@@ -1,30 +1,26 @@
-"""How long a sub-block takes on this machine, by how many of its heads or neurons are left. Measured once, then kept.
+"""How long a sub-block takes on this machine, by the number of heads or neurons left. Measured once, then cached.
 
-A table of timed shapes says more about speed than counting operations does: a layer with a tenth of its neurons is not
-ten times faster. (ZipLM and the retraining-free pruning of Kwon et al. spend their budgets by such tables.)
+A table of measured latencies predicts speed better than a count of operations: a layer with a tenth of its neurons is
+not ten times faster. (ZipLM and the retraining-free pruning of Kwon et al. spend their budgets by such tables.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SparsityError
-from ..utils.atomic_io import write_text
+from .machine import machine
+from .measurement_cache import MeasurementCache
+from .timer import interleave
 
-CACHE_VARIABLE = "HF_SPARSE_CACHE"
 _ROUNDS = 9
 _LEVELS = 16
 
@@ -39,8 +35,8 @@ class Shape:
         groups: heads or neurons that it has.
         size: rows of each group in every input layer.
         inputs: number of input layers: 3 of an attention, 1 or 2 of a feed-forward part.
-        length: tokens in a text.
-        batch: texts at once.
+        length: tokens of an example.
+        batch: examples in a batch.
     """
 
     kind: Literal["attention", "feed_forward"]
@@ -70,24 +66,24 @@ def measure(shape: Shape, groups: int) -> float:
     """
     if groups == 0:
         return 0.0
-    x = torch.randn(shape.batch, shape.length, shape.width)
     inner = groups * shape.size
-    inputs = [torch.randn(inner, shape.width) for _ in range(shape.inputs)]
-    output = torch.randn(shape.width, inner)
+    x = _randn(shape.batch, shape.length, shape.width)
+    inputs = [_randn(inner, shape.width) for _ in range(shape.inputs)]
+    output = _randn(shape.width, inner)
     run = _attention if shape.kind == "attention" else _feed_forward
-    seconds = []
-    for _ in range(_ROUNDS + 2):
-        start = time.perf_counter()
-        run(shape, groups, x, inputs, output)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])  # the first two warm up
+    seconds = interleave({"run": lambda: run(shape, groups, x, inputs, output)}, _ROUNDS)
+    return statistics.median(seconds["run"])
+
+
+def _randn(*size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float32, device="cpu")  # whatever the defaults of torch are
 
 
 def _attention(shape: Shape, groups: int, x: Tensor, inputs: list[Tensor], output: Tensor) -> Tensor:
     heads = (shape.batch, shape.length, groups, shape.size)
     q, k, v = (F.linear(x, weight).view(heads).transpose(1, 2) for weight in inputs)
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape.batch, shape.length, -1)
-    return F.linear(mixed, output)
+    context = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape.batch, shape.length, -1)
+    return F.linear(context, output)
 
 
 def _feed_forward(shape: Shape, groups: int, x: Tensor, inputs: list[Tensor], output: Tensor) -> Tensor:
@@ -95,76 +91,6 @@ def _feed_forward(shape: Shape, groups: int, x: Tensor, inputs: list[Tensor], ou
     for gate in inputs[1:]:
         hidden = hidden * F.linear(x, gate)
     return F.linear(hidden, output)
-
-
-def machine() -> str:
-    """Return what times depend on beside the shape: processor, threads, torch.
-
-    Example:
-        >>> "threads" in machine()
-        True
-    """
-    cpu = Path("/proc/cpuinfo")
-    found = processor_of(cpu.read_text(encoding="utf-8", errors="replace")) if cpu.is_file() else ""
-    processor = found or platform.processor() or platform.machine()
-    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def processor_of(cpuinfo: str) -> str:
-    """Return the name in the text of /proc/cpuinfo, with family and model: that of a virtual machine may lack them.
-
-    Example:
-        >>> import os
-        >>> processor_of(os.linesep.join(["cpu family : 26", "model : 2", "model name : AMD EPYC"]))
-        'AMD EPYC (family 26, model 2)'
-    """
-    fields: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())  # those of the first processor
-    name, numbers = fields.get("model name", ""), [fields.get(key, "") for key in ("cpu family", "model")]
-    return f"{name} (family {numbers[0]}, model {numbers[1]})" if name and all(numbers) else name
-
-
-def cache_folder() -> Path:
-    """Return the folder that HF_SPARSE_CACHE names, or ~/.cache/hf_sparse."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "hf_sparse")
-
-
-class TimesFile:
-    """Measured times by what was measured, in a JSON file that several processes may write.
-
-    Args:
-        path: of the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> dict[str, list[float]]:
-        """Return what is known; a file that cannot be read knows nothing."""
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}  # a cache: what cannot be read is measured again
-        if not isinstance(found, dict):
-            return {}
-        return {key: times for key, times in found.items() if _are_times(times)}
-
-    def write(self, table: dict[str, list[float]]) -> None:
-        """Replace the file.
-
-        Raises:
-            SparsityError: if it cannot be written.
-        """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(table, indent=1))
-        except OSError as error:
-            raise SparsityError(
-                f"cannot keep the measured times in {self.path}: {error}. Name a folder that can be written: "
-                f"{CACHE_VARIABLE}=/some/folder"
-            ) from error
 
 
 class LatencyTable:
@@ -176,8 +102,7 @@ class LatencyTable:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, clock: Clock = measure) -> None:
-        self.file = TimesFile(Path(path) if path is not None else cache_folder() / "latency.json")
-        self.path = self.file.path
+        self.cache = MeasurementCache(path, "latency.json")
         self.clock = clock
 
     def times(self, shape: Shape) -> Tensor:
@@ -185,22 +110,19 @@ class LatencyTable:
 
         Shapes: `(groups + 1,)`, float64, never falling.
         """
-        known = self.file.read()
-        key = f"{machine()}; {dataclasses.astuple(shape)}"
         levels = shape.levels
-        measured = known.get(key)
-        if measured is None or len(measured) != len(levels):
-            measured = [self.clock(shape, level) for level in levels]
-            self.file.write({**self.file.read(), key: measured})
-        return _between(levels, measured)
 
+        def valid(times: list[float]) -> bool:
+            return len(times) == len(levels) and all(
+                time > 0.0 for level, time in zip(levels, times, strict=True) if level
+            )
 
-def _are_times(value: object) -> bool:
-    return isinstance(value, list) and all(type(time) in (int, float) and 0.0 <= time < 1e6 for time in value)
+        key = f"{machine()}; {dataclasses.astuple(shape)}"
+        return _between(levels, self.cache.get(key, lambda: [self.clock(shape, level) for level in levels], valid))
 
 
 def _between(levels: list[int], measured: list[float]) -> Tensor:
-    """Fill in what was not measured. Noise is not allowed to make fewer groups slower than more.
+    """Interpolate between the levels that were measured; noise must not make fewer groups slower than more.
 
     Example:
         >>> _between([0, 2, 4], [0.0, 3.0, 2.0]).tolist()

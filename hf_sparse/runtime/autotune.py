@@ -1,4 +1,4 @@
-"""Which product is faster here: each distinct shape is timed once, dense and packed in turns, and kept in a file."""
+"""Which kernel is faster here: each distinct shape is timed once, dense and packed interleaved, and cached."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from .._version import __version__
 from ..kernels import library_status
-from ..profiling.latency_table import TimesFile, cache_folder, machine
+from ..profiling.machine import machine
+from ..profiling.measurement_cache import MeasurementCache
+from ..profiling.timer import Run, interleave, quartiles, ratios
 
 MARGIN = 0.05
-"""How much faster than dense a kernel has to be at every number of tokens timed, as a fraction of its own time: the
-numbers between are not timed, and a little worse."""
+"""How much faster than dense a kernel has to be at every token count that is timed, as a fraction of its time: token
+counts in between are not timed, and are a little worse."""
 
 _ROUNDS = 9
-_LEAST = 0.001
-_SECONDS = 1.0
+_MIN_SECONDS = 0.001
+_MAX_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Trial:
     """What is timed, as far as the time depends on it.
 
     Args:
-        kind: the kernel of the report; "sparse_attention" for a product of queries, keys and values with its heads.
+        kind: the kernel of the report; "sparse_attention" for query, key and value with all heads.
         shapes: of the weights; of an attention also the number of heads and their size.
-        sparsity: of all of them together, in whole percents.
+        sparsity: of all weights together, in whole percents.
         rows: of their packed forms.
         tokens: rows of the input.
         device: its name, if it is not the CPU; runs then wait for it.
@@ -46,13 +48,13 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Race:
-    """What dense and packed products took.
+class Measurement:
+    """Time of a dense and a packed matmul.
 
     Args:
         dense: median, in seconds.
         packed: median, in seconds.
-        low: lower quartile of dense over packed, round by round.
+        low: lower quartile of the speed-up, round by round.
     """
 
     dense: float
@@ -60,72 +62,79 @@ class Race:
     low: float
 
     @property
-    def gain(self) -> float:
-        """How many times as fast as the dense product the packed one is."""
+    def speedup(self) -> float:
+        """Dense time over packed time."""
         return self.dense / max(self.packed, 1e-12)
 
     @property
-    def won(self) -> bool:
-        """Whether it is faster by more than the margin, and in three rounds of four."""
-        return self.gain >= 1.0 + MARGIN and self.low >= 1.0
+    def is_faster(self) -> bool:
+        """Whether packed is faster by more than the margin, and faster at all in three rounds of four."""
+        return self.speedup >= 1.0 + MARGIN and self.low >= 1.0
 
 
-Run = Callable[[], object]
-Clock = Callable[[Trial, Run, Run], Race]
-"""What is timed, its dense and its packed product -> what they took."""
+Clock = Callable[[Trial, Run, Run], Measurement]
+"""What is timed, its dense and its packed matmul -> their times."""
 
 
-@torch.no_grad()
-def race(trial: Trial, dense: Run, packed: Run) -> Race:
-    """Time two products in turns, the first one changing.
+def measure(trial: Trial, dense: Run, packed: Run) -> Measurement:
+    """Time two matmuls, interleaved."""
+    one_thread = torch.get_num_threads() == 1 and not trial.device
+    seconds = interleave(
+        {"dense": dense, "packed": packed},
+        _ROUNDS,
+        min_seconds=_MIN_SECONDS,
+        max_seconds=_MAX_SECONDS,
+        clock=time.thread_time if one_thread else time.perf_counter,
+    )
+    low, _, _ = quartiles(ratios(seconds, "dense", "packed"))
+    return Measurement(statistics.median(seconds["dense"]), statistics.median(seconds["packed"]), low)
 
-    Of one thread the time of the processor counts, which other programs disturb less than that of the clock.
+
+def why_dense(kernel: str, measured: Mapping[int, Measurement]) -> str | None:
+    """Return why a layer stays dense, at the token count that is worst for the kernel; None if the kernel is faster.
+
+    Example:
+        >>> why_dense("sparse_linear", {17: Measurement(1.0, 1.25, 0.7)})
+        'dense is faster: the speed-up of sparse_linear is 0.80x at 17 tokens'
+        >>> why_dense("sparse_linear", {17: Measurement(1.0, 0.5, 1.9), 65: Measurement(1.0, 0.97, 1.02)})
+        'dense is as fast: the speed-up of sparse_linear is 1.03x at 65 tokens, and less than 1.05x'
+        >>> why_dense("csr", {17: Measurement(1.0, 0.9, 0.95)})
+        'the speed-up of csr is not reproducible: 1.11x at 17 tokens, lower quartile 0.95x'
     """
-    alone = torch.get_num_threads() == 1 and not trial.device
-    clock = time.thread_time if alone else time.perf_counter
-    runs = (dense, packed)
-    for run in (*runs, *runs):  # caches, pages, threads
-        run()
-    began = time.perf_counter()
-    for run in runs:
-        run()
-    # A single short call says little: each turn takes a millisecond at least.
-    calls = max(1, round(2 * _LEAST / max(time.perf_counter() - began, 1e-6)))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    began = time.perf_counter()
-    for number in range(_ROUNDS):
-        for side in (0, 1) if number % 2 else (1, 0):
-            start = clock()
-            for _ in range(calls):
-                runs[side]()
-            seconds[side].append((clock() - start) / calls)
-        if number >= 3 and time.perf_counter() - began > _SECONDS:
-            break
-    ratios = [a / max(b, 1e-12) for a, b in zip(*seconds, strict=True)]
-    low = statistics.quantiles(ratios, n=4, method="inclusive")[0]
-    return Race(statistics.median(seconds[0]), statistics.median(seconds[1]), low)
+    tokens = min(measured, key=lambda count: (measured[count].is_faster, measured[count].speedup))
+    worst = measured[tokens]
+    if worst.is_faster:
+        return None
+    speedup = f"{worst.speedup:.2f}x at {tokens} token{'s' if tokens > 1 else ''}"
+    if worst.speedup < 1.0:
+        return f"dense is faster: the speed-up of {kernel} is {speedup}"
+    if worst.speedup < 1.0 + MARGIN:
+        return f"dense is as fast: the speed-up of {kernel} is {speedup}, and less than {1.0 + MARGIN:.2f}x"
+    return f"the speed-up of {kernel} is not reproducible: {speedup}, lower quartile {worst.low:.2f}x"
 
 
 class SpeedTable:
-    """Times of products on this machine, kept in a file between runs.
+    """Times of matmuls on this machine, cached in a file.
 
     Args:
-        path: of the file; None = `runtime.json` beside the table of `LatencyTable`.
+        path: of the file; None = `runtime.json` in the folder of `hf_sparse.profiling.machine.cache_folder`.
         clock: what measures.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, clock: Clock = race) -> None:
-        self.file = TimesFile(Path(path) if path is not None else cache_folder() / "runtime.json")
+    def __init__(self, path: str | os.PathLike[str] | None = None, clock: Clock = measure) -> None:
+        self.cache = MeasurementCache(path, "runtime.json")
         self.clock = clock
 
-    def race(self, trial: Trial, dense: Run, packed: Run) -> Race:
-        """Return what the products take, measured unless it is known."""
+    def measure(self, trial: Trial, dense: Run, packed: Run) -> Measurement:
+        """Return the times of two matmuls, measured unless they are known."""
         key = f"{_versions()}; {dataclasses.astuple(trial)}"
-        known = self.file.read().get(key)
-        if known is None or len(known) != 3:
-            known = list(dataclasses.astuple(self.clock(trial, dense, packed)))
-            self.file.write({**self.file.read(), key: known})
-        return Race(*known)
+        return Measurement(
+            *self.cache.get(key, lambda: list(dataclasses.astuple(self.clock(trial, dense, packed))), _is_measurement)
+        )
+
+
+def _is_measurement(times: list[float]) -> bool:
+    return len(times) == 3 and all(time > 0.0 for time in times)
 
 
 def _versions() -> str:

@@ -1,8 +1,8 @@
-"""Runtime form: the sparse layers of a model packed and multiplied as such, for inference, and back."""
+"""Runtime form: the sparse layers of a model packed for the kernels of this machine, for inference, and restored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -11,20 +11,21 @@ from torch import nn
 from ..errors import BackendError
 from ..kernels import LibraryStatus, library_status
 from ..kernels.int8_ops import why_not_int8
-from ..modeling.architectures import SubBlock, known_sub_blocks
+from ..modeling.architectures import known_sub_blocks
+from ..modeling.class_swap import restore
 from ..modeling.layer_matching import InRuntimeForm
-from ..modeling.model_state import RUNTIME_FROZEN
-from ..profiling.latency_table import machine
-from . import fused_attention as attention
-from . import fused_ffn as blocks
-from . import gpu
-from . import lm_head as vocabulary
-from .autotune import MARGIN, SpeedTable
-from .lazy_weights import arrive, give_back
-from .packed_linear import PackedLinear, become_dense, become_packed
+from ..profiling.machine import machine
+from . import fused_ffn, gpu, lm_head
+from .autotune import SpeedTable
+from .candidates import Candidates, PackCandidate
+from .fused_parts import RuntimeBlock
+from .guards import freeze, guard, unfreeze, unguard
+from .lazy_weights import materialize, trim_memory
+from .packed_linear import PackedLinear, become_dense
 from .packed_weight import Kernel
-from .planner import LEAST, Choice, Unit, counts_of, hooked, measure, survey, units, wins
+from .planner import choose, token_counts
 from .report import LayerReport, RuntimeReport
+from .survey import LayerDecision, refuse_dense, survey
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
@@ -32,6 +33,7 @@ Backend = Literal["auto", "cpu", "cpu-int8", "csr", "dense"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
+@torch.inference_mode(False)  # what is made here outlives the call, and has to be able to train later
 @torch.no_grad()
 def to_runtime(
     model: nn.Module,
@@ -43,33 +45,33 @@ def to_runtime(
 ) -> RuntimeReport:
     """Pack the sparse linear layers of a model for inference, in place, where that is faster.
 
-    Known feed-forward parts and the query, key and value of self-attention become one product each; of a model that
-    generates, the product with the vocabulary stays dense, and an own kernel reads it for a few tokens. The model
-    computes what it did (to rounding; but an infinity or NaN that meets a zero weight is ignored, where dense products
-    give NaN), saves what it did, and cannot train: no parameter asks for gradients until `to_dense_runtime`. A model of
-    which nothing is packed stays as it is.
+    Known feed-forward sub-blocks, and query, key and value of self-attention, become one operator each; the LM head of
+    a model that generates stays dense, and a GEMV kernel reads it for a few tokens. The outputs stay the same (to
+    rounding; but an infinity or NaN that meets a zero weight is ignored, where dense matmuls give NaN), and so do saved
+    files. The model cannot train: no parameter requires gradients until `to_dense_runtime`. A layer that is replaced
+    afterwards (by an adapter, say) is computed as it is. A model of which nothing is packed stays unchanged.
 
     Args:
         backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
-            every number of tokens timed; "cpu" packs every sparse layer for the own kernels; "csr" for torch's CSR;
-            "dense" packs nothing, and says what there is. "cpu-int8" is "cpu" with weights and inputs rounded to int8,
-            several times faster and **not exact**: the report has the error of each layer, and only you can say what it
-            does to your model's answers. "auto" never chooses it. It keeps the exact weights, packed, for the way back.
-            A model on a GPU knows "auto" alone: 2:4 and blocks, by kernels that have not been run on a GPU yet.
-        keep_dense: keep the dense weights too, so that going back gives the same parameter objects.
-        tokens: numbers of tokens (texts times their length) that "auto" times; None = some from 17 to 1024, and for a
-            model that generates also from 1 to 8 (but for its encoder, which reads whole texts). A call with fewer than
-            the least of them may be slower than dense.
-        table: where times are kept.
+            every token count that is timed; "cpu" packs every sparse layer for the kernels of this package; "csr" for
+            torch's CSR; "dense" packs nothing, and reports what there is. "cpu-int8" is "cpu" with weights and inputs
+            rounded to int8, several times faster and **not exact**: the report has the error of each layer, and only
+            you can judge the change of your model's outputs. "auto" never chooses it. It keeps the exact weights,
+            packed, to restore them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a
+            GPU.
+        keep_dense: keep the dense weights too, so that `to_dense_runtime` restores the same parameter objects.
+        tokens: token counts (batch size times sequence length) that "auto" times; None = some from 17 to 1024, and for
+            a model that generates also from 1 to 8 (but for its encoder, which reads whole sequences). A call with
+            fewer tokens than the smallest count may be slower than dense.
+        table: where times are cached.
 
     Returns:
-        What became of each layer; `print` it.
+        The decision about each layer; `print` it.
 
     Raises:
-        BackendError: if no layer has zeros enough, the model cannot be packed (still masked, quantised, offloaded,
-            not float32, not on the CPU, packed already), or "cpu" is asked for and the kernels are missing, or
-            "cpu-int8" and the processor has no AVX-512 with VNNI.
-        SparsityError: if the file of the times cannot be written.
+        BackendError: if no layer has enough zeros, the model cannot be packed (still masked, quantized, offloaded,
+            not float32, not on the CPU, packed already), "cpu" is requested and the kernels are missing, or "cpu-int8"
+            and the processor has no AVX-512 with VNNI.
 
     Example:
         >>> import torch, hf_sparse
@@ -80,77 +82,44 @@ def to_runtime(
         >>> hf_sparse.to_dense_runtime(model)
     """
     status = library_status()
-    _refuse_wish(backend, tokens, status)
-    if backend == "auto" and _on_gpu(model):
-        return _to_gpu(model, keep_dense, tokens, table or SpeedTable())
-    choices = survey(model)
-    _refuse_nothing(model, choices)
-    dense_bytes = {name: choice.layer.weight.nbytes for name, choice in choices.items()}
-    shapes = {name: tuple(choice.layer.weight.shape) for name, choice in choices.items()}
-    chosen: list[Unit] = []
-    errors: dict[str, float] = {}
-    timed = (table or SpeedTable()) if backend == "auto" else None
+    _check_arguments(backend, tokens, status)
+    if backend == "auto" and gpu.is_on_gpu(model):
+        return _to_gpu_runtime(model, keep_dense, tokens, table or SpeedTable())
+    decisions = survey(model)
+    refuse_dense(model, decisions)
+    conversion = _Conversion(model, decisions, keep_dense)
     if backend == "dense":
-        for choice in choices.values():
-            choice.reason = choice.reason or "backend 'dense' was asked for"
+        conversion.decisions = {
+            name: decision if decision.reason else decision.stays_dense("backend 'dense' was requested")
+            for name, decision in decisions.items()
+        }
     else:
-        kernel: Kernel = "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
-        kernel = "int8" if backend == "cpu-int8" else kernel
-        counts = counts_of(model, tokens)
-        trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
-        readers = [block for block in known_sub_blocks(model) if blocks.kind(block) is blocks.LeanT5]
+        timed = (table or SpeedTable()) if backend == "auto" else None
         try:
-            for alternatives in units(model, choices, kernel):
-                best = _best(alternatives, choices, timed, counts(alternatives[0]))
-                for unit in best:
-                    errors.update(_errors(unit) if kernel == "int8" else {})
-                    _pack(unit, keep_dense)
-                chosen += best
-            arrive(model.modules())
-            if chosen and backend != "csr" and status.available:
-                _read_vocabulary(model, choices, timed, tokens or vocabulary.TOKENS)
+            conversion.pack(_kernel(backend, status), timed, tokens)
+            if conversion.packed and backend != "csr" and status.available:
+                conversion.read_lm_head(timed, tokens)
+            conversion.finish()
         except BaseException:
-            if is_runtime(model):
-                to_dense_runtime(model)
+            _restore(model)
             raise
-        if chosen:
-            _freeze(model, trainable, readers)
-    arrive(model.modules())
-    layers = tuple(
-        _layer_report(name, choice, chosen, shapes[name], dense_bytes[name], keep_dense, errors.get(name))
-        for name, choice in choices.items()
-    )
-    return RuntimeReport(backend, machine(), status.message, layers)
+    materialize(model.modules())
+    return RuntimeReport(backend, machine(), status.message, conversion.reports())
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def to_dense_runtime(model: nn.Module) -> None:
-    """Bring a model back from its runtime form: plain `nn.Linear` with the weights it had, bit for bit, that can train.
+    """Restore a model from its runtime form: plain `nn.Linear` with the weights it had, bit for bit, that can train.
 
     Raises:
         BackendError: if it is not in runtime form.
     """
     if not is_runtime(model):
         raise BackendError(
-            f"to_dense_runtime was asked for a {type(model).__name__} that is not in runtime form: none of its layers "
-            "is packed"
+            f"to_dense_runtime got a {type(model).__name__} that is not in runtime form: none of its layers is packed"
         )
-    attention.restore(model)
-    blocks.restore(model)
-    vocabulary.restore(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, gpu.GpuLinear):
-            model.set_submodule(name, module.back())
-    done: set[int] = set()
-    for module in list(model.modules()):
-        if isinstance(module, PackedLinear) and id(module) not in done:
-            together = module.joint.layers if module.joint is not None else (module,)
-            become_dense(together)
-            done.update(map(id, together))
-    trainable = set(RUNTIME_FROZEN.pop(model) or ())
-    for name, parameter in model.named_parameters():
-        if name in trainable:
-            parameter.requires_grad_(True)
+    _restore(model)
 
 
 def is_runtime(model: nn.Module) -> bool:
@@ -158,177 +127,130 @@ def is_runtime(model: nn.Module) -> bool:
     return any(isinstance(module, InRuntimeForm) for module in model.modules())
 
 
-def _on_gpu(model: nn.Module) -> bool:
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel()]
-    return bool(layers) and all(layer.weight.is_cuda for layer in layers)
+class _Conversion:
+    """One call of `to_runtime`.
 
-
-def _to_gpu(model: nn.Module, keep_dense: bool, tokens: Sequence[int] | None, table: SpeedTable) -> RuntimeReport:
-    """Do what `to_runtime` does, for a model on a GPU: 2:4 and blocks, by kernels that no one has verified yet."""
-    choices = survey(model, gpu=True)
-    _refuse_nothing(model, choices)
-    trainable = tuple(name for name, own in model.named_parameters() if own.requires_grad)
-    reports: list[LayerReport] = []
-    try:
-        _to_gpu_one_by_one(model, choices, reports, keep_dense, tokens or gpu.TOKENS, table)
-    except BaseException:
-        if is_runtime(model):
-            to_dense_runtime(model)
-        raise
-    if is_runtime(model):
-        _freeze(model, trainable, [])
-    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", tuple(reports))
-
-
-def _to_gpu_one_by_one(
-    model: nn.Module,
-    choices: dict[str, Choice],
-    reports: list[LayerReport],
-    keep_dense: bool,
-    tokens: Sequence[int],
-    table: SpeedTable,
-) -> None:
-    for name, choice in choices.items():
-        layer, size = choice.layer, choice.layer.weight.nbytes
-        if choice.reason is None and hooked(layer):
-            choice.reason = "hooks are on it, which a sparse layer would not call"
-        if choice.reason is not None:
-            shape = tuple(layer.weight.shape)
-            reports.append(LayerReport(name, shape, choice.sparsity, "dense", 0, size, size, {}, choice.reason))
-            continue
-        capability = torch.cuda.get_device_capability(layer.weight.device) if torch.cuda.is_available() else None
-        made, report = gpu.choose(name, layer, choice.sparsity, table, tokens, keep_dense, capability)
-        reports.append(report)
-        if made is not None:
-            model.set_submodule(name, made)
-
-
-def _layer_report(
-    name: str,
-    choice: Choice,
-    chosen: list[Unit],
-    shape: tuple[int, ...],
-    dense_bytes: int,
-    keep_dense: bool,
-    error: float | None,
-) -> LayerReport:
-    rows, size = 0, dense_bytes
-    unit = next((unit for unit in chosen if name in unit.names), None)
-    if unit is not None:
-        whole = unit.packed[unit.names.index(name) if len(unit.packed) > 1 else 0]
-        # What is packed as one is shared out by height.
-        share = 1.0 if len(unit.packed) == len(unit.names) else shape[0] / whole.out_features
-        rows, size = whole.height, round(whole.nbytes * share) + (dense_bytes if keep_dense else 0)
-    kernel = choice.kernel if error is None else choice.kernel.replace("sparse", "int8")
-    return LayerReport(
-        name, shape, choice.sparsity, kernel, rows, size, dense_bytes, choice.gains, choice.reason, error
-    )
-
-
-def _best(
-    alternatives: list[Unit], choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]
-) -> list[Unit]:
-    """Return the first alternative if it wins, else what wins of its layers; write down why."""
-    first, *rest = alternatives
-    races = measure(first, table, tokens) if table is not None else {}
-    gains = {count: race.gain for count, race in races.items()}
-    if wins(races):
-        for name in first.names:
-            choices[name].kernel, choices[name].gains = first.kernel, gains
-        return [first]
-    if rest:
-        return [unit for alone in rest for unit in _best([alone], choices, table, tokens)]
-    choice = choices[first.names[0]]
-    worst = min(gains, key=lambda count: (races[count].won, gains[count]))
-    choice.gains = gains
-    choice.reason = (
-        f"dense is faster, or less than {MARGIN:.0%} slower, or not surely so: {first.kernel} takes "
-        f"{1 / gains[worst]:.2f} of its time at {worst} tokens"
-    )
-    return []
-
-
-def _errors(unit: Unit) -> dict[str, float]:
-    """Measure how far the product of each layer is from the exact one; layers that are one product are one here too."""
-    if unit.kernel == "sparse_qkv":
-        return dict.fromkeys(unit.names, unit.packed[0].error(torch.cat([layer.weight for layer in unit.layers])))
-    parts = zip(unit.names, unit.layers, unit.packed, strict=True)
-    return {name: packed.error(layer.weight) for name, layer, packed in parts}
-
-
-def _pack(unit: Unit, keep_dense: bool) -> None:
-    if unit.kernel == "sparse_qkv":
-        become_packed(unit.layers, unit.packed[0], keep_dense)
-        assert unit.block is not None
-        attention.become_lean(unit.block)
-    else:
-        for layer, packed in zip(unit.layers, unit.packed, strict=True):
-            become_packed([layer], packed, keep_dense)
-    if unit.kernel == "sparse_ffn":
-        assert unit.block is not None
-        blocks.become_lean(unit.block, unit.activation)
-    give_back()
-
-
-def _freeze(model: nn.Module, trainable: tuple[str, ...], readers: list[SubBlock]) -> None:
-    """Let nothing train until the way back, and no T5 look for weights that are packed.
-
-    Args:
-        trainable: names of the parameters that did.
-        readers: sub-blocks that look at the dtype of their last weight in each pass, which would unpack it.
+    Attributes:
+        decisions: about each layer, by name.
+        packed: the candidates that are packed.
     """
-    RUNTIME_FROZEN.set(model, trainable)
-    for block in readers:
-        if isinstance(block.output, PackedLinear) and blocks.kind(block) is not None:
-            blocks.become_lean(block, None)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
 
+    def __init__(self, model: nn.Module, decisions: Mapping[str, LayerDecision], keep_dense: bool) -> None:
+        self.model, self.keep_dense = model, keep_dense
+        self.decisions = dict(decisions)
+        self.shapes = {name: tuple(decision.layer.weight.shape) for name, decision in decisions.items()}
+        self.dense_bytes = {name: decision.layer.weight.nbytes for name, decision in decisions.items()}
+        self.packed: list[PackCandidate] = []
+        self.errors: dict[str, float] = {}
+        blocks = [block for block in known_sub_blocks(model) if block.kind == "feed_forward"]
+        self.unfused = [block for block in blocks if fused_ffn.reads_output_weight(block)]
 
-def _read_vocabulary(
-    model: nn.Module, choices: dict[str, Choice], table: SpeedTable | None, tokens: Sequence[int]
-) -> None:
-    layer = vocabulary.vocabulary_of(model)
-    choice = next((choice for choice in choices.values() if choice.layer is layer), None)
-    if layer is None or choice is None:
-        return
-    if table is not None:
-        races = vocabulary.races(layer, table, tokens)
-        choice.gains = {count: race.gain for count, race in races.items()}
-        if not vocabulary.pays(races):
+    def pack(self, kernel: Kernel, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
+        """Choose what is packed, and pack it."""
+        able = {name: decision.layer for name, decision in self.decisions.items() if decision.reason is None}
+        counts = token_counts(self.model, tokens)
+        for group in Candidates(self.model, able, kernel).groups():
+            chosen, decided = choose(group, self.decisions, table, counts(group.candidate))
+            self.decisions |= decided
+            for candidate in chosen:
+                if kernel == "int8":
+                    self.errors |= candidate.errors()
+                candidate.pack(candidate.layers, self.keep_dense)
+                trim_memory()
+            self.packed += chosen
+
+    def read_lm_head(self, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
+        """Let the LM head compute with the GEMV kernel, where that is faster."""
+        layer = lm_head.lm_head_of(self.model)
+        name = next((name for name, decision in self.decisions.items() if decision.layer is layer), None)
+        if layer is None or name is None:
             return
-    vocabulary.read_fast(layer)
-    choice.kernel = vocabulary.KERNEL
-    least = min(choice.gains, default=0)
-    gained = f", {choice.gains[least]:.1f}x at {least} token{'s' if least > 1 else ''}" if least else ""
-    choice.reason = f"dense, with an own kernel for a few tokens{gained} ({choice.reason})"
+        materialize([layer])
+        decision, speedups = self.decisions[name], self.decisions[name].speedups
+        if table is not None:
+            measured = lm_head.measure(layer, table, tokens or lm_head.TOKENS)
+            speedups = {count: each.speedup for count, each in measured.items()}
+            if not lm_head.is_faster(measured):
+                self.decisions[name] = decision.stays_dense(decision.reason or "", speedups)
+                return
+        lm_head.use_few_token_kernel(layer)
+        self.decisions[name] = lm_head.decide(decision, speedups)
+
+    def finish(self) -> None:
+        """Fuse what is packed, and protect the model."""
+        if not self.packed:
+            return
+        for candidate in self.packed:
+            candidate.fuse()
+        for block in self.unfused:
+            if isinstance(block.output, PackedLinear) and fused_ffn.is_fusible(block):
+                fused_ffn.fuse(block, None)
+        freeze(self.model)
+        guard(self.model)
+
+    def reports(self) -> tuple[LayerReport, ...]:
+        """Return the report of each layer."""
+        by_name = {name: candidate for candidate in self.packed for name in candidate.names}
+        return tuple(self._report(name, decision, by_name.get(name)) for name, decision in self.decisions.items())
+
+    def _report(self, name: str, decision: LayerDecision, candidate: PackCandidate | None) -> LayerReport:
+        rows, size, dense = 0, self.dense_bytes[name], self.dense_bytes[name]
+        if candidate is not None:
+            packed = candidate.packed[candidate.names.index(name) if len(candidate.packed) > 1 else 0]
+            # The bytes of layers that are packed as one are shared by their output rows.
+            share = self.shapes[name][0] / packed.out_features
+            rows, size = packed.height, round(packed.nbytes * share) + (dense if self.keep_dense else 0)
+        return LayerReport(
+            *(name, self.shapes[name], decision.sparsity, decision.kernel, rows, size, dense),
+            *(decision.speedups, decision.reason, self.errors.get(name)),
+        )
 
 
-def _refuse_wish(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
+def _restore(model: nn.Module) -> None:
+    """Undo whatever of a conversion was done."""
+    unguard(model)
+    restore(model, RuntimeBlock)
+    gpu.restore(model)
+    done: set[int] = set()
+    for module in list(model.modules()):
+        if isinstance(module, PackedLinear) and id(module) not in done:
+            together = module.joint.layers if module.joint is not None else (module,)
+            become_dense(together)  # type: ignore[arg-type]
+            done.update(map(id, together))
+    unfreeze(model)
+
+
+def _to_gpu_runtime(
+    model: nn.Module, keep_dense: bool, tokens: Sequence[int] | None, table: SpeedTable
+) -> RuntimeReport:
+    decisions = survey(model, gpu=True)
+    refuse_dense(model, decisions)
+    try:
+        reports = tuple(gpu.convert(model, decisions, keep_dense, tokens or gpu.TOKENS, table))
+        if is_runtime(model):
+            freeze(model)
+            guard(model)
+    except BaseException:
+        _restore(model)
+        raise
+    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", reports)
+
+
+def _kernel(backend: str, status: LibraryStatus) -> Kernel:
+    if backend == "cpu-int8":
+        return "int8"
+    return "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
+
+
+def _check_arguments(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
     if backend not in BACKENDS:
-        raise BackendError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+        raise BackendError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     counts = tokens if isinstance(tokens, Sequence) else (None,)
     if tokens is not None and not (counts and all(isinstance(count, int) and count >= 1 for count in counts)):
-        raise BackendError(f"tokens names numbers of tokens from 1 on, as in (1, 128), not {tokens!r}")
+        raise BackendError(f"`tokens` must be token counts >= 1, as in (1, 128), got {tokens!r}")
     if backend == "cpu" and not status.available:
         raise BackendError(
-            f"backend 'cpu' was asked for, and the kernels are missing: {status.message} (backend 'auto' does without)"
+            f"backend 'cpu' was requested, and the kernels are missing: {status.message} (backend 'auto' runs without)"
         )
     if backend == "cpu-int8" and (why := why_not_int8()) is not None:
-        raise BackendError(f"backend 'cpu-int8' was asked for, and cannot run here: {why} ('cpu' computes in float32)")
-
-
-def _refuse_nothing(model: nn.Module, choices: dict[str, Choice]) -> None:
-    if any(choice.reason is None for choice in choices.values()):
-        return
-    most = max(choices.items(), key=lambda item: item[1].sparsity, default=None)
-    found = (
-        "it has no linear layer"
-        if most is None
-        else f"the sparsest of its {len(choices)} linear layers, '{most[0]}', has {most[1].sparsity:.1%} zeros and "
-        f"stays dense: {most[1].reason}"
-    )
-    raise BackendError(
-        f"to_runtime was asked for a {type(model).__name__} in which nothing is sparse: {found}. It takes layers with "
-        f"at least {LEAST:.0%} zeros; prune the model first (hf_sparse.sparsify, or SparsityCallback)"
-    )
+        raise BackendError(f"backend 'cpu-int8' was requested, and cannot run here: {why} ('cpu' computes in float32)")

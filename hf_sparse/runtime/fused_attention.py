@@ -1,8 +1,8 @@
-"""Self-attention whose query, key and value are packed together: the product and all heads in one operator."""
+"""Self-attention whose query, key and value are packed together: their matmul and all heads in one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,82 +10,108 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.types import Norm
-from ..modeling.architectures import SubBlock
-from ..modeling.architectures.base import Changed, become
+from ..modeling.architectures import Attention, AttentionFusion, SubBlock
+from ..modeling.class_swap import Swapped, plain_class_of, swap_class
+from .fused_parts import FusedParts, RuntimeBlock, child
+from .joint import Joint
 from .packed_linear import PackedLinear
-from .residual_norm import is_own, norm_of, watched
+from .residual_norm import FusedEnd
 
-_UNUSUAL = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
+_NOT_FUSED = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
+"""Arguments that the operator does not know; with one of them, attention is computed as before."""
 
 
-class LeanSelf(Changed):
-    """A self-attention module of BERT or its kin, without the layer after it.
+class _CoreParts:
+    """What the core of a self-attention computes with.
 
-    Whatever is unusual (a cache, a causal mask, weights that are asked for, another implementation of attention) is
-    computed as before, with the packed layers one by one.
+    Args:
+        block: the sub-block, whose query, key and value are packed together.
     """
 
-    lean: tuple[str, str, str]
+    def __init__(self, block: SubBlock) -> None:
+        table, core = block.table, block.core
+        assert isinstance(table, Attention)
+        first: Any = next(iter(block.inputs.values()))
+        self.first: PackedLinear = first
+        self.joint: Joint = first.joint
+        self.fusion = table.fusion
+        self.output_path = _below(table.core, table.output) or ""
+        self.parts = FusedParts(core, [_below(table.core, path) or "" for path in table.inputs])
+        self.size = block.size
+
+
+class SharedInput(RuntimeBlock):
+    """The core of a self-attention whose query, key and value are one matmul: the first layer computes for all."""
+
+    instance_attributes = ("fused_core",)
+    fused_core: _CoreParts
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain module returns."""
+        core: _CoreParts = self.fused_core
+        if not core.parts.intact():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        held = core.joint.open()
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            held.clear()
+
+
+class FusedSelfAttention(SharedInput):
+    """The core of a self-attention that computes all heads in the operator of its packed layers.
+
+    What the operator does not compute (a cache, a causal mask, attention weights, another implementation of attention)
+    is computed as before, by the packed layers.
+    """
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return what the module returns."""
-        if args or not usual(self, hidden_states, attention_mask, kwargs):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
-        return self.finish(heads(self, hidden_states, attention_mask)), None
-
-    def finish(self, out: Tensor) -> Tensor:
-        """Return what comes after the heads."""
-        return out
-
-
-class LeanDistilBertSelf(LeanSelf):
-    """A self-attention module of DistilBERT, which has the layer after it inside."""
-
-    def finish(self: Any, out: Tensor) -> Tensor:
-        """Return the output of that layer."""
-        product: Tensor = self.out_lin(out)
-        return product
+        """Return what the plain module returns."""
+        core: _CoreParts = self.fused_core
+        if args or not takes(self, core, hidden_states, attention_mask, kwargs):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        fusion = core.fusion
+        assert fusion is not None
+        out = heads(core.first, core.size, float(getattr(self, fusion.scale)), hidden_states, attention_mask)
+        return (child(self, core.output_path)(out) if fusion.core_has_output else out), None
 
 
-class LeanBlock(Changed):
-    """The attention of BERT or its kin: the module around the self-attention, its output layer and the layer norm."""
+class _BlockParts:
+    """What the module around the core computes with, see `ResidualNorm`."""
+
+    def __init__(self, block: SubBlock, end: FusedEnd) -> None:
+        assert isinstance(block.table, Attention)
+        self.core: Any = block.core
+        self.output: Any = block.output
+        self.end = end
+        core = [block.table.core] if block.table.core else []
+        self.parts = FusedParts(block.module, [*core, block.table.output, *end.paths])
+
+
+class FusedAttentionBlock(RuntimeBlock):
+    """An attention block: core, output layer, residual and layer norm in one operator."""
+
+    instance_attributes = ("fused_block",)
+    fused_block: _BlockParts
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return what the module returns."""
-        core, after = self.self, self.output
-        if not args and usual(core, hidden_states, attention_mask, kwargs) and not watched(core):
-            packed = isinstance(after.dense, PackedLinear) and after.dense.joint is None
-            same = packed and after.dense.kernel == getattr(core, core.lean[0]).kernel
-            if same and (norm := norm_of(after)) is not None:
-                return whole(core, after.dense, norm, hidden_states, attention_mask), None
+        """Return what the plain module returns."""
+        block: _BlockParts = self.fused_block
+        if not args and block.parts.intact():
+            module, norm = block.core, block.end.operand()
+            core: _CoreParts = module.fused_core
+            if norm is not None and takes(module, core, hidden_states, attention_mask, kwargs):
+                assert core.fusion is not None
+                scale = float(getattr(module, core.fusion.scale))
+                return heads_and_norm(core, block.output, scale, norm, hidden_states, attention_mask), None
         return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
 
 
-_BLOCKS = ("BertAttention", "RobertaAttention", "XLMRobertaAttention", "CamembertAttention", "ElectraAttention")
-
-_KINDS: dict[str, type[LeanSelf]] = {
-    "BertSelfAttention": LeanSelf,
-    "RobertaSelfAttention": LeanSelf,
-    "XLMRobertaSelfAttention": LeanSelf,
-    "CamembertSelfAttention": LeanSelf,
-    "ElectraSelfAttention": LeanSelf,
-    "DistilBertSelfAttention": LeanDistilBertSelf,
-}
-
-
-def heads(module: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute all heads of a self-attention module.
-
-    Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
-    """
-    return mixed(getattr(module, module.lean[0]), module.attention_head_size, float(module.scaling), hidden, mask)
-
-
-def mixed(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+def heads(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute all heads of an attention from the first of its packed layers.
 
     Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
@@ -100,8 +126,8 @@ def mixed(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | No
     return out
 
 
-def plain(layers: Sequence[nn.Module], size: int, scale: float, hidden: Tensor) -> Tensor:
-    """Compute the same with the layers one by one, as the modules of transformers do.
+def heads_dense(layers: Sequence[nn.Module], size: int, scale: float, hidden: Tensor) -> Tensor:
+    """Compute the same by calling query, key and value, as the modules of transformers do.
 
     Shapes: `(batch, length, in)` -> `(batch, length, heads * size)`
     """
@@ -110,37 +136,44 @@ def plain(layers: Sequence[nn.Module], size: int, scale: float, hidden: Tensor) 
     return out.transpose(1, 2).flatten(2)
 
 
-def whole(module: Any, output: PackedLinear, norm: Norm, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute all heads of a self-attention module, the output layer after it, and the norm of the sum with the input.
+def multiply_joint(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Return the outputs of query, key and value from one matmul, as `SharedInput` computes them."""
+    held = layers[0].joint.open()
+    out = [layer(x) for layer in layers]
+    held.clear()
+    return out
+
+
+def heads_and_norm(
+    core: _CoreParts, output: PackedLinear, scale: float, norm: Norm, hidden: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Compute all heads, the output layer after them, and the norm of the sum with the input.
 
     Shapes: `(batch, length, in)` -> `(batch, length, in)`
     """
-    first = getattr(module, module.lean[0])
+    first = core.first
     first.check(hidden)
     output.check(hidden)
     packed, after = first.packed, output.packed
     name = "int8" if packed.kernel == "int8" else "sparse"
     out: Tensor = getattr(torch.ops.hf_sparse, f"{name}_attention_norm")(
-        *(hidden, *packed.operands, first.joint.bias(), *after.operands, output.bias, *norm, mask),
+        *(hidden, *packed.operands, core.joint.bias(), *after.operands, output.bias, *norm, mask),
         *(packed.height, after.height, after.in_features, packed.in_features),
-        *(after.in_features // module.attention_head_size, float(module.scaling)),
+        *(after.in_features // core.size, scale),
     )
     return out
 
 
-def is_known(module: nn.Module, names: Collection[str]) -> bool:
-    """Return whether a module is one of transformers, of a class with one of these names."""
-    return type(module).__name__ in names and is_own(module)
-
-
-def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Return whether the operator computes what a self-attention module is asked for."""
-    if module.training or getattr(module.config, "_attn_implementation", None) != "sdpa" or module.is_causal:
+def takes(module: Any, core: _CoreParts, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Return whether the operator computes what a call of a self-attention asks for."""
+    fusion = core.fusion
+    assert fusion is not None
+    config = getattr(module, fusion.config)
+    if module.training or getattr(config, "_attn_implementation", None) != "sdpa" or getattr(module, fusion.causal):
         return False
-    if kwargs.get("past_key_values") is not None or any(kwargs.get(name) not in (None, False) for name in _UNUSUAL):
+    if kwargs.get("past_key_values") is not None or any(kwargs.get(name) not in (None, False) for name in _NOT_FUSED):
         return False
-    joint = getattr(module, module.lean[0]).joint
-    if hidden.dim() != 3 or joint is None or any(watched(layer) for layer in joint.layers):
+    if hidden.dim() != 3 or not core.parts.intact():
         return False
     if mask is None:
         return True
@@ -151,31 +184,43 @@ def usual(module: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, An
     )
 
 
-def takes(block: SubBlock) -> bool:
-    """Return whether `become_lean` knows the self-attention of a sub-block."""
-    return is_known(block.core, _KINDS)
+def fusion_of(block: SubBlock) -> AttentionFusion | None:
+    """Return how the core of a self-attention can be computed in one operator; None if that is not known."""
+    table, core = block.table, block.core
+    if not isinstance(table, Attention) or table.fusion is None or isinstance(core, Swapped):
+        return None
+    return table.fusion if type(core).__name__ in table.fusion.cores and block.is_own(core) else None
 
 
-def become_lean(block: SubBlock) -> None:
-    """Let the self-attention of a sub-block, whose query, key and value are packed together, compute with them."""
-    core = block.core
-    if not takes(block):
-        return
-    mixin = _KINDS[type(core).__name__]
-    prefix = len(block.table.core) + 1 if block.table.core else 0  # type: ignore[union-attr]
-    names = tuple(path[prefix:] for path in block.table.inputs)
-    if not all(hasattr(core, name) for name in names):
-        return
-    become(core, mixin)
+def fuse(block: SubBlock) -> None:
+    """Let a self-attention, whose query, key and value are packed together, compute with them."""
+    table, core = block.table, block.core
+    assert isinstance(table, Attention)
+    if not block.is_own(core) or not all(_below(table.core, path) for path in table.inputs):
+        return  # a class that is not known may change its input between the three
+    fusion = fusion_of(block)
+    parts = _CoreParts(block)
+    swap_class(core, SharedInput if fusion is None else FusedSelfAttention)
     made: Any = core
-    made.lean = names
-    if is_known(block.module, _BLOCKS) and not isinstance(block.module, Changed):
-        become(block.module, LeanBlock)
+    made.fused_core = parts
+    if fusion is None or fusion.residual is None:
+        return
+    output, end = block.output, FusedEnd(block, fusion.residual)
+    packed = isinstance(output, PackedLinear) and output.joint is None and output.kernel == parts.first.kernel
+    known = plain_class_of(block.module).__name__ in fusion.blocks and block.is_own(block.module)
+    if packed and known and end.fusible and not isinstance(block.module, Swapped):
+        swap_class(block.module, FusedAttentionBlock)
+        around: Any = block.module
+        around.fused_block = _BlockParts(block, end)
 
 
-def restore(model: nn.Module) -> None:
-    """Give all such modules of a model the class that they had."""
-    for module in model.modules():
-        if isinstance(module, (LeanSelf, LeanBlock)):
-            vars(module).pop("lean", None)
-            module.__class__ = module.plain  # type: ignore[assignment]
+def _below(core: str, path: str) -> str | None:
+    """Return a path as seen from the core; None if it does not lead through it.
+
+    Example:
+        >>> _below("self", "self.query"), _below("", "q_lin"), _below("self", "output.dense")
+        ('query', 'q_lin', None)
+    """
+    if not core:
+        return path
+    return path.removeprefix(f"{core}.") if path.startswith(f"{core}.") else None

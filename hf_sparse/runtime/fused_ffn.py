@@ -1,8 +1,8 @@
-"""Feed-forward sub-blocks of packed layers: both products and the activation between them in one operator."""
+"""Feed-forward sub-blocks with packed layers: both matmuls and the activation between them in one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.types import Norm
-from ..modeling.architectures import SubBlock
-from ..modeling.architectures.base import Changed, become
+from ..modeling.architectures import FeedForward, FeedForwardFusion, SubBlock
+from ..modeling.class_swap import Swapped, swap_class
+from .fused_parts import FusedParts, RuntimeBlock, child
 from .packed_linear import PackedLinear
 from .packed_weight import Packed
-from .residual_norm import is_own, norm_of, watched
+from .residual_norm import FusedEnd
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,64 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-
-
-class Lean:
-    """How a feed-forward sub-block of packed layers computes.
-
-    Args:
-        inputs: its first layers; of a gated one, that under the activation first.
-        activation: name of the function between them, known to the kernels; None = they compute one by one.
-        function: the function itself.
-    """
-
-    def __init__(
-        self,
-        inputs: tuple[nn.Module, ...],
-        output: nn.Module,
-        activation: str | None,
-        function: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.inputs, self.output, self.activation, self.function = inputs, output, activation, function
-
-    @property
-    def fused(self) -> bool:
-        """Whether its layers compute in one operator."""
-        return self.activation is not None
-
-    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        """Return the output of the last layer; or with a norm, that of the sum of x and the output."""
-        if not self.fused:
-            out: Tensor = self.output(self.hidden(x))
-            return out
-        layers: list[Any] = [*self.inputs, self.output]
-        for layer in layers:
-            layer.check(x)
-        assert self.activation is not None
-        packed, biases = [layer.packed for layer in layers], [layer.bias for layer in layers]
-        return feed_forward(x, packed, biases, self.activation, norm)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return what goes into the last layer, from the first ones one by one."""
-        hidden = self.function(self.inputs[0](x))
-        for gate in self.inputs[1:]:
-            hidden = hidden * gate(x)
-        return hidden
-
-    def seen(self, *around: nn.Module) -> bool:
-        """Return whether somebody looks at a module inside or at these around it, which then have to be called."""
-        function = (self.function,) if isinstance(self.function, nn.Module) else ()
-        return any(watched(module) for module in (*self.inputs, self.output, *function, *around))
-
-    def takes_norm(self) -> bool:
-        """Return whether the operator of its layers can add the input and compute a layer norm."""
-        return self.fused and len(self.inputs) == 1 and getattr(self.output, "kernel", None) in ("cpu", "int8")
+"""Activations that the operators compute, as plain functions."""
 
 
 def feed_forward(
     x: Tensor, packed: list[Packed], biases: list[Tensor | None], activation: str, norm: Norm | None = None
 ) -> Tensor:
-    """Compute first layers, activation and last layer in one operator; with a norm, that of the sum of x and all that.
+    """Compute first layers, activation and last layer in one operator; with a norm, also `norm(x + output)`.
 
     Shapes: `(..., in)` -> `(..., out)`
     """
@@ -89,120 +39,153 @@ def feed_forward(
     first, last = packed[0], packed[-1]
     name = "int8" if first.kernel == "int8" else "sparse"
     if norm is not None:
-        whole: Tensor = getattr(torch.ops.hf_sparse, f"{name}_ffn_norm")(
+        normed: Tensor = getattr(torch.ops.hf_sparse, f"{name}_ffn_norm")(
             *(x, *parts, *norm, first.height, last.height, first.out_features, first.in_features, activation)
         )
-        return whole
+        return normed
     sizes = (first.out_features, last.out_features, first.in_features)
     operator = getattr(torch.ops.hf_sparse, f"{name}_ffn" if len(packed) == 2 else f"{name}_gated_ffn")
     out: Tensor = operator(x, *parts, *(weight.height for weight in packed), *sizes, activation)
     return out
 
 
-class LeanBert(Changed):
-    """A layer of BERT or its kin."""
-
-    lean: Lean
-
-    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
-        """Return what the layer returns for these tokens."""
-        if self.lean.seen(self.intermediate, self.output):
-            apart: Tensor = super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-            return apart
-        if self.lean.takes_norm() and (norm := norm_of(self.output)) is not None:
-            whole: Tensor = self.lean(attention_output, norm)
-            return whole
-        hidden = self.output.dropout(self.lean(attention_output))
-        out: Tensor = self.output.LayerNorm(hidden + attention_output)
-        return out
+def multiply(layers: Sequence[Any], x: Tensor, activation: str, norm: Norm | None = None) -> Tensor:
+    """Compute a feed-forward sub-block from its packed layers, the output layer last."""
+    for layer in layers:
+        layer.check(x)
+    return feed_forward(x, [layer.packed for layer in layers], [layer.bias for layer in layers], activation, norm)
 
 
-class LeanDistilBert(Changed):
-    """A feed-forward part of DistilBERT."""
-
-    lean: Lean
-
-    def ff_chunk(self: Any, input: Tensor) -> Tensor:  # noqa: A002  the name that the class gives it
-        """Return what the part returns for these tokens."""
-        if self.lean.seen():
-            apart: Tensor = super().ff_chunk(input)  # type: ignore[misc]
-            return apart
-        out: Tensor = self.dropout(self.lean(input))
-        return out
+def multiply_dense(layers: Sequence[nn.Module], x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute the same by calling the layers one by one."""
+    *inputs, output = layers
+    out: Tensor = output(_gated(inputs, x, function))
+    return out
 
 
-class LeanT5(Changed):
-    """A feed-forward part of T5, plain or gated. It does not look at the dtype of a weight, which would unpack it."""
+class _Parts:
+    """What a fused feed-forward sub-block computes with.
 
-    lean: Lean
+    Args:
+        block: the sub-block, with its packed layers.
+        fusion: its description.
+        activation: name that the operators have for the activation; None = the layers are called one by one.
+    """
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        """Return what the part returns."""
-        lean = self.lean
-        if lean.fused and not self.dropout.training and not lean.seen(self.dropout):
-            whole: Tensor = lean(hidden_states)
-            return whole
-        out: Tensor = lean.output(self.dropout(lean.hidden(hidden_states)))
-        return out
+    def __init__(self, block: SubBlock, fusion: FeedForwardFusion, activation: str | None) -> None:
+        table, module = block.table, block.module
+        assert isinstance(table, FeedForward)
+        self.table, self.fusion, self.activation = table, fusion, activation
+        self.layers: tuple[Any, ...] = (*block.inputs.values(), block.output)
+        self.inner_dropout, self.output_dropout = (
+            None if path is None else module.get_submodule(path)
+            for path in (fusion.inner_dropout, fusion.output_dropout)
+        )
+        self.end = None if fusion.residual is None else FusedEnd(block, fusion.residual)
+        self.takes_norm = len(self.layers) == 2 and getattr(block.output, "kernel", None) in ("cpu", "int8")
+        paths = [*table.inputs, table.output, *(() if self.end is None else self.end.paths)]
+        paths += [path for path in (fusion.inner_dropout, fusion.output_dropout) if path is not None]
+        is_module = isinstance(table.function(module), nn.Module)
+        self.parts = FusedParts(
+            module, [*paths, table.activation] if is_module else paths, () if is_module else [table.activation]
+        )
 
 
-_KINDS: dict[str, type[Changed]] = {
-    "feed_forward_chunk": LeanBert,
-    "ff_chunk": LeanDistilBert,
-    "wo": LeanT5,
-}
+class FusedFeedForward(RuntimeBlock):
+    """A module whose feed-forward method computes its packed layers in one operator."""
+
+    instance_attributes = ("fused_ffn",)
+    fused_ffn: _Parts
+
+    def swapped_call(self: Any, hidden_states: Tensor) -> Tensor:
+        """Return what the plain method returns."""
+        fused: _Parts = self.fused_ffn
+        if fused.activation is not None and fused.parts.intact():
+            if fused.end is not None:
+                if fused.takes_norm and (norm := fused.end.operand()) is not None:
+                    return multiply(fused.layers, hidden_states, fused.activation, norm)
+                return fused.end.apply(multiply(fused.layers, hidden_states, fused.activation), hidden_states)
+            if fused.inner_dropout is None or not fused.inner_dropout.training:
+                out = multiply(fused.layers, hidden_states, fused.activation)
+                return out if fused.output_dropout is None else fused.output_dropout(out)
+        if fused.fusion.reads_output_weight and isinstance(child(self, fused.table.output), PackedLinear):
+            return _one_by_one(self, fused, hidden_states)
+        plain: Tensor = getattr(self.plain_class, self.method)(self, hidden_states)
+        return plain
 
 
-def kind(block: SubBlock) -> type[Changed] | None:
-    """Return what a sub-block becomes; None if nothing is known for its class, or it has changed already."""
-    if isinstance(block.module, Changed) or not all(is_own(part) for part in (block.module, *parts_of(block))):
-        return None
-    return next((mixin for mark, mixin in _KINDS.items() if hasattr(block.module, mark)), None)
+def is_fusible(block: SubBlock) -> bool:
+    """Return whether `fuse` knows what the feed-forward sub-block computes."""
+    table = block.table
+    if not isinstance(table, FeedForward) or table.fusion is None or isinstance(block.module, Swapped):
+        return False
+    if not all(block.is_own(module) for module in (block.module, *containers(block))):
+        return False
+    inner = table.fusion.inner_dropout
+    return inner is None or isinstance(block.module.get_submodule(inner), (nn.Dropout, nn.Identity))
 
 
-def parts_of(block: SubBlock) -> list[nn.Module]:
-    """Return the modules of a feed-forward sub-block that hold its layers, if it does not hold them itself."""
+def reads_output_weight(block: SubBlock) -> bool:
+    """Return whether a feed-forward sub-block looks at the weight of its output layer, which would be unpacked."""
+    table = block.table
+    return isinstance(table, FeedForward) and table.fusion is not None and table.fusion.reads_output_weight
+
+
+def containers(block: SubBlock) -> list[nn.Module]:
+    """Return the modules that hold the layers of a feed-forward sub-block, if it does not hold them itself."""
+    assert isinstance(block.table, FeedForward)
     paths = (*block.table.inputs, block.table.output)
     return [block.module.get_submodule(path) for path in sorted({path.rpartition(".")[0] for path in paths} - {""})]
 
 
-def function_of(block: SubBlock) -> Any:
-    """Return the activation of a feed-forward sub-block."""
-    found: Any = block.module
-    for part in block.table.activation.split("."):  # type: ignore[union-attr]
-        found = getattr(found, part)
-    return found
+def modules_inside(block: SubBlock) -> list[nn.Module]:
+    """Return the modules of a feed-forward sub-block that an operator computes without calling them."""
+    assert isinstance(block.table, FeedForward)
+    function = block.table.function(block.module)
+    activation = [function] if isinstance(function, nn.Module) else []
+    return [*block.inputs.values(), block.output, *containers(block), *activation]
 
 
 def activation_of(block: SubBlock) -> str | None:
-    """Return the name that the kernels have for the activation of a sub-block, or None. It is tried, not looked up."""
-    function = function_of(block)
+    """Return the name that the operators have for the activation of a sub-block, or None. It is tried on numbers."""
+    assert isinstance(block.table, FeedForward)
+    function = block.table.function(block.module)
     if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
         return None
-    probe = torch.linspace(-8, 8, 257)
+    probe = torch.linspace(-8, 8, 257, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        found = function(probe.clone())
+        out = function(probe.clone())
     # The exact GELU and its approximation by tanh are 5e-4 apart.
-    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(found, known(probe), atol=2e-6)), None)
+    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(out, known(probe), atol=2e-6)), None)
 
 
-def become_lean(block: SubBlock, activation: str | None) -> None:
-    """Let a feed-forward sub-block whose layers are packed compute with them."""
-    mixin = kind(block)
-    assert mixin is not None
-    become(block.module, mixin)
-    made: Any = block.module
-    made.lean = Lean(tuple(block.inputs.values()), block.output, activation, function_of(block))
+def fuse(block: SubBlock, activation: str | None) -> None:
+    """Let a feed-forward sub-block compute its packed layers in one operator.
+
+    Args:
+        activation: of `activation_of`; None if not all layers are packed, for blocks that read their output weight.
+    """
+    assert isinstance(block.table, FeedForward)
+    fusion = block.table.fusion
+    assert fusion is not None
+    parts = _Parts(block, fusion, activation)
+    swap_class(block.module, FusedFeedForward, fusion.method)
+    module: Any = block.module
+    module.fused_ffn = parts
 
 
-def restore(model: nn.Module) -> None:
-    """Give all such sub-blocks of a model the class that they had."""
-    for module in model.modules():
-        if isinstance(module, (LeanBert, LeanDistilBert, LeanT5)):
-            del module.lean
-            module.__class__ = module.plain  # type: ignore[assignment]
+def _one_by_one(module: nn.Module, fused: _Parts, x: Tensor) -> Tensor:
+    """Compute a sub-block from the layers that it has now, without a look at the weight of the output layer."""
+    table = fused.table
+    hidden = _gated([child(module, path) for path in table.inputs], x, table.function(module))
+    if fused.fusion.inner_dropout is not None:
+        hidden = child(module, fused.fusion.inner_dropout)(hidden)
+    out: Tensor = child(module, table.output)(hidden)
+    return out
 
 
-def is_packed(layer: nn.Module) -> bool:
-    """Return whether a layer is packed for the own kernels."""
-    return isinstance(layer, PackedLinear) and layer.kernel != "csr"
+def _gated(inputs: Sequence[nn.Module], x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    hidden = function(inputs[0](x))
+    for gate in inputs[1:]:
+        hidden = hidden * gate(x)
+    return hidden

@@ -1,12 +1,12 @@
-"""The runtime form on a GPU: 2:4 and blocks, layer by layer, where they are faster than dense there.
+"""The runtime form on a GPU: 2:4 and block-sparse kernels, layer by layer, where they are faster than dense.
 
-Not yet run on a GPU: which layer gets what, and why not, is tested on the CPU.
+Not yet run on a GPU: the choice for each layer, and its reason, are tested on the CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,25 +17,27 @@ from ..kernels.gpu import block_sparse, semi_structured
 from ..kernels.gpu.block_sparse import BlockSparseLinear
 from ..kernels.gpu.semi_structured import SemiStructuredLinear
 from ..modeling.layer_matching import BACK, InRuntimeForm
-from .autotune import MARGIN, Race, SpeedTable, Trial
+from .autotune import Measurement, SpeedTable, Trial, why_dense
+from .fused_parts import is_observed
 from .report import LayerReport
+from .survey import LayerDecision
 
 TOKENS = (128, 1024, 8192)
-"""Numbers of tokens that are timed on a GPU."""
+"""Token counts that are timed on a GPU."""
 
 SIDES = (64, 32)
 EMPTY = 0.4
-"""Share of blocks that are zero below which their kernel is not tried."""
+"""Fraction of zero blocks below which the block-sparse kernel is not tried."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A way to compute a layer.
+class GpuCandidate:
+    """A kernel that can compute a layer.
 
     Attributes:
-        kernel: of the report.
-        make: makes the layer.
-        rows: of a block.
+        kernel: its name in the report.
+        make: makes the sparse layer.
+        rows: rows of a block.
     """
 
     kernel: str
@@ -44,17 +46,17 @@ class Way:
 
 
 class GpuLinear(InRuntimeForm, nn.Module):
-    """A linear layer that is computed by a sparse one; the state dict has that of the dense layer.
+    """A linear layer that is computed by a sparse one; its state dict is that of the dense layer.
 
     Args:
-        fast: what computes.
-        plain: the dense layer, which comes back. Its weight waits in the memory of the CPU, unless `keep_dense`.
+        fast: the sparse layer.
+        plain: the dense layer, for `restore`. Its weight is moved to the memory of the CPU, unless `keep_dense`.
     """
 
     def __init__(self, fast: nn.Module, plain: nn.Linear, keep_dense: bool) -> None:
         super().__init__()
         self.fast = fast
-        self.place = plain.weight.device
+        self.device = plain.weight.device
         if not keep_dense:
             plain.weight.data = plain.weight.data.cpu()
         self.plain = (plain,)  # in a tuple, so that nobody moves, counts or trains it
@@ -63,7 +65,7 @@ class GpuLinear(InRuntimeForm, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, where it waits: what is written into it changes nothing."""
+        """The dense weight, where it is kept: changes of it have no effect."""
         return self.plain[0].weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,22 +79,30 @@ class GpuLinear(InRuntimeForm, nn.Module):
         out: Tensor = self.fast(x)
         return out
 
-    def back(self) -> nn.Linear:
-        """Return the dense layer."""
+    def restored(self) -> nn.Linear:
+        """Return the dense layer, on its device."""
         plain = self.plain[0]
-        plain.weight.data = plain.weight.data.to(self.place)
+        plain.weight.data = plain.weight.data.to(self.device)
         plain.train(self.training)
         return plain
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        probe = fn(torch.zeros(1, dtype=self.plain[0].weight.dtype, device=self.place))
-        if probe.dtype != self.plain[0].weight.dtype or probe.device != self.place:
-            raise BackendError(f"a model in runtime form cannot be moved or cast: {BACK}, then do that")
+        self.check_apply(fn)
         return self
+
+    def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise `BackendError` if `_apply` of this function would cast or move the layer."""
+        dtype = self.plain[0].weight.dtype
+        probe = fn(torch.zeros(1, dtype=dtype, device=self.device))
+        if probe.dtype != dtype or probe.device != self.device:
+            raise BackendError(
+                f"a model in runtime form stays in {dtype} on {self.device}, requested {probe.dtype} on "
+                f"{probe.device}: {BACK}, then cast or move it"
+            )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, own in self.plain[0].named_parameters():
-            destination[f"{prefix}{name}"] = own.detach().to(self.place)
+            destination[f"{prefix}{name}"] = own.detach().to(self.device)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the state of the dense layer; `fast` has none of its own."""
@@ -102,7 +112,7 @@ class GpuLinear(InRuntimeForm, nn.Module):
 
 
 def block_side(weight: Tensor) -> int | None:
-    """Return the side of the blocks that a weight is pruned in, if many of them are empty.
+    """Return the side of the blocks in which a weight is pruned, if many of them are zero.
 
     Example:
         >>> weight = torch.zeros(128, 128)
@@ -118,27 +128,65 @@ def block_side(weight: Tensor) -> int | None:
     return None
 
 
-def ways(layer: nn.Linear, capability: tuple[int, int] | None) -> tuple[list[Way], str]:
-    """Return how a layer could be computed, and why not in the other ways.
+def is_on_gpu(model: nn.Module) -> bool:
+    """Return whether all linear layers of a model are on a GPU."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel()]
+    return bool(layers) and all(layer.weight.is_cuda for layer in layers)
+
+
+def convert(
+    model: nn.Module,
+    decisions: Mapping[str, LayerDecision],
+    keep_dense: bool,
+    tokens: Sequence[int],
+    table: SpeedTable,
+) -> Iterator[LayerReport]:
+    """Replace the layers of a model that a sparse kernel computes faster, and yield the report of each layer."""
+    for name, decision in decisions.items():
+        layer, size = decision.layer, decision.layer.weight.nbytes
+        if decision.reason is None and is_observed(layer):
+            decision = decision.stays_dense("it has forward hooks, which a sparse layer would not call")
+        if decision.reason is not None:
+            shape = tuple(layer.weight.shape)
+            yield LayerReport(name, shape, decision.sparsity, "dense", 0, size, size, {}, decision.reason)
+            continue
+        capability = torch.cuda.get_device_capability(layer.weight.device) if torch.cuda.is_available() else None
+        replacement, report = choose(name, layer, decision.sparsity, table, tokens, keep_dense, capability)
+        if replacement is not None:
+            model.set_submodule(name, replacement)
+        yield report
+
+
+def restore(model: nn.Module) -> None:
+    """Put the dense layers of a model back in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GpuLinear):
+            model.set_submodule(name, module.restored())
+
+
+def candidates(layer: nn.Linear, capability: tuple[int, int] | None) -> tuple[list[GpuCandidate], str]:
+    """Return which kernels can compute a layer, and why the others cannot.
 
     Args:
         capability: of the CUDA device.
     """
     weight = layer.weight.detach()
-    shape, found, reasons = tuple(weight.shape), [], []
+    shape = tuple(weight.shape)
+    able: list[GpuCandidate] = []
+    reasons: list[str] = []
     backend = semi_structured.default_backend(capability)
     if why := semi_structured.refusal(shape, weight.dtype, capability, backend, weight):
         reasons.append(why)
     else:
-        found.append(Way("semi_structured", lambda: SemiStructuredLinear.from_linear(layer, backend), 1))
+        able.append(GpuCandidate("semi_structured", lambda: SemiStructuredLinear.from_linear(layer, backend), 1))
     side = block_side(weight)
     if side is None:
         reasons.append(f"fewer than {EMPTY:.0%} of its blocks of {' or '.join(map(str, SIDES))} are empty")
     elif why := block_sparse.refusal(shape, weight.dtype, capability, side, side):
         reasons.append(why)
     else:
-        found.append(Way("block_sparse", lambda: BlockSparseLinear.from_linear(layer, side, side), side))
-    return found, "; ".join(reasons)
+        able.append(GpuCandidate("block_sparse", lambda: BlockSparseLinear.from_linear(layer, side, side), side))
+    return able, "; ".join(reasons)
 
 
 def choose(
@@ -150,35 +198,37 @@ def choose(
     keep_dense: bool,
     capability: tuple[int, int] | None,
 ) -> tuple[GpuLinear | None, LayerReport]:
-    """Time what a layer can be computed by, and return the fastest if it is faster than dense."""
-    able, why = ways(layer, capability)
+    """Time the kernels that can compute a layer, and return the fastest layer if it is faster than dense."""
+    able, why = candidates(layer, capability)
     dense_bytes = layer.weight.nbytes
-    best: tuple[float, Way, nn.Module, dict[int, float]] | None = None
-    gains: dict[int, float] = {}
-    for way in able:
-        made = way.make().eval()
-        races = {count: _race(layer, made, way, sparsity, table, count) for count in tokens}
-        gains = {count: race.gain for count, race in races.items()}
-        least = min(gains.values())
-        if all(race.won for race in races.values()) and (best is None or least > best[0]):
-            best = (least, way, made, gains)
-        elif best is None:
-            why = f"dense is faster, or less than {MARGIN:.0%} slower: {way.kernel} is {least:.2f}x as fast"
+    best: tuple[float, GpuCandidate, nn.Module, dict[int, float]] | None = None
+    speedups: dict[int, float] = {}
+    for candidate in able:
+        fast = candidate.make().eval()
+        measured = {count: _measure(layer, fast, candidate, sparsity, table, count) for count in tokens}
+        speedups = {count: each.speedup for count, each in measured.items()}
+        lowest, slower = min(speedups.values()), why_dense(candidate.kernel, measured)
+        if slower is None and (best is None or lowest > best[0]):
+            best = (lowest, candidate, fast, speedups)
+        elif best is None and slower is not None:
+            why = slower
     shape = tuple(layer.weight.shape)
     if best is None:
-        return None, LayerReport(name, shape, sparsity, "dense", 0, dense_bytes, dense_bytes, gains, why)
-    _, way, made, gains = best
-    size = sum(own.nbytes for own in made.buffers()) + (dense_bytes if keep_dense else 0)
-    report = LayerReport(name, shape, sparsity, way.kernel, way.rows, size, dense_bytes, gains)
-    return GpuLinear(made, layer, keep_dense), report
+        return None, LayerReport(name, shape, sparsity, "dense", 0, dense_bytes, dense_bytes, speedups, why)
+    _, candidate, fast, speedups = best
+    size = sum(own.nbytes for own in fast.buffers()) + (dense_bytes if keep_dense else 0)
+    report = LayerReport(name, shape, sparsity, candidate.kernel, candidate.rows, size, dense_bytes, speedups)
+    return GpuLinear(fast, layer, keep_dense), report
 
 
-def _race(layer: nn.Linear, made: nn.Module, way: Way, sparsity: float, table: SpeedTable, count: int) -> Race:
+def _measure(
+    layer: nn.Linear, fast: nn.Module, candidate: GpuCandidate, sparsity: float, table: SpeedTable, count: int
+) -> Measurement:
     weight = layer.weight
     x = torch.randn(1, count, layer.in_features, device=weight.device, dtype=weight.dtype)
     device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu"
 
-    def timed(module: nn.Module) -> Callable[[], object]:
+    def run_of(module: nn.Module) -> Callable[[], object]:
         def run() -> object:
             out = module(x)
             if weight.is_cuda:
@@ -187,6 +237,6 @@ def _race(layer: nn.Linear, made: nn.Module, way: Way, sparsity: float, table: S
 
         return run
 
-    kind = f"{way.kernel} {str(weight.dtype).removeprefix('torch.')}"
-    trial = Trial(kind, (tuple(weight.shape),), round(100 * sparsity), (way.rows,), count, device)
-    return table.race(trial, timed(layer), timed(made))
+    kind = f"{candidate.kernel} {str(weight.dtype).removeprefix('torch.')}"
+    trial = Trial(kind, (tuple(weight.shape),), round(100 * sparsity), (candidate.rows,), count, device)
+    return table.measure(trial, run_of(layer), run_of(fast))

@@ -1,33 +1,36 @@
-"""The product with the vocabulary: it stays dense, and for a few tokens an own kernel reads its weight.
+"""The LM head: its weight stays dense, and a GEMV kernel of this package reads it for a few tokens.
 
-A model that generates multiplies one token with the whole table of the vocabulary at each step, which soon takes most
-of the time that pruning has left. The weight, what is tied to it and the state dict stay what they were.
+A model that generates multiplies one token with the embedding table of all tokens at each step, which takes most of the
+time that pruning leaves. The weight, what is tied to it and the state dict stay what they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..kernels.dense_gemv import dense_linear
-from ..modeling.architectures.base import Changed, become
-from .autotune import Race, SpeedTable, Trial
+from ..modeling.class_swap import swap_class
+from .autotune import Measurement, SpeedTable, Trial
+from .fused_parts import RuntimeBlock
+from .survey import LayerDecision
 
 KERNEL = "dense_few"
-"""Of the report: dense, by another kernel for a few tokens."""
+"""Name in the report: dense, by another kernel for a few tokens."""
 
 TOKENS = (1, 16, 128)
-"""Numbers of tokens that are timed. The least has to gain; the others must not lose."""
+"""Token counts that are timed. The smallest has to be faster; the others must not be slower."""
 
-LOSS = 0.03
-"""What the others may lose, as a fraction: two runs of the same product differ by as much."""
+TOLERANCE = 0.03
+"""Slow-down at the other token counts that is noise, as a fraction: two runs of one matmul differ by as much."""
 
 
-class Vocabulary(Changed):
-    """A dense layer that is read by the own kernel where a few tokens are multiplied with it."""
+class FewTokenLinear(RuntimeBlock):
+    """A dense layer that is computed by the GEMV kernel where a few tokens are multiplied with it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -43,8 +46,8 @@ class Vocabulary(Changed):
         return dense_linear(x, self.weight, self.bias)
 
 
-def vocabulary_of(model: nn.Module) -> nn.Linear | None:
-    """Return the layer that multiplies with the vocabulary of a model that generates, if another kernel can read it."""
+def lm_head_of(model: nn.Module) -> nn.Linear | None:
+    """Return the LM head of a model that generates, if the GEMV kernel can read it."""
     can, head = getattr(model, "can_generate", None), getattr(model, "get_output_embeddings", None)
     if not callable(can) or not can() or not callable(head):
         return None
@@ -57,33 +60,35 @@ def vocabulary_of(model: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def races(layer: nn.Linear, table: SpeedTable, tokens: Iterable[int] = TOKENS) -> dict[int, Race]:
-    """Return what the layer takes as it is ("dense") and by the own kernel ("packed"), by tokens."""
+def measure(layer: nn.Linear, table: SpeedTable, tokens: Iterable[int] = TOKENS) -> dict[int, Measurement]:
+    """Time the layer as it is ("dense") and with the GEMV kernel ("packed"), by token count."""
     weight, bias = layer.weight.detach(), layer.bias
-    found = {}
+    measured = {}
     for count in tokens:
-        x = torch.randn(count, layer.in_features)
+        x = torch.randn(count, layer.in_features, dtype=torch.float32, device="cpu")
         trial = Trial(KERNEL, (tuple(weight.shape),), 0, (0,), count)
-        found[count] = table.race(
+        measured[count] = table.measure(
             trial,
             lambda x=x: nn.functional.linear(x, weight, bias),  # type: ignore[misc]
             lambda x=x: dense_linear(x, weight, bias),  # type: ignore[misc]
         )
-    return found
+    return measured
 
 
-def pays(found: dict[int, Race]) -> bool:
-    """Return whether the least number of tokens gains, and no other loses."""
-    return found[min(found)].won and all(race.gain >= 1.0 - LOSS for race in found.values())
+def is_faster(measured: Mapping[int, Measurement]) -> bool:
+    """Return whether the kernel is faster at the smallest token count, and not slower at any other."""
+    smallest = measured[min(measured)]
+    return smallest.is_faster and all(each.speedup >= 1.0 - TOLERANCE for each in measured.values())
 
 
-def read_fast(layer: nn.Linear) -> None:
-    """Let the own kernel read the layer."""
-    become(layer, Vocabulary)
+def use_few_token_kernel(layer: nn.Linear) -> None:
+    """Let the GEMV kernel read the layer."""
+    swap_class(layer, FewTokenLinear)
 
 
-def restore(model: nn.Module) -> None:
-    """Give the layer of a model the class that it had."""
-    for module in model.modules():
-        if isinstance(module, Vocabulary):
-            module.__class__ = module.plain  # type: ignore[assignment]
+def decide(decision: LayerDecision, speedups: Mapping[int, float]) -> LayerDecision:
+    """Return the decision about an LM head that uses the kernel."""
+    smallest = min(speedups, default=0)
+    gain = f", {speedups[smallest]:.1f}x at {smallest} token{'s' if smallest > 1 else ''}" if smallest else ""
+    reason = f"dense, with a GEMV kernel for a few tokens{gain} ({decision.reason})"
+    return dataclasses.replace(decision, kernel=KERNEL, speedups=speedups, reason=reason)

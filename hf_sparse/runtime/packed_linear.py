@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,22 +10,22 @@ from torch import Tensor, nn
 
 from ..errors import BackendError
 from ..modeling.layer_matching import BACK, InRuntimeForm
+from .joint import Joint
 from .packed_weight import PARTS, Kernel, Packed
 
 
 class PackedLinear(InRuntimeForm, nn.Module):
-    """What an `nn.Linear` becomes: the same module (name, hooks, bias), whose weight lies packed in buffers.
+    """An `nn.Linear` in runtime form: the same module (name, hooks, bias) with its weight packed in buffers.
 
-    The state dict has the dense `weight`, unpacked. `weight` can be read, as a dense copy: changing that changes
-    nothing.
+    The state dict has the dense `weight`, unpacked. `weight` can be read as a dense copy; changes of the copy are lost.
 
     Attributes:
         kernel: what multiplies.
         rows: output rows that share the columns of their nonzeros.
         joint: of layers that are computed together, what they share; else None.
-        order: of the parameters that it had.
-        trainable: whether the weight asked for gradients.
-        marks: attributes that the parameter had.
+        order: names of the parameters of the `nn.Linear`, in their order.
+        trainable: whether the weight required gradients.
+        marks: attributes of the weight parameter.
         dense: the dense parameter in a tuple, if it is kept.
     """
 
@@ -48,16 +47,16 @@ class PackedLinear(InRuntimeForm, nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed weight; of layers that are computed together, that of all of them."""
-        own = self if self.joint is None else self.joint.layers[0]
+        owner: Any = self if self.joint is None else self.joint.layers[0]
         height = self.out_features if self.joint is None else self.joint.out_features
-        buffers = own._buffers  # the search for an attribute that is a buffer takes as long as a small product
-        return Packed(own.kernel, own.rows, height, self.in_features, *[buffers[name] for name in PARTS])  # type: ignore[arg-type]
+        buffers = owner._buffers  # attribute look-up of a buffer takes as long as a small matmul
+        return Packed(owner.kernel, owner.rows, height, self.in_features, *[buffers[name] for name in PARTS])
 
     @property
     def weight(self) -> Tensor:
         """A dense copy of the weight."""
-        whole = self.packed.dense()
-        return whole if self.joint is None else self.joint.part(self, whole).clone()
+        weight = self.packed.dense()
+        return weight if self.joint is None else self.joint.part(self, weight).clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`.
@@ -76,36 +75,39 @@ class PackedLinear(InRuntimeForm, nn.Module):
         """Raise `BackendError` for what only a dense layer can do."""
         if self.training:
             raise BackendError(
-                "a layer in runtime form (hf_sparse.to_runtime) is in training mode, and it cannot train. For "
-                "inference, call model.eval(); to train, call hf_sparse.to_dense_runtime(model) before training"
+                "a layer in runtime form (hf_sparse.to_runtime) is in training mode, and cannot train. For inference, "
+                "call model.eval(); to train, call hf_sparse.to_dense_runtime(model) before training"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise BackendError(
-                "a layer in runtime form (hf_sparse.to_runtime) was given an input that needs gradients, and has none "
-                "to give. Use torch.no_grad(), or call hf_sparse.to_dense_runtime(model) before training"
+                "a layer in runtime form (hf_sparse.to_runtime) computes no gradients, and its input requires them. "
+                "Use torch.no_grad(), or call hf_sparse.to_dense_runtime(model) before training"
             )
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise BackendError(
-                f"a layer in runtime form computes in float32 on the CPU, and was given {x.dtype} on {x.device} (by "
-                f"torch.autocast around the model, maybe: leave it out). To move or cast the model, {BACK}"
+                f"a layer in runtime form computes in float32 on the CPU, got an input in {x.dtype} on {x.device} "
+                f"(torch.autocast around the model may be the cause: remove it). To move or cast the model, {BACK}"
             )
 
     def extra_repr(self) -> str:
-        """Say what it is."""
+        """Describe the layer in the `repr` of the model."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"kernel={self.kernel}, rows={self.rows}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # A cast or a move would change the packed values for good, or leave them where no kernel is.
-        probe = fn(torch.zeros(1))
+        self.check_apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def check_apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise `BackendError` if `_apply` of this function would cast the layer, or move it away from its kernel."""
+        probe = fn(torch.zeros(1, dtype=torch.float32, device="cpu"))
         if probe.dtype != torch.float32 or probe.device.type != "cpu":
             raise BackendError(
-                f"a model in runtime form stays in float32 on the CPU, and was asked for {probe.dtype} on "
-                f"{probe.device}: {BACK}, then move or cast it (what comes before this layer may have been by now)"
+                f"a model in runtime form stays in float32 on the CPU, requested {probe.dtype} on {probe.device}: "
+                f"{BACK}, then cast or move it"
             )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -115,94 +117,35 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 destination[f"{prefix}{name}"] = destination.pop(f"{prefix}{name}")
 
 
-class Joint:
-    """What several layers with the same input share: one packed weight, and one product per input.
-
-    The first layer that sees an input computes for all; the others, given the very same tensor, hand out their part. A
-    thread sees only its own products. Every part is handed out once, so nothing outlives the forward pass.
-    """
-
-    def __init__(self, layers: Sequence[PackedLinear]) -> None:
-        self.layers = tuple(layers)
-        self.heights = [layer.out_features for layer in layers]
-        self.out_features = sum(self.heights)
-        self.traced: dict[str, Any] = {}
-        self.local = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "traced": {}, "local": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.local = threading.local()
-
-    def part(self, layer: PackedLinear, whole: Tensor) -> Tensor:
-        """Return the rows of one layer."""
-        first = sum(self.heights[: self.index(layer)])
-        return whole[first : first + layer.out_features]
-
-    def index(self, layer: PackedLinear) -> int:
-        """Return which of them a layer is."""
-        return next(number for number, own in enumerate(self.layers) if own is layer)
-
-    def product(self, layer: PackedLinear, x: Tensor) -> Tensor:
-        """Return the output of one layer."""
-        # A compiler sees no threads, and cannot look into those of Python.
-        held = self.traced if torch.compiler.is_compiling() else self.local.__dict__
-        index = self.index(layer)
-        if held.get("input") is x and held.get("version") == _version(x) and index in held["parts"]:
-            parts = held["parts"]
-        else:
-            whole = layer.packed.multiply(x, self.bias())
-            parts = dict(enumerate(whole.split(self.heights, dim=-1)))
-            held["input"], held["version"], held["parts"] = x, _version(x), parts
-        out: Tensor = parts.pop(index)
-        if not parts:
-            held.clear()
-        return out
-
-    def bias(self) -> Tensor | None:
-        """Return the biases of all layers, one after the other."""
-        # Put together at each call: a bias can be changed in place.
-        biases = [layer.bias for layer in self.layers]
-        return None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
-
-
-def _version(x: Tensor) -> int:
-    if torch.compiler.is_compiling() or x.is_inference():
-        return 0
-    return x._version
-
-
 def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool) -> None:
     """Turn a layer, or several with the same input, into packed ones, in place.
 
     Args:
-        packed: their weights, one above the other.
+        packed: their weights, concatenated along the output rows.
     """
-    made_of: list[PackedLinear] = []
+    changed: list[PackedLinear] = []
     for number, layer in enumerate(layers):
         order = tuple(layer._parameters)
         weight = layer._parameters.pop("weight")
         assert weight is not None
         layer.__class__ = PackedLinear  # type: ignore[assignment]
-        made: Any = layer
-        made.order = order
-        made.kernel, made.rows, made.joint = packed.kernel, packed.rows, None
-        made.trainable, made.marks = weight.requires_grad, dict(vars(weight))
-        made.dense = (weight,) if keep_dense else ()
+        obj: Any = layer
+        obj.order = order
+        obj.kernel, obj.rows, obj.joint = packed.kernel, packed.rows, None
+        obj.trainable, obj.marks = weight.requires_grad, dict(vars(weight))
+        obj.dense = (weight,) if keep_dense else ()
         if number == 0:
             for name in PARTS:
-                made.register_buffer(name, getattr(packed, name), persistent=False)
-        made_of.append(made)
-    if len(made_of) > 1:
-        joint = Joint(made_of)
-        for made in made_of:
-            made.joint = joint
+                obj.register_buffer(name, getattr(packed, name), persistent=False)
+        changed.append(obj)
+    if len(changed) > 1:
+        joint = Joint(changed)
+        for packed_layer in changed:
+            packed_layer.joint = joint
 
 
 def become_dense(layers: Sequence[PackedLinear]) -> None:
-    """Turn packed layers back into `nn.Linear`, in place; those that are computed together all at once."""
+    """Restore packed layers to `nn.Linear`, in place; those that are computed together all at once."""
     weights = [layer.dense[0] if layer.dense else _parameter(layer) for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
         for name in PARTS:

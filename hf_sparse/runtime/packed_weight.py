@@ -119,7 +119,8 @@ class Packed(NamedTuple):
 
         The norm of the difference over that of the product, of 64 tokens. Real inputs have greater outliers.
         """
-        x = torch.randn(64, self.in_features, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        x = torch.randn(64, self.in_features, generator=generator, dtype=torch.float32, device="cpu")
         wanted = torch.nn.functional.linear(x, weight.detach())
         return float((self.multiply(x, None) - wanted).norm() / wanted.norm().clamp_min(1e-30))
 

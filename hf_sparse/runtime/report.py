@@ -1,4 +1,4 @@
-"""What `to_runtime` did with each layer, and why: as data and as a table."""
+"""What `to_runtime` decided about each layer, and why: as data and as a table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class LayerReport:
         name: of the layer.
         shape: of its weight.
         sparsity: fraction of zeros.
-        kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward part), "sparse_qkv" (query, key and value as one
-            product), the same three with "int8" for "sparse", "csr", "dense_few" (dense, by an own kernel for a few
+        kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward sub-block), "sparse_qkv" (query, key and value as
+            one matmul), the same three with "int8" for "sparse", "csr", "dense_few" (dense, by a GEMV kernel for a few
             tokens) or "dense".
         rows: output rows that share their columns in the packed form; 0 of a dense layer.
-        bytes: what the weight takes now.
-        dense_bytes: what it takes dense.
-        gains: tokens -> time of the dense product over that of the chosen kernel, where it was measured; for layers
-            that stay dense, that of the kernel that lost.
+        bytes: of the weight in memory.
+        dense_bytes: of the dense weight.
+        gains: token count -> speed-up over dense, where it was measured; for layers that stay dense, that of the
+            kernel that was not faster.
         reason: why the layer is not sparse; None if it is.
-        error: of an int8 product, relative to the exact one, on normally distributed inputs; None of exact kernels.
+        error: of an int8 matmul, relative to the exact one, on normally distributed inputs; None of exact kernels.
     """
 
     name: str
@@ -49,9 +49,9 @@ class RuntimeReport:
     """The linear layers of a model in runtime form. `print` it for a table.
 
     Attributes:
-        backend: what was asked for.
-        machine: processor, threads and torch, which the gains were measured with.
-        kernels: what was found of the own kernels.
+        backend: the requested one.
+        machine: processor, threads and torch of the measurements.
+        kernels: status of the kernels of this package.
         layers: one report per layer.
     """
 
@@ -72,7 +72,7 @@ class RuntimeReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that they would take dense."""
+        """Bytes of the weights of all layers if they were dense."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,17 +81,18 @@ class RuntimeReport:
         return {key: getattr(self, key) for key in keys} | {"layers": [layer.to_dict() for layer in self.layers]}
 
     def __str__(self) -> str:
-        wide = max([len(layer.name) for layer in self.layers] + [5])
-        head = f"{'layer':<{wide}}  {'shape':>11}  {'sparsity':>8}  {'kernel':<13}  {'rows':>4}  {'memory':>6}  gain"
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        columns = f"{'shape':>11}  {'sparsity':>8}  {'kernel':<13}  {'rows':>4}  {'memory':>6}  speed-up or reason"
+        head = f"{'layer':<{width}}  {columns}"
         lines = [head, "-" * len(head)]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             share = layer.bytes / layer.dense_bytes if layer.dense_bytes else 1.0
-            exact = None if layer.error is None else f"not exact: {layer.error:.2%} off on random inputs"
-            said = layer.reason or _gains(layer.gains) or exact or "not measured"
+            error = None if layer.error is None else f"not exact: relative error {layer.error:.2%} on random inputs"
+            result = layer.reason or _speedups(layer.gains) or error or "not measured"
             lines.append(
-                f"{layer.name:<{wide}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
-                f"{layer.rows or '':>4}  {share:>6.0%}  {said}"
+                f"{layer.name:<{width}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
+                f"{layer.rows or '':>4}  {share:>6.0%}  {result}"
             )
         lines.append("-" * len(head))
         lines.append(
@@ -101,11 +102,11 @@ class RuntimeReport:
         return "\n".join(lines)
 
 
-def _gains(gains: Mapping[int, float]) -> str:
-    """Say how much faster it is.
+def _speedups(speedups: Mapping[int, float]) -> str:
+    """Format speed-ups by token count.
 
     Example:
-        >>> _gains({16: 2.04, 128: 6.5})
+        >>> _speedups({16: 2.04, 128: 6.5})
         '2.0x (16 tokens), 6.5x (128 tokens)'
     """
-    return ", ".join(f"{gain:.1f}x ({tokens} tokens)" for tokens, gain in gains.items())
+    return ", ".join(f"{speedup:.1f}x ({tokens} tokens)" for tokens, speedup in speedups.items())

@@ -1,39 +1,45 @@
-"""What comes after a sub-block of BERT and its kin: dropout, which does nothing here, the residual, the layer norm."""
+"""The end of a sub-block: dropout (which does nothing in inference), residual, layer norm."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..kernels.types import Norm
-from ..modeling.zero_preservation import is_guard
+from ..modeling.architectures import ResidualNorm, SubBlock
 
 
-def norm_of(after: Any) -> Norm | None:
-    """Return the layer norm of such a module, for an operator to compute; None if that would be noticed.
+class FusedEnd:
+    """The layer norm at the end of a fused sub-block, for an operator to compute.
 
     Args:
-        after: a module with the attributes `dense`, `dropout` and `LayerNorm`.
+        block: the sub-block, with its packed layers.
+        table: names the modules.
+
+    Attributes:
+        paths: of the modules that are not called, for `FusedParts`.
     """
-    norm, dropout = after.LayerNorm, after.dropout
-    if type(norm) is not nn.LayerNorm or norm.weight is None or len(norm.normalized_shape) != 1:
-        return None
-    if not is_own(after) or type(dropout) is not nn.Dropout or dropout.training:
-        return None  # the dropout of a model in eval() can be switched on alone, to draw many answers (MC dropout)
-    if any(watched(module) for module in (after, after.dense, after.dropout, norm)):
-        return None
-    return Norm(norm.weight, norm.bias, norm.eps)
 
+    def __init__(self, block: SubBlock, table: ResidualNorm) -> None:
+        module = block.module
+        self.dropout: Any = module.get_submodule(table.dropout)
+        self.norm: Any = module.get_submodule(table.norm)
+        self.paths = (table.module, table.dropout, table.norm)
+        plain = type(self.norm) is nn.LayerNorm and type(self.dropout) is nn.Dropout
+        one_axis = plain and len(self.norm.normalized_shape) == 1  # type: ignore[arg-type]
+        self.fusible = one_axis and block.is_own(module.get_submodule(table.module))
 
-def is_own(module: nn.Module) -> bool:
-    """Return whether a module is of a class of transformers: one made of it, or of its name, may compute otherwise."""
-    return type(module).__module__.startswith("transformers.models.")
+    def operand(self) -> Norm | None:
+        """Return the layer norm for an operator; None if it has to be called."""
+        # The dropout of a model in eval() may be switched on alone, to sample predictions (MC dropout).
+        if not self.fusible or self.dropout.training:
+            return None
+        norm = self.norm
+        weight = norm.weight
+        return None if weight is None else Norm(weight, norm.bias, norm.eps)
 
-
-def watched(module: nn.Module) -> bool:
-    """Return whether somebody sees each call of a module: hooks (but for the one that keeps zeros), a new forward."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):  # looked at in each call of each block
-        if hooks and not all(map(is_guard, hooks.values())):
-            return True
-    return "forward" in module.__dict__
+    def apply(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Return `norm(dropout(hidden) + residual)`."""
+        out: Tensor = self.norm(self.dropout(hidden) + residual)
+        return out

@@ -29,10 +29,10 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import quartiles, threads_of_torch
 from hf_sparse.errors import BackendError
 from hf_sparse.kernels import library_status
-from hf_sparse.profiling.latency_table import machine
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import quartiles, threads_of_torch
 from hf_sparse.runtime import SpeedTable
 
 FLOOR = 0.97

@@ -36,9 +36,10 @@ from bench_runtime import make, prune  # type: ignore[import-not-found]  # besid
 from torch import Tensor, nn
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, quartiles, threads_of_torch
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE
 from hf_sparse.kernels import library_status
-from hf_sparse.profiling.latency_table import machine
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import quartiles, threads_of_torch
 
 BARS = {"element": 1.3, "4x1": 1.6}
 """How many times as fast as DeepSparse ours is asked to be at 90 %."""

@@ -29,11 +29,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, in_turns, quartiles, size, threads_of_torch
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, size
 from hf_sparse.kernels import library_status
 from hf_sparse.modeling.layer_matching import block_layers
-from hf_sparse.profiling.latency_table import machine
-from hf_sparse.runtime.lm_head import read_fast
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import interleave, quartiles, threads_of_torch
+from hf_sparse.runtime.lm_head import use_few_token_kernel
 
 PATTERNS = {"element": (1, 1), "4x1": (4, 1), "32x32": (32, 32)}
 MINI: dict[str, Any] = {
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                 runs = {"dense": work(name, dense, ids), "sparse": work(name, sparse, ids), **peers}
                 if name == "t5-small-decode":  # what of the gain is the vocabulary alone
                     fast = make(name)
-                    read_fast(fast.lm_head)
+                    use_few_token_kernel(fast.lm_head)
                     runs["dense with our vocabulary"] = work(name, fast.requires_grad_(False), ids)
                 int8: dict[str, float] = {}
                 if options.int8:
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                     int8["int8_difference"] = compare(rounded, same, inputs, INT8_TOLERANCE)
                     runs["sparse-int8"] = work(name, rounded, ids)
                 del same
-                seconds = in_turns(runs, options.rounds)
+                seconds = interleave(runs, options.rounds)
                 ratios = {
                     run: quartiles([a / b for a, b in zip(seconds["dense"], found, strict=True)])
                     for run, found in seconds.items()

@@ -12,7 +12,7 @@ import torch
 from transformers import RobertaConfig, RobertaModel, T5Config, T5ForSequenceClassification
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig, compact, sparsify
-from hf_sparse.analysis.benchmark import Comparison, Timing, in_turns, make_inputs
+from hf_sparse.analysis.benchmark import Comparison, Timing, make_inputs
 from hf_sparse.analysis.benchmark import compare as compare_outputs
 from hf_sparse.analysis.environment import diagnose
 from hf_sparse.cli.main import main
@@ -185,12 +185,6 @@ def test_other_outputs_are_an_error_and_not_timed() -> None:
     first, second = build("bert"), build("bert", seed=1)
     with pytest.raises(BackendError, match="no rounding"):
         compare_outputs(first, second, batch("bert"))
-
-
-def test_runs_take_turns_in_both_orders() -> None:
-    order: list[str] = []
-    in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm=0)
-    assert order == ["a", "b", "b", "a"]
 
 
 def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

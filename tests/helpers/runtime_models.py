@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse import SparsityConfig, sparsify
+from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import SpeedTable
-from hf_sparse.runtime.autotune import Race, Run, Trial
+from hf_sparse.runtime.autotune import Measurement, Trial
 from tests.helpers.structures import build
 
 
@@ -34,10 +35,10 @@ class Fixed:
         self.seconds = seconds
         self.asked: list[Trial] = []
 
-    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Race:
+    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Measurement:
         self.asked.append(trial)
         seconds = self.seconds.get(trial.kind, 0.5)
-        return Race(1.0, seconds, 1.0 / seconds)
+        return Measurement(1.0, seconds, 1.0 / seconds)
 
 
 def table(path: Any, **seconds: float) -> SpeedTable:

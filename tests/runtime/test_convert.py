@@ -28,7 +28,7 @@ from hf_sparse.modeling.architectures import known_sub_blocks
 from hf_sparse.pruning.head_importance import head_importance
 from hf_sparse.runtime import SpeedTable, is_runtime
 from hf_sparse.runtime import fused_ffn as blocks
-from hf_sparse.runtime.autotune import Race, Trial
+from hf_sparse.runtime.autotune import Measurement, Trial
 from hf_sparse.runtime.packed_linear import PackedLinear
 from tests.helpers.runtime_models import Fixed, answers, sparse, table
 from tests.helpers.structures import FAMILIES, batch, build
@@ -370,7 +370,7 @@ def test_model_that_generates_is_timed_with_one_token_too(tmp_path: Any) -> None
 def test_encoder_of_a_model_that_generates_is_timed_with_whole_texts_alone(tmp_path: Any) -> None:
     class FewLose(Fixed):
         def __call__(self, trial: Trial, dense: Any, packed: Any) -> Any:
-            return super().__call__(trial, dense, packed) if trial.tokens > 8 else Race(1.0, 2.0, 0.5)
+            return super().__call__(trial, dense, packed) if trial.tokens > 8 else Measurement(1.0, 2.0, 0.5)
 
     times = table(tmp_path)
     times.clock = FewLose()
@@ -385,7 +385,7 @@ def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
     to_runtime(sparse("t5"), tokens=(64, 32), table=times)
     assert {trial.tokens for trial in times.clock.asked} == {32, 64}  # type: ignore[attr-defined]
     for wrong in ((), (0, 3), 128, (1.5,), ("a", "b"), "12"):
-        with pytest.raises(BackendError, match="from 1 on"):
+        with pytest.raises(BackendError, match="`tokens` must be"):
             to_runtime(sparse("bert"), tokens=wrong, table=times)  # type: ignore[arg-type]
 
 
@@ -393,7 +393,7 @@ def test_file_of_times_that_is_spoilt_is_measured_anew(tmp_path: Any) -> None:
     for text in ("", '{"a": [1, 2', "[]", "[" * 100_000, '{"a": ["x"]}', '{"a": [NaN, 1, 1]}'):
         (tmp_path / "runtime.json").write_text(text)
         assert to_runtime(sparse("bert"), table=table(tmp_path)).sparse
-        assert len(table(tmp_path).file.read()) > 1
+        assert len(table(tmp_path).cache.read()) > 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "csr"])
@@ -411,21 +411,21 @@ def test_layers_compute_in_float32_under_autocast(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("race", "won"),
+    ("measured", "faster"),
     [
-        (Race(1.0, 0.5, 1.9), True),
-        (Race(1.0, 0.97, 1.02), False),  # less than the margin
-        (Race(1.0, 0.9, 0.99), False),  # slower in one round of four
-        (Race(1.0, 1.2, 0.8), False),
+        (Measurement(1.0, 0.5, 1.9), True),
+        (Measurement(1.0, 0.97, 1.02), False),  # less than the margin
+        (Measurement(1.0, 0.9, 0.99), False),  # slower in one round of four
+        (Measurement(1.0, 1.2, 0.8), False),
     ],
 )
-def test_packed_product_wins_by_a_margin_and_in_most_rounds(race: Race, won: bool) -> None:
-    assert race.won is won
+def test_packed_product_wins_by_a_margin_and_in_most_rounds(measured: Measurement, faster: bool) -> None:
+    assert measured.is_faster is faster
 
 
 def test_one_number_of_tokens_that_loses_keeps_the_layer_dense(tmp_path: Any) -> None:
-    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
-        return Race(1.0, 1.1, 0.9) if trial.tokens == 65 else Race(1.0, 0.2, 4.9)
+    def clock(trial: Trial, dense: Any, packed: Any) -> Measurement:
+        return Measurement(1.0, 1.1, 0.9) if trial.tokens == 65 else Measurement(1.0, 0.2, 4.9)
 
     report = to_runtime(sparse("bert"), table=SpeedTable(tmp_path / "t.json", clock))
     assert not report.sparse
@@ -435,12 +435,12 @@ def test_one_number_of_tokens_that_loses_keeps_the_layer_dense(tmp_path: Any) ->
 def test_race_takes_the_real_modules(tmp_path: Any) -> None:
     found = []
 
-    def clock(trial: Trial, dense: Any, packed: Any) -> Race:
+    def clock(trial: Trial, dense: Any, packed: Any) -> Measurement:
         one, other = dense(), packed()
         for a, b in zip(*(each if isinstance(each, list) else [each] for each in (one, other)), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         found.append(trial.kind)
-        return Race(1.0, 0.2, 4.9)
+        return Measurement(1.0, 0.2, 4.9)
 
     for family in ("bert", "t5-gated"):
         with torch.no_grad():
@@ -547,7 +547,7 @@ def adapters() -> Any:
     return nn.ModuleDict({"q": nn.ModuleDict({"base_layer": nn.Linear(4, 4)})})
 
 
-def quantised() -> Any:
+def quantized() -> Any:
     model = nn.Sequential(nn.Linear(16, 16))
     model[0].weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     return model
@@ -559,7 +559,7 @@ def quantised() -> Any:
         (masked, "bake"),
         (meta, "offloaded"),
         (adapters, "adapters"),
-        (quantised, "quantised"),
+        (quantized, "quantized"),
         (lambda: nn.Sequential(sparse_linear()).half(), "float32"),
         (lambda: nn.Sequential(nn.Linear(8, 8)), "nothing is sparse"),
         (lambda: nn.Sequential(nn.ReLU()), "no linear layer"),
@@ -612,7 +612,7 @@ def test_way_back_needs_a_way_there() -> None:
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense'"):
+    with pytest.raises(BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense', got 'gpu'"):
         to_runtime(sparse("bert"), "gpu")
 
 

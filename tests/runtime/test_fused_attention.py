@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse import to_dense_runtime, to_runtime
-from hf_sparse.runtime.fused_attention import LeanSelf
+from hf_sparse.modeling.class_swap import restore
+from hf_sparse.runtime.fused_attention import FusedAttentionBlock, SharedInput
+from hf_sparse.runtime.fused_ffn import FusedFeedForward
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -44,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    for name in ("heads", "whole"):
+    for name in ("heads", "heads_and_norm"):
         monkeypatch.setattr(attention, name, counting(getattr(attention, name)))
     return made
 
@@ -56,11 +58,11 @@ def norms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from hf_sparse.runtime import fused_ffn as blocks
 
     made: list[str] = []
-    for module, name in ((attention, "whole"), (blocks, "feed_forward")):
+    for module, name in ((attention, "heads_and_norm"), (blocks, "feed_forward")):
         real = getattr(module, name)
 
         def noted(*given: Any, real: Any = real, name: str = name) -> Tensor:
-            made.extend([name] if name == "whole" or given[-1] is not None else [])
+            made.extend([name] if name == "heads_and_norm" or given[-1] is not None else [])
             out: Tensor = real(*given)
             return out
 
@@ -86,14 +88,12 @@ def close(found: Tensor, wanted: Tensor, backend: str = "cpu") -> None:
 
 def one_by_one(model: Any) -> Any:
     """Return a copy whose products are still packed, but whose sub-blocks torch puts together."""
-    from hf_sparse.runtime import fused_attention as attention
-    from hf_sparse.runtime import fused_ffn as blocks
-
     plain = copy.deepcopy(model)
-    attention.restore(plain)
+    restore(plain, SharedInput)
+    restore(plain, FusedAttentionBlock)
     for module in plain.modules():
-        if isinstance(module, blocks.LeanBert):
-            module.lean.takes_norm = lambda: False  # type: ignore[method-assign]
+        if isinstance(module, FusedFeedForward):
+            module.fused_ffn.takes_norm = False
     return plain
 
 
@@ -115,7 +115,7 @@ def test_way_back_leaves_no_trace(family: str, backend: str) -> None:
     model = sparse(family)
     before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
     to_runtime(model, backend)
-    assert sum(isinstance(module, LeanSelf) for module in model.modules()) == 2
+    assert sum(isinstance(module, SharedInput) for module in model.modules()) == 2
     to_dense_runtime(model)
     assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == before
 
@@ -142,7 +142,7 @@ def test_residual_and_layer_norm_are_part_of_the_operators(family: str, norms: l
     to_runtime(model, backend)
     close(answers(model, texts(17, True)), expected, backend)
     # DistilBERT has its layer norms one module further out.
-    assert norms == (["whole", "feed_forward"] * 2 if family == "bert" else [])
+    assert norms == (["heads_and_norm", "feed_forward"] * 2 if family == "bert" else [])
     with torch.no_grad():
         for name, module in model.named_modules():
             if name.endswith("LayerNorm"):
@@ -165,7 +165,11 @@ def test_what_comes_after_a_sub_block_is_still_seen_by_hooks(
     watched.register_forward_hook(lambda *_: seen.append(1))
     close(answers(model, texts(17, True)), expected, backend)
     assert seen == [1]
-    assert norms == (["whole", "feed_forward", "whole"] if not sub_block else ["whole", "feed_forward", "feed_forward"])
+    assert norms == (
+        ["heads_and_norm", "feed_forward", "heads_and_norm"]
+        if not sub_block
+        else ["heads_and_norm", "feed_forward", "feed_forward"]
+    )
 
 
 _INSIDE = {
@@ -242,7 +246,7 @@ def test_replaced_layer_norm_is_computed(norms: list[str], backend: str) -> None
     expected = answers(model, texts(17, True))
     to_runtime(model, backend)
     close(answers(model, texts(17, True)), expected, backend)
-    assert norms == ["feed_forward", "whole", "feed_forward"]
+    assert norms == ["feed_forward", "heads_and_norm", "feed_forward"]
 
 
 def test_decoder_keeps_its_causal_attention(calls: list[int], backend: str) -> None:

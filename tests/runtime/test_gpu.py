@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hf_sparse.runtime.convert as runtime
 from hf_sparse import BackendError, SparsityConfig, compact, sparsify, to_dense_runtime, to_runtime
 from hf_sparse.kernels.gpu import block_sparse
 from hf_sparse.kernels.gpu.semi_structured import SemiStructuredLinear, pack_semi_structured
-from hf_sparse.runtime import SpeedTable, is_runtime
-from hf_sparse.runtime.autotune import Race, Trial
+from hf_sparse.runtime import SpeedTable, gpu, is_runtime
+from hf_sparse.runtime.autotune import Measurement, Trial
 
 
 class Clock:
@@ -24,18 +23,18 @@ class Clock:
     def __init__(self, **gains: float) -> None:
         self.gains, self.asked = gains, list[Trial]()
 
-    def __call__(self, trial: Trial, dense: Any, packed: Any) -> Race:
+    def __call__(self, trial: Trial, dense: Any, packed: Any) -> Measurement:
         self.asked.append(trial)
         torch.testing.assert_close(packed(), dense(), atol=2e-2, rtol=2e-2)
         gain = self.gains.get(trial.kind.split()[0], 0.5)
-        return Race(gain, 1.0, gain)
+        return Measurement(gain, 1.0, gain)
 
 
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be a GPU of compute capability 8.0, whose kernels are the plain defaults."""
     made = lambda layer, _: SemiStructuredLinear.from_packed(pack_semi_structured(layer.weight), layer.bias)  # noqa: E731
-    monkeypatch.setattr(runtime, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(SemiStructuredLinear, "from_linear", made)
@@ -85,7 +84,7 @@ def test_dense_stays_where_it_wins_and_numbers_of_tokens_count(tmp_path: Path) -
     clock = Clock(semi_structured=1.01)
     report = to_runtime(model_of("2:4"), tokens=(7, 9), table=table(tmp_path, clock))
     assert not report.sparse
-    assert all("semi_structured is 1.01x" in str(layer.reason) for layer in report.layers)
+    assert all("semi_structured is 1.01x at 7 tokens" in str(layer.reason) for layer in report.layers)
     assert {trial.tokens for trial in clock.asked} == {7, 9}
     assert all(trial.device for trial in clock.asked)
 
@@ -106,7 +105,7 @@ def test_refusals_are_in_words(pattern: Any, dtype: torch.dtype, said: str, tmp_
 
 
 def test_without_a_device_every_layer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "is_on_gpu", lambda _: True)
     report = to_runtime(model_of("2:4"), table=table(tmp_path, Clock()))
     assert all("needs a CUDA device" in str(layer.reason) for layer in report.layers)
 
@@ -136,7 +135,7 @@ def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
     model, clock = model_of("2:4").requires_grad_(True), Clock(semi_structured=2.0)
     before = list(model)
 
-    def failing(trial: Trial, dense: Any, packed: Any) -> Race:
+    def failing(trial: Trial, dense: Any, packed: Any) -> Measurement:
         if trial.shapes[0] == (128, 256):
             raise KeyboardInterrupt
         return clock(trial, dense, packed)

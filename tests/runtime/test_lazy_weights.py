@@ -23,8 +23,8 @@ from hf_sparse import (
 )
 from hf_sparse.kernels.library import library
 from hf_sparse.runtime import SpeedTable, is_runtime
-from hf_sparse.runtime.autotune import Race
-from hf_sparse.runtime.lazy_weights import arrive, can_wait, look, waiting
+from hf_sparse.runtime.autotune import Measurement
+from hf_sparse.runtime.lazy_weights import can_be_lazy, lazy_weight, materialize, peek
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -129,7 +129,7 @@ def test_layers_that_stay_dense_are_decoded_too(tmp_path: Path, monkeypatch: pyt
     import hf_sparse.runtime.autotune as timing
 
     monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(SpeedTable, "race", lambda *_: Race(1.0, 2.0, 0.5))
+    monkeypatch.setattr(SpeedTable, "measure", lambda *_: Measurement(1.0, 2.0, 0.5))
     model, inputs = sparse("bert"), batch("bert")
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, quantization_config=SparseConfig(backend="auto"))
@@ -174,18 +174,18 @@ def test_what_cannot_be_packed_is_refused_in_words(tmp_path: Path) -> None:
     ],
 )
 def test_only_what_the_runtime_packs_waits(dtype: torch.dtype, device_map: Any, able: bool) -> None:
-    assert can_wait(nn.Linear(2, 2), "layer.weight", dtype, device_map) is able
-    assert not can_wait(nn.Linear(2, 2), "layer.bias", dtype, device_map)
-    assert not can_wait(nn.Embedding(2, 2), "layer.weight", dtype, device_map)
+    assert can_be_lazy(nn.Linear(2, 2), "layer.weight", dtype, device_map) is able
+    assert not can_be_lazy(nn.Linear(2, 2), "layer.bias", dtype, device_map)
+    assert not can_be_lazy(nn.Embedding(2, 2), "layer.weight", dtype, device_map)
 
 
 def test_waiting_weight_takes_no_memory_until_it_arrives() -> None:
     layer, calls = nn.Linear(64, 64), []
-    layer.weight = waiting((64, 64), torch.float32, lambda: calls.append(1) or torch.ones(64, 64))  # type: ignore[func-returns-value]
+    layer.weight = lazy_weight((64, 64), torch.float32, lambda: calls.append(1) or torch.ones(64, 64))  # type: ignore[func-returns-value]
     assert layer.weight.untyped_storage().nbytes() == 4
-    assert look(layer.weight).sum() == 64 * 64
-    arrive([layer, nn.ReLU()])
-    arrive([layer])
+    assert peek(layer.weight).sum() == 64 * 64
+    materialize([layer, nn.ReLU()])
+    materialize([layer])
     assert len(calls) == 2
     assert layer.weight.sum() == 64 * 64
 
@@ -204,11 +204,11 @@ def test_failure_half_way_brings_a_model_back(tmp_path: Path) -> None:
     model.requires_grad_(True)
     expected, count = answers(model, inputs), []
 
-    def clock(*_: Any) -> Race:
+    def clock(*_: Any) -> Measurement:
         count.append(1)
         if len(count) > 6:
             raise KeyboardInterrupt
-        return Race(1.0, 0.5, 2.0)
+        return Measurement(1.0, 0.5, 2.0)
 
     check_brought_back(model, inputs, expected, SpeedTable(tmp_path / "t.json", clock))
 
@@ -218,9 +218,9 @@ def test_failure_at_the_vocabulary_brings_a_model_back(tmp_path: Path) -> None:
     model = sparse("t5").requires_grad_(True)
     expected = answers(model, batch("t5"))
 
-    def clock(trial: Any, *_: Any) -> Race:
+    def clock(trial: Any, *_: Any) -> Measurement:
         if trial.kind == "dense_few":
             raise KeyboardInterrupt
-        return Race(1.0, 0.5, 2.0)
+        return Measurement(1.0, 0.5, 2.0)
 
     check_brought_back(model, batch("t5"), expected, SpeedTable(tmp_path / "t.json", clock))

@@ -1,4 +1,4 @@
-"""The product with the vocabulary, read by the own kernel: the same numbers, the same model, back what it was."""
+"""The product with the lm_head, read by the own kernel: the same numbers, the same model, back what it was."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.kernels import LibraryStatus
-from hf_sparse.runtime import lm_head as vocabulary
-from hf_sparse.runtime.autotune import Race, Run, SpeedTable, Trial
+from hf_sparse.profiling.timer import Run
+from hf_sparse.runtime import lm_head
+from hf_sparse.runtime.autotune import Measurement, SpeedTable, Trial
 from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import batch
 
@@ -68,7 +69,7 @@ def test_operator_is_called_and_compilers_see_it(monkeypatch: pytest.MonkeyPatch
     layer: Any = nn.Linear(24, 40, bias=False).requires_grad_(False)
     x = torch.randn(1, 24)
     expected = layer(x)
-    vocabulary.read_fast(layer)
+    lm_head.use_few_token_kernel(layer)
     compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     for strict in (False, True):
@@ -79,14 +80,14 @@ def test_operator_is_called_and_compilers_see_it(monkeypatch: pytest.MonkeyPatch
             some = torch.randn(count, 24)
             torch.testing.assert_close(exported.module()(some), layer(some))
     asked: list[int] = []
-    monkeypatch.setattr(vocabulary, "dense_linear", lambda x, weight, bias: asked.append(1))
+    monkeypatch.setattr(lm_head, "dense_linear", lambda x, weight, bias: asked.append(1))
     layer(x)
     assert asked == [1]
 
 
 def test_gradients_pass_where_they_are_asked_for() -> None:
     layer: Any = nn.Linear(6, 5).requires_grad_(False)
-    vocabulary.read_fast(layer)
+    lm_head.use_few_token_kernel(layer)
     x = torch.randn(2, 6, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 6))
@@ -109,11 +110,11 @@ class Timed:
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds
 
-    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Race:
-        if trial.kind != vocabulary.KERNEL:
-            return Race(1.0, 0.5, 2.0)
+    def __call__(self, trial: Trial, dense: Run, packed: Run) -> Measurement:
+        if trial.kind != lm_head.KERNEL:
+            return Measurement(1.0, 0.5, 2.0)
         torch.testing.assert_close(dense(), packed())
-        return Race(1.0, self.seconds[trial.tokens], 1.0 / self.seconds[trial.tokens])
+        return Measurement(1.0, self.seconds[trial.tokens], 1.0 / self.seconds[trial.tokens])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_auto_changes_it_where_one_token_gains_and_none_loses(
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_models_that_do_not_generate_are_left_alone(family: str, tmp_path: Path) -> None:
     model = sparse(family)
-    assert vocabulary.vocabulary_of(model) is None
+    assert lm_head.lm_head_of(model) is None
     report = to_runtime(model, "auto", table=table(tmp_path))
     assert all(layer.kernel != "dense_few" for layer in report.layers)
 
@@ -151,7 +152,7 @@ def test_other_layouts_backends_and_machines_are_left_alone(monkeypatch: pytest.
         if backend == "csr":
             to_dense_runtime(model)
     model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
-    assert vocabulary.vocabulary_of(model) is None
+    assert lm_head.lm_head_of(model) is None
     import hf_sparse.runtime.convert as runtime
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(False, None, None, "there are none"))

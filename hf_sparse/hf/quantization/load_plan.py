@@ -29,7 +29,7 @@ from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_header
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY, Edits
 from ...pruning.compaction import apply_edits
-from ...runtime.lazy_weights import can_wait, waiting
+from ...runtime.lazy_weights import can_be_lazy, lazy_weight
 from .key_names import InMemory, names_in_memory
 from .pack_state import is_training_state
 
@@ -121,7 +121,7 @@ class PackedTensor(StoredTensor):
             if self.lazy is not None and index is Ellipsis:
                 kind = self.lazy
                 self._check_shape()
-                return waiting(self.entry.shape, kind, lambda: decode(self.entry, parts, self.key).to(kind))
+                return lazy_weight(self.entry.shape, kind, lambda: decode(self.entry, parts, self.key).to(kind))
             weight = decode(self.entry, parts, self.key)
             self._check_shape()  # after decoding: damage is named before a shape that may come of it
             return weight[index]
@@ -251,7 +251,7 @@ def _lazy_dtype(name: str, model: PreTrainedModel, load: Any) -> torch.dtype | N
         return None  # transformers would cast it
     weight = model.get_parameter_or_buffer(name)
     module = model.get_submodule(name.rpartition(".")[0])
-    return weight.dtype if can_wait(module, name, weight.dtype, load.device_map) else None
+    return weight.dtype if can_be_lazy(module, name, weight.dtype, load.device_map) else None
 
 
 def manifest_of(files: Sequence[Path], expected: Manifest | None = None) -> Manifest | None:

@@ -1,26 +1,29 @@
 """What an architecture is: tables that find the attention and feed-forward sub-blocks of a family of models.
 
-Modules are found by the names of their classes and the layers inside them, so nothing of transformers is imported.
+Modules are found by the names of their classes and the layers inside them, so transformers is not imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ..class_swap import plain_class_of
+from .fusion import AttentionFusion, FeedForwardFusion
 
 Kind = Literal["attention", "feed_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SubBlock:
-    """An attention or a feed-forward sub-block of one model: rows of some layers whose results meet columns of another.
+    """An attention or a feed-forward sub-block of one model: some input layers, and the output layer after them.
 
     A group is `size` consecutive rows of every input layer and the columns of the output layer that read them: a head,
-    or (size 1) a neuron.
+    or (size 1) a neuron of the intermediate dimension.
 
     Attributes:
         kind: "attention" or "feed_forward".
@@ -28,8 +31,9 @@ class SubBlock:
         inputs: query, key and value, or the first layers of the feed-forward part (two if gated), by full name.
         output: the layer after them.
         size: rows per group.
-        table: where it was found.
-        module: that has the name.
+        table: what describes it.
+        module: the module that the table matched.
+        package: of the classes that the table describes, see `Family`.
     """
 
     kind: Kind
@@ -40,6 +44,7 @@ class SubBlock:
     size: int
     table: Attention | FeedForward
     module: nn.Module
+    package: str = ""
 
     @property
     def groups(self) -> int:
@@ -48,9 +53,23 @@ class SubBlock:
 
     @property
     def core(self) -> nn.Module:
-        """The module whose attributes say how many heads there are."""
+        """The module whose attributes hold the number of heads."""
         assert isinstance(self.table, Attention)
         return self.module.get_submodule(self.table.core)
+
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether key and value read another sequence than query."""
+        table = self.table
+        if not isinstance(table, Attention):
+            return False
+        return (
+            self.name.rpartition(".")[2] in table.cross_names or plain_class_of(self.core).__name__ in table.cross_cores
+        )
+
+    def is_own(self, module: nn.Module) -> bool:
+        """Return whether a module is of a class that the family describes, and not of one derived from it."""
+        return f"{plain_class_of(module).__module__}.".startswith(self.package)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +81,12 @@ class Attention:
         inputs: paths below it of query, key and value, in this order.
         output: path of the output layer.
         head_size: attribute of `core` with the width of a head.
-        resize: told the core, the heads that stay (numbers in the model as it was made) and how many there were then;
-            called before the layers are cut.
+        resize: called with the core, the heads that stay (their indices in the original model) and the original number
+            of heads, before the layers are made smaller.
         core: path of the module with the attributes; "" = the module itself.
+        cross_cores: names of the classes of `core` that are cross-attention.
+        cross_names: last parts of the names of modules that are cross-attention.
+        fusion: how the runtime can compute it in one operator; None = layer by layer.
     """
 
     classes: frozenset[str]
@@ -73,8 +95,11 @@ class Attention:
     head_size: str
     resize: Callable[[nn.Module, Sequence[int], int], None]
     core: str = ""
+    cross_cores: frozenset[str] = frozenset()
+    cross_names: frozenset[str] = frozenset()
+    fusion: AttentionFusion | None = None
 
-    def find(self, name: str, module: nn.Module) -> SubBlock | None:
+    def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
         inputs = _layers(name, module, self.classes, (*self.inputs, self.output))
         if inputs is None:
@@ -83,7 +108,7 @@ class Attention:
         size = getattr(module.get_submodule(self.core), self.head_size, None)
         if not isinstance(size, int) or size < 1 or output.in_features % size:
             return None
-        return SubBlock("attention", name, inputs, output_name, output, size, self, module)
+        return SubBlock("attention", name, inputs, output_name, output, size, self, module, package)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +121,8 @@ class FeedForward:
         output: path of the second layer.
         activation: path of the function between them, an attribute.
         name: what is added to the name of the module, where it holds more than this sub-block.
-        marks: attributes that tell the class from others that have its name.
+        marks: attributes that tell the class from others of the same name.
+        fusion: how the runtime can compute it in one operator; None = layer by layer.
     """
 
     classes: frozenset[str]
@@ -105,34 +131,58 @@ class FeedForward:
     activation: str
     name: str = ""
     marks: tuple[str, ...] = ()
+    fusion: FeedForwardFusion | None = None
 
-    def find(self, name: str, module: nn.Module) -> SubBlock | None:
+    def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
         inputs = _layers(name, module, self.classes, (*self.inputs, self.output))
         if inputs is None or not all(hasattr(module, mark) for mark in self.marks):
             return None
         (output_name, output) = inputs.popitem()
-        return SubBlock("feed_forward", _join(name, self.name), inputs, output_name, output, 1, self, module)
+        return SubBlock("feed_forward", _join(name, self.name), inputs, output_name, output, 1, self, module, package)
 
-    def act(self, module: nn.Module, values: Tensor) -> Tensor:
-        """Apply the activation of a module."""
+    def function(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the activation of a module."""
         function: Any = module
         for part in self.activation.split("."):
             function = getattr(function, part)
-        return function(values)
+        return function
+
+    def act(self, module: nn.Module, values: Tensor) -> Tensor:
+        """Apply the activation of a module."""
+        return self.function(module)(values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The tables of one family of models.
+    """The tables of one model family.
 
     Args:
         name: for messages.
+        package: prefix of the Python modules that define the classes. The runtime fuses only sub-blocks whose classes
+            are defined there: a class of the same name elsewhere, or one derived from it, may compute something else.
     """
 
     name: str
     attentions: tuple[Attention, ...]
     feed_forwards: tuple[FeedForward, ...]
+    package: str = "transformers.models."
+
+
+FAMILIES: dict[str, Family] = {}
+"""Registered families by name, in the order in which they are tried."""
+
+
+def register_family(family: Family) -> Family:
+    """Let pruning, compaction and the runtime know a model family.
+
+    Raises:
+        ValueError: if there is a family of this name.
+    """
+    if family.name in FAMILIES:
+        raise ValueError(f"the architecture '{family.name}' is registered twice")
+    FAMILIES[family.name] = family
+    return family
 
 
 def _join(*parts: str) -> str:
@@ -157,38 +207,6 @@ def _layers(name: str, module: nn.Module, classes: frozenset[str], paths: Sequen
     return found if fits else None
 
 
-class Changed:
-    """Mixin of modules whose class was changed by `become`, so that they are copied and pickled as what they are."""
-
-    mixin: ClassVar[type[Changed]]
-    plain: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.mixin, self.plain), self.__dict__
-
-
-_CHANGED: dict[tuple[type[Changed], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _changed_class(mixin: type[Changed], plain: type[nn.Module]) -> type[nn.Module]:
-    key = (mixin, plain)
-    if key not in _CHANGED:
-        name = f"{mixin.__name__}{plain.__name__}"
-        _CHANGED[key] = type(name, key, {"mixin": mixin, "plain": plain, "__module__": mixin.__module__})
-    return _CHANGED[key]
-
-
-def _blank(mixin: type[Changed], plain: type[nn.Module]) -> nn.Module:
-    cls = _changed_class(mixin, plain)
-    return cls.__new__(cls)
-
-
-def become(module: nn.Module, mixin: type[Changed]) -> None:
-    """Let a module behave as `mixin` says, and otherwise as before; its parameters, names and hooks stay."""
-    plain = getattr(type(module), "plain", type(module))
-    module.__class__ = _changed_class(mixin, plain)
-
-
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the keyword arguments of an attention, or None.
 
@@ -198,15 +216,15 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 
 
 def fill_cache(module: Any, cache: Any, hidden: Tensor, memory: Tensor | None) -> None:
-    """Write into the cache of a generation what an attention without heads has to: how many positions there were.
+    """Write empty keys and values of an attention without heads into the cache of a generation.
 
-    Masks and positions are computed from the lengths of a cache, often those of its first layer.
+    Masks and positions are computed from the length of a cache, often that of its first layer.
 
     Args:
         module: with the `layer_idx` of the attention.
         cache: of transformers, or None.
-        hidden: what the attention is given.
-        memory: what a cross-attention looks at; None for self-attention.
+        hidden: input of the attention.
+        memory: input of key and value of a cross-attention; None for self-attention.
     """
     if cache is None:
         return

@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Attention, Changed, Family, FeedForward, become, cache_of, fill_cache
+from ..class_swap import Swapped, swap_class
+from .base import Attention, Family, FeedForward, cache_of, fill_cache, register_family
+from .fusion import AttentionFusion, FeedForwardFusion, ResidualNorm
 
 _NAMES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 
 
-class Headless(Changed):
-    """A self-attention module (its output layer is another) that has lost all its heads."""
+class Headless(Swapped):
+    """A self-attention module, without its output layer, all of whose heads are pruned."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Return nothing for the output layer to add its bias to."""
+        """Return zero features; the output layer adds its bias to nothing."""
         fill_cache(self, cache_of(kwargs), hidden_states, kwargs.get("encoder_hidden_states"))
         return hidden_states[..., :0], None
 
@@ -26,8 +28,10 @@ def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
     module.num_attention_heads = len(kept)
     module.all_head_size = len(kept) * module.attention_head_size
     if not kept:
-        become(core, Headless)
+        swap_class(core, Headless)
 
+
+_END = ResidualNorm(module="output", dropout="output.dropout", norm="output.LayerNorm")
 
 BERT = Family(
     "BERT (BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA)",
@@ -39,6 +43,12 @@ BERT = Family(
             core="self",
             head_size="attention_head_size",
             resize=_resize,
+            cross_cores=frozenset(f"{name}CrossAttention" for name in _NAMES),
+            fusion=AttentionFusion(
+                cores=frozenset(f"{name}SelfAttention" for name in _NAMES),
+                blocks=frozenset(f"{name}Attention" for name in _NAMES),
+                residual=_END,
+            ),
         ),
     ),
     feed_forwards=(
@@ -48,6 +58,9 @@ BERT = Family(
             output="output.dense",
             activation="intermediate.intermediate_act_fn",
             name="intermediate",
+            fusion=FeedForwardFusion(method="feed_forward_chunk", residual=_END),
         ),
     ),
 )
+
+register_family(BERT)

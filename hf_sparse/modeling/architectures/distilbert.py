@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Attention, Changed, Family, FeedForward, become
+from ..class_swap import Swapped, swap_class
+from .base import Attention, Family, FeedForward, register_family
+from .fusion import AttentionFusion, FeedForwardFusion
 
 
-class Headless(Changed):
-    """An attention, with its output layer, that has lost all its heads."""
+class Headless(Swapped):
+    """An attention, with its output layer, all of whose heads are pruned."""
 
     out_lin: nn.Linear
 
@@ -25,7 +27,7 @@ def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
     module.n_heads = len(kept)
     module.dim = len(kept) * module.attention_head_size
     if not kept:
-        become(core, Headless)
+        swap_class(core, Headless)
 
 
 DISTILBERT = Family(
@@ -37,6 +39,7 @@ DISTILBERT = Family(
             output="out_lin",
             head_size="attention_head_size",
             resize=_resize,
+            fusion=AttentionFusion(cores=frozenset({"DistilBertSelfAttention"}), core_has_output=True),
         ),
     ),
     feed_forwards=(
@@ -46,6 +49,9 @@ DISTILBERT = Family(
             output="lin2",
             activation="activation",
             marks=("activation", "ff_chunk", "chunk_size_feed_forward"),
+            fusion=FeedForwardFusion(method="ff_chunk", output_dropout="dropout"),
         ),
     ),
 )
+
+register_family(DISTILBERT)

@@ -1,8 +1,8 @@
-"""T5 (ReLU, v1.0) and its gated kin (v1.1, Flan, mT5, ByT5).
+"""T5 (ReLU, v1.0) and its gated variants (v1.1, Flan, mT5, ByT5).
 
-The first block computes the bias of relative positions, for all heads of the model, and hands it on to the others; each
-attention adds the part of its own heads. So the embedding of the bias keeps all heads when attentions lose some, and
-what is handed on always has all of them.
+The first block computes the relative position bias for all heads of the model and passes it on to the others; each
+attention adds the part of its own heads. So the embedding of the bias keeps all heads when heads are pruned, and what
+is passed on always has all of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Changed, Family, FeedForward, become, cache_of, fill_cache
+from ..class_swap import Swapped, swap_class
+from .base import Attention, Family, FeedForward, cache_of, fill_cache, register_family
+from .fusion import FeedForwardFusion
 
 
-class Uneven(Changed):
-    """An attention with fewer heads than the bias of positions has.
+class Uneven(Swapped):
+    """An attention with fewer heads than the position bias has.
 
     Attributes:
-        all_heads: of the model as it was made, and so of every bias that is handed on.
+        all_heads: number of heads of the original model, and so of every bias that is passed on.
         runs: the heads that are left, as ranges: slices need no index tensor that would have to be on the right device.
     """
 
@@ -36,7 +38,7 @@ class Uneven(Changed):
         position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Attend as before with the own heads, and hand on the bias of all."""
+        """Attend as before with the heads that are left, and pass on the bias of all."""
         if position_bias is None:
             position_bias = self.bias_of_all_heads(hidden_states, key_value_states, cache_of(kwargs))
         if not self.runs:
@@ -90,7 +92,7 @@ def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
     module.n_heads = len(kept)
     module.inner_dim = len(kept) * module.key_value_proj_dim
     module.all_heads, module.runs = before, _runs(kept)
-    become(core, Uneven)
+    swap_class(core, Uneven)
 
 
 _NAMES = ("T5", "MT5")
@@ -104,6 +106,7 @@ T5 = Family(
             output="o",
             head_size="key_value_proj_dim",
             resize=_resize,
+            cross_names=frozenset({"EncDecAttention"}),
         ),
     ),
     feed_forwards=(
@@ -112,12 +115,16 @@ T5 = Family(
             inputs=("wi",),
             output="wo",
             activation="act",
+            fusion=FeedForwardFusion(method="forward", inner_dropout="dropout", reads_output_weight=True),
         ),
         FeedForward(
             classes=frozenset(f"{name}DenseGatedActDense" for name in _NAMES),
             inputs=("wi_0", "wi_1"),
             output="wo",
             activation="act",
+            fusion=FeedForwardFusion(method="forward", inner_dropout="dropout", reads_output_weight=True),
         ),
     ),
 )
+
+register_family(T5)

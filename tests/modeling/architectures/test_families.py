@@ -11,7 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse import PatternError, RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.formats.structure import Cut
-from hf_sparse.modeling.architectures import FAMILIES, find_sub_blocks, known_sub_blocks, match_sub_blocks
+from hf_sparse.modeling.architectures import (
+    FAMILIES,
+    find_sub_blocks,
+    known_sub_blocks,
+    match_sub_blocks,
+    register_family,
+)
 from hf_sparse.modeling.architectures.base import Kind
 from tests.helpers import structures
 
@@ -100,7 +106,9 @@ def gpt2() -> Any:
 @pytest.mark.parametrize("pattern", ["head", "neuron", "layer"])
 def test_model_that_no_family_knows_is_an_error_that_says_how_to_add_one(pattern: str) -> None:
     model = gpt2()
-    message = r"does not know that of GPT2LMHeadModel.*BERT.*DistilBERT.*T5.*one file in hf_sparse/architectures"
+    message = (
+        r"does not know that of GPT2LMHeadModel.*BERT.*DistilBERT.*T5.*one file in hf_sparse/modeling/architectures"
+    )
     with pytest.raises(PatternError, match=message):
         sparsify(model, SparsityConfig(pattern=pattern, sparsity=0.5))
     with pytest.raises(PatternError, match=r"compact\(\) needs to know"):
@@ -130,8 +138,10 @@ def test_class_of_the_same_name_that_is_built_otherwise_is_left_alone() -> None:
     assert known_sub_blocks(nn.ModuleList([FFN(8), FFN(6, **marks), BertAttention()])) == []
 
 
-def test_names_of_families_are_different() -> None:
-    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+def test_family_is_registered_once() -> None:
+    assert all(name == family.name for name, family in FAMILIES.items())
+    with pytest.raises(ValueError, match="registered twice"):
+        register_family(next(iter(FAMILIES.values())))
 
 
 def test_sub_block_that_has_lost_everything_is_left_out() -> None:

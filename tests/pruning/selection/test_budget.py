@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, SparsityError, sparsify
 from hf_sparse.config.sparsity import SCHEDULES
-from hf_sparse.profiling.latency_table import LatencyTable, Shape, TimesFile, measure
+from hf_sparse.profiling.latency_table import LatencyTable, Shape, measure
 from hf_sparse.pruning.selection.budget import Budget, Costs
 from tests.helpers.structures import FAMILIES
 from tests.helpers.training import RAMP, sparse_trainer
@@ -204,9 +204,3 @@ def test_scores_of_other_units_are_an_error() -> None:
     budget.prepare([NEURONS])
     with pytest.raises(SparsityError, match="knows 1 units, and was given the scores of 2"):
         budget.select([torch.zeros(6), torch.zeros(6)], 1.0)
-
-
-def test_times_that_cannot_be_kept_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SparsityError, match="HF_SPARSE_CACHE=/some/folder"):
-        TimesFile(tmp_path / "file" / "latency.json").write({"a": [1.0]})

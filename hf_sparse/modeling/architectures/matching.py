@@ -1,0 +1,95 @@
+"""Find the attention and feed-forward sub-blocks of a model, all of them or those that globs name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ...errors import PatternError, RecipeError
+from ...utils.text import kind_of_name
+from ..layer_matching import parameter_owners, refuse_runtime
+from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
+
+
+def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
+    """Return the attention and feed-forward sub-blocks that a family describes, in the order of the model.
+
+    Those that share a weight with another module (an encoder tied to its decoder) are left out: what is pruned here
+    would be pruned there.
+    """
+    owners = parameter_owners(model)
+    tables: list[tuple[Attention | FeedForward, Family]] = []
+    for family in FAMILIES.values():
+        tables += [(table, family) for table in family.attentions]
+        tables += [(table, family) for table in family.feed_forwards]
+    found = []
+    for name, module in model.named_modules():
+        matches = (table.find(name, module, family.package) for table, family in tables)
+        found += [block for block in matches if block is not None]
+    return [
+        block
+        for block in found
+        if all(owners[id(own)] == 1 for layer in (*block.inputs.values(), block.output) for own in layer.parameters())
+    ]
+
+
+def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
+    """Return the sub-blocks of a model.
+
+    Args:
+        wanted: what they are for, the subject of the error.
+
+    Raises:
+        PatternError: if no family knows any module of the model.
+        BackendError: if the model is in runtime form.
+    """
+    refuse_runtime(model, wanted)
+    found = known_sub_blocks(model)
+    if not found:
+        raise PatternError(
+            f"{wanted} needs to know which weights form a head or a neuron, and hf_sparse does not know that of "
+            f"{type(model).__name__}. It knows the families {', '.join(FAMILIES)}; another is one file in "
+            "hf_sparse/modeling/architectures (its tables name the modules, as bert.py does). Patterns element, block, "
+            "row, column and n:m work on any model"
+        )
+    return found
+
+
+def match_sub_blocks(
+    model: nn.Module, kinds: Sequence[Kind], targets: Sequence[str] | None, exclude: Sequence[str], wanted: str
+) -> list[SubBlock]:
+    """Return the sub-blocks that a group means.
+
+    Args:
+        kinds: "attention", "feed_forward" or both.
+        targets: shell globs over names of sub-blocks or of their layers; None = all.
+        exclude: globs of what to leave out.
+        wanted: the pattern, for messages.
+
+    Raises:
+        PatternError: if no family knows the model.
+        RecipeError: if nothing is left, or a glob matches nothing.
+    """
+    # One that compaction has left without a head or a neuron has none to remove.
+    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
+    listed = f"{wanted} could match: {', '.join(dict.fromkeys(kind_of_name(block.name) for block in every))}."
+    for key, globs in (("targets", targets or ()), ("exclude", exclude)):
+        for glob in globs:
+            if not any(_matches(block, glob) for block in every):
+                raise RecipeError(f"{key} '{glob}' matches no {' or '.join(kinds)} of the model. {listed}")
+    chosen = [
+        block
+        for block in every
+        if (targets is None or any(_matches(block, glob) for glob in targets))
+        and not any(_matches(block, glob) for glob in exclude)
+    ]
+    if not chosen:
+        raise RecipeError(f"targets and exclude together leave no {' or '.join(kinds)}. {listed}")
+    return chosen
+
+
+def _matches(block: SubBlock, glob: str) -> bool:
+    names = (block.name, *block.inputs, block.output_name)
+    return any(fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob) for name in names)

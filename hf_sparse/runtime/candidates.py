@@ -1,0 +1,181 @@
+"""What of a model can be packed: single layers, and sub-blocks whose layers compute together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling.architectures import SubBlock, known_sub_blocks
+from . import fused_attention, fused_ffn
+from .fused_parts import any_observed
+from .lazy_weights import materialize
+from .packed_linear import become_packed
+from .packed_weight import Kernel, Packed, choose_rows
+
+Form = Literal["linear", "ffn", "qkv"]
+"""A layer alone; a whole feed-forward sub-block; query, key and value as one matmul."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackCandidate:
+    """Layers that are packed together or not at all.
+
+    Attributes:
+        kernel: what multiplies.
+        packed: one per layer; of "qkv" one for all.
+        block: the sub-block of "ffn" and "qkv".
+        activation: of "ffn", as the operators name it.
+    """
+
+    form: Form
+    kernel: Kernel
+    names: tuple[str, ...]
+    layers: tuple[nn.Linear, ...]
+    packed: tuple[Packed, ...]
+    block: SubBlock | None = None
+    activation: str | None = None
+
+    @property
+    def report_name(self) -> str:
+        """The kernel as the report names it."""
+        return "csr" if self.kernel == "csr" else f"{'int8' if self.kernel == 'int8' else 'sparse'}_{self.form}"
+
+    @property
+    def head_size(self) -> int | None:
+        """Width of the heads of an attention whose heads are computed in the same operator; else None."""
+        if self.form != "qkv" or self.block is None or fused_attention.fusion_of(self.block) is None:
+            return None
+        return self.block.size
+
+    def pack(self, layers: Sequence[nn.Linear], keep_dense: bool) -> None:
+        """Turn layers with these weights into packed ones, in place."""
+        if self.form == "qkv":
+            become_packed(layers, self.packed[0], keep_dense)
+            return
+        for layer, packed in zip(layers, self.packed, strict=True):
+            become_packed([layer], packed, keep_dense)
+
+    def fuse(self) -> None:
+        """Let the sub-block of packed layers compute in one operator."""
+        if self.block is not None and self.form == "qkv":
+            fused_attention.fuse(self.block)
+        elif self.block is not None and self.form == "ffn":
+            fused_ffn.fuse(self.block, self.activation)
+
+    def dense_run(self, x: Tensor) -> Callable[[], object]:
+        """Return the computation with dense layers, for timing."""
+        layers = self._copies()
+        if (size := self.head_size) is not None:
+            return partial(fused_attention.heads_dense, layers, size, size**-0.5, x)
+        if self.activation is not None:
+            return partial(fused_ffn.multiply_dense, layers, x, fused_ffn.ACTIVATIONS[self.activation])
+        return lambda: [layer(x) for layer in layers]
+
+    def packed_run(self, x: Tensor) -> Callable[[], object]:
+        """Return the same with packed layers: the overhead of calling a module counts too."""
+        layers: list[Any] = self._copies()
+        self.pack(layers, keep_dense=False)
+        if (size := self.head_size) is not None:
+            return partial(fused_attention.heads, layers[0], size, size**-0.5, x)
+        if self.activation is not None:
+            return partial(fused_ffn.multiply, layers, x, self.activation)
+        if self.form == "qkv":
+            return partial(fused_attention.multiply_joint, layers, x)
+        return lambda: [layer(x) for layer in layers]
+
+    def errors(self) -> dict[str, float]:
+        """Measure the error of int8 matmuls against dense ones; layers that are one matmul have one error."""
+        if self.form == "qkv":
+            return dict.fromkeys(self.names, self.packed[0].error(torch.cat([layer.weight for layer in self.layers])))
+        parts = zip(self.names, self.layers, self.packed, strict=True)
+        return {name: packed.error(layer.weight) for name, layer, packed in parts}
+
+    def _copies(self) -> list[nn.Linear]:
+        """Return plain layers with these weights and biases, without hooks."""
+        copies = []
+        for layer in self.layers:
+            copied = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            copied.weight, copied.bias = layer.weight, layer.bias
+            copies.append(copied.eval())
+        return copies
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidateGroup:
+    """A candidate, and what can be packed in its place.
+
+    Attributes:
+        split: makes the candidates of its layers one by one; of a single layer there are none.
+    """
+
+    candidate: PackCandidate
+    split: Callable[[], list[PackCandidate]]
+
+
+class Candidates:
+    """Make candidates from layers of a model.
+
+    Args:
+        layers: that may be packed, by name.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear], kernel: Kernel) -> None:
+        self.model, self.layers, self.kernel = model, layers, kernel
+
+    def groups(self) -> Iterator[CandidateGroup]:
+        """Yield a group for each sub-block or layer, so that each layer is in one.
+
+        Lazy weights are materialized here: whoever packs a group before the next one has one of them dense at a time.
+        """
+        grouped: set[str] = set()
+        for block in known_sub_blocks(self.model) if self.kernel != "csr" else ():
+            together = self._attention(block) if block.kind == "attention" else self._feed_forward(block)
+            if together is not None:
+                grouped.update(together.names)
+                yield CandidateGroup(together, partial(self._split, together))
+        for name in self.layers:
+            if name not in grouped:
+                yield CandidateGroup(self._single(name), list)
+
+    def _single(self, name: str) -> PackCandidate:
+        layer = self.layers[name]
+        materialize([layer])
+        packed = Packed.of(layer.weight, self.kernel, choose_rows(layer.weight) if self.kernel != "csr" else 1)
+        return PackCandidate("linear", self.kernel, (name,), (layer,), (packed,))
+
+    def _split(self, together: PackCandidate) -> list[PackCandidate]:
+        if together.form == "qkv":
+            return [self._single(name) for name in together.names]
+        parts = zip(together.names, together.layers, together.packed, strict=True)
+        return [PackCandidate("linear", self.kernel, (name,), (layer,), (packed,)) for name, layer, packed in parts]
+
+    def _attention(self, block: SubBlock) -> PackCandidate | None:
+        """Return query, key and value as one matmul, if they have the same input."""
+        names = tuple(block.inputs)
+        if block.is_cross_attention or not all(name in self.layers for name in names):
+            return None
+        layers = tuple(self.layers[name] for name in names)
+        if len({layer.bias is None for layer in layers}) > 1 or any_observed(layers):
+            return None
+        materialize(layers)
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        packed = Packed.of(weight, self.kernel, choose_rows(weight))
+        return PackCandidate("qkv", self.kernel, names, layers, (packed,), block)
+
+    def _feed_forward(self, block: SubBlock) -> PackCandidate | None:
+        """Return a whole feed-forward sub-block, if an operator computes what it computes."""
+        names = (*block.inputs, block.output_name)
+        if not all(name in self.layers for name in names) or not fused_ffn.is_fusible(block):
+            return None
+        activation, layers = fused_ffn.activation_of(block), tuple(self.layers[name] for name in names)
+        gated_with_bias = len(block.inputs) > 1 and any(layer.bias is not None for layer in layers)
+        if activation is None or gated_with_bias or any_observed(fused_ffn.modules_inside(block)):
+            return None
+        singles = [self._single(name) for name in names]
+        packed = tuple(single.packed[0] for single in singles)
+        return PackCandidate("ffn", self.kernel, names, layers, packed, block, activation)
