@@ -196,7 +196,7 @@ def main() -> None:
     if options.work:
         work(options.cases, options.threads)
         return
-    from hf_sparse.profiling.latency_table import machine
+    from hf_sparse.profiling.machine import machine
 
     here, other = (Worker(path, options.cases, options.threads) for path in (HERE, options.other.resolve()))
     ratios: dict[str, list[float]] = {case: [] for case in here.cases}

@@ -109,7 +109,7 @@ def test_timings_of_other_machines_are_not_compared(tmp_path: Path, capsys: Any)
 
 def test_save_needs_a_folder(capsys: Any) -> None:
     assert main(["bench", "user/model", "--save"]) == 2
-    assert "no folder; use --json OUT" in capsys.readouterr().err
+    assert "needs a local folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,7 @@ def add(path: Path, name: str) -> None:
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    processes = [context.Process(target=add, args=(path, str(number))) for number in range(3)]
+    processes = [multiprocessing.Process(target=add, args=(path, str(number))) for number in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -196,7 +196,7 @@ def test_user_without_a_home_has_a_folder_below_the_temporary_files(
 
     monkeypatch.delenv("HF_SPARSE_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     assert machine.cache_folder().parent == tmp_path
     table = SpeedTable(clock=Fixed())
     table.measure(Trial("csr", ((2, 2),), 50, (1,), 3), lambda: None, lambda: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -30,11 +31,9 @@ def test_warm_up_is_not_timed() -> None:
 
 
 def test_fast_things_are_called_several_times_between_two_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_sparse.profiling import timer
-
     order: list[str] = []
     ticks = iter([0.0, 0.002, 0.0, *[0.0] * 9])  # calibration takes 2 ms, then the beginning of the rounds
-    monkeypatch.setattr(timer.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     clock = itertools.count(step=10)
     seconds = interleave(
         record(order, "a", "b"), rounds=2, warmup=0, min_seconds=0.01, clock=lambda: float(next(clock))
