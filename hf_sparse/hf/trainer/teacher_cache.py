@@ -1,9 +1,11 @@
-"""What a teacher says to every training example, on disk: run it once, then train as often as you like without it."""
+"""Cached teacher logits of every training example: run the teacher once, then train without it as often as you like."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +20,15 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ...distillation.distiller import Distiller
 from ...distillation.example_keys import Examples
-from ...errors import CheckpointError, RecipeError, SparsityError
+from ...errors import CheckpointError, SparsityError
+from ...formats.safetensors_io import reading
+from ...utils.atomic_io import read_json, require_regular, write_text
+from ...utils.text import shorten
+from ...utils.validation import check_integer, check_one_of, check_text
 
-VERSION = 1
+VERSION = 2
+"""2 has a checksum for each example."""
+
 STORED = {"fp32": "float32", "fp16": "float16"}
 LOGITS = ("logits", "start_logits", "end_logits")
 _ROWS, _FACTS = "logits.arrow", "teacher_cache.json"
@@ -34,27 +42,30 @@ class TeacherCache:
         folder: as `write_cache` has made it.
 
     Raises:
-        CheckpointError: if there is no complete cache in the folder, or one that this version cannot read.
+        CheckpointError: if there is no complete cache in the folder, or a damaged one, or of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            self.facts: dict[str, Any] = json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))
-            if not isinstance(self.facts, dict):
-                raise ValueError(f"{_FACTS} holds no mapping")
+            facts = read_json(self.folder / _FACTS)
+            if facts is None:
+                raise CheckpointError(f"{_FACTS} is missing")
+            _check_version(facts)
+            self.facts = _checked(facts)
+            with reading(self.folder / _ROWS):
+                require_regular(self.folder / _ROWS)
             rows = datasets.Dataset.from_file(str(self.folder / _ROWS))
-        except (OSError, ValueError) as error:
+            if rows.features != _features(self.facts["logits"], self.facts["dtype"]):
+                raise CheckpointError(f"{_ROWS} has the columns {', '.join(rows.column_names)}")
+            self._row = {key: row for row, key in enumerate(rows["key"])}
+            if len(rows) != self.facts["examples"] or data_fingerprint(self._row) != self.facts["data"]:
+                raise CheckpointError(f"the examples in {_ROWS} are not those that were written")
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{self.folder} has no complete cache of a teacher ({error}). Make one: hf-sparse teach RECIPE "
+                f"{self.folder} has no complete cache of a teacher ({error}). Create one: hf-sparse teach RECIPE "
                 f"--output {self.folder}"
             ) from error
-        if self.facts.get("version") != VERSION:
-            raise CheckpointError(
-                f"{self.folder} is a cache of version {self.facts.get('version')!r}, but this hf_sparse reads version "
-                f"{VERSION}. Make it anew: hf-sparse teach RECIPE --output {self.folder}"
-            )
-        self._row = {key: row for row, key in enumerate(rows["key"])}
         self._rows = rows.with_format("numpy")
 
     @classmethod
@@ -76,7 +87,7 @@ class TeacherCache:
             keys: of all training examples; None = unknown (a stream), then each is looked for when it comes.
         """
         if tokenizer is not None and self.facts["tokenizer"] is not None:
-            self._compare("tokenizer", tokenizer_fingerprint(tokenizer), "it cuts texts into other tokens")
+            self._compare("tokenizer", tokenizer_fingerprint(tokenizer), "it splits examples into other tokens")
         if keys is not None:
             self._compare("data", data_fingerprint(keys), "the training examples (or max_length) have changed")
 
@@ -84,29 +95,48 @@ class TeacherCache:
         if self.facts[what] != found:
             raise CheckpointError(
                 f"the cache in {self.folder} was made with another {what}: {why} (fingerprint {found}, in the cache "
-                f"{self.facts[what]}). Make it anew: hf-sparse teach RECIPE --output {self.folder}"
+                f"{self.facts[what]}). Create it again: hf-sparse teach RECIPE --output {self.folder}"
             )
 
     def look_up(self, examples: Examples) -> dict[str, Tensor]:
-        """Return what the teacher said to a batch, padded with zeros where the batch is.
+        """Return the teacher logits of a batch, padded with zeros where the batch is.
 
         Raises:
             SparsityError: if an example is not in the cache.
+            CheckpointError: if its logits are damaged.
         """
         keys = examples.names()
-        for place, key in enumerate(keys):
+        for index, key in enumerate(keys):
             if key not in self._row:
                 raise SparsityError(
-                    f"the cache in {self.folder} has no logits for example {place} of this batch (key {key}), so the "
-                    "teacher cannot be asked. Examples that change while training (random masking, augmentation) "
-                    "cannot be cached: leave distillation.cache out, or make the cache anew of this data"
+                    f"the cache in {self.folder} has no logits for example {index} of this batch (key {key}). "
+                    "Examples that change while training (random masking, augmentation) "
+                    "cannot be cached: leave distillation.cache out, or create the cache again from this data"
                 )
-        found = [self._rows[self._row[key]] for key in keys]
+        found = [self._verified(key) for key in keys]
         device = next(value.device for value in examples.inputs.values() if isinstance(value, Tensor))
         return {
-            name: self._batched(name, [_unflat(row, name) for row in found], examples).to(device)
+            name: self._batched(name, [row[name] for row in found], examples).to(device)
             for name in self.facts["logits"]
         }
+
+    def _verified(self, key: str) -> dict[str, Tensor]:
+        """Return the logits of an example by name.
+
+        Raises:
+            CheckpointError: if they are not what was written.
+        """
+        row = self._rows[self._row[key]]
+        dtype = STORED[self.facts["dtype"]]
+        values = {name: np.asarray(row[name], dtype=dtype) for name in self.facts["logits"]}
+        shapes = {name: [int(size) for size in row[f"{name}_shape"]] for name in values}
+        fits = all(math.prod(shapes[name]) == value.size for name, value in values.items())
+        if not fits or _row_checksum(key, values, shapes) != int(row["checksum"]):
+            raise CheckpointError(
+                f"the logits of example {key} in {self.folder} are damaged: the checksum does not match. Create the "
+                f"cache again: hf-sparse teach RECIPE --output {self.folder}"
+            )
+        return {name: torch.from_numpy(value.astype(np.float32)).view(shapes[name]) for name, value in values.items()}
 
     def _batched(self, name: str, rows: Sequence[Tensor], examples: Examples) -> Tensor:
         if name == "logits" and rows[0].ndim < 2:
@@ -116,21 +146,44 @@ class TeacherCache:
             return torch.stack(list(rows))
         mask = mask.bool().cpu()
         out = torch.zeros((*mask.shape, *rows[0].shape[1:]))
-        for place, row in enumerate(rows):
-            out[place, mask[place]] = row
+        for index, row in enumerate(rows):
+            out[index, mask[index]] = row
         return out
 
 
-def _unflat(row: Mapping[str, Any], name: str) -> Tensor:
-    shape = [int(size) for size in row[f"{name}_shape"]]
-    return torch.from_numpy(np.array(row[name], dtype=np.float32)).view(shape)
+def _check_version(facts: Mapping[str, Any]) -> None:
+    if facts.get("version") != VERSION:
+        raise CheckpointError(f"it is of version {shorten(facts.get('version'))}, and this hf_sparse reads {VERSION}")
+
+
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what teacher_cache.json holds, if it is what `write_cache` writes there."""
+    for key in ("teacher", "data"):
+        check_text(key, facts.get(key), CheckpointError)
+    if facts.get("tokenizer") is not None:
+        check_text("tokenizer", facts["tokenizer"], CheckpointError)
+    check_integer("examples", facts.get("examples"), "[1, inf)", CheckpointError)
+    check_one_of("dtype", facts.get("dtype"), STORED, CheckpointError)
+    logits = facts.get("logits")
+    if not isinstance(logits, list) or not logits or logits != [name for name in LOGITS if name in logits]:
+        raise CheckpointError(f"`logits` must be a list of {', '.join(LOGITS)}, got {shorten(logits)}")
+    return {**facts, "tokenizer": facts.get("tokenizer")}
+
+
+def _row_checksum(key: str, values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return CRC-32 over the key, and name, shape and bytes of all logits of an example."""
+    digest = zlib.crc32(key.encode())
+    for name, value in values.items():
+        digest = zlib.crc32(f"{name}{list(shapes[name])}".encode(), digest)
+        digest = zlib.crc32(np.ascontiguousarray(value).data, digest)
+    return digest
 
 
 @torch.no_grad()
 def write_cache(
     distiller: Distiller, batches: Iterable[Mapping[str, Any]], folder: str | Path, tokenizer: Any, dtype: str = "fp32"
 ) -> int:
-    """Ask the teacher about every batch once, write its logits without padding, and return how many examples there are.
+    """Run the teacher on every batch once, write its logits without padding, and return the number of examples.
 
     The file that makes the cache complete is written last.
 
@@ -141,11 +194,10 @@ def write_cache(
         dtype: of the numbers on disk, "fp32" or "fp16" (half the size, not exact).
 
     Raises:
-        RecipeError: for a dtype that is none.
+        RecipeError: for an unknown dtype.
         SparsityError: if the teacher returns no logits, or some that are not finite in this dtype.
     """
-    if dtype not in STORED:
-        raise RecipeError(f"a cache is stored as {' or '.join(STORED)}, not {dtype!r}")
+    check_one_of("dtype", dtype, STORED)
     assert isinstance(distiller.teacher, nn.Module)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,17 +210,17 @@ def write_cache(
     writer: ArrowWriter | None = None
     for batch in batches:
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        said, examples = distiller.teacher_outputs((), batch), distiller.examples(batch)
+        outputs, examples = distiller.teacher_outputs((), batch), distiller.examples(batch)
         if writer is None:
-            names = [name for name in LOGITS if said.get(name) is not None]
+            names = [name for name in LOGITS if outputs.get(name) is not None]
             if not names:
-                raise SparsityError(f"the teacher returns no logits to be cached, but {', '.join(said)}")
-            # Few rows at once: those of a language model are a text times a vocabulary each.
+                raise SparsityError(f"the teacher returns no logits to cache, only {', '.join(outputs)}")
+            # Few rows at once: each one of a language model has (tokens, vocabulary) logits.
             writer = ArrowWriter(path=str(folder / _ROWS), features=_features(names, dtype), writer_batch_size=_BATCH)
-        for row in _rows(examples, {name: said[name] for name in names}, seen, dtype):
+        for row in _rows(examples, {name: outputs[name] for name in names}, seen, dtype):
             writer.write(row)
     if writer is None:
-        raise SparsityError("there are no training examples to ask the teacher about")
+        raise SparsityError("there are no training examples to run the teacher on")
     writer.finalize()
     writer.close()
     facts = {
@@ -180,34 +232,36 @@ def write_cache(
         "logits": names,
         "dtype": dtype,
     }
-    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
     return len(seen)
 
 
 def _features(names: Sequence[str], dtype: str) -> datasets.Features:
-    columns: dict[str, Any] = {"key": datasets.Value("string")}
+    columns: dict[str, Any] = {"key": datasets.Value("string"), "checksum": datasets.Value("uint32")}
     for name in names:
         columns[name] = datasets.Sequence(datasets.Value(STORED[dtype]))
         columns[f"{name}_shape"] = datasets.Sequence(datasets.Value("int64"))
     return datasets.Features(columns)
 
 
-def _rows(examples: Examples, said: Mapping[str, Tensor], seen: set[str], dtype: str) -> Iterator[dict[str, Any]]:
-    masks = {name: examples.positions(name, tensor) for name, tensor in said.items()}
-    for place, key in enumerate(examples.names()):
+def _rows(examples: Examples, outputs: Mapping[str, Tensor], seen: set[str], dtype: str) -> Iterator[dict[str, Any]]:
+    masks = {name: examples.positions(name, tensor) for name, tensor in outputs.items()}
+    for index, key in enumerate(examples.names()):
         if key in seen:
             continue
         seen.add(key)
-        row: dict[str, Any] = {"key": key}
-        for name, tensor in said.items():
+        values: dict[str, Any] = {}
+        shapes: dict[str, list[int]] = {}
+        for name, tensor in outputs.items():
             mask = masks[name]
-            own = (tensor[place] if mask is None else tensor[place][mask[place]]).float().cpu().numpy()
+            logits = (tensor[index] if mask is None else tensor[index][mask[index]]).float().cpu().numpy()
             with np.errstate(over="ignore"):  # an error of its own, below
-                stored = own.astype(STORED[dtype])
+                stored = logits.astype(STORED[dtype])
             if not np.isfinite(stored).all():
-                raise SparsityError(f"the teacher's {name} are not finite as {dtype}; store them as fp32, or mend it")
-            row |= {name: stored.reshape(-1), f"{name}_shape": list(own.shape)}
-        yield row
+                raise SparsityError(f"the teacher's {name} are not finite as {dtype}; store them as fp32, or repair it")
+            values[name], shapes[name] = stored.reshape(-1), list(logits.shape)
+        row: dict[str, Any] = {"key": key, "checksum": _row_checksum(key, values, shapes)}
+        yield {**row, **values, **{f"{name}_shape": shape for name, shape in shapes.items()}}
 
 
 def batches_of(
@@ -220,7 +274,7 @@ def batches_of(
 
     Args:
         collate: the data collator.
-        accepted: the names that the model's forward takes; other columns are left out.
+        accepted: names of the arguments of the model's forward; other columns are left out.
     """
     known = {*accepted, "label", "label_ids"}  # a collator calls these "labels"
 
@@ -243,15 +297,15 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a number for how a tokenizer cuts texts: its rules, or its vocabulary where it has no file of rules."""
+    """Return a number for how a tokenizer splits text: its rules, or its vocabulary where it has no file of rules."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        rules = json.loads(backend.to_str())
-        # What the last call has asked for, no property of the tokenizer.
-        told: Any = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+        # These two are options of the last call, not properties of the tokenizer.
+        options = ("truncation", "padding")
+        rules: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in options}
     else:
-        told = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-    facts = [type(tokenizer).__name__, getattr(tokenizer, "padding_side", None), told]
+        rules = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    facts = [type(tokenizer).__name__, getattr(tokenizer, "padding_side", None), rules]
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

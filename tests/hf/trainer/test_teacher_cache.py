@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
+from datasets.arrow_writer import ArrowWriter
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer
 
 from hf_sparse import DistillationConfig, RecipeError, SparsityCallback, SparsityError
@@ -110,7 +113,7 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     )
     assert not torch.equal(found, exact)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
-    with pytest.raises(RecipeError, match="stored as fp32 or fp16, not 'int8'"):
+    with pytest.raises(RecipeError, match="`dtype` must be one of 'fp32', 'fp16', got 'int8'"):
         write_cache(live, [batch], tmp_path, None, dtype="int8")
 
 
@@ -171,6 +174,93 @@ def test_facts_that_are_no_mapping_are_no_cache(tmp_path: Path) -> None:
     (tmp_path / "teacher_cache.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no complete cache"):
         TeacherCache(tmp_path)
+
+
+def change_rows(folder: Path, change: Any) -> None:
+    """Write the rows of a cache again, changed."""
+    path = folder / "logits.arrow"
+    rows = datasets.Dataset.from_file(str(path))
+    columns = change({name: rows[name][:] for name in rows.column_names})
+    path.unlink()
+    with ArrowWriter(path=str(path), features=rows.features) as writer:
+        writer.write_batch(columns)
+        writer.finalize()
+
+
+def flipped(columns: dict[str, Any]) -> dict[str, Any]:
+    bits = np.array(columns["logits"], dtype=np.float32)
+    bits.view(np.uint32)[1, 0] ^= 1 << 30
+    return {**columns, "logits": bits.tolist()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flipped,
+        lambda columns: {**columns, "logits": columns["logits"][1:] + columns["logits"][:1]},
+        lambda columns: {**columns, "logits_shape": [[1, 2]] * 3},
+        lambda columns: {**columns, "logits_shape": [[2**40]] * 3},
+        lambda columns: {**columns, "checksum": [0] * 3},
+    ],
+)
+def test_damaged_logits_are_refused_when_they_are_needed(change: Any, tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    distiller = make_distiller(student, DistillationConfig(), teacher)
+    write_cache(distiller, [batch], tmp_path, None)
+    cache = TeacherCache(tmp_path)
+    assert cache.look_up(distiller.examples(batch))["logits"].shape == (3, 2)
+    change_rows(tmp_path, change)
+    damaged = TeacherCache(tmp_path)
+    with pytest.raises(CheckpointError, match=r"are damaged: the checksum does not match\. Create the cache again"):
+        damaged.look_up(distiller.examples(batch))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda columns: {**columns, "key": ["x", *columns["key"][1:]]},
+        lambda columns: {name: column[1:] for name, column in columns.items()},
+        lambda columns: {name: column + column[:1] for name, column in columns.items()},
+    ],
+)
+def test_examples_that_were_not_written_are_no_cache(change: Any, tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    write_cache(make_distiller(student, DistillationConfig(), teacher), [batch], tmp_path, None)
+    change_rows(tmp_path, change)
+    with pytest.raises(CheckpointError, match=r"no complete cache .*are not those that were written"):
+        TeacherCache(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["key", "checksum", "logits", "logits_shape"])
+def test_missing_column_is_no_cache(column: str, tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    write_cache(make_distiller(student, DistillationConfig(), teacher), [batch], tmp_path, None)
+    rows = datasets.Dataset.from_file(str(tmp_path / "logits.arrow")).remove_columns(column)
+    with ArrowWriter(path=str(tmp_path / "fewer.arrow"), features=rows.features) as writer:
+        writer.write_batch({name: rows[name][:] for name in rows.column_names})
+        writer.finalize()
+    (tmp_path / "fewer.arrow").replace(tmp_path / "logits.arrow")
+    with pytest.raises(CheckpointError, match=r"no complete cache .*has the columns"):
+        TeacherCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits": None}, {"logits": []}, {"logits": ["../x"]}, {"logits": "logits"}, {"dtype": "fp8"}, {"dtype": []},
+        {"examples": 0}, {"examples": "3"}, {"teacher": None}, {"tokenizer": 5}, {"data": ""}, {"version": 1},
+        {"version": None}, {"examples": 4},
+    ],
+)  # fmt: skip
+def test_facts_that_cannot_be_right_are_no_cache(change: dict[str, Any], tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    write_cache(make_distiller(student, DistillationConfig(), teacher), [batch], tmp_path, None)
+    facts = json.loads((tmp_path / "teacher_cache.json").read_text())
+    for changed in ({**facts, **change}, {key: value for key, value in facts.items() if key not in change}):
+        if changed != facts and not ("tokenizer" in change and "tokenizer" not in changed):
+            (tmp_path / "teacher_cache.json").write_text(json.dumps(changed))
+            with pytest.raises(CheckpointError, match=r"no complete cache of a teacher .*Create one"):
+                TeacherCache(tmp_path)
 
 
 def test_a_cache_that_is_being_read_stays_while_another_is_written_in_its_place(tmp_path: Path) -> None:
