@@ -99,3 +99,25 @@ def _change_manifest(path, change):
     header["__metadata__"]["hf_sparse"] = json.dumps(manifest)
     changed = json.dumps(header).encode()
     path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+
+
+EVIL = "a.\x1b]0;owned\x07\r\x9b2J\u202eweight"
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
+    path = tmp_path / "a\x1b[2J.safetensors"
+    save_file({EVIL: torch.eye(64), "b": torch.ones(2)}, path, targets=[EVIL])
+    text = str(inspect(path))
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert "a.\\x1b]0;owned\\x07" in text
+    head, line, row = text.splitlines()[:3]
+    assert len({len(part) for part in (head, line, row)}) == 1
+    assert inspect(path).to_dict()["tensors"][0]["name"] == EVIL
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal_by_an_error(tmp_path):
+    save_file({EVIL: torch.eye(64)}, tmp_path / "a.safetensors", targets=[EVIL], codec="bitmask")
+    _change_manifest(tmp_path / "a.safetensors", lambda manifest: manifest["tensors"][EVIL].update(nonzeros=63))
+    with pytest.raises(CheckpointError) as refused:
+        inspect(tmp_path)
+    assert all(character.isprintable() for character in str(refused.value))

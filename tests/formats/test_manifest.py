@@ -111,6 +111,11 @@ def test_manifest_refuses_what_it_would_not_have_written(data, complaint):
         ('{"version": 1, "version": 1}', "the manifest names the key 'version' twice"),
         (json.dumps(DATA)[:-1] + ', "extra": {"a": NaN}}', "holds NaN"),
         (json.dumps(DATA)[:-1] + ', "extra": {"a": -Infinity}}', "holds -Infinity"),
+        (json.dumps(DATA)[:-1] + ', "extra": {"a": 1e999}}', "holds the number '1e999', which is too large"),
+        (
+            json.dumps(DATA)[:-1] + ', "extra": {"a": [-1.5E+400]}}',
+            "holds the number '-1.5E\\+400', which is too large",
+        ),
     ],
 )
 def test_manifest_refuses_text_that_is_no_strict_json(text, complaint):
@@ -122,3 +127,24 @@ def test_manifest_shows_only_the_start_of_a_hostile_value():
     with pytest.raises(CheckpointError) as error:
         Manifest.from_dict({**DATA, "generator": "x" * 10**6})
     assert len(str(error.value)) < 200
+
+
+def nested(depth):
+    value: object = 1.5
+    for _ in range(depth):
+        value = [value]
+    return {"a": value}
+
+
+@pytest.mark.parametrize("extra", [{"a": float("inf")}, {"a": [float("nan")]}, {"a": {1, 2}}, nested(100_000)])
+def test_extra_that_json_cannot_hold_is_refused_before_it_is_written(extra):
+    with pytest.raises(CheckpointError, match="extra of the manifest cannot be written as JSON"):
+        Manifest({}, extra=extra).to_json()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1e308}', '{"a": -1e-400}', '{"a": "\\ud800"}', '{"a": 123456789012345678901234}']
+)
+def test_extra_that_is_read_can_be_written_and_read_again(text):
+    manifest = Manifest.from_json(json.dumps(DATA)[:-1] + f', "extra": {text}}}')
+    assert Manifest.from_json(manifest.to_json()) == manifest

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
+from pathlib import Path
 
 import datasets
 import pytest
@@ -25,7 +27,7 @@ from hf_sparse.recipe.train import run
 from tests.helpers.ranks import ROOT
 from tests.helpers.tiny import save_bert, write_sentences
 from tests.helpers.training import Rows, arguments, bert
-from tests.hf.hub.server import READER, Fault, LocalHub, Repo
+from tests.hf.hub.server import READER, WRITER, Fault, LocalHub, Repo
 
 REPO = "user/small"
 INPUT = torch.tensor([[2, 5, 7, 8, 3]])
@@ -299,6 +301,89 @@ def test_nothing_is_sent_of_a_folder_that_is_no_whole_model(hub, saved):
     with pytest.raises(RecipeError, match="not a name of a repository"):
         push_folder(saved, "a/b/c")
     assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README.md", "recipe.yaml", "config.json", "model.safetensors", "tokenizer.json"]
+)
+def test_link_out_of_the_folder_is_refused_and_nothing_is_sent(hub, saved, tmp_path, name):
+    secret = tmp_path / "secret"
+    if (saved / name).is_file():
+        (saved / name).rename(secret)
+    else:
+        secret.write_text("secret")
+    (saved / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*secret, outside of its folder"):
+        push_folder(saved, REPO)
+    assert hub.seen == []
+
+
+def test_snapshot_in_the_cache_of_the_hub_is_pushed(hub, saved, tmp_path):
+    push_folder(saved, REPO)
+    snapshot = Path(hf_hub_download(REPO, "config.json")).parent
+    hf_hub_download(REPO, "model.safetensors")
+    assert (snapshot / "config.json").is_symlink()
+    push_folder(snapshot, "user/again")
+    assert hub.files("user/again")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+
+
+def test_pipe_is_refused_and_nothing_is_sent(hub, saved):
+    os.mkfifo(saved / "LICENSE")
+    with pytest.raises(CheckpointError, match=r"LICENSE: .*not a regular file"):
+        push_folder(saved, REPO)
+    assert hub.seen == []
+
+
+def test_one_shard_of_several_and_an_index_of_other_folders_are_refused(hub, saved, capsys):
+    pulled(saved).save_pretrained(saved, max_shard_size="4KB")
+    shards = sorted(saved.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    index = saved / "model.safetensors.index.json"
+    good = index.read_text(encoding="utf-8")
+    index.write_text(good.replace(shards[0].name, f"../{shards[0].name}"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="which is not a file of its folder"):
+        push_folder(saved, REPO)
+    index.write_text(good, encoding="utf-8")
+    for shard in shards[1:]:
+        shard.unlink()
+    for verb in (["push", str(saved), REPO], ["card", str(saved)]):
+        assert main(verb) == 2
+        assert f"1 of {len(shards)} shards are there" in capsys.readouterr().err
+    assert hub.seen == []
+
+
+def test_weights_with_a_name_that_is_not_pushed_are_refused(hub, saved):
+    (saved / "model.safetensors").rename(saved / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="no weights with a name that is pushed"):
+        push_folder(saved, REPO)
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nX: y", "hf_ secret", "hf_sécret", ""])
+def test_token_that_is_none_is_refused_and_not_shown(hub, saved, token):
+    with pytest.raises(RecipeError, match="`token` must be one word") as refused:
+        push_folder(saved, REPO, token=token)
+    assert "ret" not in str(refused.value)
+    assert hub.seen == []
+
+
+def test_token_with_the_line_feed_of_its_file_is_taken(hub, saved):
+    push_folder(saved, REPO, token=f"{WRITER}\n")
+    assert_same(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["Illegal header value b'Bearer hf_secret\\n'", "Bearer secret", "token hf_jwt_secret."]
+)
+def test_token_in_an_error_of_the_client_is_not_shown(hub, saved, monkeypatch, text):
+    def refuse(*_, **__):
+        raise ValueError(text)
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(HubError, match=r"\*\*\*") as refused:
+        push_folder(saved, REPO)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "secret" not in shown
 
 
 def test_what_is_not_there_or_private_cannot_be_loaded(hub, saved, monkeypatch):
