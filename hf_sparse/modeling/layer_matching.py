@@ -1,22 +1,32 @@
-"""Which weights of a model are meant: the default, shell globs, and what to say when nothing matches."""
+"""Layer matching: the default targets, shell globs, and errors that name what could have matched."""
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from ..errors import BackendError, RecipeError
+from ..utils.text import kind_of_name
+from .blocks import block_coverage, block_prefixes
+from .ownership import count_owners, names_of
+
+logger = logging.getLogger(__name__)
+
+NEGLIGIBLE = 0.01
+"""Fraction of the weights in the blocks that may stay dense without a warning (depthwise convolutions, biases)."""
 
 BACK = "call hf_sparse.to_dense_runtime(model) first"
-"""How a model in runtime form becomes a plain one, at the end of what such a model refuses."""
+"""How to restore plain layers: the end of every message that refuses a model in runtime form."""
 
 
 class InRuntimeForm:
-    """Mixin of layers that are packed for inference: no weight in them could be pruned, cut or loaded into."""
+    """Mixin of layers that are packed for inference: their weight cannot be pruned, resized or loaded into."""
 
     def _load_from_state_dict(
         self,
@@ -32,31 +42,27 @@ class InRuntimeForm:
             error_msgs.append(f"'{prefix}weight' is packed for inference and cannot be loaded into: {BACK}")
 
 
-def refuse_runtime(model: nn.Module, asked: str) -> None:
+def refuse_runtime(model: nn.Module, requested: str) -> None:
     """Raise `BackendError` if a model is in runtime form.
 
     Args:
-        asked: for what, the subject of the error.
+        requested: the operation, as the subject of the error.
     """
     packed = next((name for name, module in model.named_modules() if isinstance(module, InRuntimeForm)), None)
     if packed is not None:
         raise BackendError(
-            f"{asked} needs plain layers, and the {type(model).__name__} is in runtime form ('{packed}' is packed for "
-            "inference). Call hf_sparse.to_dense_runtime(model) first, and hf_sparse.to_runtime(model) again afterwards"
+            f"{requested} needs plain layers, and the {type(model).__name__} is in runtime form ('{packed}' is packed "
+            "for inference). Call hf_sparse.to_dense_runtime(model) first, and hf_sparse.to_runtime(model) again "
+            "afterwards"
         )
 
 
-def parameter_owners(model: nn.Module) -> Counter[int]:
-    """Return by `id` of each parameter how many modules hold it; more than one if it is tied."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-
-
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear layer by name, but those that share their weight with another module (tied embeddings).
+    """Return every linear layer by name, except those that share their weight with another module (tied embeddings).
 
-    Layers that compaction has left empty are none.
+    Layers that compaction has left empty are left out.
     """
-    owners = parameter_owners(model)
+    owners = count_owners(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -67,29 +73,24 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers inside the transformer blocks: those below an `nn.ModuleList`.
+    """Return the linear layers inside the transformer blocks, the default targets.
 
-    Blocks are repeated, so every model of transformers keeps them in a list; embeddings, poolers and task heads stand
-    beside it.
+    Embeddings, poolers, projections between parts of the model and task heads are outside the blocks.
     """
-    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and name]
-    return {
-        name: module
-        for name, module in prunable_layers(model).items()
-        if any(name.startswith(prefix) for prefix in lists)
-    }
+    prefixes = tuple(block_prefixes(model))
+    return {name: module for name, module in prunable_layers(model).items() if name.startswith(prefixes)}
 
 
 def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """Return the layers that a group means, by name.
+    """Return the layers that a group targets, by name.
 
     Args:
         targets: shell globs over names of modules (or of their weights); None = `block_layers`.
-        exclude: globs of what to leave out.
+        exclude: globs of layers to leave out.
 
     Raises:
-        RecipeError: if nothing is left, or a glob matches nothing, with a list of what could have matched; if adapters
-            are on the model, which would be pruned too, and undone when they are merged.
+        RecipeError: if no layer is left, or a glob matches none, with the reason and what could have matched; if
+            the model has adapters, which would be pruned too, and restored when they are merged.
         BackendError: if the model is in runtime form.
     """
     refuse_runtime(model, "pruning")
@@ -102,32 +103,92 @@ def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Seque
         )
     layers = block_layers(model) if targets is None else {}
     for glob in targets or ():
-        found = {name: module for name, module in every.items() if _matches(name, glob)}
-        if not found:
-            raise RecipeError(f"targets '{glob}' matches no linear layer of the model. {_could_match(every)}")
-        layers.update(found)
+        matched = {name: module for name, module in every.items() if _matches(name, glob)}
+        if not matched:
+            raise RecipeError(f"`targets` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
+        layers.update(matched)
     for glob in exclude:
         if not any(_matches(name, glob) for name in every):
-            raise RecipeError(f"exclude '{glob}' matches no linear layer of the model. {_could_match(every)}")
+            raise RecipeError(f"`exclude` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
     layers = {name: module for name, module in layers.items() if not any(_matches(name, glob) for glob in exclude)}
     if not layers:
-        asked = "the default targets" if targets is None else f"targets {list(targets)}"
+        requested = "the default targets" if targets is None else f"`targets` {list(targets)}"
         without = f" without {list(exclude)}" if exclude else ""
-        raise RecipeError(f"{asked}{without} match no linear layer of the model. {_could_match(every)}")
+        raise RecipeError(
+            f"{requested}{without} match no linear layer of the model. {_unsupported(model)}{_could_match(every)}"
+        )
     return {name: every[name] for name in every if name in layers}
+
+
+def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
+    """Warn, once for all of them, of weights in the blocks that the default targets cannot cover.
+
+    Args:
+        layers: names of the targeted layers.
+    """
+    coverage = block_coverage(model, layers)
+    if sum(coverage.missed.values()) > NEGLIGIBLE * coverage.total:
+        logger.warning(
+            f"the targeted layers have {coverage.share:.1%} of the weights in the blocks of {type(model).__name__}. "
+            f"These are not nn.Linear layers of their own, and stay dense: {coverage.describe_missed()}. The requested "
+            "sparsity is that of the targeted layers"
+        )
 
 
 def _matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob)
 
 
-def _could_match(layers: dict[str, nn.Linear]) -> str:
-    if not layers:
-        return "It has no linear layers of its own at all."
-    # One line per kind of layer, not per layer: numbers become *.
-    kinds: dict[str, int] = {}
+def _why(model: nn.Module, layers: dict[str, nn.Linear], glob: str) -> str:
+    """Explain why a glob matches no prunable layer, and what would."""
+    modules = {name: module for name, module in model.named_modules() if name and _matches(name, glob)}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        others = [] if weight is None else [other for other in names_of(model, weight) if other != f"{name}.weight"]
+        if isinstance(module, nn.Linear) and others:
+            return f"The weight of '{name}' is tied to '{others[0]}': pruning one would prune the other"
+    kinds = Counter(type(module).__name__ for module in modules.values() if _has_matrix(module))
+    if kinds:
+        listed = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"It matches {listed} (first: '{next(iter(modules))}'), and only nn.Linear is supported yet"
+    parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, glob)]
+    if parameters:
+        return f"It matches the parameter '{parameters[0]}', and only weights of nn.Linear are supported yet"
+    return _nearest(layers, glob) + (_could_match(layers) or _unsupported(model))
+
+
+def _nearest(layers: dict[str, nn.Linear], glob: str) -> str:
+    spellings: dict[str, None] = {}
     for name in layers:
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        kinds[kind] = kinds.get(kind, 0) + 1
-    listed = ", ".join(f"{kind} ({count})" for kind, count in list(kinds.items())[:40])
-    return f"It could match: {listed}."
+        parts = kind_of_name(name).split(".")
+        spellings.update(dict.fromkeys(".".join(["*", *parts[start:]]) for start in range(1, len(parts))))
+        spellings.update(dict.fromkeys((name, ".".join(parts))))
+    nearest = difflib.get_close_matches(glob, spellings, n=3)
+    return f"Did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim > 1
+
+
+def _unsupported(model: nn.Module) -> str:
+    """Name the layers of a model whose blocks have no linear layers."""
+    classes: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if _has_matrix(module) and not isinstance(module, nn.Linear | nn.Embedding):
+            classes.setdefault(type(module).__name__, []).append(name)
+    if not classes or block_layers(model):
+        return ""
+    kind, names = max(classes.items(), key=lambda item: len(item[1]))
+    return f"Its layers are {len(names)} {kind} ({_listed(names, 6)}), and only nn.Linear is supported yet. "
+
+
+def _could_match(layers: dict[str, nn.Linear]) -> str:
+    return f"It could match: {_listed(layers, 40)}." if layers else ""
+
+
+def _listed(names: Iterable[str], limit: int) -> str:
+    """List kinds of layers, not each layer."""
+    kinds = Counter(map(kind_of_name, names))
+    return ", ".join(f"{kind} ({count})" for kind, count in list(kinds.items())[:limit])

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError, SparsityError
+from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import mark_sparse_weights
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from .calibration import measure_heads, observe_batches
 from .group import check_disjoint, check_shards, make_plan
 from .masked_weight import check_free
+from .patterns import Structure
 from .score_warmup import warm_up
 from .summary import Summary, summarize
 from .unit import Unit, attach_unit
@@ -99,6 +101,8 @@ class Pruner:
         """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
         names = [name for plan in self.plans for name in plan.layers]
         mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
+        if any(plan.config.targets is None and not isinstance(plan.pattern, Structure) for plan in self.plans):
+            warn_of_missed(self.model, names)
         for prepare in after_attach:
             prepare(self.model, self.config)
 
@@ -250,9 +254,8 @@ class Pruner:
     def bake(self) -> nn.Module:
         """Make the zeros part of the weights, take masks and scores off, and return the model, plain again.
 
-        In training that follows, the zeros stay zero, with an optimizer that is new: one that has trained these weights
-        before remembers their momentum and moves them once more. Under `fully_shard` masks and scores stay where they
-        are, but have no effect on anything any more, and state dicts are those of the plain model.
+        In training that follows, the zeros stay zero. Under `fully_shard` masks and scores stay where they are, but
+        have no effect on anything any more, and state dicts are those of the plain model.
         """
         self._must_be_attached()
         modules = [member.module for unit in self.units for member in unit.members]

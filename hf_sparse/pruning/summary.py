@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import SparsityError
-from ..modeling.layer_matching import block_layers
+from ..modeling.blocks import block_coverage
+from ..modeling.layer_matching import NEGLIGIBLE, block_layers
 from ..modeling.model_state import SPARSE_WEIGHTS, sparse_weights
 from .masked_weight import MaskedWeight
 
@@ -52,10 +53,12 @@ class Summary:
     Attributes:
         weights: one report per weight.
         model_parameters: entries of all parameters of the model, targeted or not.
+        block_share: fraction of the weights in the transformer blocks that are targeted, in [0, 1].
     """
 
     weights: tuple[WeightReport, ...]
     model_parameters: int
+    block_share: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -101,6 +104,8 @@ class Summary:
         lines.append("-" * len(head))
         lines.append(_line("targeted", f"{self.parameters:,}", self.sparsity, self.nonzeros, self.bytes, wide))
         lines.append(f"model: {self.model_parameters:,} parameters; targeted weights dense: {_size(self.dense_bytes)}")
+        if self.block_share < 1 - NEGLIGIBLE:
+            lines.append(f"targeted weights are {self.block_share:.1%} of the weights in the transformer blocks")
         return "\n".join(lines)
 
 
@@ -151,7 +156,9 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         nonzeros = int(torch.count_nonzero(weight))
         packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
         reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
-    return Summary(tuple(reports), sum(parameter.numel() for parameter in _own_parameters(parameters_of)))
+    coverage = block_coverage(model, [name.removesuffix(".weight") for name in names])
+    total = sum(parameter.numel() for parameter in _own_parameters(parameters_of))
+    return Summary(tuple(reports), total, coverage.share)
 
 
 def _outermost_marked(model: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BackendError
-from ..modeling.layer_matching import InRuntimeForm, parameter_owners
+from ..modeling.layer_matching import InRuntimeForm
+from ..modeling.ownership import count_owners
 from ..pruning.masked_weight import MaskedWeight
 from .lazy_weights import peek
 
@@ -52,7 +53,7 @@ def survey(model: nn.Module, *, gpu: bool = False) -> dict[str, LayerDecision]:
     Raises:
         BackendError: for layers whose weights are not plain numbers in memory, or not on the CPU.
     """
-    owners = parameter_owners(model)
+    owners = count_owners(model)
     decisions = {}
     for name, module in model.named_modules():
         if isinstance(module, InRuntimeForm):

@@ -86,7 +86,12 @@ def training_cases() -> dict[str, Callable[[], float]]:
     import hf_sparse
 
     transformers.logging.set_verbosity_error()
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    sizes: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    }
 
     class Clock(transformers.TrainerCallback):
         def __init__(self) -> None:

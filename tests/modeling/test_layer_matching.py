@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -61,14 +63,47 @@ def test_weights_tied_to_embeddings_are_never_matched() -> None:
     model = BertForMaskedLM(tiny.config())
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     assert "cls.predictions.decoder" not in prunable_layers(model)
-    with pytest.raises(RecipeError, match="matches no linear layer"):
+    message = r"'cls\.predictions\.decoder' is tied to 'bert\.embeddings\.word_embeddings\.weight'"
+    with pytest.raises(RecipeError, match=message):
         match_layers(model, ["*decoder"])
+    with pytest.raises(RecipeError, match=message):
+        match_layers(model, None, ["*decoder"])
 
 
-def test_model_without_linear_layers_says_so() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(RecipeError, match="no linear layers of its own at all"):
-        match_layers(model, None)
+def gpt2(cls: Any = GPT2LMHeadModel) -> Any:
+    return cls(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
+
+
+def test_model_of_unsupported_layers_names_them() -> None:
+    kind = r"Its layers are 8 Conv1D \(transformer\.h\.\*\.attn\.c_attn \(2\), .*only nn\.Linear is supported yet"
+    with pytest.raises(RecipeError, match=f"the default targets match no linear layer of the model. {kind}"):
+        match_layers(gpt2(), None)
+    with pytest.raises(RecipeError, match=rf"{kind}\. It could match: score \(1\)"):
+        match_layers(gpt2(GPT2ForSequenceClassification), None)
+    with pytest.raises(
+        RecipeError, match=r"It matches 2 Conv1D \(first: 'transformer\.h\.0\.attn\.c_attn'\), and only nn"
+    ):
+        match_layers(gpt2(), ["*.c_attn"])
+    with pytest.raises(RecipeError, match=r"'lm_head' is tied to 'transformer\.wte\.weight'"):
+        match_layers(gpt2(), ["lm_head"])
+    with pytest.raises(RecipeError, match=r"It matches the parameter 'layers\.0\.self_attn\.in_proj_weight', and only"):
+        match_layers(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), ["*in_proj_weight"])
+
+
+@pytest.mark.parametrize(
+    ("glob", "nearest"),
+    [
+        ("*.intermediate.dens", r"'\*\.intermediate\.dense'"),
+        ("bert.encoder.layer.0.output.dnse", r"'bert\.encoder\.layer\.0\.output\.dense'"),
+        ("clasifier", "'classifier'"),
+        ("encoder.layer.*.querry", r"'\*\.(encoder\.)?layer\.\*\.attention\.self\.query'"),
+    ],
+)
+def test_targets_with_a_typo_name_the_nearest_layers(glob: str, nearest: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"`targets` .* matches no linear layer of the model\. Did you mean .*{nearest}"
+    ):
+        match_layers(bert(), [glob])
 
 
 @pytest.mark.parametrize(
@@ -77,9 +112,9 @@ def test_model_without_linear_layers_says_so() -> None:
         (
             ["*.nothing"],
             [],
-            r"targets '\*\.nothing' matches no linear layer .* could match: .*intermediate\.dense \(2\)",
+            r"`targets` '\*\.nothing' matches no linear layer .* could match: .*intermediate\.dense \(2\)",
         ),
-        (None, ["*.nothing"], r"exclude '\*\.nothing' matches no linear layer"),
+        (None, ["*.nothing"], r"`exclude` '\*\.nothing' matches no linear layer"),
         (["classifier"], ["class*"], r"without \['class\*'\] match no linear layer"),
     ],
 )

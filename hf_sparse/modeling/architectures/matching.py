@@ -9,7 +9,8 @@ from torch import nn
 
 from ...errors import PatternError, RecipeError
 from ...utils.text import kind_of_name
-from ..layer_matching import parameter_owners, refuse_runtime
+from ..layer_matching import refuse_runtime
+from ..ownership import count_owners
 from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
 
 
@@ -19,7 +20,7 @@ def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
     Those that share a weight with another module (an encoder tied to its decoder) are left out: what is pruned here
     would be pruned there.
     """
-    owners = parameter_owners(model)
+    owners = count_owners(model)
     tables: list[tuple[Attention | FeedForward, Family]] = []
     for family in FAMILIES.values():
         tables += [(table, family) for table in family.attentions]
