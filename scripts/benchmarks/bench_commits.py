@@ -57,7 +57,7 @@ def runtime_cases() -> dict[str, Callable[[], float]]:
 
     element, block = bert("element"), bert({"name": "block", "rows": 4, "cols": 1})
     t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=4000, decoder_start_token_id=0, tie_word_embeddings=False)
+        transformers.T5Config(**{"vocab_size": 4000, "decoder_start_token_id": 0, "tie_word_embeddings": False})
     ).eval()
     hf_sparse.sparsify(t5, hf_sparse.SparsityConfig(sparsity=0.9))
     hf_sparse.to_runtime(t5, "cpu")
@@ -114,7 +114,7 @@ def training_cases() -> dict[str, Callable[[], float]]:
     def case(config: dict[str, Any] | None, finished: bool = False) -> Callable[[], float]:
         def measure() -> float:
             torch.manual_seed(0)
-            model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=6, **sizes))
             if finished:
                 hf_sparse.sparsify(model, hf_sparse.SparsityConfig(sparsity=0.9))
             clock = Clock()

@@ -44,7 +44,8 @@ def on_meta(name: str) -> Any:
         try:
             config = (getattr(cls, "config_class", None) or transformers.CONFIG_MAPPING[class_names()[name]])()
             if type(getattr(config, "backbone_config", None)).__name__ == "TimmBackboneConfig":  # timm is not needed
-                config = type(config)(backbone_config=transformers.ResNetConfig(out_features=["stage4"]))
+                backbone: Any = transformers.ResNetConfig
+                config = cls.config_class(backbone_config=backbone(out_features=["stage4"]))
             with torch.device("meta"):
                 return cls(reduce(config))
         except Exception:  # noqa: BLE001, S112 - a missing package, a config that needs arguments, a tensor that meta cannot make
