@@ -56,8 +56,9 @@ def runtime_cases() -> dict[str, Callable[[], float]]:
         return measure
 
     element, block = bert("element"), bert({"name": "block", "rows": 4, "cols": 1})
+    t5_config: Any = transformers.T5Config
     t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**{"vocab_size": 4000, "decoder_start_token_id": 0, "tie_word_embeddings": False})
+        t5_config(vocab_size=4000, decoder_start_token_id=0, tie_word_embeddings=False)
     ).eval()
     hf_sparse.sparsify(t5, hf_sparse.SparsityConfig(sparsity=0.9))
     hf_sparse.to_runtime(t5, "cpu")
