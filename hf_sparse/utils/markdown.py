@@ -1,24 +1,26 @@
-"""Markdown from text of strangers: what is no table of ours must not become one."""
+"""Markdown from untrusted text, which must not become tables, links or HTML."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from .text import printable
+
 
 def plain(text: object) -> str:
-    r"""Return text of one line that Markdown and HTML show as it is.
+    r"""Return text in one line, escaped for Markdown and HTML, without control characters.
 
     Example:
         >>> plain("a|b <script>")
         'a\\|b &lt;script&gt;'
     """
-    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = printable(" ".join(str(text).split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Return a block of code, whatever fences stand in it."""
+    """Return a block of code, whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"

@@ -1,7 +1,8 @@
 """The model card: what a saved model is and what was measured of it, from its files alone.
 
-Nothing is claimed that no file says: a figure that was not measured is called so. Text from files (names of models and
-data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadata.
+The card claims nothing that is not in a file: a figure that was not measured is marked as such. Text from files (names
+of models and data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadata. The words are in
+`model_card_template.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...errors import CheckpointError, RecipeError
 from ...formats.inspection import Inspection, inspect
@@ -33,15 +34,16 @@ TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGene
 OWNED_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 RECIPE = "recipe.yaml"
 MEASURED = "eval_results.json"
 BEFORE_COMPACTION = "before_compaction"
-"""Key of that file: what it says was measured before what was removed was cut out of the model."""
+"""Key of that file: its metrics were measured before compaction."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """All that a card says. What is None or empty was not recorded, and the card says so."""
+    """The content of a card. What is None or empty was not recorded, and is marked as such."""
 
     title: str
     architecture: str | None = None
@@ -65,14 +67,14 @@ def facts_of(
     against: str | os.PathLike[str] | None = None,
     license: str | None = None,  # noqa: A002
 ) -> CardFacts:
-    """Collect what the files of a saved model say.
+    """Collect the facts from the files of a saved model.
 
     Args:
         against: folder of the dense run of the same recipe, for its metrics.
         license: identifier of the license on the Hub, if known.
 
     Raises:
-        CheckpointError: if a file is missing or damaged.
+        CheckpointError: if a file is missing or damaged, or a link that leads out of the folder.
     """
     folder = Path(folder)
     inspection = inspect(folder)
@@ -113,7 +115,7 @@ def facts_of(
 
 
 def _cut_out(folder: Path) -> str | None:
-    """Say what was cut out of the model, by its files."""
+    """Return which heads and neurons are left after compaction, in words."""
     manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
     if not manifests or EDITS_KEY not in manifests[0].extra:
         return None
@@ -123,17 +125,17 @@ def _cut_out(folder: Path) -> str | None:
         for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
         if cuts
     )
-    said = f"In the parts that were made smaller, {left} are left; the others are cut out, and not counted below."
+    text = f"In the parts that were made smaller, {left} are left; the others are cut out, and not counted below."
     if (read_json(folder / MEASURED) or {}).get(BEFORE_COMPACTION):
-        said += " Metrics were measured before that, which changes outputs by rounding alone."
-    return said
+        text += " Metrics were measured before that, which changes outputs by rounding alone."
+    return text
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe as it may be shown to others: of absolute paths, which tell about a machine, only the last part.
+    """Return a recipe redacted for publication: of absolute paths, which reveal a machine, only the last part.
 
     Raises:
-        CheckpointError: if it is no YAML mapping. (A file that is not there is an empty recipe.)
+        CheckpointError: if it is not a YAML mapping. (A missing file is an empty recipe.)
     """
     if not path.exists():
         return {}
@@ -144,16 +146,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not all(
         isinstance(recipe.get(key) or {}, dict) for key in ("model", "data", "training")
     ):
-        raise CheckpointError(f"{path} is no recipe: it has to be a mapping with the sections model, data and training")
+        raise CheckpointError(f"{path} must be a mapping with the sections model, data and training")
     (recipe.get("training") or {}).pop("output_dir", None)
-    return _shown(recipe)
+    return _redacted(recipe)
 
 
-def _shown(value: Any) -> Any:
+def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _shown(item) for key, item in value.items()}
+        return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shown(item) for item in value]
+        return [_redacted(item) for item in value]
     for path in (PurePosixPath, PureWindowsPath):
         if isinstance(value, str) and path(value).is_absolute():
             return path(value).name
@@ -161,7 +163,7 @@ def _shown(value: Any) -> Any:
 
 
 def forget(folder: Path) -> None:
-    """Take away what was measured of the model that was in a folder before another takes its place."""
+    """Remove the measurements of the model in a folder before another replaces it."""
     for name in (SPEED, MEASURED, "all_results.json", "train_results.json", "report.md"):
         (folder / name).unlink(missing_ok=True)
 
@@ -187,7 +189,8 @@ def card_text(facts: CardFacts, tags: Sequence[str] = ()) -> str:
     Args:
         tags: more of them for the metadata.
     """
-    text = f"---\n{_metadata(facts, tags).to_yaml()}\n---\n\n{_body(facts)}"
+    card = ModelCard.from_template(_metadata(facts, tags), template_path=str(TEMPLATE), **_values(facts))
+    text = f"{card.content}\n"
     return f"{text}\n{_seal(text)}\n"
 
 
@@ -219,7 +222,7 @@ def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -
 
 
 def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
-    task = next((task for end, task in TASKS.items() if (facts.architecture or "").endswith(end)), None)
+    task = next((TASKS[end] for end in _ends(facts)), None)
     dataset = facts.dataset if facts.dataset and HUB_NAME.fullmatch(str(facts.dataset)) else None
     results = [
         EvalResult(
@@ -245,43 +248,29 @@ def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
     )
 
 
-def _body(facts: CardFacts) -> str:
-    auto = next(
-        (f"AutoModel{end.replace('ForConditionalGeneration', 'ForSeq2SeqLM')}" for end in TASKS
-         if (facts.architecture or "").endswith(end)),
-        "AutoModel",
-    )  # fmt: skip
-    about = [
-        ("base model", plain(facts.base_model or "not recorded")),
-        ("architecture", plain(facts.architecture or "not recorded")),
-        ("data", plain(facts.data or "not recorded")),
-        ("license", plain(facts.license or "not recorded: that of the base model and the data applies")),
-    ]
-    parts = [
-        f"# {plain(facts.title)}",
-        "Pruned with hf_sparse." if facts.pruned else "Fine-tuned dense with hf_sparse; nothing was pruned.",
-        table(("", ""), about),
-    ]
-    if facts.note:
-        parts.append(plain(facts.note))
-    parts += ["## Metrics", _metric_table(facts), "## Sparsity", _sparsity(facts)]
-    parts += ["## Size", table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured."]
-    parts += ["## Speed", _speed(facts.speed)]
-    if facts.loads:
-        code = f"import hf_sparse  # first: it teaches transformers the format\nfrom transformers import {auto}\n\n"
-        parts += [
-            "## How to load",
-            fenced(f'{code}model = {auto}.from_pretrained("user/repo")  # or a folder', "python"),
-        ]
-    parts += ["## Recipe", fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.", "## Limits", LIMITS]
-    return "\n\n".join(parts) + "\n"
+def _values(facts: CardFacts) -> dict[str, Any]:
+    """Return the variables of the template: Markdown, escaped where it is text from files."""
+    loads = (f"AutoModel{end.replace('ForConditionalGeneration', 'ForSeq2SeqLM')}" for end in _ends(facts))
+    return {
+        "title": plain(facts.title),
+        "pruned": facts.pruned,
+        "base_model": plain(facts.base_model or "not recorded"),
+        "architecture": plain(facts.architecture or "not recorded"),
+        "data": plain(facts.data or "not recorded"),
+        "license": plain(facts.license or "not recorded: that of the base model and the data applies"),
+        "note": plain(facts.note) if facts.note else None,
+        "metrics": _metric_table(facts),
+        "sparsity": _sparsity(facts),
+        "size": table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured.",
+        "speed": _speed(facts.speed),
+        "auto_class": next(loads, "AutoModel") if facts.loads else None,
+        "recipe": fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.",
+    }
 
 
-LIMITS = """- Zeros in weights make files smaller. Dense kernels do not run faster for them; on a CPU
-  `hf_sparse.to_runtime(model)` packs them where that is faster.
-- Metrics are of the validation texts named above; other texts, classes or languages were not measured.
-- Pruning can hurt rare classes and unusual input more than the average shows; that was not measured here.
-- What the base model cannot do or should not be used for holds here too."""
+def _ends(facts: CardFacts) -> list[str]:
+    """Return the ends of the name of the class that stand for a task, such as `ForSequenceClassification`."""
+    return [end for end in TASKS if (facts.architecture or "").endswith(end)]
 
 
 def _metric_table(facts: CardFacts) -> str:

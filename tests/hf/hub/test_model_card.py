@@ -95,6 +95,19 @@ def test_text_from_files_stays_text():
     assert all(row.replace("\\|", "").count("|") == 4 for row in rows)
 
 
+def test_text_from_files_is_not_a_template():
+    evil = "{{ 7 * 7 }} {% if x %} {# note #}"
+    text = card_text(CardFacts(evil, note=evil, data=evil, recipe=evil, metrics={evil: 0.5}))
+    assert f"```yaml\n{evil}\n```" in text
+    assert "49" not in text
+    assert text.count("7 \\* 7") == 4
+
+
+def test_text_from_files_cannot_command_the_terminal_that_shows_the_card():
+    text = card_text(CardFacts("a\x1b[2J", note="\x9b", data="\u202e", groups=[("\x07", 1, 0.5)]))
+    assert all(character.isprintable() or character == "\n" for character in text)
+
+
 def test_dense_model_is_not_called_pruned(tmp_path):
     text = card_text(facts_of(save_bert(tmp_path / "dense", head=True)))
     assert "nothing was pruned" in text
@@ -104,7 +117,7 @@ def test_dense_model_is_not_called_pruned(tmp_path):
 def test_folder_without_model_or_with_a_recipe_that_is_none_is_refused(saved, capsys):
     (saved / "recipe.yaml").write_text("- a\n", encoding="utf-8")
     assert main(["card", str(saved)]) == 2
-    assert "is no recipe" in capsys.readouterr().err
+    assert "must be a mapping with the sections" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="no file or folder"):
         facts_of(saved / "nothing")
     (saved / "config.json").unlink()
