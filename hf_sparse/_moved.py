@@ -120,7 +120,7 @@ MOVED = dict(
     teach recipe.cache_teacher
     teacher hf.trainer.teacher
     teacher_cache hf.trainer.teacher_cache
-    text_metrics recipe.text_metrics
+    text_metrics recipe.metrics
     units pruning.unit
     warmup pruning.score_warmup
     zeros modeling.zero_preservation

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import RecipeError
 from ..registry import nearest
 from .metrics import Predicts
-from .sections import DataSection
+from .sections import FORMATS, DataSection
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 SUBSET_SEED = 0
 """Seed of `train_samples` and `validation_samples`: the same subset for every seed of the recipe."""
 
@@ -101,7 +100,7 @@ def _read(section: DataSection, split: str) -> Dataset:
             return datasets.load_dataset(section.name, section.config, split=given or split)
         suffix = Path(given).suffix.lower()
         if suffix not in FORMATS:
-            raise RecipeError(f"data.{split}: {given} is none of {', '.join(FORMATS)}")
+            raise RecipeError(f"`data.{split}` must be a file with suffix {', '.join(FORMATS)}, got {given}")
         options = {"sep": "\t"} if suffix == ".tsv" else {}
         # A name is that of one file, also where it would match others as a pattern.
         return datasets.load_dataset(FORMATS[suffix], data_files=glob.escape(given), split="train", **options)

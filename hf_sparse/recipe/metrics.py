@@ -14,7 +14,6 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..errors import RecipeError
 from ..registry import nearest
-from .text_metrics import exact_match, wer
 
 Predicts = Literal["class", "number", "text"]
 """What comes out of the model."""
@@ -98,6 +97,43 @@ def _ranks(values: Array) -> Array:
     return (last - (size - 1) / 2)[group]
 
 
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return the fraction of predictions equal to their reference, without spaces at the ends.
+
+    Example:
+        >>> exact_match(["a b ", "a"], ["a b", "A"])
+        0.5
+    """
+    same = sum(one.strip() == other.strip() for one, other in zip(predictions, references, strict=True))
+    return same / len(references)
+
+
+def wer(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return the word error rate: words to insert, delete or replace, over all words of the references.
+
+    Words are separated by spaces; where they are phonemes, it is the phoneme error rate. It can be above 1.
+
+    Example:
+        >>> wer(["a x c", "d"], ["a b c", "d e"])
+        0.4
+
+    Source: Levenshtein 1966; as `jiwer` and `evaluate`'s "wer" compute it, over the whole corpus.
+    """
+    pairs = [(one.split(), other.split()) for one, other in zip(predictions, references, strict=True)]
+    words = sum(len(reference) for _, reference in pairs)
+    return sum(_edit_distance(predicted, reference) for predicted, reference in pairs) / max(1, words)
+
+
+def _edit_distance(predicted: Sequence[str], reference: Sequence[str]) -> int:
+    """Return the smallest number of insertions, deletions and replacements between two sequences."""
+    row = list(range(len(reference) + 1))
+    for i, word in enumerate(predicted, start=1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(reference, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1]
+
+
 LOCAL: Mapping[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -108,7 +144,7 @@ LOCAL: Mapping[str, Callable[[Any, Any], float]] = {
     "wer": wer,
 }
 KINDS: Mapping[str, Predicts] = {"pearson": "number", "spearman": "number", "exact_match": "text", "wer": "text"}
-"""What the metrics apply to; the others are of classes."""
+"""What the metrics apply to; the others apply to classes."""
 DEFAULT: Mapping[Predicts, str] = {"class": "accuracy", "number": "pearson", "text": "exact_match"}
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "matthews": ("matthews_correlation",),
@@ -189,8 +225,13 @@ def build_metrics(
 
 def _from_evaluate(name: str) -> Callable[[Any, Any], dict[str, float]]:
     try:
-        import evaluate
-
+        import evaluate  # here, not above: an extra, and needed for these metrics only
+    except ImportError as error:
+        raise RecipeError(
+            f"metric '{name}' needs the package evaluate, which is not installed: pip install evaluate. Known without "
+            f"it: {', '.join(LOCAL)}"
+        ) from error
+    try:
         metric = evaluate.load(*name.removeprefix(EVALUATE).split("/", 1))
     except (OSError, ImportError, ValueError) as error:
         raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -16,6 +17,8 @@ TASKS: dict[str, type[TrainingArguments]] = {
     "seq2seq": Seq2SeqTrainingArguments,
 }
 """What a model can be fine-tuned for, and the arguments of its Trainer."""
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+"""Suffixes of files with examples, and the loaders of `datasets` that read them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,8 @@ class DataSection:
             raise RecipeError("data.max_length is a whole number of tokens, not null")
         for key in ("max_length", "max_target_length", "train_samples", "validation_samples"):
             _check_count(getattr(self, key), f"data.{key}")
+        if self.label in columns:
+            raise RecipeError(f"`data.label` must be another column than `data.text`, got '{self.label}' for both")
         self._check_source()
 
     def _check_source(self) -> None:
@@ -104,6 +109,13 @@ class DataSection:
             for key in ("train", "validation"):
                 if getattr(self, key) is None:
                     raise RecipeError(f"data.{key} is missing: give a file, or a dataset on the Hub with data.name")
+        for key in ("train", "validation") if self.name is not None else ():
+            split = getattr(self, key)
+            if split is not None and Path(split).suffix.lower() in FORMATS:
+                raise RecipeError(
+                    f"`data.{key}` must be a split of the dataset '{self.name}', got the file {split}. To read local "
+                    "files, leave `data.name` out (--set data.name=null --set data.config=null)"
+                )
         if self.train == self.validation and self.train is not None:
             raise RecipeError(
                 f"data.train and data.validation are both {self.train!r}, so the metric would be measured on the "

@@ -33,6 +33,7 @@ from ..errors import CheckpointError, RecipeError
 from ..hf.trainer.checkpoint import check_unused, remove_trained, trained_files
 from ..hf.trainer.run_record import STATE, changes, listing, read_record
 from ..registry import check_keys
+from ..utils.validation import check_bool, check_text
 from .data import load_texts
 from .identity import OF_THE_MODEL, SECTION, recipe_facts
 from .prune import compact_saved
@@ -79,7 +80,10 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     parts = data.pop("stages")
     if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
         raise RecipeError(f"stages is a list of partial recipes, not {parts!r}")
-    stages: list[Stage] = []
+    root = _mapping(data, "training").get("output_dir", os.path.join("runs", Path(path).stem))
+    check_text("training.output_dir", root)
+    builder = _Builder(data, root, Path(path).parent, len(parts) - 1)
+    stages = builder.stages
     for index, part in enumerate(parts):
         name = part.get("name", f"stage{index + 1}")
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
@@ -89,7 +93,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         if name in [stage.name for stage in stages]:
             raise RecipeError(f"stage {index + 1} has the name '{name}' of an earlier one, and would overwrite it")
         try:
-            stages.append(_stage(data, part, name, stages, len(parts), Path(path)))
+            builder.add(part, name)
         except RecipeError as error:
             raise type(error)(f"stage '{name}': {error}") from error
     for index, stage in enumerate(stages):
@@ -112,45 +116,68 @@ def _check_among(stage: Stage, not_before: Sequence[Stage], stages: Sequence[Sta
         )
 
 
-def _stage(
-    data: Mapping[str, Any], part: Mapping[str, Any], name: str, before: Sequence[Stage], count: int, path: Path
-) -> Stage:
-    check_keys(part, [*_OWN, *(field.name for field in dataclasses.fields(Recipe))], "the stage")
-    cut = part.get("compact", False)
-    if not isinstance(cut, bool):
-        raise RecipeError(f"compact is true or false, not {cut!r}")
-    if cut and not before:
-        raise RecipeError("compact: the first stage has no stage before it whose model could be compacted")
-    merged: dict[str, Any] = dict(data)
-    for key in part:
-        if key in _MERGED:
-            merged[key] = {**_mapping(data, key), **_mapping(part, key)}
-        elif key not in _OWN:
-            merged[key] = part[key]
-    training = _mapping(part, "training")
-    if "output_dir" in training:
-        raise RecipeError("training.output_dir is that of the whole recipe; a stage writes into the folder of its name")
-    if before and {"name", "revision"} & set(_mapping(part, "model")):
-        raise RecipeError("model.name is given, but a stage starts from the model of the stage before")
-    whole = _mapping(data, "training").get("output_dir", os.path.join("runs", path.stem))
-    if not isinstance(whole, str):
-        raise RecipeError(f"training.output_dir is the name of a folder, not {whole!r}")
-    output = whole if len(before) == count - 1 else os.path.join(whole, name)
-    merged["training"] = {**_mapping(merged, "training"), "output_dir": output}
-    recipe = Recipe.from_dict(merged).located(path.parent)
-    source = None
-    if before:
-        start = str(before[-1].output)
-        if cut:
-            source, start = start, os.path.join(whole, f"{before[-1].name}_compact")
-        model = dataclasses.replace(recipe.model, name=start, revision=None)
-        recipe = dataclasses.replace(recipe, model=model)
-    outputs = {stage.name: str(stage.output) for stage in before}
-    teacher = _mapping(merged, "distillation").get("teacher")  # as written: a folder of that name is not meant
-    if recipe.distillation is not None and teacher in outputs:
-        taught = dataclasses.replace(recipe.distillation, teacher=outputs[teacher])
-        recipe = dataclasses.replace(recipe, distillation=taught)
-    return Stage(name, recipe, source)
+@dataclasses.dataclass
+class _Builder:
+    """Makes the stages of a recipe, one after the other.
+
+    Args:
+        shared: what all stages share.
+        root: output folder of the whole recipe.
+        folder: of the recipe, for relative paths.
+        last: number of the last stage.
+    """
+
+    shared: Mapping[str, Any]
+    root: str
+    folder: Path
+    last: int
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+
+    def add(self, part: Mapping[str, Any], name: str) -> None:
+        """Check a partial recipe and add its stage."""
+        self._check(part)
+        merged = self._merged(part, name)
+        recipe = self._with_teacher(Recipe.from_dict(merged).located(self.folder), merged)
+        source = None
+        if self.stages:
+            start = str(self.stages[-1].output)
+            if part.get("compact"):
+                source, start = start, os.path.join(self.root, f"{self.stages[-1].name}_compact")
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=start, revision=None))
+        self.stages.append(Stage(name, recipe, source))
+
+    def _check(self, part: Mapping[str, Any]) -> None:
+        check_keys(part, [*_OWN, *(field.name for field in dataclasses.fields(Recipe))], "the stage")
+        check_bool("compact", part.get("compact", False))
+        if part.get("compact") and not self.stages:
+            raise RecipeError("compact: the first stage has no stage before it whose model could be compacted")
+        if "output_dir" in _mapping(part, "training"):
+            raise RecipeError(
+                "training.output_dir is that of the whole recipe; a stage writes into the folder of its name"
+            )
+        if self.stages and {"name", "revision"} & set(_mapping(part, "model")):
+            raise RecipeError("model.name is given, but a stage starts from the model of the stage before")
+
+    def _merged(self, part: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Return the shared recipe with what a stage changes, and its output folder."""
+        merged = dict(self.shared)
+        for key in part:
+            if key in _MERGED:
+                merged[key] = {**_mapping(self.shared, key), **_mapping(part, key)}
+            elif key not in _OWN:
+                merged[key] = part[key]
+        output = self.root if len(self.stages) == self.last else os.path.join(self.root, name)
+        merged["training"] = {**_mapping(merged, "training"), "output_dir": output}
+        return merged
+
+    def _with_teacher(self, recipe: Recipe, merged: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with the folder of an earlier stage where its name is the teacher."""
+        outputs = {stage.name: str(stage.output) for stage in self.stages}
+        teacher = _mapping(merged, "distillation").get("teacher")  # as written: a folder of that name is not meant
+        if recipe.distillation is None or teacher not in outputs:
+            return recipe
+        distillation = dataclasses.replace(recipe.distillation, teacher=outputs[teacher])
+        return dataclasses.replace(recipe, distillation=distillation)
 
 
 def _mapping(data: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
     """Keep the parameters whose names match any of the shell globs from being trained.
 
     Raises:
-        RecipeError: for a glob that matches no parameter.
+        RecipeError: for a glob that matches no parameter, or if nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     for glob in globs:
@@ -208,3 +208,7 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> None:
             raise RecipeError(f"freeze: '{glob}' matches no parameter. Parameters of the model: {some}, ...")
         for name in matched:
             parameters[name].requires_grad_(False)
+    if globs and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise RecipeError(
+            f"`freeze` must leave parameters to train, but {', '.join(map(repr, globs))} match all of them"
+        )

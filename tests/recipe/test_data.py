@@ -137,7 +137,7 @@ def test_load_texts_names_a_file_that_cannot_be_read(section, tmp_path, name, co
 
 def test_load_texts_names_the_formats_it_knows(section, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(RecipeError, match=r"a\.txt is none of \.json"):
+    with pytest.raises(RecipeError, match=r"must be a file with suffix \.json, .*got .*a\.txt"):
         load_texts(DataSection(str(tmp_path / "a.txt"), section().validation))
 
 
@@ -193,3 +193,17 @@ def test_empty_file_of_json_has_no_rows(tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"data\.train has no rows"):
         load_split(DataSection(train=str(tmp_path / "empty.jsonl"), validation="none"), "train")
+
+
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_file_in_place_of_a_split_of_a_hub_dataset_is_refused(key):
+    with pytest.raises(
+        RecipeError, match=rf"`data\.{key}` must be a split of the dataset 'glue', got the file a\.JSONL"
+    ):
+        DataSection(name="glue", config="sst2", train="a.JSONL" if key == "train" else None, validation="a.JSONL")
+
+
+@pytest.mark.parametrize("text", ["label", ["a", "label"]])
+def test_label_that_is_a_text_column_is_refused(text):
+    with pytest.raises(RecipeError, match=r"`data\.label` must be another column than `data\.text`, got 'label'"):
+        DataSection(train="a.jsonl", validation="b.jsonl", text=text)

@@ -19,8 +19,8 @@ from hf_sparse.recipe.metrics import (
     matthews,
     pearson,
     spearman,
+    wer,
 )
-from hf_sparse.recipe.text_metrics import wer
 
 # Nine texts: 3 true positives, 1 false positive, 2 false negatives, 3 true negatives.
 GUESSED = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0])
@@ -159,3 +159,9 @@ def test_build_metrics_says_what_works_without_when_evaluate_cannot_load(monkeyp
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
     with pytest.raises(RecipeError, match=r"(?s)no network.*Known without it: accuracy"):
         build_metrics(["evaluate/rouge"], predicts="class")
+
+
+def test_metric_of_evaluate_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(RecipeError, match=r"'evaluate/bleu' needs the package evaluate, .*: pip install evaluate"):
+        build_metrics(["evaluate/bleu"], "class")

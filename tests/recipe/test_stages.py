@@ -119,7 +119,7 @@ def test_resume_refuses_a_stage_of_another_recipe(write: Any, capsys: Any) -> No
         ([{"name": "a/b"}], "name is the name of a folder"),
         ([{"name": "x"}, {"name": "x"}], "has the name 'x' of an earlier one"),
         ([{"compact": True}], "the first stage has no stage before it"),
-        ([{}, {"compact": "yes"}], "compact is true or false, not 'yes'"),
+        ([{}, {"compact": "yes"}], "`compact` must be true or false, got 'yes'"),
         ([{}, {"model": {"name": "other"}}], "starts from the model of the stage before"),
         ([{"training": {"output_dir": "x"}}], "output_dir is that of the whole recipe"),
         ([{"distillation": {"teacher": "self"}}], "there is no student to be pruned"),
@@ -138,5 +138,5 @@ def test_stages_refuse(stages: Any, reason: str, write: Any) -> None:
 def test_output_that_is_no_folder_is_refused(folder: Any, write: Any) -> None:
     path = write(STAGES)
     path.write_text(path.read_text().replace("output_dir: out", f"output_dir: {json.dumps(folder)}"))
-    with pytest.raises(RecipeError, match=r"training\.output_dir is the name of a folder"):
+    with pytest.raises(RecipeError, match=r"`training\.output_dir` must be a string"):
         load_stages(path)

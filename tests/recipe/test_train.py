@@ -58,3 +58,8 @@ def test_interrupted_run_does_not_look_finished_with_the_results_of_the_one_befo
     with pytest.raises(KeyboardInterrupt):
         run(Recipe.from_dict({"model": model, "data": {**data, "max_length": 16}, "training": training}))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
+
+
+def test_freeze_leaves_something_to_train():
+    with pytest.raises(RecipeError, match=r"`freeze` must leave parameters to train, but '\*' match all of them"):
+        freeze(torch.nn.Linear(2, 2), ["*"])

@@ -114,7 +114,7 @@ def test_results_are_run_once_and_what_they_need_before_them(
     assert set(found["sst2-dense"].metrics) == {"accuracy"}
     capsys.readouterr()
 
-    def refused(recipe: Recipe) -> None:
+    def refused(recipe: Recipe, **_: Any) -> None:
         raise RecipeError("nothing is left to train")
 
     monkeypatch.setattr(reproduce, "run", refused)
