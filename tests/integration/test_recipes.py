@@ -224,7 +224,7 @@ def test_inspect_refuses_a_folder_with_a_missing_shard(recipe, tmp_path):
     alone = inspect(shards[0])
     assert 0 < len(alone.tensors) < len(whole.tensors)
     shards[0].unlink()
-    with pytest.raises(CheckpointError, match="is not complete: .* is missing"):
+    with pytest.raises(CheckpointError, match=r"is not complete: .* is missing"):
         inspect(tmp_path / "shards")
 
 
