@@ -66,10 +66,13 @@ DECODE: Attribute[Any] = Attribute("hf_sparse_decode")
 RUNTIME_FROZEN: Attribute[dict[str, nn.Parameter]] = Attribute("hf_sparse_runtime_frozen")
 
 
-def sparse_weights(model: nn.Module) -> tuple[str, ...]:
+def sparse_weights(model: nn.Module, aliases: bool = False) -> tuple[str, ...]:
     """Return the names of the weights of a model that are meant to be sparse, in the order of its modules.
 
     A part that was pruned or loaded by itself (an encoder that a larger model was built around) counts too.
+
+    Args:
+        aliases: give a weight of a module with several names under all of them; False = under the first.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
@@ -77,14 +80,15 @@ def sparse_weights(model: nn.Module) -> tuple[str, ...]:
         >>> sparse_weights(model)
         ('1.0.weight',)
     """
-    marked: set[str] = set()
-    modules = dict(model.named_modules())
-    for prefix, module in modules.items():
-        marked.update(f"{prefix}.{name}" if prefix else name for name in SPARSE_WEIGHTS.get(module) or ())
-    found: dict[str, list[str]] = {}
-    for name in sorted(marked):
-        found.setdefault(name.rpartition(".")[0], []).append(name)
-    return tuple(name for path in modules for name in found.get(path, ()))
+    owners = dict(model.named_modules(remove_duplicate=False))
+    marked: dict[nn.Module, set[str]] = {}
+    for prefix, module in owners.items():
+        for name in SPARSE_WEIGHTS.get(module) or ():
+            path, _, own = f"{prefix}.{name}".strip(".").rpartition(".")
+            if path in owners:
+                marked.setdefault(owners[path], set()).add(own)
+    paths = owners if aliases else dict(model.named_modules())
+    return tuple(f"{path}.{own}".strip(".") for path, module in paths.items() for own in sorted(marked.get(module, ())))
 
 
 def is_marked(model: nn.Module) -> bool:

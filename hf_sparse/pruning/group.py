@@ -7,11 +7,11 @@ import logging
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
-from ..errors import PatternError, RecipeError
+from ..errors import PatternError, RecipeError, SparsityError
 from ..modeling.zero_preservation import keeps_zeros
 from .masked_weight import hidden
 from .patterns import Element, Pattern, Structure
@@ -37,6 +37,7 @@ class Plan:
     shares: list[list[Share]]
     units: list[Unit] = dataclasses.field(default_factory=list)
     met: float | None = None  # the sparsity that the masks of a scorer that regrows were made for
+    suspicious: bool = False  # a gradient since the last renewal was not finite
 
     def sparsity_at(self, progress: float) -> float:
         """Return the scheduled sparsity; for a selection with a value, the scheduled share of that value."""
@@ -58,8 +59,9 @@ class Plan:
             return True
         return self.schedule.reached(progress) and not self.schedule.reached(before)
 
-    def renew(self, progress: float) -> None:
-        """Make the masks for this point of training."""
+    def renew(self, progress: float) -> bool:
+        """Make the masks for this point of training, and return whether the weights were scored for it."""
+        seen = False
         sparsity, regrows = self.sparsity_at(progress), self.scorer.regrows
         # Between updates masks that are never chosen anew cost nothing.
         if not regrows or self.scorer.updates(progress) or self.met != sparsity:
@@ -67,16 +69,41 @@ class Plan:
                 scores = [unit.regrown_scores(self.scorer, i, progress) for i, unit in enumerate(self.units)]
             else:
                 scores = [unit.group_scores(self.scorer) for unit in self.units]
-            kept = self.selection.select(scores, sparsity)
+            kept = self._select(scores, sparsity)
             for unit, groups in zip(self.units, kept, strict=True):
                 if regrows:
                     unit.grow(groups)
                 else:
                     unit.keep(groups)
             self.met = sparsity
+            seen = True
         self.scorer.adapt(self.selection.threshold, self.level(progress))
         for unit in self.units:
             unit.watch(self.scorer, progress)
+        return seen
+
+    def _select(self, scores: list[Tensor], sparsity: float) -> list[Tensor]:
+        try:
+            return self.selection.select(scores, sparsity)
+        except SparsityError:
+            broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if bool(_full(tensor).isnan().any())]
+            if broken:
+                raise SparsityError(_nan_message("among the scores", broken)) from None
+            raise
+
+    def check_finite(self) -> None:
+        """Raise `SparsityError` if training has made NaN of weights, which the scores of this step have not seen.
+
+        A loss of NaN makes entries of every weight NaN, so the smallest weight tells; after a gradient that was not
+        finite, all are looked at.
+        """
+        members = [member for unit in self.units for member in unit.members]
+        if not self.suspicious:
+            members = [min(members, key=lambda member: member.masked.mask.numel())]
+        self.suspicious = False
+        broken = [member.name for member in members if bool(_full(hidden(member.module).detach()).isnan().any())]
+        if broken:
+            raise SparsityError(_nan_message("among the entries", broken))
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
@@ -92,6 +119,19 @@ class Plan:
     def scores(self) -> list[nn.Parameter]:
         """The learned scores of all units."""
         return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _nan_message(where: str, names: list[str]) -> str:
+    more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+    return (
+        f"there are NaN {where} of '{names[0]}'{more}, so nothing can be selected. In training, the run has diverged: "
+        "lower the learning rate, or look at the loss before this step. In one-shot pruning, the weights that were "
+        "loaded or their gradients on the calibration data are NaN"
+    )
 
 
 def make_plan(model: nn.Module, group: GroupConfig) -> Plan:

@@ -68,6 +68,10 @@ def bake_mask(module: nn.Module) -> None:
         return
     for hook in masked.hooks:  # type: ignore[union-attr]
         hook.remove()
+    # A copy of the model (copy.deepcopy) has the same class, and torch takes `weight` off the class here.
+    kind = type(module)
+    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, members)
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
@@ -81,7 +85,13 @@ def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -
     inner = prefix + _INNER
     for key in [key for key in state if key.startswith(inner)]:
         del state[key]
-    state.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in training_state(module).items()})
+    # A module under two names gives the same tensors twice, so that savers see that they are tied.
+    first = f"{masked.prefix}weight"
+    if masked.prefix != prefix and state.get(f"{first}_kept") is masked.mask:
+        entries = {suffix: state[first + suffix] for suffix in training_state(module)}
+    else:
+        masked.prefix, entries = prefix, training_state(module)
+    state.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in entries.items()})
 
 
 def training_state(module: nn.Module) -> dict[str, Tensor]:

@@ -137,6 +137,7 @@ class MaskedWeight(nn.Module):
         self.gathered: Tensor | None = None
         self.watching = observes
         self.forgets = forgets
+        self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
         self.sealed = False  # the zeros are permanent, and nothing goes on from here
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         scores = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,13 +14,16 @@ from ..errors import RecipeError, SparsityError
 from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import mark_sparse_weights
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
+from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
 from .group import check_disjoint, check_shards, make_plan
-from .masked_weight import check_free
+from .masked_weight import check_free, hidden
 from .patterns import Structure
 from .score_warmup import warm_up
 from .summary import Summary, summarize
 from .unit import Unit, attach_unit
+
+logger = logging.getLogger(__name__)
 
 after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
 """Called with every model that is given masks. The Hugging Face floor hangs itself in here to prepare saving."""
@@ -76,6 +80,19 @@ class Pruner:
         """
         self.put_masks()
         self.mark()
+        frozen = [
+            member.name
+            for plan in self.plans
+            if not plan.scorer.learned
+            for unit in plan.units
+            for member in unit.members
+            if not hidden(member.module).requires_grad
+        ]
+        if frozen:
+            logger.warning(
+                f"{len(frozen)} weights (first: {frozen[0]}) are frozen (requires_grad=False). They will be pruned, "
+                "but the values that are left will not adapt to it. Unfreeze them, or exclude them from pruning"
+            )
         return self
 
     def put_masks(self) -> None:
@@ -95,6 +112,9 @@ class Pruner:
             weights = [layer.weight for layer in plan.layers.values()]
             shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
             plan.units = [attach_unit(unit, plan.scorer, shared) for unit in plan.shares]
+        self._presence = Presence(self.model, [member for unit in self.units for member in unit.members])
+        learned = [plan for plan in self.plans if plan.scores]
+        self._optimizers = SteppedOptimizers([weight for plan in learned for weight in plan.hidden])
         self.attached = True
 
     def mark(self) -> None:
@@ -117,6 +137,7 @@ class Pruner:
             unit.keep_all()
             unit.bake()
         keep_zeros(self._kept_zeros)
+        self._optimizers.close()
         for plan in self.plans:
             plan.units = []
         self.attached = False
@@ -143,10 +164,15 @@ class Pruner:
         if not 0.0 <= progress <= 1.0:
             raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
         self.progress = progress
+        self._presence.check()
+        self._optimizers.check([scores for plan in self.plans for scores in plan.scores])
         for plan in self.plans:
+            scored = False
             if plan.due(progress, step):
                 check_shards(plan)
-                plan.renew(progress)
+                scored = plan.renew(progress)
+            if not scored or plan.suspicious:
+                plan.check_finite()
 
     def observe(self, scale: float = 1.0) -> None:
         """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step.
@@ -159,8 +185,8 @@ class Pruner:
         with torch.no_grad():
             for plan in self.plans:
                 if plan.scorer.observes:
-                    for unit in plan.units:
-                        unit.observe(plan.scorer, scale)
+                    finite = [unit.observe(plan.scorer, scale) for unit in plan.units]
+                    plan.suspicious = plan.suspicious or not all(finite)
 
     def measure(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Show data to the scorers that look at gradients or measure heads, without training; then call `step`.
@@ -236,6 +262,7 @@ class Pruner:
             SparsityError: before `attach`, or if a group is less sparse than asked: the run ended before its schedule.
         """
         self._must_be_attached()
+        self._presence.check()
         for plan in self.plans:
             if plan.selection.decides_sparsity:
                 continue
@@ -262,6 +289,7 @@ class Pruner:
         for unit in self.units:
             unit.bake()
         keep_zeros(modules)
+        self._optimizers.close()
         for plan in self.plans:
             plan.units = []
         self.attached = False

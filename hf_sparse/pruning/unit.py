@@ -138,11 +138,14 @@ class Unit:
         for member in self.members:
             member.masked.mask.fill_(True)
 
-    def observe(self, scorer: Scorer, scale: float = 1.0) -> None:
+    def observe(self, scorer: Scorer, scale: float = 1.0) -> bool:
         """Show the scorer the gradients gathered since the last optimizer step, averaged over all processes.
 
         Args:
             scale: of the loss that they are gradients of.
+
+        Returns:
+            Whether they were finite; the scorer sees no others.
         """
         gathered = []
         for member in self.members:
@@ -154,13 +157,15 @@ class Unit:
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()
         # A loss scaler that overflowed skips its step; the scores must not remember it.
-        if all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered):
+        finite = all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered)
+        if finite:
             for member, gradient in gathered:
                 # Sums over steps would otherwise be of the steps with the highest scale, which changes by powers of 2.
                 gradient /= scale
                 if member.masked.importance is None:
                     member.masked.importance = torch.zeros_like(gradient)
                 scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)
+        return finite
 
     def watch(self, scorer: Scorer, progress: float) -> None:
         """Gather the gradient of the next step only if the scorer wants it, and let go of what it forgets."""

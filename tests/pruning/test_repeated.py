@@ -124,3 +124,16 @@ def test_parts_that_were_pruned_by_themselves_belong_to_the_whole(tmp_path: Path
     sparsify(model, FEED_FORWARD)
     assert len(sparse_weights(model)) == 10
     assert zeros(saved_and_loaded(model, tmp_path)) == zeros(model)
+
+
+def test_run_after_a_pruning_resumes_with_both(tmp_path: Path) -> None:
+    def trainer(folder: Path) -> Any:
+        config = SparsityConfig(targets="*.intermediate.*", sparsity=0.5, schedule=RAMP)
+        return sparse_trainer(folder, config, sparsify(bert(), ATTENTION), save_strategy="steps", save_steps=10)
+
+    whole, resumed = trainer(tmp_path / "a"), trainer(tmp_path / "b")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    assert zeros(resumed.model) == zeros(whole.model)
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name

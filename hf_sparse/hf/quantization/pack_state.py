@@ -100,7 +100,7 @@ def _stored(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> Iterator[_St
     Raises:
         RecipeError: as `pack_state`.
     """
-    wanted = {name for name in sparse_weights(model) if name in plain}
+    wanted = {name for name in sparse_weights(model, aliases=True) if name in plain}
     names = {id(tensor): name for name, tensor in plain.items()}
     stored = revert_weight_conversion(model, dict(plain))  # packing comes after that renaming
     _refuse_taken_names(stored)

@@ -36,4 +36,5 @@ class Random(Scorer):
     def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         # Drawn on the CPU from an own generator: the same on every device and rank, and no use of the global one.
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        drawn = torch.rand(weight.shape, generator=generator).to(weight.device)
+        return drawn.masked_fill_(weight.isnan(), torch.nan)  # a weight without a value has no score either
