@@ -38,11 +38,13 @@ class Compare(Verb):
         from ...analysis.pareto import compare_page, head, plot, rows
         from ...analysis.results import of_one_machine, read_results
         from ...analysis.runs import read_latency, read_run, runs_of
-        from ...reporting.plotting import check_picture
+        from ...reporting.plotting import check_picture, require_matplotlib
         from ...utils.markdown import table
 
         if options.plot is not None:
             check_picture(options.plot)
+        if options.html is not None:
+            require_matplotlib()
         folders = [run for run in options.runs if not Path(run).is_file()]
         times = read_latency(folders, options.bench)
         runs = [read_run(folder, options.metric, ms) for folder, ms in zip(folders, times, strict=True)]

@@ -1,0 +1,135 @@
+"""Which weights, heads and neurons of a model are kept: maps and histograms for its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..formats.structure import Cut
+from ..modeling.architectures import SubBlock, known_sub_blocks
+from ..pruning.compaction import edits_of
+from ..pruning.summary import summarize
+from ..reporting import html
+from ..reporting.charts import histogram, mask_image
+
+BINS = 40
+MAP_SIDE = 64
+BUCKETS = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptGroups:
+    """The fraction of nonzero weights of each head or neuron of a sub-block; 0 = pruned."""
+
+    name: str
+    kind: str
+    kept: Tensor
+
+
+def kept_groups(model: PreTrainedModel) -> list[KeptGroups]:
+    """Return for each head and neuron the fraction of its weights that are not zero; 0 for those that were removed.
+
+    Shapes: `kept` has one entry for each head or neuron of the original architecture.
+    """
+    edits = edits_of(model)
+    out = []
+    for block in known_sub_blocks(model):
+        cuts = edits.heads if block.kind == "attention" else edits.neurons
+        cut = cuts.get(block.name, Cut.of(block.groups))
+        kept = torch.zeros(cut.before)
+        kept[list(cut.kept)] = _fractions(block)
+        out.append(KeptGroups(block.name, block.kind, kept))
+    return out
+
+
+def _fractions(block: SubBlock) -> Tensor:
+    if not block.groups:
+        return torch.zeros(0)
+    parts = [layer.weight.detach().view(block.groups, -1) for layer in block.inputs.values()]
+    parts.append(block.output.weight.detach().T.reshape(block.groups, -1))
+    return torch.cat(parts, 1).ne(0).float().mean(1)
+
+
+def weight_sections(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[html.Section]:
+    """Return the sections on weights: sparsity, heads, neurons, maps, histograms.
+
+    Args:
+        dense: the baseline whose histograms are drawn too; None = there is none.
+    """
+    summary = summarize(model)
+    short = _without_common_prefix([weight.name for weight in summary.weights])
+    rows = [(short[weight.name], weight.sparsity) for weight in summary.weights]
+    note = f"{summary.sparsity:.2%} of {summary.parameters:,} targeted weights are zero."
+    sections = [html.Section("Sparsity per layer", [html.Bars(rows)], note), *_group_sections(model)]
+    figures, values = [], dict(model.named_parameters())
+    baseline = {} if dense is None else dict(dense.named_parameters())
+    for weight in summary.weights:
+        tensor = values[weight.name].detach().float().cpu()
+        if tensor.numel():
+            caption = f"{short[weight.name]}, {' x '.join(map(str, weight.shape))}, {weight.sparsity:.1%} zeros"
+            figures.append(_figure(weight.name, caption, tensor, baseline.get(weight.name)))
+    if not figures:
+        return [*sections, html.Section("Weights", omitted="the model has no targeted weights")]
+    line = " The line is the dense baseline." if dense is not None else ""
+    note = (
+        f"Map: pruned weights are white, kept ones blue; at most {MAP_SIDE} pixels per side, each the mean of the "
+        f"weights under it. Histogram: values of the kept weights.{line}"
+    )
+    return [*sections, html.Section("Weights", [html.Figures(figures, small=True)], note)]
+
+
+def _figure(name: str, caption: str, tensor: Tensor, baseline: Tensor | None) -> html.Figure:
+    image = mask_image(shrink((tensor != 0).float()), f"kept weights of {name}")
+    before = None if baseline is None else baseline.detach().float().cpu()
+    parts = [values[values != 0] for values in (tensor, before) if values is not None]
+    limit = max((part.abs().max().item() for part in parts if part.numel()), default=0.0)
+    if not parts[0].numel() or not math.isfinite(limit):
+        return html.Figure(caption, [image], omitted="No histogram: no weight is kept, or some are not finite.")
+    counts = [torch.histc(part, BINS, -limit, limit).long().tolist() for part in parts]
+    chart = histogram(counts[0], counts[1] if len(counts) > 1 else None, limit, f"histogram of {name}")
+    return html.Figure(caption, [image], [chart])
+
+
+def _group_sections(model: PreTrainedModel) -> list[html.Section]:
+    groups = kept_groups(model)
+    sections = []
+    for kind, title in (("attention", "Kept heads"), ("feed_forward", "Kept neurons")):
+        blocks = [block for block in groups if block.kind == kind]
+        if not blocks:
+            sections.append(html.Section(title, omitted="the architecture of this model is not known to hf_sparse"))
+            continue
+        rows, single = [], kind == "attention"
+        for block in blocks:
+            alive, total = int(block.kept.gt(0).sum()), len(block.kept)
+            cells = block.kept if single else _buckets(block.kept)
+            rows.append((f"{block.name}: {alive} of {total}", cells.tolist()))
+        note = "One cell is one head, from 0 at the left" if single else "One cell is a run of neighboring neurons"
+        note += "; its shade is the fraction of its weights that are kept."
+        sections.append(html.Section(title, [html.Heatmap(rows, separated=single)], note))
+    return sections
+
+
+def _buckets(kept: Tensor) -> Tensor:
+    return F.adaptive_avg_pool1d(kept[None, None], min(BUCKETS, len(kept)))[0, 0]
+
+
+def _without_common_prefix(names: list[str]) -> dict[str, str]:
+    """Return the names without what all of them begin with, and without `.weight`."""
+    parts = [name.split(".") for name in names]
+    cut = 0
+    while len(names) > 1 and all(len(part) > cut + 2 and part[cut] == parts[0][cut] for part in parts):
+        cut += 1
+    return {name: ".".join(part[cut:]).removesuffix(".weight") for name, part in zip(names, parts, strict=True)}
+
+
+def shrink(values: Tensor) -> Tensor:
+    """Return a matrix with at most `MAP_SIDE` entries to a side, each the mean of those under it."""
+    rows, columns = values.shape
+    scale = max(1.0, max(rows, columns) / MAP_SIDE)
+    size = (max(1, round(rows / scale)), max(1, round(columns / scale)))
+    return F.adaptive_avg_pool2d(values[None, None], size)[0, 0]
