@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..errors import SparsityError
+from ..errors import SparsityError, printable
 from . import verbs as _verbs  # noqa: F401 - importing them registers them
 from .verb import VERBS, Verb
 
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(text: str) -> str:
-    r"""Return a text on one line, without control characters: messages quote names from untrusted files.
+    r"""Return a text on one line, its control characters escaped: messages quote names from untrusted files.
 
     Example:
-        >>> one_line("2 keys differ:\n  a\n  b\x1b[31m")
-        '2 keys differ: a b?[31m'
+        >>> print(one_line("2 keys differ:\n  a\n  b\x1b[31m"))
+        2 keys differ: a b\x1b[31m
     """
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hf_sparse.cli.main import main
 from tests.helpers import tiny
 from tests.helpers.pages import EVIL, check_page
@@ -69,3 +71,13 @@ def test_report_draws_values_as_far_apart_as_floats_can_be(dense: Path) -> None:
 def test_report_finds_out_first_that_there_is_no_folder_for_the_page(capsys: Any) -> None:
     assert main(["report", "no/model", "--html", "no/page.html"]) == 2
     assert "the folder no does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": 5}, {"architectures": True}, {"architectures": {"a": 1}}, {"model_type": 5}]
+)
+def test_report_of_a_model_whose_config_is_damaged_is_an_error(dense: Path, capsys: Any, change: Any) -> None:
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, **change}))
+    assert main(["report", str(dense)]) == 2
+    assert "cannot load model" in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_compare_tells_runs_of_another_length_apart(tmp_path: Path, capsys: Any)
         ("seed: .inf", "must be an integer, got inf"),
         ("seed: 1e400", "too large"),
         ("seed: true", "must be an integer"),
-        ("sparsity: {sparsity: .nan}", "must be a number, got nan"),
+        ("sparsity: {sparsity: .nan}", "must be a finite number, got nan"),
         ("sparsity: {sparsity: 1e999}", "too large"),
         ("sparsity: {sparsity: [1]}", "is not a recipe"),
         ("sparsity: {scorer: {rate: 1}}", "is not a recipe"),

@@ -62,7 +62,7 @@ def check_errors(name: str) -> None:
     """Whatever the verb raises on purpose comes out as one line with exit status 2; Ctrl-C is 130."""
     for kind in ERRORS:
         with mock.patch.object(VERBS[name], "run", side_effect=kind("first\n  second\x1b[31m")):
-            assert run(name, *arguments_of(name)) == (2, "", f"hf-sparse: {kind.__name__}: first second?[31m\n")
+            assert run(name, *arguments_of(name)) == (2, "", f"hf-sparse: {kind.__name__}: first second\\x1b[31m\n")
     with mock.patch.object(VERBS[name], "run", side_effect=KeyboardInterrupt):
         assert run(name, *arguments_of(name)) == (130, "", "hf-sparse: interrupted\n")
 
