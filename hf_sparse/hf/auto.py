@@ -29,6 +29,11 @@ def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedM
     """
     with _readable(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
+        if not isinstance(config.architectures, list | None):
+            raise RecipeError(
+                f"cannot load model '{name}': `architectures` must be a list in its config.json, "
+                f"got {config.architectures!r:.80}"
+            )
         return _model_class(config.architectures).from_pretrained(name, revision=revision, **options)
 
 
