@@ -20,15 +20,15 @@ from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
 
 TOLERANCE = 1e-3
-"""Greatest difference of outputs, relative to the greatest output, that passes for rounding."""
+"""Largest difference of outputs, relative to the largest output, that counts as rounding."""
 
 INT8_TOLERANCE = 0.25
-"""The same for int8: more is no rounding to 8 bits either, in a model of some layers."""
+"""The same for int8: rounding to 8 bits in a model of some layers differs by less."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one model takes.
+    """Time and memory of one model.
 
     Attributes:
         seconds: quartiles of the time of a forward pass: 25 %, median, 75 %.
@@ -41,15 +41,15 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A model in runtime form beside a dense one. `print` it.
+    """A model in runtime form compared with a dense one. `print` it.
 
     Attributes:
         setting: machine, versions, dtype, shapes.
-        difference: of the outputs to those of the same weights dense, relative to the greatest output.
-        dense: what is compared with.
+        difference: of the outputs to those of the same weights dense, relative to the largest output.
+        dense: the dense baseline.
         runtime: the model in runtime form.
         speedup: quartiles of dense time over runtime time, round by round.
-        report: what `to_runtime` said.
+        report: of `to_runtime`.
     """
 
     setting: dict[str, Any]
@@ -68,12 +68,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What it comes to, in a sentence."""
+        """The speed-up in words."""
         return verdict(self.speedup)
 
     def __str__(self) -> str:
         lines = [f"{key}: {value}" for key, value in self.setting.items()]
-        lines.append(f"outputs differ by {self.difference:.1e} of the greatest")
+        lines.append(f"outputs differ by {self.difference:.1e} of the largest")
         for name, timing in (("dense", self.dense), ("runtime", self.runtime)):
             low, middle, high = (1e3 * value for value in timing.seconds)
             lines.append(f"{name:<8} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  {timing.bytes / 1e6:9.1f} MB")
@@ -96,19 +96,19 @@ def bench(
     Args:
         model: folder or Hub name.
         against: the dense model; None = the same weights dense.
-        threads: of torch; None = as it is.
-        batch: texts at once.
-        length: tokens of each.
+        threads: of torch; None = the current number.
+        batch: examples in a batch.
+        length: tokens of each example.
         backend: see `to_runtime`.
         rounds: passes of each model, interleaved.
 
     Raises:
         BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.
-        RecipeError: if a model cannot be loaded, or a number is none.
+        RecipeError: if a model cannot be loaded, or a number is below 1.
     """
     for name, value in (("threads", threads), ("batch", batch), ("length", length), ("rounds", rounds)):
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is at least 1, not {value}")
+            raise RecipeError(f"`{name}` must be at least 1, got {value}")
     sparse: nn.Module = load_whole(model, revision, dtype=torch.float32)
     dense: nn.Module = load_whole(model, revision, dtype=torch.float32)
     with threads_of_torch(threads):
@@ -120,8 +120,8 @@ def bench(
             _check_same_inputs(sparse, dense, batch, length)
         seconds = interleave({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
         setting = {
-            "model": _shown(model),
-            "against": "the same weights, dense" if against is None else _shown(against),
+            "model": _public_name(model),
+            "against": "the same weights, dense" if against is None else _public_name(against),
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "versions": f"hf_sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -142,17 +142,18 @@ def bench(
 
 @torch.inference_mode()
 def compare(model: nn.Module, dense: nn.Module, inputs: dict[str, Tensor], tolerance: float = TOLERANCE) -> float:
-    """Return how far outputs are apart, relative to the greatest.
+    """Return the largest difference of the outputs, relative to the largest output.
 
     Raises:
-        BackendError: if that is more than the tolerance, by default rounding.
+        BackendError: if that is above the tolerance, by default that of rounding.
     """
-    found, expected = _first(model(**inputs)), _first(dense(**inputs))
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    outputs, expected = _first(model(**inputs)), _first(dense(**inputs))
+    difference = float((outputs - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:
         raise BackendError(
             f"the outputs of the runtime form differ from those of the same weights dense by {difference:.1e} of the "
-            "greatest, which is no rounding, so no time is measured. See what `hf-sparse doctor` finds"
+            f"largest output, which is above the tolerance of {tolerance:.0e}, so nothing is timed. Check the kernels with "
+            "`hf-sparse doctor`"
         )
     return difference
 
@@ -167,31 +168,31 @@ def make_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
     config: Any = model.config
     longest = most_tokens(model)
     if longest is not None and length > longest:
-        raise RecipeError(f"length {length} is asked for, and the model has {longest} positions")
+        raise RecipeError(f"`length` must be at most the {longest} positions of the model, got {length}")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
     if config.is_encoder_decoder and isinstance(end := config.eos_token_id, int):
         ids = torch.where(ids == end, (end + 1) % config.vocab_size, ids)
-        ids[:, -1] = end  # a classifier reads its answer off the one end of each text
+        ids[:, -1] = end  # a classifier reads its prediction at the one end token of each example
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
 
 
 def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length: int) -> None:
-    """Raise unless a model can be asked what the other one is asked."""
-    own, other = (make_inputs(one, batch, length) for one in (model, against))
-    configs: list[Any] = [one.config for one in (model, against)]
-    words = [int(config.vocab_size) for config in configs]
-    if own.keys() != other.keys() or words[1] < words[0]:
+    """Raise unless two models take the same inputs."""
+    ours, theirs = (make_inputs(each, batch, length) for each in (model, against))
+    configs: list[Any] = [each.config for each in (model, against)]
+    sizes = [int(config.vocab_size) for config in configs]
+    if ours.keys() != theirs.keys() or sizes[1] < sizes[0]:
         raise RecipeError(
-            f"a {type(model).__name__} that knows {words[0]:,} tokens cannot be compared with a "
-            f"{type(against).__name__} that knows {words[1]:,}: both are asked the same. Name its dense twin"
+            f"a {type(model).__name__} with {sizes[0]:,} tokens in its vocabulary cannot be compared with a "
+            f"{type(against).__name__} with {sizes[1]:,}: both get the same inputs. Name its dense baseline"
         )
 
 
 def _first(outputs: Any) -> Tensor:
-    found: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
-    return found
+    first: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
+    return first
 
 
 def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:
@@ -200,12 +201,12 @@ def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:
     except BackendError:
         if not edits_of(model):
             raise
-        # What was removed is cut out, so it is faster without any sparse layer.
+        # It is smaller, and so faster, without any sparse layer.
         return RuntimeReport(
-            backend, machine(), "none is used: heads or neurons are cut out, and no layer is sparse", ()
+            backend, machine(), "not used: the pruned heads or neurons are removed, and no layer is sparse", ()
         )
 
 
-def _shown(name: str) -> str:
-    """Of a folder only its name: the rest tells about a machine."""
+def _public_name(name: str) -> str:
+    """Return a name without the path of a folder, which would tell about a machine."""
     return Path(name).resolve().name if Path(name).is_dir() else name

@@ -1,4 +1,4 @@
-"""A file of measured times. It only saves time: without it, or with a damaged one, everything is measured again."""
+"""A file of measured times. It only saves time: without it, or with a unreadable one, everything is measured again."""
 
 from __future__ import annotations
 

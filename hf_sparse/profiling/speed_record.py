@@ -1,4 +1,4 @@
-"""How fast a model ran beside its dense twin, and on what: without these, a speed is a rumour.
+"""The measured speed of a model next to its dense baseline, and the setting of the measurement.
 
 One format, which `hf-sparse bench` writes and cards, reports and comparisons read.
 """
@@ -16,10 +16,10 @@ from ..errors import CheckpointError
 from ..utils.validation import is_number
 
 SPEED = "speed.json"
-"""File beside a model with what `hf-sparse bench` measured of it."""
+"""File next to a model with the result of `hf-sparse bench`."""
 
 NOTHING = 1.03
-"""Gains below this are none: runs of the same model differ by as much."""
+"""Speed-ups below this are noise: runs of the same model differ by as much."""
 
 Quartiles = tuple[float, float, float]
 """25 %, median, 75 %."""
@@ -29,11 +29,11 @@ _TEXTS, _COUNTS = ("model", "against", "machine", "dtype"), ("threads", "batch",
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What was measured, as far as others have to know it.
+    """A measured speed-up, with its setting.
 
     Args:
-        model, against: what was measured, and what it was compared with.
-        machine, threads, dtype, batch, length: how.
+        model, against: what was measured, and its dense baseline.
+        machine, threads, dtype, batch, length: setting of the measurement.
         dense, sparse: time of a forward pass.
         speedup: dense time over sparse time, round by round.
         dense_bytes, sparse_bytes: of parameters and buffers in memory.
@@ -56,7 +56,7 @@ class Speed:
 
     @classmethod
     def from_dict(cls, data: Any) -> Speed:
-        """Build from what `hf_sparse.analysis.benchmark.Comparison.to_dict` returns; what else it says is left out.
+        """Build from what `hf_sparse.analysis.benchmark.Comparison.to_dict` returns; other keys are ignored.
 
         Raises:
             CheckpointError: if a field is missing or not of its kind.
@@ -64,14 +64,20 @@ class Speed:
         setting = _mapping(data, "setting")
         for key in _TEXTS:
             if not isinstance(setting.get(key), str):
-                raise CheckpointError(f"the measured speed does not say {key} in its setting: {setting.get(key)!r:.80}")
+                raise CheckpointError(
+                    f"the setting of a measured speed must have a text `{key}`, got {setting.get(key)!r:.80}"
+                )
         for key in _COUNTS:
             if type(setting.get(key)) is not int or setting[key] < 1:
-                raise CheckpointError(f"the measured speed has {key}={setting.get(key)!r:.80} in its setting")
+                raise CheckpointError(
+                    f"the setting of a measured speed must have `{key}` >= 1, got {setting.get(key)!r:.80}"
+                )
         dense, runtime = _mapping(data, "dense"), _mapping(data, "runtime")
         for name, part in (("dense", dense), ("runtime", runtime)):
             if type(part.get("bytes")) is not int or part["bytes"] < 1:
-                raise CheckpointError(f"the measured speed has {name}.bytes={part.get('bytes')!r:.80}")
+                raise CheckpointError(
+                    f"the measured speed must have `{name}.bytes` >= 1, got {part.get('bytes')!r:.80}"
+                )
         return cls(
             **{key: setting[key] for key in (*_TEXTS, *_COUNTS)},
             dense=_quartiles(dense.get("seconds"), "dense.seconds"),
@@ -83,7 +89,7 @@ class Speed:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """All of it for a table: what, and how much."""
+        """Label and value of each row of a table."""
         return [
             ("dense", _milliseconds(self.dense)),
             ("this model", _milliseconds(self.sparse)),
@@ -94,7 +100,7 @@ class Speed:
 
 
 def verdict(speedup: Sequence[float]) -> str:
-    """Say what a speed-up comes to.
+    """Describe a speed-up in words.
 
     Example:
         >>> verdict((1.9, 2.0, 2.1))
@@ -103,15 +109,15 @@ def verdict(speedup: Sequence[float]) -> str:
         'no speed-up: 1.00x [0.90, 1.10]'
     """
     low, middle, high = speedup
-    said = f"no speed-up: {middle:.2f}x" if middle < NOTHING else f"{middle:.2f}x as fast"
-    return f"{said} [{low:.2f}, {high:.2f}]"
+    result = f"no speed-up: {middle:.2f}x" if middle < NOTHING else f"{middle:.2f}x as fast"
+    return f"{result} [{low:.2f}, {high:.2f}]"
 
 
 def read_speed(path: str | os.PathLike[str]) -> Speed:
     """Read a file that `hf-sparse bench --json` or `--save` wrote.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if it is not such a file.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -124,16 +130,16 @@ def read_speed(path: str | os.PathLike[str]) -> Speed:
 
 
 def _mapping(data: Any, key: str) -> Mapping[str, Any]:
-    found = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"a measured speed has a mapping '{key}', not {found!r:.80}")
-    return found
+    value = data.get(key) if isinstance(data, Mapping) else None
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"the measured speed must have a mapping `{key}`, got {value!r:.80}")
+    return value
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:
     good = isinstance(value, (list, tuple)) and len(value) == 3 and all(is_number(v) for v in value)
     if not good or not all(v > 0 for v in value) or list(value) != sorted(value):
-        raise CheckpointError(f"the measured speed has {where}={value!r:.80}, which is no quartiles")
+        raise CheckpointError(f"`{where}` of the measured speed must be quartiles, got {value!r:.80}")
     return value[0], value[1], value[2]
 
 

@@ -1,4 +1,4 @@
-"""One way to time things: all of them in turn, round by round, so that a slow phase of the machine hits each alike."""
+"""One way to time things: interleaved, round by round, so that a slow phase of the machine hits each alike."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ HEIGHTS = {1: 1.0, 2: 0.77, 4: 0.7, 8: 0.69, 16: 0.69}
 """Output rows that share a column -> time per stored value, relative to that of single values."""
 
 INT8_HEIGHTS = {1: 1.0, 2: 0.68, 4: 0.6}
-"""The same of the int8 products."""
+"""The same of the int8 kernel."""
 
 
 class Packed(NamedTuple):
