@@ -152,8 +152,8 @@ def compare(model: nn.Module, dense: nn.Module, inputs: dict[str, Tensor], toler
     if not difference <= tolerance:
         raise BackendError(
             f"the outputs of the runtime form differ from those of the same weights dense by {difference:.1e} of the "
-            f"largest output, which is above the tolerance of {tolerance:.0e}, so nothing is timed. Check the kernels with "
-            "`hf-sparse doctor`"
+            f"largest output, which is above the tolerance of {tolerance:.0e}, so nothing is timed. Check the kernels "
+            "with `hf-sparse doctor`"
         )
     return difference
 
