@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -23,8 +23,39 @@ from ..registry import check_keys
 from ..utils.atomic_io import write_text
 from ..utils.validation import is_number
 
-AFTER = ", after dense"
-"""How the methods of runs end that begin with a dense one's model."""
+_AFTER, _TEACHER, _HIDDEN = ", after dense", ", taught by ", " with hidden states"  # words: ok, they are in the files
+
+
+class Method(NamedTuple):
+    """How a run was pruned, field by field; the file of results holds it as text.
+
+    Args:
+        name: of the pruning method, or "dense".
+        teacher: short name of the distillation teacher; None = no distillation.
+        hidden: whether hidden states are distilled too.
+        after_dense: whether it starts from the model of a dense run.
+    """
+
+    name: str
+    teacher: str | None = None
+    hidden: bool = False
+    after_dense: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Return the fields of a text that `str` wrote. This is the only place that reads it.
+
+        Example:
+            >>> Method.parse("movement, taught by l6 with hidden states, after dense")
+            Method(name='movement', teacher='l6', hidden=True, after_dense=True)
+        """
+        name, _, teacher = text.removesuffix(_AFTER).partition(_TEACHER)
+        hidden = teacher.endswith(_HIDDEN)
+        return cls(name, teacher.removesuffix(_HIDDEN) or None, hidden, text.endswith(_AFTER))
+
+    def __str__(self) -> str:
+        teacher = f"{_TEACHER}{self.teacher}{_HIDDEN if self.hidden else ''}" if self.teacher else ""
+        return f"{self.name}{teacher}{_AFTER if self.after_dense else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +125,11 @@ class Result:
         return {key: value for key, value in values.items() if value is not None}
 
     @property
+    def how(self) -> Method:
+        """The method, field by field."""
+        return Method.parse(self.method)
+
+    @property
     def key(self) -> tuple[str, int]:
         """What tells it from others."""
         return self.name, self.seed
@@ -105,8 +141,8 @@ def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
     They had the same task and model and, where there are such, began where it began and took as many steps.
     """
     dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
-    after = AFTER if result.method.endswith(AFTER) else ""
-    fits = [r for r in dense if r.method == f"dense{after}" and r.steps == result.steps]
+    alike = Method("dense", after_dense=result.how.after_dense)
+    fits = [r for r in dense if r.how == alike and r.steps == result.steps]
     return fits or [r for r in dense if re.fullmatch(rf"{re.escape(result.task)}-dense(-l\d+)?", r.name)]
 
 

@@ -117,7 +117,7 @@ def render(title: str, sections: Iterable[Section]) -> str:
         >>> '<td data-name="name"><span>&lt;b&gt;</span></td>' in page
         True
     """
-    return _environment().get_template("page.html.jinja").render(title=title, sections=list(sections))
+    return _environment().get_template("page.html").render(title=title, sections=list(sections))
 
 
 @functools.cache

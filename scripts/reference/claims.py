@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from hf_sparse.analysis.pareto import LOWER
-from hf_sparse.analysis.results import AFTER, Result, by_name
+from hf_sparse.analysis.results import Result, by_name
 from hf_sparse.profiling.speed_record import Speed
 
 MAIN = {"sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson", "g2p": "wer"}
@@ -25,9 +25,6 @@ EQUAL = 0.005
 
 ENOUGH = 5
 """So many seeds decide although they disagree."""
-
-STUDENT = {5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""By number of seeds, how many standard errors from the mean the 95 % interval of Student's t ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +73,18 @@ def decided(differences: Sequence[float]) -> str:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of a mean of five values or more (from eleven on, a little wider).
+    """Return the ends of the 95 % interval of Student's t for a mean.
 
     Example:
         >>> [round(end, 3) for end in interval([0.1, 0.2, 0.1, 0.2, 0.15])]
         [0.088, 0.212]
     """
-    count = len(differences)
-    reach = STUDENT[min(count, max(STUDENT))] * statistics.stdev(differences) / count**0.5
-    return statistics.mean(differences) - reach, statistics.mean(differences) + reach
+    from scipy import stats  # of the dev extra
+
+    count, middle = len(differences), statistics.mean(differences)
+    error = statistics.stdev(differences) / count**0.5
+    reach = float(stats.t.ppf(0.975, count - 1)) * error
+    return middle - reach, middle + reach
 
 
 def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] | None:
@@ -106,19 +106,19 @@ def _pair(better: Sequence[Result], other: Sequence[Result]) -> tuple[str, str] 
 def _movement(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     for runs in by_name(results).values():
         first = runs[0]
-        name = first.method.removesuffix(AFTER)
-        if name not in ("movement", "soft movement") or first.sparsity < 0.9:
+        how = first.how
+        if how.name not in ("movement", "soft movement") or first.sparsity < 0.9:
             continue
-        twin = [r for r in results if r.method == first.method.replace(name, "magnitude") and _alike(r, first)]
+        twin = [r for r in results if r.how == how._replace(name="magnitude") and _alike(r, first)]
         if found := _pair(runs, twin):
             yield f"{first.name} and {twin[0].name}", *found
 
 
 def _taught(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     for runs in by_name(results).values():
-        method, taught, _ = runs[0].method.partition(", taught by ")
-        plain = [r for r in results if r.method == method and _alike(r, runs[0])]
-        if taught and (found := _pair(runs, plain)):
+        how = runs[0].how
+        plain = [r for r in results if r.how == how._replace(teacher=None, hidden=False) and _alike(r, runs[0])]
+        if how.teacher and (found := _pair(runs, plain)):
             yield f"{runs[0].name} and {plain[0].name}", *found
 
 
@@ -126,8 +126,8 @@ def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
     groups = by_name(result for result in results if result.speed)
     for runs in groups.values():
         first = runs[0]
-        method = first.method.removesuffix(AFTER)
-        if method != "hybrid":
+        how = first.how
+        if how.name != "hybrid":
             continue
         metric, timed = MAIN[first.task], Speed.from_dict(first.speed)
         mine = timed.speedup
@@ -135,7 +135,7 @@ def _hybrid(results: Sequence[Result]) -> Iterator[tuple[str, str, str]]:
         others = [
             (Speed.from_dict(rivals[0].speed).speedup, rivals[0])
             for rivals in groups.values()
-            if rivals[0].method in [first.method.replace(method, name) for name in ELEMENT]
+            if rivals[0].how in [how._replace(name=name) for name in ELEMENT]
             and _alike(rivals[0], first, "sparsity")
             and Speed.from_dict(rivals[0].speed).machine == timed.machine
         ]

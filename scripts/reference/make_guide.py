@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hf_sparse.analysis.pareto import plot
-from hf_sparse.analysis.results import AFTER, Result, by_name, common_machine, dense_twin, of_one_machine
+from hf_sparse.analysis.results import Result, by_name, common_machine, dense_twin, of_one_machine
 from hf_sparse.analysis.runs import runs_of
 from hf_sparse.errors import RecipeError
 from hf_sparse.profiling.speed_record import Speed, verdict
@@ -112,7 +112,7 @@ def section(results: Sequence[Result], task: str) -> str:
 def _dense(result: Result, twin: Sequence[Result]) -> str:
     if not result.sparsity:
         return "-"
-    began = result.method.endswith(AFTER) and twin and not twin[0].method.endswith(AFTER)
+    began = result.how.after_dense and twin and not twin[0].how.after_dense
     return value(twin) + (", where it began" if began else "")
 
 

@@ -28,7 +28,7 @@ import yaml
 
 from hf_sparse import SparsityError
 from hf_sparse.analysis.benchmark import bench
-from hf_sparse.analysis.results import AFTER, Result, add_results, read_results
+from hf_sparse.analysis.results import Method, Result, add_results, read_results
 from hf_sparse.errors import CheckpointError, RecipeError
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.hf.hub.model_card import read_recipe
@@ -107,7 +107,7 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         name=entry.name,
         task=entry.task,
         model=machine.plan["models"][entry.model],
-        method=entry.method + (f", {entry.taught}" if entry.teacher else "") + (AFTER if entry.after else ""),
+        method=str(Method(entry.method, entry.teacher, entry.hidden, bool(entry.after))),
         sparsity=entry.sparsity,
         seed=seed,
         metrics={key: value for key, value in named.items() if key not in METRICS_LEFT_OUT},
