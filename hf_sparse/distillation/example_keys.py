@@ -48,7 +48,7 @@ class Examples:
         ]
 
     def positions(self, name: str, output: Tensor) -> Tensor | None:
-        """Return which positions of an output are no padding; None where it has one entry for each example.
+        """Return which positions of an output are not padding; None where it has one entry for each example.
 
         Args:
             name: of the output, as in "logits" or "start_logits".
@@ -61,7 +61,7 @@ class Examples:
 
     @property
     def targets(self) -> Tensor | None:
-        """Which positions of the texts to be written are no padding."""
+        """Which positions of target sequences are not padding."""
         mask = self.inputs.get("decoder_attention_mask")
         if self.labels is not None:
             return self.labels != _NEVER

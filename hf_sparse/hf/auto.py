@@ -25,7 +25,7 @@ def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedM
 
     Raises:
         RecipeError: if it cannot be loaded.
-        CheckpointError: if it is packed, and damaged.
+        CheckpointError: if it is packed, and corrupt.
     """
     with _readable(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
@@ -66,7 +66,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
+    """Load the tokenizer that is stored next to a model.
 
     Args:
         model: folder or Hub name.
@@ -99,7 +99,7 @@ def most_tokens(model: nn.Module) -> int | None:
 
 
 def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse texts of more tokens than the tokenizer allows, or than the model has positions in a table.
+    """Refuse examples of more tokens than the tokenizer allows, or than the model has positions in a table.
 
     Raises:
         RecipeError: naming the most that can be taken.
@@ -109,8 +109,8 @@ def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBa
         most = min(most, most_tokens(model) or most)
     if length > most:
         raise RecipeError(
-            f"texts are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a recipe, "
-            "or --length on the command line"
+            f"examples are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a "
+            "recipe, or --length on the command line"
         )
 
 

@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from ..hf.auto import load_tokenizer
 from ..hf.trainer.teacher import make_distiller
 from ..hf.trainer.teacher_cache import batches_of, write_cache
-from .data import load_texts
+from .data import load_examples
 from .recipe import Recipe
 from .train import collator_for, load_model
 
@@ -34,10 +34,10 @@ def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32") -> int:
         raise RecipeError("the recipe has no 'distillation' section, so there is no teacher to ask")
     config = dataclasses.replace(recipe.distillation, cache=str(output))  # refuses what no cache can give
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    texts = load_texts(recipe.data, recipe.model.predicts)
+    examples = load_examples(recipe.data, recipe.model.predicts)
     set_seed(recipe.seed)  # the teacher "self" is the very model that training starts from
-    model = load_model(recipe.model, texts)
-    train, _ = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
+    model = load_model(recipe.model, examples)
+    train, _ = examples.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     distiller = make_distiller(model, dataclasses.replace(config, cache=None))
     assert isinstance(distiller.teacher, torch.nn.Module)
     if torch.accelerator.is_available() and not config.load_in_8bit:

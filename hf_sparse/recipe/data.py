@@ -1,4 +1,4 @@
-"""The texts of a recipe: read, labelled with numbers, and cut into tokens."""
+"""The examples of a recipe: read, labelled with numbers, and tokenized."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SUBSET_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledTexts:
-    """Texts with their labels as numbers, or with the texts to be written.
+class LabelledExamples:
+    """Examples with their labels as numbers, or with target sequences.
 
     Args:
         train, validation: datasets with the text columns and "labels".
-        names: the name of each class; empty where the labels are no classes.
+        names: the name of each class; empty where the labels are not classes.
         text_columns: the one or two columns that make one input.
     """
 
@@ -39,12 +39,12 @@ class LabelledTexts:
     def tokenized(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, max_target_length: int | None = None
     ) -> tuple[Dataset, Dataset]:
-        """Return train and validation with token ids in place of texts, cut at the lengths and not padded."""
+        """Return train and validation with token ids in place of examples, cut at the lengths and not padded."""
         to_be_written = isinstance(self.train[0]["labels"], str)
 
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            texts = [batch[column] for column in self.text_columns]
-            tokens = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+            examples = [batch[column] for column in self.text_columns]
+            tokens = dict(tokenizer(*examples, truncation=True, max_length=max_length))
             if to_be_written:
                 written = tokenizer(
                     text_target=batch["labels"], truncation=True, max_length=max_target_length or max_length
@@ -54,16 +54,16 @@ class LabelledTexts:
 
         columns = [*self.text_columns, *(["labels"] if to_be_written else [])]
         return (
-            self.train.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the training texts"),
-            self.validation.map(tokenize, batched=True, remove_columns=columns, desc="Tokens of the validation texts"),
+            self.train.map(tokenize, batched=True, remove_columns=columns, desc="Tokenizing train"),
+            self.validation.map(tokenize, batched=True, remove_columns=columns, desc="Tokenizing validation"),
         )
 
 
-def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTexts:
-    """Read the texts and labels that a recipe names.
+def load_examples(section: DataSection, predicts: Predicts = "class") -> LabelledExamples:
+    """Read the examples and labels that a recipe names.
 
     Classes are numbered in the order of the dataset's own class names where it has them, else of the sorted labels of
-    the training texts.
+    the training examples.
 
     Raises:
         RecipeError: for a file or dataset that cannot be read, a missing column, a missing text or label, labels that
@@ -78,11 +78,11 @@ def load_texts(section: DataSection, predicts: Predicts = "class") -> LabelledTe
     else:
         classes, names = _classes(train)
         train, validation = _as_classes(train, classes, "train"), _as_classes(validation, classes, "validation")
-    return LabelledTexts(train, validation, names, section.text_columns)
+    return LabelledExamples(train, validation, names, section.text_columns)
 
 
 def load_split(section: DataSection, split: str) -> Dataset:
-    """Read the texts of one split, with "labels" as they are in the data.
+    """Read the examples of one split, with "labels" as they are in the data.
 
     Args:
         split: "train" or "validation".
@@ -116,7 +116,7 @@ def _read(section: DataSection, split: str) -> Dataset:
 
 
 def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
-    """Return the texts and "labels" only, at most the asked number, with nothing missing."""
+    """Return the examples and "labels" only, at most the asked number, with nothing missing."""
     wanted = [*section.text_columns, section.label]
     for column in wanted:
         if column not in dataset.column_names:
@@ -138,7 +138,7 @@ def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
             )
     for column in section.text_columns:
         if not isinstance(dataset[0][column], str):
-            raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is no text")
+            raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is not text")
     return dataset.rename_column(section.label, "labels")
 
 
@@ -154,7 +154,7 @@ def _classes(train: Dataset) -> tuple[list[Any], tuple[str, ...]]:
             "num_labels: 1 in the model section"
         )
     if len(values) < 2:
-        raise RecipeError(f"all training texts have the same label {values[0]!r}, so there is nothing to learn")
+        raise RecipeError(f"all training examples have the same label {values[0]!r}, so there is nothing to learn")
     return values, tuple(str(int(value)) if isinstance(value, float) else str(value) for value in values)
 
 
@@ -183,7 +183,7 @@ def _as_numbers(dataset: Dataset, split: str) -> Dataset:
 
 def _as_texts(dataset: Dataset, split: str) -> Dataset:
     if not isinstance(dataset[0]["labels"], str):
-        raise RecipeError(f"data.{split}: row 0 has label {dataset[0]['labels']!r}, but task seq2seq writes texts")
+        raise RecipeError(f"data.{split}: row 0 has label {dataset[0]['labels']!r}, but task seq2seq generates text")
     return dataset
 
 

@@ -1,4 +1,4 @@
-"""Batches with labels for a saved model, from a file of texts: for what looks at data without training."""
+"""Batches with labels for a saved model, from a file of examples: for what looks at data without training."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .sections import DataSection
 
 
 class LabelledBatches(Sized):
-    """Go over texts in order, as keyword arguments of the model with labels, on its device; again if asked again.
+    """Go over examples in order, as keyword arguments of the model with labels, on its device, in each pass.
 
     Args:
         model: with a head for the task.
         tokenizer: of the model.
-        rows: texts in the columns of `section`, and "labels".
+        rows: examples in the columns of `section`, and "labels".
         section: which columns, and how long.
-        batch: texts at once; one at a time where the model writes texts, as each has its own number of tokens.
+        batch: examples at once; one at a time where the model generates text, as each has its own number of tokens.
 
     Raises:
-        RecipeError: if batch is below 1, the model has no head for whole texts, or it takes fewer tokens than the
-            section keeps; later if a label is none of the model's.
+        RecipeError: if batch is below 1, the model has no head for the task, or it takes fewer tokens than the
+            section keeps; later if a label is not one of the model's.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LabelledBatches(Sized):
         batch: int = 16,
     ) -> None:
         if batch < 1:
-            raise RecipeError(f"batch is a whole number of texts above 0, not {batch}")
+            raise RecipeError(f"`batch` must be a positive integer, got {batch}")
         self.model, self.tokenizer, self.rows, self.section = model, tokenizer, rows, section
         check_length(section.max_length, model, tokenizer)
         self.writes = bool(model.config.is_encoder_decoder) and model.can_generate()
@@ -59,13 +59,13 @@ class LabelledBatches(Sized):
             else DataCollatorWithPadding(self.tokenizer)
         )
         for start in range(0, len(self.rows), self.size):
-            texts = self.rows[start : start + self.size]
+            examples = self.rows[start : start + self.size]
             tokens = self.tokenizer(
-                *(texts[column] for column in self.section.text_columns),
+                *(examples[column] for column in self.section.text_columns),
                 truncation=True,
                 max_length=self.section.max_length,
             )
-            labels = self._labels(texts["labels"], start)
+            labels = self._labels(examples["labels"], start)
             features = [
                 {**{key: values[place] for key, values in tokens.items()}, "labels": labels[place]}
                 for place in range(len(labels))

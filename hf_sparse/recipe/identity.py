@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from ..hf.trainer.run_record import flatten, names, recorded_in, write_record
 from ..hf.trainer.teacher_cache import tokenizer_fingerprint, weights_fingerprint
-from .data import LabelledTexts
+from .data import LabelledExamples
 from .recipe import Recipe
 
 SECTION = "run"
@@ -35,7 +35,7 @@ WITHOUT_EFFECT = (
 
 def run_facts(
     recipe: Recipe,
-    texts: LabelledTexts,
+    examples: LabelledExamples,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     processes: int,
@@ -43,19 +43,19 @@ def run_facts(
     """Return what makes a run, flat and in plain JSON types.
 
     Args:
-        texts: of the data section.
+        examples: of the data section.
         model: as it was loaded, before it is changed.
         processes: that train together.
     """
     return {
-        **recipe_facts(recipe, texts),
+        **recipe_facts(recipe, examples),
         "model": f"{type(model).__name__}, weights {weights_fingerprint(model)}",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "processes": processes,
     }
 
 
-def recipe_facts(recipe: Recipe, texts: LabelledTexts) -> dict[str, Any]:
+def recipe_facts(recipe: Recipe, examples: LabelledExamples) -> dict[str, Any]:
     """Return what a recipe and its data add to `run_facts`."""
     sections = recipe.to_dict()
     training = {k: v for k, v in sections["training"].items() if not k.startswith(WITHOUT_EFFECT)}
@@ -69,9 +69,9 @@ def recipe_facts(recipe: Recipe, texts: LabelledTexts) -> dict[str, Any]:
         "training": training,
         "seed": recipe.seed,
         "data": {
-            "train": _content(texts.train),
-            "validation": _content(texts.validation),
-            "classes": list(texts.names),
+            "train": _content(examples.train),
+            "validation": _content(examples.validation),
+            "classes": list(examples.names),
             "max_length": recipe.data.max_length,
             "max_target_length": recipe.data.max_target_length,
         },

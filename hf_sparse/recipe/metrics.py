@@ -189,8 +189,8 @@ def build_metrics(
 
     Args:
         names: as `check_metrics` returns them.
-        predicts: of classes, the one with the highest logit is the prediction; of texts, the generated ids are.
-        tokenizer: which turns ids into texts; only for texts.
+        predicts: of classes, the one with the highest logit is the prediction; of generated text, the token ids are.
+        tokenizer: which decodes token ids; for generated text only.
 
     Raises:
         RecipeError: for a metric of another kind of prediction, or one that `evaluate` cannot load.
@@ -202,7 +202,7 @@ def build_metrics(
             raise RecipeError(f"the model predicts {kind}, so metric '{name}' does not apply; use {_or(fitting)}")
     loaded = {name: LOCAL[name] if name in LOCAL else _from_evaluate(name) for name in names}
 
-    def texts(ids: Array) -> list[str]:
+    def examples(ids: Array) -> list[str]:
         assert tokenizer is not None
         padded = np.where(ids < 0, tokenizer.pad_token_id, ids)  # the Trainer fills up with -100
         return list(tokenizer.batch_decode(padded, skip_special_tokens=True))
@@ -211,7 +211,7 @@ def build_metrics(
         references: Any = output.label_ids
         predictions: Any = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
         if predicts == "text":
-            predictions, references = texts(predictions), texts(references)
+            predictions, references = examples(predictions), examples(references)
         else:
             predictions = predictions.reshape(-1) if predicts == "number" else predictions.argmax(axis=-1)
         results: dict[str, float] = {}

@@ -43,8 +43,8 @@ def prune(
         group: the keys of one group, see `GroupConfig`.
         output: folder that is written.
         revision: branch, tag or commit on the Hub.
-        section: whose training texts are shown to scorers that look at data (gradient, taylor, head_importance).
-        batch: texts at once.
+        section: whose training examples are shown to scorers that look at data (gradient, taylor, head_importance).
+        batch: examples at once.
 
     Raises:
         RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
@@ -61,7 +61,7 @@ def prune(
 
 
 def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "main") -> str:
-    """Load a model, cut out of it what is removed, and save it with its tokenizer.
+    """Load a model, remove its pruned heads and neurons, and save it with its tokenizer.
 
     Args:
         name: folder or Hub name.
@@ -72,7 +72,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
         What is left, as text.
 
     Raises:
-        RecipeError: if the model cannot be loaded, or has nothing that could be cut out.
+        RecipeError: if the model cannot be loaded, or has nothing that could be removed.
         PatternError: if no architecture knows it.
     """
     model = load_whole(name, revision)
@@ -80,7 +80,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
     edits = compact(model)
     if model.num_parameters() == before:
         raise RecipeError(
-            f"'{name}' has no head, neuron or sub-block whose weights are all zero, so there is nothing to cut out. "
+            f"'{name}' has no head, neuron or sub-block whose weights are all zero, so there is nothing to remove. "
             "Prune it first, with pattern head, neuron or layer"
         )
     _save(model, name, output, revision)

@@ -115,7 +115,7 @@ metric, freeze, sparsity, distillation, training, seed.
         """Read a YAML file, apply `key.path=value` overrides, and find its paths (see the head of this module).
 
         Raises:
-            RecipeError: if the file cannot be read, is no mapping, or as `from_dict`.
+            RecipeError: if the file cannot be read, is not a mapping, or as `from_dict`.
         """
         path = Path(path)
         recipe = cls.from_dict(read_recipe(path, overrides)).located(path.parent)
@@ -169,7 +169,7 @@ metric, freeze, sparsity, distillation, training, seed.
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
         if self.model.predicts == "text":
-            defaults["predict_with_generate"] = True  # the metrics are of texts, not of next tokens
+            defaults["predict_with_generate"] = True  # the metrics are of generated text, not of next tokens
         try:
             return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
         except (TypeError, ValueError, ImportError) as error:
@@ -180,7 +180,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     """Return what a recipe file says, with overrides applied and nothing checked.
 
     Raises:
-        RecipeError: if the file cannot be read, or is no mapping.
+        RecipeError: if the file cannot be read, or is not a mapping.
     """
     data = read_yaml(path)
     _check_mapping(data, f"recipe {path}")
@@ -201,7 +201,7 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
         raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
     if "hub_token" in training:
         raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
-    if not isinstance(training.get("output_dir", ""), str):  # None and a number are no folder
+    if not isinstance(training.get("output_dir", ""), str):  # None and a number are not a folder
         raise RecipeError(f"training.output_dir is the name of a folder, not {training['output_dir']!r}")
     hints = typing.get_type_hints(arguments)
     for key, value in training.items():

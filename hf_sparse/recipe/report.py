@@ -15,7 +15,7 @@ from .._version import __version__
 from ..formats.inspection import Inspection
 from ..hf.trainer.evaluation import measured
 from ..pruning.summary import Summary
-from .data import LabelledTexts
+from .data import LabelledExamples
 from .recipe import Recipe
 
 
@@ -25,7 +25,7 @@ class RunResult:
 
     Args:
         output: folder with the model, tokenizer, recipe, metrics and report.
-        metrics: of the validation texts, with the Trainer's names (`eval_accuracy`, ...).
+        metrics: of the validation examples, with the Trainer's names (`eval_accuracy`, ...).
         summary: sparsity of the trained model.
         seconds_per_step: median over the optimizer steps, data loading included, evaluation and saving not.
 
@@ -40,7 +40,7 @@ class RunResult:
 
 
 def report_text(
-    recipe: Recipe, texts: LabelledTexts, result: RunResult, files: Inspection, changes: Sequence[str] = ()
+    recipe: Recipe, examples: LabelledExamples, result: RunResult, files: Inspection, changes: Sequence[str] = ()
 ) -> str:
     """Return the report of a run as Markdown.
 
@@ -55,8 +55,8 @@ def report_text(
     weights = None if files.packed else {weight.name for weight in result.summary.weights}
     rows = [
         ("model", os.path.basename(recipe.model.name.rstrip("/\\"))),
-        ("data", f"{source}: {len(texts.train)} training texts, {len(texts.validation)} validation texts"),
-        *((f"{name} on the validation texts", f"{value:.4f}") for name, value in measured(result.metrics).items()),
+        ("data", f"{source}: {len(examples.train)} training examples, {len(examples.validation)} validation examples"),
+        *((f"{name} on the validation examples", f"{value:.4f}") for name, value in measured(result.metrics).items()),
         ("sparsity of the targeted weights", f"{result.summary.sparsity:.4%}"),
         ("targeted weights in the file", files.size_line(weights)),
         ("seed", str(recipe.seed)),

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say which model and which texts; `recipe` puts them together."""
+"""The sections of a recipe that say which model and which examples; `recipe` puts them together."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ModelSection:
             raise RecipeError(f"model.task is one of {', '.join(TASKS)}, not {self.task!r}")
         _check_count(self.num_labels, "model.num_labels")
         if self.task == "seq2seq" and self.num_labels is not None:
-            raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq writes texts")
+            raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq generates text")
         if self.revision is not None:
             _check_text(self.revision, "model.revision")
 
@@ -61,17 +61,17 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-    """Which texts to train and to measure on.
+    """Which examples to train and to measure on.
 
     Args:
         train: local json, jsonl, csv, tsv or parquet file; with `name`, a split (None = "train").
-        validation: the same for the texts the metric is measured on; with `name`, None = "validation".
+        validation: the same for the examples the metric is measured on; with `name`, None = "validation".
         name: dataset on the Hub; None for local files.
         config: configuration of that dataset ("sst2" of "glue").
         text: column with the text, or two columns for pairs.
-        label: column with the label: whole numbers, strings, fractions for regression, or the text to be written.
+        label: column with the label: whole numbers, strings, fractions for regression, or the target text.
         max_length: tokens kept of each text.
-        max_target_length: tokens kept of a text to be written; None = `max_length`.
+        max_target_length: tokens kept of a target sequence; None = `max_length`.
         train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.
     """
 
@@ -119,7 +119,7 @@ class DataSection:
         if self.train == self.validation and self.train is not None:
             raise RecipeError(
                 f"data.train and data.validation are both {self.train!r}, so the metric would be measured on the "
-                "texts trained on; give another file or split for validation"
+                "examples trained on; give another file or split for validation"
             )
 
     @property

@@ -7,7 +7,7 @@ training: {learning_rate: 3.0e-5}                           # what all stages sh
 stages:
   - {name: dense, training: {num_train_epochs: 3}}
   - {name: pruned, sparsity: {sparsity: 0.75, pattern: head+neuron}, distillation: {teacher: self}}
-  - name: filled                                            # cut out what was removed, then train the zeros again
+  - name: filled                                            # remove pruned heads and neurons, then train the zeros
     compact: true
     model: {fill: true}
     distillation: {teacher: dense}                          # the stage of that name
@@ -34,7 +34,7 @@ from ..hf.trainer.checkpoint import check_unused, remove_trained, trained_files
 from ..hf.trainer.run_record import STATE, changes, listing, read_record
 from ..registry import check_keys
 from ..utils.validation import check_bool, check_text
-from .data import load_texts
+from .data import load_examples
 from .identity import OF_THE_MODEL, SECTION, recipe_facts
 from .prune import compact_saved
 from .recipe import Recipe, read_recipe
@@ -103,10 +103,11 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 def _check_among(stage: Stage, not_before: Sequence[Stage], stages: Sequence[Stage]) -> None:
     """Refuse what would be found out in the middle of the run, or never."""
-    taught = stage.recipe.distillation
-    if taught is not None and taught.teacher in [other.name for other in not_before]:
+    distillation = stage.recipe.distillation
+    if distillation is not None and distillation.teacher in [other.name for other in not_before]:
         raise RecipeError(
-            f"stage '{stage.name}': the stage '{taught.teacher}' does not come before it, so it cannot be its teacher"
+            f"stage '{stage.name}': the stage '{distillation.teacher}' does not come before it, so it cannot be its "
+            "teacher"
         )
     start = stage.recipe.model.name
     if stage.source is not None and start in [str(other.output) for other in stages]:
@@ -239,7 +240,7 @@ def is_finished(stage: Stage) -> bool:
     if not (stage.output / "report.md").is_file() or not (stage.output / STATE).is_file():
         return False
     recorded = (read_record(stage.output, SECTION) or {}).get("facts")
-    facts = recipe_facts(stage.recipe, load_texts(stage.recipe.data, stage.recipe.model.predicts))
+    facts = recipe_facts(stage.recipe, load_examples(stage.recipe.data, stage.recipe.model.predicts))
     if not isinstance(recorded, Mapping):
         raise CheckpointError(
             f"stage '{stage.name}' in {stage.output} was run by an older hf_sparse, which did not record what it ran. "

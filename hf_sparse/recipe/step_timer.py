@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 class StepTimer(TrainerCallback):
     """Times optimizer steps from the beginning of one to the beginning of the next.
 
-    Whatever ran between two steps that is no training, such as an evaluation, takes that pair out.
+    Whatever ran between two steps that is not training, such as an evaluation, takes that pair out.
     """
 
     def __init__(self) -> None:

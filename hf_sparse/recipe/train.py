@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import CheckpointError, RecipeError
 from ..formats.inspection import inspect
@@ -37,7 +39,7 @@ from ..hf.trainer.run_record import check_resume, read_record
 from ..pruning.fill import fill
 from ..pruning.summary import summarize
 from ..utils.atomic_io import write_text
-from .data import LabelledTexts, load_texts
+from .data import LabelledExamples, load_examples
 from .identity import SECTION, RunRecord, run_facts
 from .metrics import build_metrics
 from .recipe import Recipe
@@ -48,6 +50,19 @@ from .step_timer import StepTimer
 logger = logging.getLogger(__name__)
 
 
+@contextlib.contextmanager
+def one_progress_bar() -> Iterator[None]:
+    """Leave out the bars of transformers for files, which would run inside that of the training."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+@one_progress_bar()
 def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()) -> RunResult:
     """Train the model of a recipe, measure it on the validation data, and write everything into its output folder.
 
@@ -72,17 +87,17 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
         check_unused(output)
     tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
     compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
-    texts = load_texts(recipe.data, recipe.model.predicts)
+    examples = load_examples(recipe.data, recipe.model.predicts)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
-    model = load_model(recipe.model, texts)
+    model = load_model(recipe.model, examples)
     check_length(recipe.data.max_length, model, tokenizer)
-    facts = run_facts(recipe, texts, model, tokenizer, arguments.world_size)
+    facts = run_facts(recipe, examples, model, tokenizer, arguments.world_size)
     if recipe.model.fill:
         fill(model)
     freeze(model, recipe.freeze)
 
     checkpoint, changes = _checkpoint(arguments, facts, resume, allow)
-    train, validation = texts.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
+    train, validation = examples.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     timer, record = StepTimer(), RunRecord(facts, changes)
     trainer = (Seq2SeqTrainer if recipe.model.predicts == "text" else Trainer)(
         model=model,
@@ -112,7 +127,7 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     trainer.save_metrics("eval", metrics)
     result = RunResult(output, metrics, summarize(model), timer.median)
     if trainer.is_world_process_zero():
-        report = report_text(recipe, texts, result, inspect(output), record.history)
+        report = report_text(recipe, examples, result, inspect(output), record.history)
         write_text(output / "report.md", report)  # its presence marks the run as finished
         try:
             write_card(output, card_text(facts_of(output)))
@@ -165,18 +180,18 @@ def _method(recipe: Recipe, changes: Mapping[str, str]) -> list[TrainerCallback]
 
 
 def collator_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
-    """Return what makes padded batches of tokenized texts."""
+    """Return what makes padded batches of tokenized examples."""
     if recipe.model.predicts == "text":
         return DataCollatorForSeq2Seq(tokenizer, model)
     return DataCollatorWithPadding(tokenizer)
 
 
-def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
-    """Load a pretrained model that writes texts, or one with a head for the classes of the texts or for one number.
+def load_model(section: ModelSection, examples: LabelledExamples) -> PreTrainedModel:
+    """Load a pretrained model that generates text, or one with a head for the classes of the data or for one number.
 
     Raises:
-        RecipeError: if it cannot be loaded, or is asked for another number of classes than the texts have.
-        CheckpointError: if it is packed, and damaged.
+        RecipeError: if it cannot be loaded, or is to have another number of classes than the data.
+        CheckpointError: if it is packed, and corrupt.
     """
     factory: Any = AutoModelForSequenceClassification
     head: dict[str, Any] = {}
@@ -185,12 +200,15 @@ def load_model(section: ModelSection, texts: LabelledTexts) -> PreTrainedModel:
     elif section.predicts == "number":
         head = {"num_labels": 1, "problem_type": "regression"}
     else:
-        if section.num_labels not in (None, len(texts.names)):
+        if section.num_labels not in (None, len(examples.names)):
             raise RecipeError(
-                f"model.num_labels is {section.num_labels}, but the training texts have {len(texts.names)} classes: "
-                f"{', '.join(texts.names)}"
+                f"model.num_labels is {section.num_labels}, but the training examples have {len(examples.names)} "
+                f"classes: {', '.join(examples.names)}"
             )
-        head = {"id2label": dict(enumerate(texts.names)), "label2id": {name: i for i, name in enumerate(texts.names)}}
+        head = {
+            "id2label": dict(enumerate(examples.names)),
+            "label2id": {name: i for i, name in enumerate(examples.names)},
+        }
     return load(factory, section.name, section.revision or "main", **head)
 
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import hf_sparse  # noqa: F401 - importing it lets from_pretrained read packed files
-from hf_sparse.recipe.data import load_texts
+from hf_sparse.recipe.data import load_examples
 from hf_sparse.recipe.metrics import build_metrics
 from hf_sparse.recipe.recipe import Recipe
 
@@ -58,7 +58,7 @@ def zeros(model: torch.nn.Module) -> dict[str, list[int]]:
 def evaluate(model: Any, recipe: Recipe, folder: Path) -> tuple[np.ndarray, dict[str, float]]:
     """Return logits and metrics on the validation examples, in the batches of the training run's evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _, validation = load_texts(recipe.data).tokenized(tokenizer, recipe.data.max_length)
+    _, validation = load_examples(recipe.data).tokenized(tokenizer, recipe.data.max_length)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = Trainer(
             model=model,

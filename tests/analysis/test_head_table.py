@@ -101,7 +101,7 @@ def test_texts_longer_than_the_model_takes_are_refused(saved: Path, tmp_path: Pa
         "prune": ["--scorer", "taylor", "--sparsity", "0.5", "--output", str(tmp_path / "out")],
     }
     assert main([command, str(saved), "--data", str(path), "--length", "17", *more.get(command, [])]) == 2
-    assert "texts are cut at 17 tokens, but the model takes at most 16" in capsys.readouterr().err
+    assert "examples are cut at 17 tokens, but the model takes at most 16" in capsys.readouterr().err
 
 
 def test_columns_and_length_are_those_of_the_recipe_beside_the_model(saved: Path, tmp_path: Path, capsys: Any) -> None:
@@ -137,7 +137,7 @@ def test_encoder_decoder_that_classifies_is_measured_by_its_classes(texts: Path,
 
 
 def test_no_texts_at_once_is_an_error(saved: Path, texts: Path) -> None:
-    with pytest.raises(RecipeError, match="batch is a whole number of texts above 0, not 0"):
+    with pytest.raises(RecipeError, match="`batch` must be a positive integer, got 0"):
         heads(str(saved), section(texts), batch=0)
 
 
@@ -162,6 +162,6 @@ def test_compact_command_writes_the_smaller_model(saved: Path, tmp_path: Path, c
 
 def test_compact_command_refuses_a_model_that_has_nothing_to_cut_out(saved: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["compact", str(saved), "--output", str(tmp_path / "small")]) == 2
-    assert "nothing to cut out" in capsys.readouterr().err
+    assert "nothing to remove" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
     assert main(["compact", str(saved), "--output", str(saved)]) == 2

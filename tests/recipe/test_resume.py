@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, Trainer
+from transformers.utils.logging import is_progress_bar_enabled
 
 from hf_sparse.cli.main import main
 from tests.helpers import tiny
@@ -236,3 +237,13 @@ def test_stages_of_another_run_are_not_gone_on_with(
     assert main(["train", other, "--output", output, "--resume"]) == 0
     assert main(["train", other, "--output", str(tmp_path / "whole")]) == 0
     assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_train_on_a_cpu_shows_one_progress_bar_and_no_warning(place: Path, tmp_path: Path, capfd: Any) -> None:
+    training = {**TRAINING, "disable_tqdm": False}
+    assert main(["train", recipe(place, "quiet", training=training), "--output", str(tmp_path / "out")]) == 0
+    shown = capfd.readouterr().err
+    assert "4/4" in shown  # the training itself
+    for unwanted in ("Writing model shards", "Loading weights", "pin_memory", "Warning", "warn("):
+        assert unwanted not in shown
+    assert is_progress_bar_enabled()

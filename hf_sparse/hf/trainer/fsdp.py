@@ -31,12 +31,12 @@ logger = logging.get_logger(__name__)
 def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
     """Raise `RecipeError` if pruning does not work with the FSDP settings of a Trainer; without FSDP, do nothing.
 
-    Where FSDP was asked for and the Trainer does not do it, warn.
+    Where FSDP was requested and the Trainer does not do it, warn.
     """
     if not trainer.is_fsdp_enabled:
         if trainer.args.fsdp:
             logger.warning(
-                "fsdp was asked for, but accelerate shards on GPUs only; on this device the run is plain DDP"
+                "fsdp was requested, but accelerate shards on GPUs only; on this device the run is plain DDP"
             )
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
