@@ -196,7 +196,10 @@ def test_encoder_decoder_is_pruned_while_it_learns_to_write(recipe, tmp_path):
             {"data": {"train": "train.jsonl", "validation": "validation.jsonl"}},
             "cut at 128 tokens, .* at most 16: set data.max_length",
         ),
-        ({"model": {"name": "bert", "num_labels": 3}}, "num_labels is 3, but the training examples have 2 classes: 0, 1"),
+        (
+            {"model": {"name": "bert", "num_labels": 3}},
+            "num_labels is 3, but the training examples have 2 classes: 0, 1",
+        ),
         ({"model": "missing"}, "cannot load the tokenizer of model 'missing'"),
         ({"sparsity": {"sparsity": 0.5, "targets": "*.quarry"}}, r"'\*\.quarry' matches no linear layer"),
         ({"sparsity": {"sparsity": 0.5, "pattern": {"name": "block", "rows": 5, "cols": 5}}}, "block"),
