@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
 from ..registry import Registry, Spec, check_keys
+from ..utils.atomic_io import write_text
+from ..utils.strict_yaml import dump_yaml, read_yaml
 
 SCORERS: Registry[Any] = Registry("scorer")
 PATTERNS: Registry[Any] = Registry("pattern")
@@ -207,20 +208,13 @@ scorer, pattern, selection, sparsity, schedule.
         """Read the `sparsity` section of a YAML recipe; the other sections are for `hf-sparse train`.
 
         Raises:
-            RecipeError: if the file is no YAML mapping, or has no `sparsity` section.
+            RecipeError: if the file is not valid YAML (see `utils.strict_yaml`), or has no `sparsity` section.
         """
-        import yaml  # here, not above: the vocabulary floor stays importable without it
-
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"cannot read recipe {os.fspath(path)}: {error}") from error
+        data = read_yaml(path)
         if not isinstance(data, Mapping) or not isinstance(data.get("sparsity"), Mapping):
             raise RecipeError(f"recipe {os.fspath(path)} has no 'sparsity' section")
         return cls.from_dict(data["sparsity"])
 
     def to_recipe(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML recipe that holds only this config, as its `sparsity` section."""
-        import yaml
-
-        Path(path).write_text(yaml.safe_dump({"sparsity": self.to_dict()}, sort_keys=False), encoding="utf-8")
+        write_text(path, dump_yaml({"sparsity": self.to_dict()}))

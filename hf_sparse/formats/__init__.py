@@ -1,1 +1,1 @@
-"""What lies in a file: manifest, codecs, safetensors I/O, sharding, inspection. Specified in FORMAT.md."""
+"""The content of files: manifest, codecs, safetensors I/O, sharding, inspection. Specified in FORMAT.md."""

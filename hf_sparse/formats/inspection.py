@@ -133,7 +133,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     shards of its checkpoints; name the file to look at one shard alone.
 
     Raises:
-        CheckpointError: if there is no such file, a shard is missing, or a file is damaged, inconsistent, or from a
+        CheckpointError: if there is no such file, a shard is missing, or a file is corrupted, inconsistent, or from a
             newer version.
     """
     path = Path(path)

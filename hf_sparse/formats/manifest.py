@@ -1,4 +1,4 @@
-"""Fact: what a checkpoint contains, tensor by tensor. (What the user asked for is intent, and lives in `config`.)
+"""Fact: what a checkpoint contains, tensor by tensor. (What the user requested is intent, and is in `config`.)
 
 The manifest is plain JSON, kept in the header of every safetensors file and in `config.json`. It is untrusted input:
 `from_dict` accepts exactly what FORMAT.md describes and refuses the rest before anything is allocated.
@@ -37,7 +37,7 @@ _WORD = re.compile(r"[a-z0-9_:]{1,32}")
 
 def _keys(data: Any, required: Sequence[str], optional: Sequence[str], where: str) -> None:
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"{where} is a mapping, not {shorten(data)}")
+        raise CheckpointError(f"{where} must be a mapping, got {shorten(data)}")
     for key in data:
         if key not in required and key not in optional:
             raise CheckpointError(f"{where} has the unknown key {shorten(key)}; unknown keys belong under 'extra'")
@@ -47,7 +47,7 @@ def _keys(data: Any, required: Sequence[str], optional: Sequence[str], where: st
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is text that can be written and shown: JSON may escape half of a character alone."""
+    """Return whether a value is text that can be written: JSON may escape half of a character alone."""
     try:
         value.encode()
     except (AttributeError, UnicodeEncodeError):
@@ -56,7 +56,7 @@ def _is_text(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether a value read from JSON is a whole number from 0 to 2**63 - 1 (True is not)."""
+    """Return whether a value read from JSON is an integer from 0 to 2**63 - 1 (True is not)."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -70,7 +70,7 @@ class TensorEntry:
         dtype: type of the decoded tensor, by its safetensors name ("F32", "BF16", "F8_E4M3").
         nonzeros: how many elements have at least one bit set.
         checksum: `crc32:` and eight hex digits, over type, shape and decoded bytes (little-endian, C order).
-        options: the whole numbers that the codec needs to decode, as in `{"n": 2, "m": 4}`.
+        options: the integers that the codec needs to decode, as in `{"n": 2, "m": 4}`.
 
     Raises:
         CheckpointError: for a value that cannot be true of any tensor.
@@ -89,22 +89,22 @@ class TensorEntry:
 
     def __post_init__(self) -> None:
         if not isinstance(self.codec, str) or not _WORD.fullmatch(self.codec):
-            raise CheckpointError(f"codec is the name of a codec, not {shorten(self.codec)}")
+            raise CheckpointError(f"codec must be the name of a codec, got {shorten(self.codec)}")
         if not isinstance(self.dtype, str) or self.dtype not in ITEM_BYTES:
             raise CheckpointError(f"dtype {shorten(self.dtype)} is not one of {', '.join(ITEM_BYTES)}")
         if not isinstance(self.shape, tuple) or not all(map(is_count, self.shape)) or len(self.shape) > _MAX_DIMENSIONS:
-            raise CheckpointError(f"shape is a list of whole numbers, not {shorten(self.shape)}")
+            raise CheckpointError(f"shape must be a list of integers, got {shorten(self.shape)}")
         if math.prod(max(size, 1) for size in self.shape) * ITEM_BYTES[self.dtype] > MAX_BYTES:
             raise CheckpointError(f"shape {shorten(self.shape)} is larger than {MAX_BYTES} bytes")
         if not is_count(self.nonzeros) or self.nonzeros > self.numel:
-            raise CheckpointError(f"nonzeros is a number from 0 to {self.numel}, not {shorten(self.nonzeros)}")
+            raise CheckpointError(f"nonzeros must be an integer in [0, {self.numel}], got {shorten(self.nonzeros)}")
         if not isinstance(self.checksum, str) or not _CHECKSUM.fullmatch(self.checksum):
-            raise CheckpointError(f"checksum is 'crc32:' and 8 hex digits, not {shorten(self.checksum)}")
+            raise CheckpointError(f"checksum must be 'crc32:' and 8 hex digits, got {shorten(self.checksum)}")
         if not isinstance(self.options, Mapping) or len(self.options) > 8:
-            raise CheckpointError(f"options is a mapping from names to whole numbers, not {shorten(self.options)}")
+            raise CheckpointError(f"options must be a mapping from names to integers, got {shorten(self.options)}")
         for name, value in self.options.items():
             if not isinstance(name, str) or not _WORD.fullmatch(name) or not is_count(value):
-                raise CheckpointError(f"option {shorten(name)} is a whole number, not {shorten(value)}")
+                raise CheckpointError(f"option {shorten(name)} must be an integer, got {shorten(value)}")
 
     @property
     def numel(self) -> int:
@@ -133,7 +133,7 @@ class TensorEntry:
         fields = [field.name for field in dataclasses.fields(cls)]
         _keys(data, fields[:-1], fields[-1:], "a tensor entry")
         if not isinstance(data["shape"], list):
-            raise CheckpointError(f"shape is a list of whole numbers, not {shorten(data['shape'])}")
+            raise CheckpointError(f"shape must be a list of integers, got {shorten(data['shape'])}")
         return cls(**{**data, "shape": tuple(data["shape"])})
 
 
@@ -143,7 +143,7 @@ class Manifest:
 
     Args:
         tensors: entries by checkpoint key. A file that holds a key the manifest lacks is refused.
-        targets: keys of the weights that were asked to be sparse, also when dense was the smallest way to store one.
+        targets: keys of the weights for which sparsity was requested, also those that are smallest when dense.
         version: version of the format.
         generator: version of the hf_sparse that wrote it.
         extra: anything else, in plain JSON; readers ignore what they do not know in here.
@@ -166,14 +166,14 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.generator, str) or len(self.generator) > 100:
-            raise CheckpointError(f"generator is the version of hf_sparse, not {shorten(self.generator)}")
+            raise CheckpointError(f"generator must be the version of hf_sparse, got {shorten(self.generator)}")
         if not isinstance(self.extra, Mapping):
-            raise CheckpointError(f"extra is a mapping, not {shorten(self.extra)}")
+            raise CheckpointError(f"extra must be a mapping, got {shorten(self.extra)}")
         for text in (self.generator, *self.tensors):
             if not _is_text(text):
-                raise CheckpointError(f"{shorten(text)} is no text that a file can hold")
+                raise CheckpointError(f"{shorten(text)} is not text that a file can hold")
         if not all(isinstance(key, str) for key in self.targets) or len(set(self.targets)) != len(self.targets):
-            raise CheckpointError(f"targets is a list of different keys, not {shorten(self.targets)}")
+            raise CheckpointError(f"targets must be a list of different keys, got {shorten(self.targets)}")
         for key in self.targets:
             if key not in self.tensors:
                 raise CheckpointError(f"target {shorten(key)} is not among the tensors")
@@ -203,11 +203,11 @@ class Manifest:
             )
         _keys(data, ("version", "generator", "tensors"), ("targets", "extra"), "the manifest")
         if type(version) is not int or version != FORMAT_VERSION:
-            raise CheckpointError(f"the version of the format is a whole number from 1, not {shorten(version)}")
+            raise CheckpointError(f"the version of the format must be an integer from 1, got {shorten(version)}")
         if not isinstance(data["tensors"], Mapping):
-            raise CheckpointError(f"tensors is a mapping from keys to entries, not {shorten(data['tensors'])}")
+            raise CheckpointError(f"tensors must be a mapping from keys to entries, got {shorten(data['tensors'])}")
         if not isinstance(data.get("targets", []), list):
-            raise CheckpointError(f"targets is a list of keys, not {shorten(data['targets'])}")
+            raise CheckpointError(f"targets must be a list of keys, got {shorten(data['targets'])}")
         tensors = {}
         for key, entry in data["tensors"].items():
             try:

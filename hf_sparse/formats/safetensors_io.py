@@ -257,8 +257,8 @@ def save_file(
 
     Args:
         tensors: by checkpoint key. Tied tensors (the same memory under two keys) belong in once.
-        path: of the file, replaced as a whole or not at all.
-        targets: keys of the weights that were asked to be sparse.
+        path: of the file, replaced completely or not at all.
+        targets: keys of the weights for which sparsity was requested.
         codec: "auto", "smallest" or one codec for all, see `codecs.encode`; "dense" packs none.
 
     Returns:
@@ -266,7 +266,7 @@ def save_file(
 
     Raises:
         RecipeError: for an unknown codec.
-        CheckpointError: for a type of tensor that the format does not know, or a target that is no tensor.
+        CheckpointError: for a type of tensor that the format does not know, or a target that is not a tensor.
 
     Example:
         >>> import tempfile, torch

@@ -146,7 +146,7 @@ class Edits:
                     raise CheckpointError(f"{kind} of the edits: {shorten(name)} is not a name of a module")
             parts[kind] = {name: Cut.from_dict(cut, f"{kind} of '{name}'") for name, cut in cuts.items()}
         if data.get("checksum") != (_checksum(given) if given else None):
-            raise CheckpointError("the checksum of the edits does not match their content: the file is damaged")
+            raise CheckpointError("the checksum of the edits does not match their content: the file is corrupted")
         return cls(**parts)
 
 

@@ -33,7 +33,7 @@ def require_regular(path: PathLike) -> None:
 
 
 def read_json(path: PathLike) -> dict[str, Any] | None:
-    """Read a JSON file that belongs to a model, such as its config; None if there is none, never for a damaged one.
+    """Read a JSON file that belongs to a model, such as its config; None if there is none, never for a corrupted one.
 
     Raises:
         CheckpointError: if it is not a regular file, cannot be read, or does not hold a mapping.

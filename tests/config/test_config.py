@@ -321,6 +321,15 @@ def test_config_refuses_a_recipe_that_is_no_yaml(tmp_path: Path, content: bytes)
         SparsityConfig.from_recipe(path)
 
 
+def test_config_and_recipe_read_unquoted_words_alike(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("sparsity: {pattern: 2:4, scorer: {name: movement, learning_rate: 1e-2}}\n", encoding="utf-8")
+    config = SparsityConfig.from_recipe(path)
+    assert config == SparsityConfig(pattern="2:4", scorer={"name": "movement", "learning_rate": 0.01})
+    config.to_recipe(tmp_path / "written.yaml")
+    assert SparsityConfig.from_recipe(tmp_path / "written.yaml") == config
+
+
 def test_config_refuses_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot read recipe"):
         SparsityConfig.from_recipe(tmp_path / "nowhere.yaml")

@@ -180,7 +180,7 @@ def test_header_with_wrong_offsets_types_or_shapes_is_refused(path, change):
         (lambda p: p.update({PACKED: p[PACKED].bfloat16()}), "must be F16 of shape"),
         (lambda p: p.update({PACKED: p[PACKED].view(1, -1)}), "must be F16 of shape"),
         (lambda p: p.update({"encoder.bias": torch.randn(8, 8)}), "'encoder.bias' must be F32 of shape"),
-        (lambda p: p["encoder.bias"].neg_(), r"'encoder.bias' \(codec dense\): the content is damaged"),
+        (lambda p: p["encoder.bias"].neg_(), r"'encoder.bias' \(codec dense\): the content is corrupted"),
     ],
 )
 def test_parts_that_the_manifest_does_not_demand_are_refused(path, change, complaint):
@@ -192,7 +192,7 @@ def test_parts_that_the_manifest_does_not_demand_are_refused(path, change, compl
 def test_packed_content_is_verified_when_it_is_decoded(path):
     rewrite(path, lambda parts: parts[PACKED].neg_())
     check_files(path)
-    with pytest.raises(CheckpointError, match=r"'encoder.weight' \(codec deflate\): the content is damaged"):
+    with pytest.raises(CheckpointError, match=r"'encoder.weight' \(codec deflate\): the content is corrupted"):
         load_file(path)
 
 
@@ -202,7 +202,7 @@ def test_packed_content_is_verified_when_it_is_decoded(path):
         (lambda m: m.update(version=2), "model.safetensors: the checkpoint is in version 2"),
         (lambda m: m["tensors"][PACKED].update(codec="zip"), "unknown codec"),
         (lambda m: m["tensors"][PACKED].update(shape=[64, 97]), "does not hold exactly 776 bytes"),
-        (lambda m: m["tensors"][PACKED].update(shape=[96, 64]), "the content is damaged"),
+        (lambda m: m["tensors"][PACKED].update(shape=[96, 64]), "the content is corrupted"),
         (lambda m: m["tensors"][PACKED].update(shape=[2**20, 2**20]), "more than 1024 times as many"),
         (lambda m: m["tensors"]["encoder.bias"].update(nonzeros=63), "says 63 nonzeros"),
         (lambda m: m["tensors"].pop("encoder.bias"), "does not list 'encoder.bias'"),

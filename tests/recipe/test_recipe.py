@@ -222,7 +222,7 @@ def test_shipped_recipe_is_valid(path):
     "path", [path for path in RECIPES if "\nsparsity:" in path.read_text()], ids=lambda path: path.stem
 )
 def test_shipped_recipe_means_the_same_to_sparsity_config(path):
-    assert SparsityConfig.from_recipe(path) == Recipe.from_dict(yaml.safe_load(path.read_text())).sparsity
+    assert SparsityConfig.from_recipe(path) == Recipe.from_dict(read_yaml(path)).sparsity
 
 
 def test_shipped_recipes_are_there():

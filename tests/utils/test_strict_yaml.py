@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -8,6 +10,7 @@ import yaml
 from hypothesis import strategies as st
 
 from hf_sparse.errors import RecipeError
+from hf_sparse.utils import strict_yaml
 from hf_sparse.utils.strict_yaml import MAX_BYTES, dump_yaml, override, parse_yaml, read_yaml
 from tests.helpers.limits import limited
 
@@ -203,3 +206,9 @@ def test_override_changes_one_value(assignment, changed):
 def test_override_refuses_a_path_that_leads_nowhere(assignment, reason):
     with pytest.raises(RecipeError, match=reason):
         override({"seed": 0, "groups": [{}, {}]}, assignment)
+
+
+def test_no_other_module_reads_or_writes_yaml():
+    package = Path(strict_yaml.__file__).parents[1]
+    importers = [path for path in package.rglob("*.py") if re.search(r"^\s*(import|from) yaml", path.read_text(), re.M)]
+    assert importers == [Path(strict_yaml.__file__)]

@@ -194,7 +194,7 @@ def verify(entry: TensorEntry, tensor: Tensor, name: str = "") -> None:
     with _naming(entry, name):
         bits = as_bits(tensor)
         if (found := checksum(bits, entry.dtype, entry.shape)) != entry.checksum:
-            raise CheckpointError(f"the content is damaged: the checksum is {found}, and should be {entry.checksum}")
+            raise CheckpointError(f"the content is corrupted: the checksum is {found}, and should be {entry.checksum}")
         if (count := int(np.count_nonzero(bits.numpy()))) != entry.nonzeros:
             raise CheckpointError(f"the manifest says {entry.nonzeros} nonzeros, and there are {count}")
 

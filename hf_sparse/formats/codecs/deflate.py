@@ -60,13 +60,13 @@ def inflate(stream: Tensor, length: int) -> Array:
     """Return exactly `length` bytes out of a raw deflate stream, never allocating more.
 
     Raises:
-        CheckpointError: if the stream is damaged, longer, shorter, or followed by anything.
+        CheckpointError: if the stream is corrupted, longer, shorter, or followed by anything.
     """
     decoder = zlib.decompressobj(-15)
     try:
         data = decoder.decompress(stream.numpy().data, length + 1)
     except zlib.error as error:
-        raise CheckpointError(f"the deflate stream is damaged: {error}") from None
+        raise CheckpointError(f"the deflate stream is corrupted: {error}") from None
     if len(data) != length or not decoder.eof or decoder.unused_data:
         raise CheckpointError(f"the deflate stream does not hold exactly {length} bytes")
     return np.frombuffer(data, np.uint8)

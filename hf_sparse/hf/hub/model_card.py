@@ -74,7 +74,7 @@ def facts_of(
         license: identifier of the license on the Hub, if known.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or a link that leads out of the folder.
+        CheckpointError: if a file is missing or corrupted, or a link that leads out of the folder.
     """
     folder = Path(folder)
     inspection = inspect(folder)
@@ -142,7 +142,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = read_yaml(path)
     except RecipeError as error:
-        raise CheckpointError(f"the recipe is damaged: {error}") from None
+        raise CheckpointError(f"the recipe is corrupted: {error}") from None
     if not isinstance(recipe, dict) or not all(
         isinstance(recipe.get(key) or {}, dict) for key in ("model", "data", "training")
     ):

@@ -134,7 +134,7 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
     Raises:
         CheckpointError: if the folder holds no complete model, or a link that leads out of it.
     """
-    inspect(folder)  # a damaged model is found here, not by those who download it
+    inspect(folder)  # a corrupted model is found here, not by those who download it
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(f"folder {folder} has no config.json: it holds weights, but no model")
     files: dict[str, Path | bytes] = {}

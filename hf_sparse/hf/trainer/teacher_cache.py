@@ -42,7 +42,7 @@ class TeacherCache:
         folder: as `write_cache` has made it.
 
     Raises:
-        CheckpointError: if there is no complete cache in the folder, or a damaged one, or of another version.
+        CheckpointError: if there is no complete cache in the folder, or a corrupted one, or of another version.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -103,7 +103,7 @@ class TeacherCache:
 
         Raises:
             SparsityError: if an example is not in the cache.
-            CheckpointError: if its logits are damaged.
+            CheckpointError: if its logits are corrupted.
         """
         keys = examples.names()
         for index, key in enumerate(keys):
@@ -133,7 +133,7 @@ class TeacherCache:
         fits = all(math.prod(shapes[name]) == value.size for name, value in values.items())
         if not fits or _row_checksum(key, values, shapes) != int(row["checksum"]):
             raise CheckpointError(
-                f"the logits of example {key} in {self.folder} are damaged: the checksum does not match. Create the "
+                f"the logits of example {key} in {self.folder} are corrupted: the checksum does not match. Create the "
                 f"cache again: hf-sparse teach RECIPE --output {self.folder}"
             )
         return {name: torch.from_numpy(value.astype(np.float32)).view(shapes[name]) for name, value in values.items()}

@@ -58,5 +58,5 @@ def test_inflate_does_not_blow_up_a_bomb():
 def test_deflate_refuses_a_damaged_stream():
     entry, parts = encode(torch.eye(64), "deflate")
     parts["_mask_deflated"].fill_(255)
-    with pytest.raises(CheckpointError, match="deflate stream is damaged"):
+    with pytest.raises(CheckpointError, match="deflate stream is corrupted"):
         decode(entry, parts)

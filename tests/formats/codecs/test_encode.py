@@ -94,7 +94,7 @@ def test_encode_all_returns_the_same_as_encode_one_by_one():
 def test_decode_verifies_the_checksum():
     entry, parts = encode(bernoulli(0.5), "bitmask")
     parts[""].view(torch.int16)[7] ^= 1
-    with pytest.raises(CheckpointError, match=r"tensor 'w' \(codec bitmask\): the content is damaged: the checksum"):
+    with pytest.raises(CheckpointError, match=r"tensor 'w' \(codec bitmask\): the content is corrupted: the checksum"):
         decode(entry, parts, "w")
 
 

@@ -211,7 +211,7 @@ def test_damaged_logits_are_refused_when_they_are_needed(change: Any, tmp_path: 
     assert cache.look_up(distiller.examples(batch))["logits"].shape == (3, 2)
     change_rows(tmp_path, change)
     damaged = TeacherCache(tmp_path)
-    with pytest.raises(CheckpointError, match=r"are damaged: the checksum does not match\. Create the cache again"):
+    with pytest.raises(CheckpointError, match=r"are corrupted: the checksum does not match\. Create the cache again"):
         damaged.look_up(distiller.examples(batch))
 
 
