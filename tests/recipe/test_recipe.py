@@ -13,6 +13,7 @@ from hf_sparse.errors import RecipeError
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.sections import DataSection, ModelSection
 from hf_sparse.recipe.stages import has_stages, load_stages
+from hf_sparse.utils.strict_yaml import read_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 REGISTRIES: dict[str, Any] = {
