@@ -6,7 +6,7 @@ Importing the package registers it with transformers, so that `from_pretrained` 
 from ._moved import install as _install
 from ._version import __version__ as __version__
 from .config import DistillationConfig, GroupConfig, SparsityConfig
-from .errors import BackendError, CheckpointError, HubError, PatternError, RecipeError, SparsityError
+from .errors import BackendError, CheckpointError, ConfigError, HubError, PatternError, RecipeError, SparsityError
 from .formats.structure import Edits
 from .hf import patches as _patches
 from .hf.peft import merged_update  # the module registers itself with PEFT
@@ -27,7 +27,6 @@ _install()
 _patches.install()
 
 HfSparseConfig = SparseConfig
-ConfigError = RecipeError
 
 __all__ = [
     "BackendError",

@@ -109,7 +109,7 @@ MOVED = dict(
     schedules pruning.schedules
     scorers pruning.scorers
     scorers.regrow pruning.scorers.dynamic
-    selection pruning.selection.base
+    selection pruning.selection
     sensitivity analysis.sensitivity
     shards formats.sharding
     sparse_config hf.quantization.config

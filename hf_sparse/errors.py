@@ -31,6 +31,10 @@ class RecipeError(SparsityError, ValueError):
     """What was asked for is contradictory, unknown or cannot be reached by this run."""
 
 
+ConfigError = RecipeError
+"""The same under the name that Hugging Face users expect."""
+
+
 class PatternError(RecipeError):
     """A pattern does not fit the shape of a weight."""
 

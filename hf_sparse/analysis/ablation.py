@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import RecipeError, SparsityError
 from ..modeling.architectures import SubBlock, known_sub_blocks
-from ..pruning.selection.base import kept_count
+from ..pruning.selection import kept_count
 from ..pruning.selection.topk import keep_highest
 
 Batch = Mapping[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RecipeError
-from ..pruning.selection.base import kept_count
+from ..pruning.selection import kept_count
 
 HALVINGS = 200
 

@@ -13,7 +13,7 @@ from ..hf.auto import load_tokenizer, load_whole
 from ..modeling.architectures import known_sub_blocks
 from ..modeling.layer_matching import match_layers
 from ..pruning.head_importance import head_importance
-from ..pruning.selection.base import kept_count
+from ..pruning.selection import kept_count
 from ..recipe.data import load_split
 from ..recipe.data_loader import LabelledBatches
 from ..recipe.sections import DataSection

@@ -27,6 +27,10 @@ def resolved_group(group: GroupConfig) -> dict[str, Any]:
     registries = {"scorer": SCORERS, "pattern": PATTERNS, "selection": SELECTIONS, "schedule": SCHEDULES}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
+        if field.name in ("target_modules", "exclude_modules"):
+            if value is not None:  # an alternative spelling: left out where it is not used
+                out[field.name] = value.plain()
+            continue
         if field.name in registries and value is not None:
             value = _resolved_entry(registries[field.name], value)
         out[field.name] = list(value) if isinstance(value, tuple) else value

@@ -1,8 +1,7 @@
-"""Intent: what the user asks for. (What a file contains is fact, and lives in `manifest`.)
+"""What a user requests: `SparsityConfig`, one or more `GroupConfig`. What a file contains is in `formats.manifest`.
 
-`SparsityConfig` is one or more `GroupConfig`; each group says which weights, scored how, removed in which pattern,
-compared with whom, how many, and along which schedule. Both are strict: an unknown key is an error that names the
-nearest known one, and ``from_dict(to_dict(config)) == config``.
+A group states which weights, the scorer, the pattern, the selection, how many, and the schedule. Both are strict: an
+unknown key is an error that names the nearest known one, and ``from_dict(to_dict(config)) == config``.
 """
 
 from __future__ import annotations
@@ -16,6 +15,9 @@ from ..errors import RecipeError
 from ..registry import Registry, Spec, check_keys
 from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, read_yaml
+from ..utils.text import shorten
+from ..utils.validation import check_number, is_number
+from .module_names import ModuleNames, NamePattern
 
 SCORERS: Registry[Any] = Registry("scorer")
 PATTERNS: Registry[Any] = Registry("pattern")
@@ -29,12 +31,12 @@ def _as_globs(value: Any, key: str) -> tuple[str, ...] | None:
         return None
     globs = [value] if isinstance(value, str) else value
     if not isinstance(globs, (list, tuple)) or not all(isinstance(glob, str) and glob for glob in globs):
-        raise RecipeError(f"{key} is a shell glob or a list of them, not {value!r}")
+        raise RecipeError(f"`{key}` must be a shell glob or a list of them, got {shorten(value)}")
     return tuple(globs)
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy of what may be changed from outside; what is no spec at all is for the registry to refuse."""
+    """Return a copy of what may be changed from outside; the registry refuses what is not a spec."""
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value
@@ -42,17 +44,21 @@ def _plain(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
-    """Ask for one set of weights to be made sparse in one way.
+    """Request one set of weights to be made sparse in one way.
 
     Args:
         targets: shell globs over module names (`*.attention.*`); None = all linear layers inside the transformer
             blocks, never embeddings, norms, poolers or task heads. For heads, neurons and layers: over the names of
             attentions and feed-forward parts, or of any of their layers; None = all.
         exclude: shell globs of what to leave dense.
-        scorer: how important a weight is ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random").
-        pattern: which weights live or die together ("element", "2:4", "row", "column",
+        target_modules: instead of `targets`, as PEFT spells it: a regular expression over whole names, a list of
+            names or of their last parts ("query", "output.dense"), or "all-linear".
+        exclude_modules: the same of what to leave dense, beside `exclude`.
+        scorer: importance of a weight ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random").
+        pattern: which weights are kept or removed together ("element", "2:4", "row", "column",
             `{"name": "block", "rows": 32, "cols": 32}`, and across several weights "head", "neuron", "layer").
-        selection: compared with whom ("uniform", "global", "threshold"); None = what suits scorer and pattern.
+        selection: among which groups scores are compared ("uniform", "global", "threshold"); None = the default of
+            scorer and pattern.
         sparsity: fraction of the groups removed, in [0, 1); None where the pattern (n:m) or the selection (threshold
             with a value) decides.
         schedule: sparsity over training ("constant", "linear", "cubic", "stepwise").
@@ -73,55 +79,67 @@ class GroupConfig:
     selection: Spec | None = None
     sparsity: float | None = None
     schedule: Spec = "cubic"
+    target_modules: Sequence[str] | str | ModuleNames | None = None
+    exclude_modules: Sequence[str] | str | ModuleNames | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _as_globs(self.targets, "targets"))
         object.__setattr__(self, "exclude", _as_globs(self.exclude, "exclude") or ())
+        for key in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, key, ModuleNames.of(getattr(self, key), key))
         if self.targets == ():
-            raise RecipeError("targets is an empty list, so nothing would be pruned; leave it out for the default")
-        for registry, key in ((SCORERS, "scorer"), (PATTERNS, "pattern"), (SCHEDULES, "schedule")):
+            raise RecipeError("`targets` must have at least one glob, got []; leave it out for the default")
+        if self.targets is not None and self.target_modules is not None:
+            raise RecipeError(
+                f"give `targets` or `target_modules`, not both: got {self.targets} and {self.target_modules}"
+            )
+        for key in ("scorer", "pattern", "schedule", "selection"):
             object.__setattr__(self, key, _plain(getattr(self, key)))
-            registry.build(getattr(self, key))
-        if self.selection is not None:
-            object.__setattr__(self, "selection", _plain(self.selection))
-            SELECTIONS.build(self.selection)
-        self._check_sparsity()
-        self._check_schedule()
+        SCORERS.build(self.scorer)
+        selection = None if self.selection is None else SELECTIONS.build(self.selection)
+        fixed = PATTERNS.build(self.pattern).fixed_sparsity
+        self._check_sparsity(fixed, selection is not None and selection.decides_sparsity)
+        self._check_schedule(self.sparsity if self.sparsity is not None else fixed)
 
-    def _check_sparsity(self) -> None:
-        from_pattern = PATTERNS.build(self.pattern).fixed_sparsity
-        from_selection = self.selection is not None and SELECTIONS.build(self.selection).decides_sparsity
+    @property
+    def target_names(self) -> tuple[NamePattern, ...] | None:
+        """What the group targets: globs, or the names that PEFT would match; None = the default."""
+        if isinstance(self.target_modules, ModuleNames):
+            return (self.target_modules,)
+        return None if self.targets is None else tuple(self.targets)
+
+    @property
+    def exclude_names(self) -> tuple[NamePattern, ...]:
+        """What the group leaves dense."""
+        more = (self.exclude_modules,) if isinstance(self.exclude_modules, ModuleNames) else ()
+        return (*self.exclude, *more)
+
+    def _check_sparsity(self, of_pattern: float | None, of_selection: bool) -> None:
         if self.sparsity is None:
-            if from_pattern is None and not from_selection:
-                raise RecipeError("sparsity is missing: give the fraction of weights to remove, as in sparsity=0.9")
+            if of_pattern is None and not of_selection:
+                raise RecipeError("`sparsity` is missing: give the fraction of weights to remove, as in sparsity=0.9")
             return
-        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
-            raise RecipeError(f"sparsity is a number, not {self.sparsity!r}")
-        if not 0.0 <= self.sparsity < 1.0:
-            raise RecipeError(
-                f"sparsity is the fraction of weights removed, at least 0 and below 1, but {self.sparsity} was asked; "
-                "write 0.9 for 90 %"
-            )
-        # The floats of numpy are floats, but neither YAML nor a decimal number can be made of them.
+        if is_number(self.sparsity) and not 0 <= self.sparsity < 1:
+            raise RecipeError(f"`sparsity` must be in [0, 1), got {self.sparsity}; write 0.9 for 90 %")
+        check_number("sparsity", self.sparsity, "[0, 1)")
+        # NumPy's floats are floats, but neither YAML nor a decimal number can be made of them.
         object.__setattr__(self, "sparsity", float(self.sparsity))
-        if from_pattern is not None and abs(from_pattern - self.sparsity) > 1e-9:
+        if of_pattern is not None and abs(of_pattern - self.sparsity) > 1e-9:
             raise RecipeError(
-                f"pattern {self.pattern!r} always removes {from_pattern:g} of weights, but sparsity={self.sparsity} "
-                "was asked; leave sparsity out, or choose another pattern"
+                f"`sparsity` must be {of_pattern:g} or left out with pattern {self.pattern!r}, got {self.sparsity}"
             )
-        if from_selection:
+        if of_selection:
             raise RecipeError(
-                f"selection {self.selection!r} decides the sparsity by its value, but sparsity={self.sparsity} was "
-                "asked too; give one of them"
+                f"`sparsity` must be left out with selection {self.selection!r}, whose value decides it, got "
+                f"{self.sparsity}"
             )
 
-    def _check_schedule(self) -> None:
-        final = self.sparsity if self.sparsity is not None else PATTERNS.build(self.pattern).fixed_sparsity
+    def _check_schedule(self, final: float | None) -> None:
         initial = SCHEDULES.build(self.schedule).initial
         if final is not None and initial > final:
             raise RecipeError(
-                f"schedule {self.schedule!r} starts at initial={initial}, above the final sparsity of {final:g}, but "
-                "schedules only rise; lower initial"
+                f"`initial` of schedule {self.schedule!r} must not be above the final sparsity of {final:g}, got "
+                f"{initial}: schedules only rise"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +148,7 @@ class GroupConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value != field.default:
-                out[field.name] = _plain(value)
+                out[field.name] = value.plain() if isinstance(value, ModuleNames) else _plain(value)
         return out
 
     @classmethod
@@ -141,13 +159,13 @@ class GroupConfig:
             RecipeError: for an unknown key, naming the nearest known one.
         """
         if not isinstance(data, Mapping):
-            raise RecipeError(f"a group is a mapping with keys such as targets and sparsity, not {data!r}")
+            raise RecipeError(f"a group must be a mapping with keys such as targets and sparsity, got {shorten(data)}")
         check_keys(data, [field.name for field in dataclasses.fields(cls)], "a group")
         return cls(**data)
 
 
 class SparsityConfig:
-    """Ask for a model to be made sparse: one group by keywords, or several by `groups`.
+    """Request a model to be made sparse: one group by keywords, or several by `groups`.
 
     Args:
         groups: several groups (`GroupConfig` or mappings with its keys). A weight may be in one group only.
@@ -165,7 +183,7 @@ class SparsityConfig:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: a group has no key 'scoer'; did you mean 'scorer'? Known keys: targets, exclude, \
-scorer, pattern, selection, sparsity, schedule.
+scorer, pattern, selection, sparsity, schedule, target_modules, exclude_modules.
     """
 
     groups: tuple[GroupConfig, ...]
@@ -177,7 +195,7 @@ scorer, pattern, selection, sparsity, schedule.
         if group:
             raise RecipeError(f"give either groups or the keys of one group, not both: {', '.join(sorted(group))}")
         if not isinstance(groups, (list, tuple)) or not groups:
-            raise RecipeError(f"groups is a list with at least one group, not {groups!r}")
+            raise RecipeError(f"`groups` must be a list with at least one group, got {shorten(groups)}")
         self.groups = tuple(g if isinstance(g, GroupConfig) else GroupConfig.from_dict(g) for g in groups)
 
     def __eq__(self, other: object) -> bool:
@@ -191,6 +209,23 @@ scorer, pattern, selection, sparsity, schedule.
         return {"groups": [group.to_dict() for group in self.groups]}
 
     @classmethod
+    def of(cls, config: SparsityConfig | Mapping[str, Any]) -> SparsityConfig:
+        """Return a config as it is, and a mapping with its keys as a config.
+
+        Raises:
+            RecipeError: for anything else, and as the constructor.
+
+        Example:
+            >>> SparsityConfig.of({"sparsity": 0.5}) == SparsityConfig.of(SparsityConfig(sparsity=0.5))
+            True
+        """
+        if isinstance(config, cls):
+            return config
+        if not isinstance(config, Mapping):
+            raise RecipeError(f"a config must be a SparsityConfig or a mapping with its keys, got {shorten(config)}")
+        return cls.from_dict(config)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityConfig:
         """Build from plain JSON types: `{"groups": [...]}` or the keys of one group.
 
@@ -198,7 +233,7 @@ scorer, pattern, selection, sparsity, schedule.
             RecipeError: for anything but a mapping, and as the constructor.
         """
         if not isinstance(data, Mapping):
-            raise RecipeError(f"a sparsity section is a mapping, not {data!r}")
+            raise RecipeError(f"a sparsity section must be a mapping, got {shorten(data)}")
         keys = [field.name for field in dataclasses.fields(GroupConfig)]
         check_keys(data, ["groups", *keys], "a group")
         return cls(**data)
@@ -208,7 +243,7 @@ scorer, pattern, selection, sparsity, schedule.
         """Read the `sparsity` section of a YAML recipe; the other sections are for `hf-sparse train`.
 
         Raises:
-            RecipeError: if the file is not valid YAML (see `utils.strict_yaml`), or has no `sparsity` section.
+            RecipeError: if the file is not a YAML mapping, or does not have a `sparsity` section.
         """
         data = read_yaml(path)
         if not isinstance(data, Mapping) or not isinstance(data.get("sparsity"), Mapping):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.module_names import ModuleNames, NamePattern, matches
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
 from .blocks import block_coverage, block_prefixes
@@ -81,12 +82,14 @@ def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in prunable_layers(model).items() if name.startswith(prefixes)}
 
 
-def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
+def match_layers(
+    model: nn.Module, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern] = ()
+) -> dict[str, nn.Linear]:
     """Return the layers that a group targets, by name.
 
     Args:
-        targets: shell globs over names of modules (or of their weights); None = `block_layers`.
-        exclude: globs of layers to leave out.
+        targets: shell globs over names of modules (or of their weights), or names as in PEFT; None = `block_layers`.
+        exclude: the same, of layers to leave out.
 
     Raises:
         RecipeError: if no layer is left, or a glob matches none, with the reason and what could have matched; if
@@ -103,17 +106,18 @@ def match_layers(model: nn.Module, targets: Sequence[str] | None, exclude: Seque
         )
     layers = block_layers(model) if targets is None else {}
     for glob in targets or ():
-        matched = {name: module for name, module in every.items() if _matches(name, glob)}
+        among = _outside_head(model, every) if isinstance(glob, ModuleNames) and glob.is_all_linear else every
+        matched = {name: module for name, module in among.items() if matches(name, glob)}
         if not matched:
             raise RecipeError(f"`targets` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
         layers.update(matched)
     for glob in exclude:
-        if not any(_matches(name, glob) for name in every):
+        if not any(matches(name, glob) for name in every):
             raise RecipeError(f"`exclude` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
-    layers = {name: module for name, module in layers.items() if not any(_matches(name, glob) for glob in exclude)}
+    layers = {name: module for name, module in layers.items() if not any(matches(name, glob) for glob in exclude)}
     if not layers:
-        requested = "the default targets" if targets is None else f"`targets` {list(targets)}"
-        without = f" without {list(exclude)}" if exclude else ""
+        requested = "the default targets" if targets is None else f"`targets` {list(map(str, targets))}"
+        without = f" without {list(map(str, exclude))}" if exclude else ""
         raise RecipeError(
             f"{requested}{without} match no linear layer of the model. {_unsupported(model)}{_could_match(every)}"
         )
@@ -135,13 +139,16 @@ def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
         )
 
 
-def _matches(name: str, glob: str) -> bool:
-    return fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob)
+def _outside_head(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Return the layers inside the base model, without the output embeddings: what PEFT calls "all-linear"."""
+    base, output = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set(base.modules()) if isinstance(base, nn.Module) else set(model.modules())
+    return {name: module for name, module in layers.items() if module in inside and module is not output}
 
 
-def _why(model: nn.Module, layers: dict[str, nn.Linear], glob: str) -> str:
+def _why(model: nn.Module, layers: dict[str, nn.Linear], glob: NamePattern) -> str:
     """Explain why a glob matches no prunable layer, and what would."""
-    modules = {name: module for name, module in model.named_modules() if name and _matches(name, glob)}
+    modules = {name: module for name, module in model.named_modules() if name and matches(name, glob)}
     for name, module in modules.items():
         weight = module._parameters.get("weight")
         others = [] if weight is None else [other for other in names_of(model, weight) if other != f"{name}.weight"]
@@ -151,10 +158,10 @@ def _why(model: nn.Module, layers: dict[str, nn.Linear], glob: str) -> str:
     if kinds:
         listed = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"It matches {listed} (first: '{next(iter(modules))}'), and only nn.Linear is supported yet"
-    parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, glob)]
+    parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, str(glob))]
     if parameters:
         return f"It matches the parameter '{parameters[0]}', and only weights of nn.Linear are supported yet"
-    return _nearest(layers, glob) + (_could_match(layers) or _unsupported(model))
+    return _nearest(layers, str(glob)) + (_could_match(layers) or _unsupported(model))
 
 
 def _nearest(layers: dict[str, nn.Linear], glob: str) -> str:

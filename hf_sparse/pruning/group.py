@@ -17,7 +17,7 @@ from .masked_weight import hidden
 from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
-from .selection.base import Selection, Uniform, WithinInputs, kept_count
+from .selection import Selection, Uniform, WithinInputs, kept_count
 from .selection.budget import Budget, Costs
 from .unit import Share, Unit, find_shares
 
@@ -156,7 +156,7 @@ def make_plan(model: nn.Module, group: GroupConfig) -> Plan:
             f"'{selection.name}' decides the sparsity itself. Use selection 'uniform' or 'global' and give a sparsity"
         )
     sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
-    shares = find_shares(model, pattern, group.targets, group.exclude)
+    shares = find_shares(model, pattern, group.target_names, group.exclude_names)
     if isinstance(selection, Budget):
         selection.prepare(_costs(pattern, shares))
     # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
@@ -242,7 +242,7 @@ def joined(model: nn.Module, earlier: SparsityConfig, later: SparsityConfig) -> 
 def _layers_of(model: nn.Module, group: GroupConfig) -> list[str]:
     """Return the layers that a group means; none if the model has changed so much since that nothing fits."""
     try:
-        units = find_shares(model, PATTERNS.build(group.pattern), group.targets, group.exclude)
+        units = find_shares(model, PATTERNS.build(group.pattern), group.target_names, group.exclude_names)
     except RecipeError:
         return []
     return [share.name for unit in units for share in unit]

@@ -16,12 +16,14 @@ from .pruner import Pruner
 M = TypeVar("M", bound=nn.Module)
 
 
-def sparsify(model: M, config: SparsityConfig, batches: Iterable[Mapping[str, Any]] | None = None) -> M:
+def sparsify(
+    model: M, config: SparsityConfig | Mapping[str, Any], batches: Iterable[Mapping[str, Any]] | None = None
+) -> M:
     """Prune a model in place to its final sparsity, at once, and return it.
 
     Args:
         model: any module with linear layers; a model of transformers saves packed from then on.
-        config: what is asked for; schedules do not matter.
+        config: `SparsityConfig`, or a mapping with its keys; schedules do not matter.
         batches: keyword arguments of the model, with labels, for the scorers that look at data: gradient, taylor,
             head_importance (see `Pruner.measure`). Use training data.
 

@@ -34,7 +34,7 @@ class Pruner:
 
     Args:
         model: any `nn.Module` with linear layers.
-        config: what is asked for.
+        config: `SparsityConfig`, or a mapping with its keys.
 
     Raises:
         RecipeError: if a target matches nothing, a weight is in two groups, or a pattern does not fit; the model is
@@ -60,10 +60,10 @@ class Pruner:
         32
     """
 
-    def __init__(self, model: nn.Module, config: SparsityConfig) -> None:
+    def __init__(self, model: nn.Module, config: SparsityConfig | Mapping[str, Any]) -> None:
         self.model = model
-        self.config = config
-        self.plans = [make_plan(model, group) for group in config.groups]
+        self.config = SparsityConfig.of(config)
+        self.plans = [make_plan(model, group) for group in self.config.groups]
         check_disjoint(self.plans)
         self.attached = False
         self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
@@ -121,7 +121,7 @@ class Pruner:
         """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
         names = [name for plan in self.plans for name in plan.layers]
         mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
-        if any(plan.config.targets is None and not isinstance(plan.pattern, Structure) for plan in self.plans):
+        if any(plan.config.target_names is None and not isinstance(plan.pattern, Structure) for plan in self.plans):
             warn_of_missed(self.model, names)
         for prepare in after_attach:
             prepare(self.model, self.config)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..config.module_names import NamePattern
 from ..errors import SparsityError
 from ..modeling.architectures import match_sub_blocks
 from ..modeling.layer_matching import match_layers
@@ -186,7 +187,7 @@ class Unit:
 
 
 def find_shares(
-    model: nn.Module, pattern: Pattern, targets: Sequence[str] | None, exclude: Sequence[str]
+    model: nn.Module, pattern: Pattern, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern]
 ) -> list[list[Share]]:
     """Return the layers of each unit that a pattern makes of the weights that are meant.
 

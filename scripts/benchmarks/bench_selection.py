@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse.pruning.selection.base import kept_count
+from hf_sparse.pruning.selection import kept_count
 from hf_sparse.pruning.selection.topk import keep_highest
 
 SHAPES = {"minilm-l6": (384, 6), "bert-base": (768, 12), "bert-large": (1024, 24)}

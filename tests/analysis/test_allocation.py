@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify
 from hf_sparse.analysis.allocation import by_sensitivity, erdos_renyi, groups_of
-from hf_sparse.pruning.selection.base import kept_count
+from hf_sparse.pruning.selection import kept_count
 
 SIDES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6)
 

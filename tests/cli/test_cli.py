@@ -73,9 +73,9 @@ def test_prune_takes_a_model_without_head_and_without_tokenizer(tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--sparsity", "1.0"], "below 1, but 1.0 was asked"),
-        (["--sparsity=-0.1"], "at least 0 and below 1, but -0.1 was asked"),
-        ([], "sparsity is missing"),
+        (["--sparsity", "1.0"], "`sparsity` must be in [0, 1), got 1.0"),
+        (["--sparsity=-0.1"], "`sparsity` must be in [0, 1), got -0.1"),
+        ([], "`sparsity` is missing"),
         (["--sparsity", "0.5", "--scorer", "magnitud"], "unknown scorer 'magnitud'; did you mean 'magnitude'"),
         (["--sparsity", "0.5", "--scorer", "movement"], "'movement' learns from training"),
         (["--sparsity", "0.5", "--targets", "*.quarry"], "`targets` '*.quarry' matches no linear layer"),

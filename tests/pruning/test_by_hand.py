@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_sparse import Pruner, SparsityConfig, sparsify
 from hf_sparse.pruning.masked_weight import hidden, masked_weight
 from hf_sparse.pruning.schedules import Cubic
-from hf_sparse.pruning.selection.base import Global, Uniform
+from hf_sparse.pruning.selection import Global, Uniform
 
 
 def layer(weight: list[list[float]]) -> Any:

@@ -88,7 +88,7 @@ class SparsityCallback(LogsFirst):
         if isinstance(check_masks_every, bool) or not isinstance(check_masks_every, int) or check_masks_every < 0:
             raise RecipeError(f"`check_masks_every` must be an integer in [0, inf), got {check_masks_every!r}")
         self.check_masks_every = check_masks_every
-        self.config = config if isinstance(config, SparsityConfig) else SparsityConfig.from_dict(config)
+        self.config = SparsityConfig.of(config)
         self.distillation = _distillation(teacher, distillation)
         self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
         self.pruner: Pruner | None = None

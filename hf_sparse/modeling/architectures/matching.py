@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ...config.module_names import NamePattern, matches
 from ...errors import PatternError, RecipeError
 from ...utils.text import kind_of_name
 from ..layer_matching import refuse_runtime
@@ -59,7 +59,11 @@ def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
 
 
 def match_sub_blocks(
-    model: nn.Module, kinds: Sequence[Kind], targets: Sequence[str] | None, exclude: Sequence[str], wanted: str
+    model: nn.Module,
+    kinds: Sequence[Kind],
+    targets: Sequence[NamePattern] | None,
+    exclude: Sequence[NamePattern],
+    wanted: str,
 ) -> list[SubBlock]:
     """Return the sub-blocks that a group means.
 
@@ -91,6 +95,5 @@ def match_sub_blocks(
     return chosen
 
 
-def _matches(block: SubBlock, glob: str) -> bool:
-    names = (block.name, *block.inputs, block.output_name)
-    return any(fnmatchcase(name, glob) or fnmatchcase(f"{name}.weight", glob) for name in names)
+def _matches(block: SubBlock, glob: NamePattern) -> bool:
+    return any(matches(name, glob) for name in (block.name, *block.inputs, block.output_name))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ...errors import PatternError
-from ..selection.base import Selection
+from ..selection import Selection
 
 Shape = tuple[int, ...]
 Reduce = Literal["mean", "sum"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...config.sparsity import PATTERNS
 from ...errors import RecipeError
-from ..selection.base import Selection, WithinInputs
+from ..selection import Selection, WithinInputs
 from .base import Pattern, Reduce, Shape
 
 

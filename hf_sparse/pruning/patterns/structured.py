@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config.sparsity import PATTERNS
 from ...errors import PatternError
-from ..selection.base import Global, Selection
+from ..selection import Global, Selection
 from .base import Pattern, Reduce, Shape
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..selection.base import Selection
+from ..selection import Selection
 
 
 def is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ...config.sparsity import SCORERS
 from ...errors import RecipeError
-from ..selection.base import Selection, Threshold
+from ..selection import Selection, Threshold
 from .base import Scorer, is_number
 
 

@@ -1,6 +1,11 @@
-"""How many groups survive, and compared with which others: one file for each selection."""
+"""Selections: how many groups are kept, and among which they compete. A new one is one file here and one line below."""
 
-from . import base, budget  # they register themselves
-from .base import Selection
+from .base import Selection, kept_count
+from .budget import Budget
+from .global_topk import Global
+from .threshold import Threshold
+from .topk import keep_highest
+from .uniform import Uniform
+from .within_inputs import WithinInputs
 
-__all__ = ["Selection", "base", "budget"]
+__all__ = ["Budget", "Global", "Selection", "Threshold", "Uniform", "WithinInputs", "keep_highest", "kept_count"]

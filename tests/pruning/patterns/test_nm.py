@@ -7,7 +7,7 @@ import pytest
 from hf_sparse import PatternError, RecipeError
 from hf_sparse.config.sparsity import PATTERNS
 from hf_sparse.pruning.patterns import NM
-from hf_sparse.pruning.selection.base import WithinInputs
+from hf_sparse.pruning.selection import WithinInputs
 
 
 @pytest.mark.parametrize(("text", "n", "m"), [("2:4", 2, 4), ("4:8", 4, 8), ("1:32", 1, 32)])

@@ -10,7 +10,7 @@ import torch
 
 from hf_sparse import RecipeError, SparsityConfig
 from hf_sparse.pruning.scorers import Movement, SoftMovement
-from hf_sparse.pruning.selection.base import Threshold
+from hf_sparse.pruning.selection import Threshold
 
 
 def soft(**options: Any) -> SoftMovement:

@@ -188,7 +188,7 @@ def test_budget_that_cannot_be_is_an_error(options: dict[str, Any], message: str
 
 
 def test_budget_beside_a_sparsity_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="decides the sparsity"):
+    with pytest.raises(RecipeError, match="`sparsity` must be left out"):
         SparsityConfig(pattern="head+neuron", selection="budget", sparsity=0.5)
 
 
