@@ -36,13 +36,13 @@ class BuildError(Exception):
 
 
 def find_compiler() -> list[str]:
-    """Give the command of the C++ compiler: `CXX` where it is set, else g++, clang++ or c++."""
-    wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else ["g++", "clang++", "c++"]:
+    """Return the command of the C++ compiler: `CXX` where it is set, else g++, clang++ or c++."""
+    requested = os.environ.get("CXX")
+    for name in [requested] if requested else ["g++", "clang++", "c++"]:
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             return command
-    raise BuildError(f"no C++ compiler: looked for {wanted or 'g++, clang++, c++'}; install one, or name it in CXX")
+    raise BuildError(f"no C++ compiler: looked for {requested or 'g++, clang++, c++'}; install one, or name it in CXX")
 
 
 def build(
@@ -56,7 +56,7 @@ def build(
         machine: what it is for, as `platform.machine` has it, if `CXX` names a compiler for another one.
 
     Raises:
-        BuildError: no compiler, or it failed; with what it said.
+        BuildError: no compiler, or it failed; with its output.
     """
     compiler = find_compiler()
     machine = (machine or platform.machine()).lower()
@@ -75,24 +75,29 @@ def build(
             objects.append(f"{folder}/int8.o")
             commands.append([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
         _run_all(commands)
-        made = f"{folder}/library.so"
+        library = f"{folder}/library.so"
         try:
-            _link(compiler, [*flags, "-fopenmp"], extra, objects, link, made)
-        except BuildError:  # no OpenMP: Apple's compiler has none, and others need its library beside them
-            _link(compiler, flags, extra, objects, link, made)
+            _link(compiler, [*flags, "-fopenmp"], extra, objects, link, library)
+        except BuildError:  # no OpenMP: Apple's compiler has none, and others need its library installed
+            _link(compiler, flags, extra, objects, link, library)
         # Beside the target first, then renamed: a process that has the old file mapped keeps it.
         beside = target.with_suffix(f".{os.getpid()}.tmp")
-        shutil.copyfile(made, beside)
+        shutil.copyfile(library, beside)
         beside.replace(target)
     return target
 
 
 def _link(
-    compiler: list[str], flags: list[str], extra: tuple[str, ...], objects: list[str], link: tuple[str, ...], made: str
+    compiler: list[str],
+    flags: list[str],
+    extra: tuple[str, ...],
+    objects: list[str],
+    link: tuple[str, ...],
+    library: str,
 ) -> None:
     """Compile what shares work among threads, and link all; by one thread if the flags do not name OpenMP."""
     names = ("dispatch", "int8_dispatch")
-    shared = [str(Path(made).with_name(f"{name}.o")) for name in names]
+    shared = [str(Path(library).with_name(f"{name}.o")) for name in names]
     _run_all(
         [
             [*compiler, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", made_object]
@@ -100,7 +105,7 @@ def _link(
         ]
     )
     openmp = [flag for flag in flags if flag == "-fopenmp"]
-    _run([*compiler, *extra, *openmp, "-shared", *objects, *shared, *link, "-o", made])
+    _run([*compiler, *extra, *openmp, "-shared", *objects, *shared, *link, "-o", library])
 
 
 def _run_all(commands: list[list[str]]) -> None:
@@ -116,7 +121,7 @@ def _run(command: list[str]) -> None:
 
 
 def main() -> int:
-    """Build in place; say where the library is, or why there is none."""
+    """Build in place; print where the library is, or why there is none."""
     try:
         print(f"built {build()}")  # noqa: T201 (a program)
     except (BuildError, OSError) as error:

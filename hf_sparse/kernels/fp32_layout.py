@@ -1,7 +1,7 @@
-"""The form of a weight that the sparse products read: columns in chunks that stay in a cache, rows x 1 blocks.
+"""The packed layout of fp32 weights: columns in chunks that stay in a cache, rows x 1 blocks.
 
 The columns of a weight are cut into chunks of equal width. Inside a chunk, group after group of `rows` outputs, every
-block column that holds a nonzero is kept: one byte says where in the chunk it is, `rows` floats what it holds.
+block column that holds a nonzero is kept: one byte for its index in the chunk, `rows` floats for its values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BackendError
 
 WIDEST = 256
-"""Most columns a chunk: a byte says where in it a block is."""
+"""Maximum number of columns of a chunk: the index of a block in it is one byte."""
 
 NARROW = 128
 """Columns a chunk of 1 x 1 and 2 x 1 blocks, of which more than `DENSE` are kept: as 64 tokens of fp32 fill 32 KiB."""
@@ -30,12 +30,12 @@ _STEP = 16
 """The width of a chunk is a multiple of this, a whole number of blocks of any height."""
 
 ROWS = (1, 2, 4, 8, 16)
-"""Heights of a block that the products know."""
+"""Block heights of the kernels."""
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A sparse fp32 weight; made by `pack`, and checked when it is made, so that no product reads out of bounds.
+    """A sparse fp32 weight, made by `pack`. It is checked when it is made, so that no kernel reads out of bounds.
 
     Shapes:
         values: (blocks, rows), fp32.
@@ -87,21 +87,21 @@ def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
 
     Args:
         weight: fp32; not changed.
-        rows: height of a block, one of `ROWS`; outputs that are no multiple of it are padded inside.
+        rows: height of a block, one of `ROWS`; other numbers of outputs are padded inside.
 
     Shapes:
         weight: (out, in).
 
     Raises:
-        BackendError: not a matrix of fp32, or a height that the products do not know.
+        BackendError: not a matrix of fp32, or a height that the kernels do not have.
     """
     check_matrix("pack", weight, rows, ROWS)
     weight = weight.detach()
     out, width = weight.shape
-    groups, wanted = -(-out // rows), WIDEST
+    groups, target = -(-out // rows), WIDEST
     if rows <= 2:
-        wanted = NARROW if int(weight.count_nonzero()) > DENSE * weight.numel() else MIDDLE
-    chunk = chunk_width(width, -(-width // wanted))
+        target = NARROW if int(weight.count_nonzero()) > DENSE * weight.numel() else MIDDLE
+    chunk = chunk_width(width, -(-width // target))
     chunks = -(-width // chunk)
     padded = torch.nn.functional.pad(weight, (0, chunks * chunk - width, 0, groups * rows - out))
     blocks = padded.view(groups, rows, chunks, chunk).permute(2, 0, 3, 1)  # chunk, group, column, row
@@ -120,24 +120,22 @@ def pack(weight: Tensor, rows: int = 1) -> PackedWeight:
     )
 
 
-def check_matrix(asked: str, weight: Tensor, rows: int, known: Sequence[int]) -> None:
-    """Refuse what is no matrix of fp32, and heights of blocks that the products do not know.
+def check_matrix(caller: str, weight: Tensor, rows: int, known: Sequence[int]) -> None:
+    """Refuse what is not a matrix in fp32, and block heights that the kernels do not have.
 
     Args:
-        asked: the function that was called.
+        caller: the function that was called.
     """
     if weight.dim() != 2 or weight.dtype != torch.float32:
         raise BackendError(
-            f"{asked} takes a weight of shape (out, in) in float32, not {tuple(weight.shape)} in {weight.dtype}"
+            f"{caller} takes a weight of shape (out, in) in float32, got {tuple(weight.shape)} in {weight.dtype}"
         )
     if rows not in known:
-        raise BackendError(
-            f"{asked} was asked for blocks of {rows} rows; the products know {', '.join(map(str, known))}"
-        )
+        raise BackendError(f"{caller} takes blocks of {', '.join(map(str, known))} rows, got {rows} rows")
 
 
 def unpack(packed: PackedWeight) -> Tensor:
-    """Give the dense weight back, bit for bit, but that a zero outside of every kept block comes back as +0.0."""
+    """Return the dense weight, bit for bit, except that a zero outside of every kept block becomes +0.0."""
     return dense(packed.values, packed.columns, packed.pointers, packed.rows, packed.out_features, packed.in_features)
 
 
@@ -152,7 +150,7 @@ def dense(values: Tensor, columns: Tensor, pointers: Tensor, rows: int, out_feat
 
 
 def chunk_width(in_features: int, chunks: int) -> int:
-    """Say how many columns each chunk has, but for the last one, if there are so many.
+    """Return the number of columns of each chunk but the last.
 
     Example:
         >>> chunk_width(768, 3), chunk_width(768, 5), chunk_width(7, 1)
@@ -163,7 +161,7 @@ def chunk_width(in_features: int, chunks: int) -> int:
 
 
 def block_cells(columns: Tensor, pointers: Tensor, chunk: int) -> Tensor:
-    """Say where each block lies, counted over (chunk, group, column)."""
+    """Return the index of each block, counted over (chunk, group, column)."""
     counts = pointers.long().diff(dim=1).flatten()
     slots = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
     return slots * chunk + columns.long()
@@ -189,12 +187,12 @@ def check_layout(
         or columns.shape != values.shape[:1]
         or pointers.shape != shape
     ):
-        found = ", ".join(
+        actual = ", ".join(
             f"{name} {tuple(part.shape)} {part.dtype}"
             for name, part in (("values", values), ("columns", columns), ("pointers", pointers))
         )
         raise BackendError(
-            f"{whose} of {out_features} outputs and {in_features} inputs holds {found}, where values (blocks, {rows}) "
+            f"{whose} of {out_features} outputs and {in_features} inputs holds {actual}, where values (blocks, {rows}) "
             f"float32, columns (blocks,) uint8 and pointers {shape} int32 belong: make it with hf_sparse.kernels.pack"
         )
     if not (values.is_contiguous() and columns.is_contiguous() and pointers.is_contiguous()):
@@ -214,7 +212,7 @@ def _check_indexes(packed: PackedWeight) -> None:
         raise BackendError(f"the pointers of a PackedWeight do not count its {blocks} blocks from first to last")
     if blocks:
         chunk, last = packed.chunk, int(pointers[-1, 0])
-        wide = int(packed.columns.max()) >= chunk
+        beyond = int(packed.columns.max()) >= chunk
         tail = packed.columns[last:]
-        if wide or (tail.numel() and int(tail.max()) >= packed.in_features - (pointers.shape[0] - 1) * chunk):
+        if beyond or (tail.numel() and int(tail.max()) >= packed.in_features - (pointers.shape[0] - 1) * chunk):
             raise BackendError(f"the columns of a PackedWeight go beyond its {packed.in_features} inputs")

@@ -1,4 +1,4 @@
-"""The form of a weight that the int8 products read: rows x 1 blocks in fours, each output in steps of its own size.
+"""The packed layout of int8 weights: rows x 1 blocks in fours, each output in steps of its own size.
 
 Group after group of `rows` outputs, every column that holds a nonzero is kept, in fours ("quads", filled with zeros),
 because one instruction multiplies four bytes of inputs by four of weights. An output is its steps times its scale.
@@ -15,10 +15,10 @@ from ..errors import BackendError
 from .fp32_layout import check_matrix
 
 ROWS = (1, 2, 4)
-"""Heights of a block that the products know."""
+"""Block heights of the kernels."""
 
-MOST_INPUTS = 65_536
-"""More products of bytes than this could overflow the int32 that they are added up in."""
+MAX_INPUTS = 65_536
+"""The sums of more bytes could overflow int32."""
 
 STEPS = 127
 """Steps from zero to the largest weight of an output, and to the largest feature of a token."""
@@ -70,13 +70,13 @@ def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
 
     Args:
         weight: fp32; not changed.
-        rows: height of a block, one of `ROWS`; outputs that are no multiple of it are padded inside.
+        rows: height of a block, one of `ROWS`; other numbers of outputs are padded inside.
 
     Shapes:
         weight: (out, in).
 
     Raises:
-        BackendError: not a matrix of finite fp32, too many inputs, or a height that the products do not know.
+        BackendError: not a matrix of finite fp32, too many inputs, or a height that the kernels do not have.
 
     Example:
         >>> packed = pack_int8(torch.tensor([[0.0, 1.27], [0.0, 0.25]]), rows=2)
@@ -117,15 +117,15 @@ def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:
 
 def refusal(weight: Tensor) -> str | None:
     """Return why a matrix cannot be packed in int8, or None."""
-    if weight.shape[1] > MOST_INPUTS:
-        return f"it has {weight.shape[1]} inputs, and int32 holds the sums of at most {MOST_INPUTS}"
+    if weight.shape[1] > MAX_INPUTS:
+        return f"it has {weight.shape[1]} inputs, and int32 holds the sums of at most {MAX_INPUTS}"
     if not bool(weight.isfinite().all()):
         return "it holds infinities or NaN, which int8 cannot represent"
     return None
 
 
 def unpack_int8(packed: PackedInt8) -> Tensor:
-    """Give the weight that the products multiply by: rounded, and dense."""
+    """Return the weight that the kernels multiply by: rounded, and dense."""
     return dense_int8(*packed.parts[:4], packed.rows, packed.out_features, packed.in_features)
 
 
@@ -143,20 +143,20 @@ def dense_int8(
 
 def check_int8(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
     """Refuse tensors whose shapes, types or memory do not fit together; reads no element, so it is cheap."""
-    if rows not in ROWS or out_features < 0 or not 0 <= in_features <= MOST_INPUTS:
+    if rows not in ROWS or out_features < 0 or not 0 <= in_features <= MAX_INPUTS:
         raise BackendError(
-            f"an int8 weight of shape ({out_features}, {in_features}) in blocks of {rows} rows is none that the "
-            f"products know: rows {', '.join(map(str, ROWS))}, at most {MOST_INPUTS} inputs"
+            f"an int8 weight must have blocks of {', '.join(map(str, ROWS))} rows and at most {MAX_INPUTS} inputs, got "
+            f"shape ({out_features}, {in_features}) in blocks of {rows} rows"
         )
     quads = parts[0].shape[0] if parts[0].dim() else 0
-    wanted = {
+    expected = {
         "values": ((quads, rows, 4), torch.int8),
         "columns": ((quads, 4), torch.uint16),
         "pointers": ((-(-out_features // rows) + 1,), torch.int32),
         "scales": ((out_features,), torch.float32),
         "offsets": ((out_features,), torch.int32),
     }
-    for part, (name, (shape, dtype)) in zip(parts, wanted.items(), strict=True):
+    for part, (name, (shape, dtype)) in zip(parts, expected.items(), strict=True):
         if part.shape != shape or part.dtype != dtype or not part.is_contiguous():
             raise BackendError(
                 f"the {name} of an int8 weight of shape ({out_features}, {in_features}) are {tuple(part.shape)} "

@@ -74,7 +74,7 @@ def test_layout_of_a_transposed_weight_is_that_of_its_copy(kernel: Kernel) -> No
     for weight, rows in weights(kernel):
         scattered = weight.t().contiguous().t()
         if kernel.guard(scattered) is not None:
-            continue  # it says that it takes contiguous weights alone
+            continue  # it takes contiguous weights alone
         copy = kernel.layout.pack(weight, rows)
         for part, expected in zip(kernel.layout.pack(scattered, rows), copy, strict=True):
             assert torch.equal(part, expected)

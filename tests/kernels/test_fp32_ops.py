@@ -77,7 +77,7 @@ def test_one_token_and_singles_however_many_a_row_has(way, width):
 
 
 def test_one_token_and_rows_longer_than_their_chunk(way):
-    """Columns that come twice are no weight of `pack`, but every one counts, and none is written out of bounds."""
+    """`pack` makes no weight with a column twice, but every one counts, and none is written out of bounds."""
     if way == "torch":
         pytest.skip("torch sets the weight instead")
     counts = torch.tensor([9000, 0, 3, 5000, *[400] * 16])

@@ -1,8 +1,8 @@
 """Linear layers whose weight is made of whole blocks (32 x 32, 64 x 64): a Triton kernel, and a plain torch default.
 
 The blocks of each row of blocks lie one after the other (BCSR). A program of the kernel takes one row of blocks and
-some tokens, multiplies block by block, and adds up in fp32. Without Triton the product is torch's own for BSR where
-it has one, and otherwise one dense product for each row of blocks, right and slow.
+some tokens, multiplies block by block, and adds up in fp32. Without Triton the matmul is torch's for BSR where it has
+one, and otherwise one dense matmul for each row of blocks, correct and slow.
 
 This has not yet run on a GPU: the kernel is tested in Triton's interpreter, on the CPU.
 """
@@ -52,7 +52,7 @@ def has_triton() -> bool:
 
 
 def interprets() -> bool:
-    """Return whether Triton is told to run its kernels in Python, on any device (TRITON_INTERPRET=1)."""
+    """Return whether Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1)."""
     if not has_triton():
         return False
     from .block_sparse_triton import INTERPRETED
@@ -63,7 +63,7 @@ def interprets() -> bool:
 def refusal(
     shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int] | None, rows: int, cols: int
 ) -> str | None:
-    """Say why the kernel cannot run a linear layer on a GPU, or return None.
+    """Return why the kernel cannot run a linear layer on a GPU, or None.
 
     Args:
         shape: of the weight, `(out, in)`; sides need not be multiples of the block.
@@ -73,7 +73,7 @@ def refusal(
 
     Example:
         >>> refusal((64, 64), torch.float16, None, 32, 32)
-        'the block kernel needs a CUDA device, and the layer is on none'
+        'the block kernel needs a CUDA device, and there is none'
     """
     if len(shape) != 2 or not all(shape):
         return f"the block kernel needs a matrix with entries, and the weight has shape {tuple(shape)}"
@@ -82,7 +82,7 @@ def refusal(
     if dtype not in DTYPES:
         return f"the block kernel multiplies fp16, bf16 and fp32, not {str(dtype).removeprefix('torch.')}"
     if capability is None:
-        return "the block kernel needs a CUDA device, and the layer is on none"
+        return "the block kernel needs a CUDA device, and there is none"
     least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
     if capability < least:
         return (
@@ -98,7 +98,7 @@ def refusal(
 def pack_blocks(weight: Tensor, rows: int = 32, cols: int = 32) -> Blocks:
     """Return the blocks of a weight that have a bit set, on its device.
 
-    A weight whose sides are no multiples of the block is filled up with zeros below and to the right.
+    Where a side is not a multiple of the block, the weight is padded with zeros.
 
     Shapes: `(out, in)`.
 
@@ -166,7 +166,7 @@ def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Blocks | None
     return Blocks(parts[""].view(-1, codec.rows, codec.cols), *_places(kept.view(below, beside)))
 
 
-# -- the product and the layer ---------------------------------------------------------------------------------------
+# -- the operator and the layer --------------------------------------------------------------------------------------
 
 
 def _run(
@@ -192,19 +192,19 @@ def _fake(
 def _by_bsr(
     x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Return the product that torch has for BSR; its CUDA one for half precision is in Triton too."""
+    """Return torch's matmul for BSR; its CUDA one for half precision is in Triton too."""
     _, rows, cols = values.shape
     filled = F.pad(x, (0, -x.shape[1] % cols))
     size = ((len(pointers) - 1) * rows, filled.shape[1])
     weight = torch.sparse_bsr_tensor(pointers, columns, values, size, check_invariants=False)
-    product = (weight @ filled.t()).t()[:, :out_features]
-    return product.contiguous() if bias is None else product + bias
+    y = (weight @ filled.t()).t()[:, :out_features]
+    return y.contiguous() if bias is None else y + bias
 
 
 def _by_rows(
     x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Return the product from one dense product for each row of blocks."""
+    """Return the output from one dense matmul for each row of blocks."""
     _, rows, cols = values.shape
     tiles = F.pad(x, (0, -x.shape[1] % cols)).view(x.shape[0], -(-x.shape[1] // cols), cols)
     out = x.new_zeros((x.shape[0], (len(pointers) - 1) * rows))

@@ -1,9 +1,9 @@
 """2:4 linear layers on the sparse tensor cores of NVIDIA GPUs, by what torch itself has: cuSPARSELt or CUTLASS.
 
-Two of every four consecutive inputs are kept, with two bits for the place of each. torch packs a weight that is not 2:4
-without an error, and wrong; in fp32 it keeps one of two instead. So `refusal` comes first, and says no in words.
+Two of every four consecutive inputs are kept, with two bits for the index of each. torch packs a weight that is not 2:4
+without an error, and wrong; in fp32 it keeps one of two instead. So `refusal` comes first, with the reason.
 
-This has not yet run on a GPU: packing and its inverse are tested on the CPU, the products are not.
+This has not yet run on a GPU: packing and its inverse are tested on the CPU, the matmuls are not.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def refusal(
     backend: str,
     weight: Tensor | None = None,
 ) -> str | None:
-    """Say why a linear layer cannot run as 2:4, or return None.
+    """Return why a linear layer cannot run as 2:4, or None.
 
     Args:
         shape: of the weight, `(out, in)`.
@@ -88,14 +88,14 @@ def refusal(
 
 def _of_machine(capability: tuple[int, int] | None, backend: str) -> str | None:
     if capability is None:
-        return "2:4 needs a CUDA device, and the layer is on none"
+        return "2:4 needs a CUDA device, and there is none"
     if torch.version.hip:
         return "2:4 is written for NVIDIA, and this torch is built for ROCm"
-    found = f"{capability[0]}.{capability[1]}"
+    version = f"{capability[0]}.{capability[1]}"
     if capability[0] < 8:
-        return f"sparse tensor cores came with compute capability 8.0 (Ampere), and this device has {found}"
+        return f"sparse tensor cores came with compute capability 8.0 (Ampere), and this device has {version}"
     if backend == "cutlass" and capability[0] > 8:
-        return f"torch's CUTLASS kernels run on compute capability 8.x alone, and this device has {found}: cuSPARSELt"
+        return f"torch's CUTLASS kernels run on compute capability 8.x alone, and this device has {version}: cuSPARSELt"
     if backend == "cusparselt" and cusparselt_version() is None:
         return "this torch is built without cuSPARSELt (the CUDA wheels of pytorch.org have it)"
     return None
@@ -111,20 +111,20 @@ def _of_dtype(dtype: torch.dtype, backend: str) -> str | None:
         )
     if dtype in (torch.int8, torch.float8_e4m3fn):
         return (
-            f"a product in {short(dtype)} needs scales for weight and activations, which this layer has none of "
+            f"a matmul in {short(dtype)} needs scales for weight and activations, which this layer does not have "
             "(torch itself has one scale per tensor, for fp8 under torch._scaled_mm): fp16 or bf16"
         )
     return f"{NAMES[backend]} multiplies fp16 and bf16, not {short(dtype)}"
 
 
-# -- the product and the layer ---------------------------------------------------------------------------------------
+# -- the operator and the layer --------------------------------------------------------------------------------------
 
 
 def _multiply(x: Tensor, values: Tensor, meta: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return `x W^T + bias` of a batch that has the multiple of rows which the kernels need; CUDA alone."""
     if meta is None:
-        product: Tensor = torch._cslt_sparse_mm(values, x.t(), bias=bias, transpose_result=True)
-        return product
+        y: Tensor = torch._cslt_sparse_mm(values, x.t(), bias=bias, transpose_result=True)
+        return y
     if bias is None:
         return torch._sparse_semi_structured_mm(values, meta, x.t()).t()
     return torch._sparse_semi_structured_addmm(bias, values, meta, x.t()).t()
@@ -165,7 +165,7 @@ Shapes: `(tokens, in)` -> `(tokens, out_features)`.
 class SemiStructuredLinear(nn.Module):
     """A linear layer for inference whose weight is 2:4.
 
-    The weight is kept as bytes, because a cast of the whole model would destroy the places of its values; a model that
+    The weight is kept as bytes, because a cast of the model would destroy the indices of its values; a model that
     is cast afterwards gets an error at its next forward pass.
 
     Args:
@@ -208,9 +208,9 @@ class SemiStructuredLinear(nn.Module):
             raise BackendError(f"cannot run as 2:4: weight in {short(weight.dtype)}, bias {short(layer.bias.dtype)}")
         if backend == "cutlass":
             return cls.from_packed(pack_semi_structured(weight), layer.bias)
-        made = torch._cslt_compress(weight.contiguous())
+        compressed = torch._cslt_compress(weight.contiguous())
         shape = (layer.out_features, layer.in_features)
-        return cls(made.view(torch.uint8), None, layer.bias, shape, weight.dtype)
+        return cls(compressed.view(torch.uint8), None, layer.bias, shape, weight.dtype)
 
     @classmethod
     def from_packed(cls, packed: Packed, bias: Tensor | None = None) -> SemiStructuredLinear:

@@ -15,7 +15,7 @@ from ...formats.codecs import NM, codec_of, layout
 from ...formats.manifest import TensorEntry
 
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
-"""What computes the products; each has its own layout and its own rules for shapes."""
+"""What computes the matmuls; each has its own layout and rules for shapes."""
 
 FLOATS = (torch.float16, torch.bfloat16)
 NAMES = {"cusparselt": "cuSPARSELt", "cutlass": "CUTLASS"}
@@ -26,7 +26,7 @@ class Packed(NamedTuple):
 
     Attributes:
         values: `(out, in / 2)`, of the type of the weight.
-        meta: the places of the values, two bits each, in the order that the kernel wants.
+        meta: the indices of the values, two bits each, in the order of the kernel.
     """
 
     values: Tensor
@@ -34,20 +34,20 @@ class Packed(NamedTuple):
 
 
 def of_shape(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> str | None:
-    """Say why a backend cannot take a weight of this shape, or return None."""
+    """Return why a backend cannot take a weight of this shape, or None."""
     rules = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS[dtype]
     if len(shape) != 2:
         return f"2:4 needs a matrix, and the weight has shape {shape}"
-    for what, found, multiple in zip(
+    for name, size, multiple in zip(
         ("out_features", "in_features"), shape, (rules.sparse_min_rows, rules.sparse_min_cols), strict=True
     ):
-        if found % multiple or not found:
-            return f"{NAMES[backend]} needs {what} to be a multiple of {multiple} in {short(dtype)}, not {found}"
+        if size % multiple or not size:
+            return f"{NAMES[backend]} needs {name} to be a multiple of {multiple} in {short(dtype)}, not {size}"
     return None
 
 
 def of_weight(weight: Tensor) -> str | None:
-    """Say why these values are no 2:4 weight, or return None."""
+    """Return why these values are not a 2:4 weight, or None."""
     if weight.is_meta:
         return "the weight is not in memory (meta device)"
     groups = (weight.detach().reshape(-1, 4) != 0).sum(1, dtype=torch.int8)
@@ -58,7 +58,7 @@ def of_weight(weight: Tensor) -> str | None:
             f"the weight is not 2:4: {bad} of {full.numel()} groups of four inputs have more than two values, the "
             f"first in row {row}, columns {4 * group} to {4 * group + 3}"
         )
-    # Unpacking from cuSPARSELt is a product with the identity, where inf * 0 is NaN; a product is no better.
+    # Unpacking from cuSPARSELt is a matmul with the identity, where inf * 0 is NaN; any other matmul gives NaN as well.
     if weight.is_floating_point() and not bool(torch.isfinite(weight.detach()).all()):
         return "the weight holds inf or NaN"
     return None
@@ -96,10 +96,10 @@ def pack_semi_structured(weight: Tensor) -> Packed:
         raise BackendError(f"cannot pack as 2:4: {why}")
     groups = weight.view(-1, 4)
     bits = groups.view(torch.int8 if weight.element_size() == 1 else torch.int16)
-    # Numbers first, then negative zeros, then zeros; among equals the lower place, so that all devices pack alike.
+    # Numbers first, then negative zeros, then zeros; among equals the lower index, so that all devices pack alike.
     last = (groups == 0).to(torch.int8) + (bits == 0).to(torch.int8)
-    places = last.sort(dim=1, stable=True).indices[:, :2].sort(dim=1).values
-    return Packed(groups.gather(1, places).view(weight.shape[0], -1), _meta(places, weight.shape, weight.dtype))
+    indices = last.sort(dim=1, stable=True).indices[:, :2].sort(dim=1).values
+    return Packed(groups.gather(1, indices).view(weight.shape[0], -1), _meta(indices, weight.shape, weight.dtype))
 
 
 def unpack_semi_structured(packed: Packed) -> Tensor:
@@ -108,9 +108,9 @@ def unpack_semi_structured(packed: Packed) -> Tensor:
     ordered = _order(rows, packed.meta)
     each = torch.arange(0, packed.meta.element_size() * 8, 4, device=ordered.device)
     pairs = (ordered[:, :, None].long() >> each & 15).view(-1)
-    places = torch.stack([pairs & 3, pairs >> 2], dim=1)
+    indices = torch.stack([pairs & 3, pairs >> 2], dim=1)
     groups = packed.values.new_zeros((rows * half // 2, 4))
-    return groups.scatter_(1, places, packed.values.reshape(-1, 2)).view(rows, 2 * half)
+    return groups.scatter_(1, indices, packed.values.reshape(-1, 2)).view(rows, 2 * half)
 
 
 def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Packed | None:
@@ -134,15 +134,15 @@ def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor], dtype: torch.dty
     if not isinstance(codec, NM) or codec.m != 4 or codec.n > 2 or len(entry.shape) != 2 or entry.shape[1] % 4:
         return None
     layout(entry)
-    values, found = codec.groups(entry, parts)
-    places = torch.from_numpy(found).long()
+    values, stored = codec.groups(entry, parts)
+    indices = torch.from_numpy(stored).long()
     values = values if dtype is None else values.to(dtype)
-    if codec.n == 1:  # the second is a zero beside it, and places have to ascend
-        zero, at_end = torch.zeros_like(values), places == 3
+    if codec.n == 1:  # the second is a zero beside it, and indices have to ascend
+        zero, at_end = torch.zeros_like(values), indices == 3
         values = torch.where(at_end, torch.cat([zero, values], 1), torch.cat([values, zero], 1))
-        places = torch.cat([torch.where(at_end, 2, places), torch.full_like(places, 3)], 1)
+        indices = torch.cat([torch.where(at_end, 2, indices), torch.full_like(indices, 3)], 1)
     _check_layout(entry.shape, values.dtype)
-    return Packed(values.reshape(entry.shape[0], -1), _meta(places, entry.shape, values.dtype))
+    return Packed(values.reshape(entry.shape[0], -1), _meta(indices, entry.shape, values.dtype))
 
 
 def _check_layout(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -152,11 +152,11 @@ def _check_layout(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         raise BackendError(f"cannot pack as 2:4: {why}")
 
 
-def _meta(places: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the places `(groups, 2)` as CUTLASS stores them: four bits for a group, in words of 16 or 32 bits."""
+def _meta(indices: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the indices `(groups, 2)` as CUTLASS stores them: four bits for a group, in words of 16 or 32 bits."""
     word = torch.int32 if dtype == torch.int8 else torch.int16
-    each = torch.arange(0, word.itemsize * 8, 4, device=places.device)
-    words = ((places[:, 0] | places[:, 1] << 2).view(-1, len(each)) << each).sum(1).to(word).view(shape[0], -1)
+    each = torch.arange(0, word.itemsize * 8, 4, device=indices.device)
+    words = ((indices[:, 0] | indices[:, 1] << 2).view(-1, len(each)) << each).sum(1).to(word).view(shape[0], -1)
     meta = torch.empty_like(words).view(-1)
     return meta.scatter_(0, _offsets(shape[0], words), words.view(-1)).view_as(words)
 

@@ -208,4 +208,4 @@ def test_kernel_agrees_with_fp64_in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["called"] == 3 * 3 * 4 * 3  # types, blocks, shapes, numbers of tokens: the kernel, not the default
+    assert told["called"] == 3 * 3 * 4 * 3  # types, blocks, shapes, token counts: the kernel, not the default
