@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 
 from .._version import __version__
-from ..kernels import library_status
-from ..kernels.int8_ops import why_not_int8
+from ..kernels import KERNELS, Kernel, library_status
 from ..profiling.machine import machine
 from ..runtime.autotune import SpeedTable
-from ..runtime.packed_weight import HEIGHTS, Kernel, Packed
+from ..runtime.packed_weight import Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Check the machine, and try every kernel on a tiny matmul."""
+    """Look at the machine, and try every kernel on a tiny matmul."""
     versions = f"hf_sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     status = library_status()
     findings = [
@@ -58,8 +58,7 @@ def diagnose() -> Diagnosis:
         Finding("versions", True, versions),
         Finding("C++ kernels", status.available, status.message),
     ]
-    label = "sparse matmul" if status.available else "sparse matmul (plain torch, slow)"
-    findings += [_try(label, "cpu", list(HEIGHTS)), _try("CSR matmul of torch", "csr", [1]), _try_int8()]
+    findings += [_try(kernel) for kernel in KERNELS.of_device("cpu")]
     cuda = torch.cuda.is_available()
     says = (
         f"{torch.cuda.get_device_name()}: to_runtime times 2:4 and blocks there (scripts/verify_gpu.py checks them)"
@@ -72,39 +71,48 @@ def diagnose() -> Diagnosis:
     return Diagnosis(tuple(findings))
 
 
-@torch.no_grad()
-def _try_int8() -> Finding:
-    """Compare the int8 matmul with a dense one on integers, where it is exact."""
-    name, why = "int8 matmul", why_not_int8()
+def _try(kernel: Kernel) -> Finding:
+    """Compare a kernel with its reference in float64; without its instruction set only if it is exact."""
+    name, why = f"kernel '{kernel.name}'", kernel.unavailable()
+    if why is not None and not kernel.exact:
+        return Finding(name, False, f"backend '{kernel.backend}' cannot run here: {why}")
     if why is not None:
-        return Finding(name, False, f"backend 'cpu-int8' cannot run here: {why}")
-    generator = torch.Generator().manual_seed(0)
-    right = True
-    for tokens in (1, 67):
-        weight, x = (torch.randint(-126, 127, (n, 150), generator=generator).to(torch.float32) for n in (37, tokens))
-        weight *= torch.rand(37, 150, generator=generator) < 0.2
-        weight[:, 0], x[:, 0] = 127.0, -127.0
-        right &= torch.equal(Packed.of(weight, "int8").multiply(x, None).double(), x.double() @ weight.double().T)
-    return Finding(name, right, "verified: exact on integers" if right else "WRONG on integers")
+        name += " (plain torch, slow)"
+    try:
+        wrong, error = _worst(kernel)
+    except (RuntimeError, OSError) as failure:
+        return Finding(name, False, f"fails: {failure}")
+    if wrong is not None:
+        return Finding(name, False, f"WRONG: {wrong}")
+    right = error < 1e-4
+    return Finding(name, right, f"{'verified' if right else 'WRONG'}: {error:.0e} from the matmul in float64")
 
 
 @torch.no_grad()
-def _try(name: str, kernel: Kernel, heights: list[int]) -> Finding:
-    """Compare a kernel with the dense matmul in float64, for odd shapes, one token and many."""
+def _worst(kernel: Kernel) -> tuple[str | None, float]:
+    """Return what is wrong with the layout, and the largest error, for odd shapes, one token and many.
+
+    Numbers are whole for a kernel that rounds, with the same largest one in each row: it rounds none of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    try:
-        for rows in heights:
-            weight = torch.randn(37, 150, generator=generator, dtype=torch.float32)
-            weight *= torch.rand(37, 150, generator=generator) < 0.2
-            bias, packed = torch.randn(37, generator=generator, dtype=torch.float32), Packed.of(weight, kernel, rows)
-            if not torch.equal(packed.dense(), weight):
-                return Finding(name, False, f"WRONG: a weight packed in blocks of {rows} rows comes back changed")
-            for tokens in (1, 67):
-                x = torch.randn(tokens, 150, generator=generator, dtype=torch.float32)
-                expected = F.linear(x.double(), weight.double(), bias.double())
-                worst = max(worst, float((packed.multiply(x, bias).double() - expected).abs().max()))
-    except (RuntimeError, OSError) as error:
-        return Finding(name, False, f"fails: {error}")
-    right = worst < 1e-4
-    return Finding(name, right, f"{'verified' if right else 'WRONG'}: {worst:.0e} from the matmul in float64")
+
+    def numbers(rows: int) -> Tensor:
+        if kernel.exact:
+            return torch.randn(rows, 150, generator=generator, dtype=torch.float32)
+        whole = torch.randint(-126, 127, (rows, 150), generator=generator).to(torch.float32)
+        whole[:, 0] = 127.0
+        return whole
+
+    error = 0.0
+    for rows in kernel.heights:
+        weight = numbers(37)
+        weight[:, 1:] *= torch.rand(37, 149, generator=generator) < 0.2
+        bias, packed = torch.randn(37, generator=generator, dtype=torch.float32), Packed.of(weight, kernel.name, rows)
+        if not torch.equal(packed.dense(), weight):
+            return f"a weight packed in blocks of {rows} rows is restored changed", 0.0
+        for tokens in (1, 67):
+            x = numbers(tokens)
+            expected = F.linear(x.double(), weight.double(), bias.double())
+            scale = 1.0 if kernel.exact else float(expected.abs().max())
+            error = max(error, float((packed.multiply(x, bias).double() - expected).abs().max()) / scale)
+    return None, error

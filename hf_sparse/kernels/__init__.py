@@ -16,8 +16,8 @@ from __future__ import annotations
 
 # Each of these modules registers a kernel and its operators, the preferred one first.
 from . import fp32_ops as ops  # isort: skip
-from . import csr_op as csr  # isort: skip
 from . import int8_ops as int8  # isort: skip
+from . import csr_op as csr  # isort: skip
 from . import dense_gemv as dense  # isort: skip
 from .gpu import block_sparse, semi_structured  # isort: skip
 from .fp32_layout import PackedWeight, pack, unpack

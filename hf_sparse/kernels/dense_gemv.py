@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functional_transforms import KEY, refuse_derivatives
-from .library import library
+from .library import library, why_not_built
 from .registry import Kernel, Layout, register
 from .validation import needs_derivative
 
@@ -77,5 +77,6 @@ register(
         op=_matmul,
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         guard=_refusal,
+        unavailable=why_not_built,
     )
 )

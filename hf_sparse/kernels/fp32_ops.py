@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .fp32_layout import PackedWeight, check_layout, dense, pack, unpack
-from .library import NativeOps, library, library_status
+from .library import NativeOps, library, why_not_built
 from .operators import WeightFormat, define_all
 from .reference import csr_matmul
 from .registry import Kernel, Layout, register
@@ -255,11 +255,6 @@ def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_fe
     return unpack(PackedWeight(values, columns, pointers, rows, out_features, in_features))
 
 
-def _unavailable() -> str | None:
-    status = library_status()
-    return None if status.available else status.message
-
-
 FP32 = WeightFormat("sparse", Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
 OPERATORS = define_all(FP32)
 
@@ -271,7 +266,7 @@ register(
         op=OPERATORS["linear"],
         fused=OPERATORS,
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
-        unavailable=_unavailable,
+        unavailable=why_not_built,
         heights={1: 1.0, 2: 0.77, 4: 0.7, 8: 0.69, 16: 0.69},
     )
 )

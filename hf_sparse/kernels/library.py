@@ -231,6 +231,12 @@ def library_status() -> LibraryStatus:
     )
 
 
+def why_not_built() -> str | None:
+    """Return why there are no C++ kernels; None if there are."""
+    status = library_status()
+    return None if status.available else status.message
+
+
 def library() -> Library | None:
     """Return the library, or None where there is none."""
     return _load()[0]

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..kernels import KERNELS
 from ..modeling.architectures import SubBlock, known_sub_blocks
 from . import fused_attention, fused_ffn
 from .fused_parts import any_observed
 from .lazy_weights import materialize
 from .packed_linear import become_packed
-from .packed_weight import Kernel, Packed, choose_rows
+from .packed_weight import Packed
 
 Form = Literal["linear", "ffn", "qkv"]
 """A layer alone; a whole feed-forward sub-block; query, key and value as one matmul."""
@@ -26,14 +27,14 @@ class PackCandidate:
     """Layers that are packed together or not at all.
 
     Attributes:
-        kernel: what multiplies.
+        kernel: name of the kernel.
         packed: one per layer; of "qkv" one for all.
         block: the sub-block of "ffn" and "qkv".
         activation: of "ffn", as the operators name it.
     """
 
     form: Form
-    kernel: Kernel
+    kernel: str
     names: tuple[str, ...]
     layers: tuple[nn.Linear, ...]
     packed: tuple[Packed, ...]
@@ -43,7 +44,7 @@ class PackCandidate:
     @property
     def report_name(self) -> str:
         """The kernel as the report names it."""
-        return "csr" if self.kernel == "csr" else f"{'int8' if self.kernel == 'int8' else 'sparse'}_{self.form}"
+        return KERNELS[self.kernel].report_name(self.form)
 
     @property
     def head_size(self) -> int | None:
@@ -124,7 +125,7 @@ class Candidates:
         layers: that may be packed, by name.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear], kernel: Kernel) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear], kernel: str) -> None:
         self.model, self.layers, self.kernel = model, layers, kernel
 
     def groups(self) -> Iterator[CandidateGroup]:
@@ -133,7 +134,7 @@ class Candidates:
         Lazy weights are materialized here: whoever packs a group before the next one has one of them dense at a time.
         """
         grouped: set[str] = set()
-        for block in known_sub_blocks(self.model) if self.kernel != "csr" else ():
+        for block in known_sub_blocks(self.model) if KERNELS[self.kernel].fused else ():
             together = self._attention(block) if block.kind == "attention" else self._feed_forward(block)
             if together is not None:
                 grouped.update(together.names)
@@ -145,7 +146,7 @@ class Candidates:
     def _single(self, name: str) -> PackCandidate:
         layer = self.layers[name]
         materialize([layer])
-        packed = Packed.of(layer.weight, self.kernel, choose_rows(layer.weight) if self.kernel != "csr" else 1)
+        packed = Packed.of(layer.weight, self.kernel)
         return PackCandidate("linear", self.kernel, (name,), (layer,), (packed,))
 
     def _split(self, together: PackCandidate) -> list[PackCandidate]:
@@ -164,7 +165,7 @@ class Candidates:
             return None
         materialize(layers)
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        packed = Packed.of(weight, self.kernel, choose_rows(weight))
+        packed = Packed.of(weight, self.kernel)
         return PackCandidate("qkv", self.kernel, names, layers, (packed,), block)
 
     def _feed_forward(self, block: SubBlock) -> PackCandidate | None:

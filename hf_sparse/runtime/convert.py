@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from ..errors import BackendError
-from ..kernels import LibraryStatus, library_status
-from ..kernels.int8_ops import why_not_int8
+from ..kernels import KERNELS, Kernel, library_status
 from ..modeling.architectures import known_sub_blocks
 from ..modeling.class_swap import restore
 from ..modeling.layer_matching import InRuntimeForm
@@ -22,15 +20,20 @@ from .fused_parts import RuntimeBlock
 from .guards import freeze, guard, unfreeze, unguard
 from .lazy_weights import materialize, trim_memory
 from .packed_linear import PackedLinear, become_dense
-from .packed_weight import Kernel
 from .planner import choose, token_counts
 from .report import LayerReport, RuntimeReport
 from .survey import LayerDecision, refuse_dense, survey
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
-Backend = Literal["auto", "cpu", "cpu-int8", "csr", "dense"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
+
+def backends() -> tuple[str, ...]:
+    """Return what `to_runtime(backend=)` takes: "auto", the kernels of the registry by name, "dense"."""
+    return ("auto", *KERNELS.backends, "dense")
+
+
+BACKENDS = backends()
+"""The same, of the kernels of this package."""
 
 
 @torch.inference_mode(False)  # what is made here outlives the call, and has to be able to train later
@@ -82,7 +85,7 @@ def to_runtime(
         >>> hf_sparse.to_dense_runtime(model)
     """
     status = library_status()
-    _check_arguments(backend, tokens, status)
+    _check_arguments(backend, tokens)
     if backend == "auto" and gpu.is_on_gpu(model):
         return _to_gpu_runtime(model, keep_dense, tokens, table or SpeedTable())
     decisions = survey(model)
@@ -96,8 +99,9 @@ def to_runtime(
     else:
         timed = (table or SpeedTable()) if backend == "auto" else None
         try:
-            conversion.pack(_kernel(backend, status), timed, tokens)
-            if conversion.packed and backend != "csr" and status.available:
+            kernel = KERNELS.fastest_exact() if backend == "auto" else KERNELS.backends[backend]
+            conversion.pack(kernel, timed, tokens)
+            if conversion.packed and kernel.fused and KERNELS[lm_head.KERNEL].unavailable() is None:
                 conversion.read_lm_head(timed, tokens)
             conversion.finish()
         except BaseException:
@@ -147,13 +151,19 @@ class _Conversion:
 
     def pack(self, kernel: Kernel, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Choose what is packed, and pack it."""
+        for name, decision in self.decisions.items():
+            if decision.reason is None and (why := kernel.refusal(decision.layer.weight.detach())):
+                reason = f"the kernel '{kernel.name}' cannot take it: {why}"
+                if table is None:  # requested by name
+                    raise BackendError(f"layer '{name}' cannot be packed: {reason}")
+                self.decisions[name] = decision.stays_dense(reason)
         able = {name: decision.layer for name, decision in self.decisions.items() if decision.reason is None}
         counts = token_counts(self.model, tokens)
-        for group in Candidates(self.model, able, kernel).groups():
+        for group in Candidates(self.model, able, kernel.name).groups():
             chosen, decided = choose(group, self.decisions, table, counts(group.candidate))
             self.decisions |= decided
             for candidate in chosen:
-                if kernel == "int8":
+                if not kernel.exact:
                     self.errors |= candidate.errors()
                 candidate.pack(candidate.layers, self.keep_dense)
                 trim_memory()
@@ -199,7 +209,7 @@ class _Conversion:
             packed = candidate.packed[candidate.names.index(name) if len(candidate.packed) > 1 else 0]
             # The bytes of layers that are packed as one are shared by their output rows.
             share = self.shapes[name][0] / packed.out_features
-            rows, size = packed.height, round(packed.nbytes * share) + (dense if self.keep_dense else 0)
+            rows, size = packed.rows, round(packed.nbytes * share) + (dense if self.keep_dense else 0)
         return LayerReport(
             *(name, self.shapes[name], decision.sparsity, decision.kernel, rows, size, dense),
             *(decision.speedups, decision.reason, self.errors.get(name)),
@@ -236,21 +246,15 @@ def _to_gpu_runtime(
     return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", reports)
 
 
-def _kernel(backend: str, status: LibraryStatus) -> Kernel:
-    if backend == "cpu-int8":
-        return "int8"
-    return "cpu" if backend == "cpu" or (backend == "auto" and status.available) else "csr"
-
-
-def _check_arguments(backend: str, tokens: Sequence[int] | None, status: LibraryStatus) -> None:
-    if backend not in BACKENDS:
-        raise BackendError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+def _check_arguments(backend: str, tokens: Sequence[int] | None) -> None:
+    if backend not in backends():
+        raise BackendError(f"`backend` must be one of {', '.join(map(repr, backends()))}, got {backend!r}")
     counts = tokens if isinstance(tokens, Sequence) else (None,)
     if tokens is not None and not (counts and all(isinstance(count, int) and count >= 1 for count in counts)):
         raise BackendError(f"`tokens` must be token counts >= 1, as in (1, 128), got {tokens!r}")
-    if backend == "cpu" and not status.available:
+    kernel = KERNELS.backends.get(backend)
+    if kernel is not None and (why := kernel.unavailable()) is not None:
         raise BackendError(
-            f"backend 'cpu' was requested, and the kernels are missing: {status.message} (backend 'auto' runs without)"
+            f"backend {backend!r} was requested, and cannot run here: {why} (backend 'auto' takes the fastest exact "
+            "kernel that can)"
         )
-    if backend == "cpu-int8" and (why := why_not_int8()) is not None:
-        raise BackendError(f"backend 'cpu-int8' was requested, and cannot run here: {why} ('cpu' computes in float32)")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import KERNELS
 from ..kernels.types import Norm
 from ..modeling.architectures import Attention, AttentionFusion, SubBlock
 from ..modeling.class_swap import Swapped, plain_class_of, swap_class
@@ -118,12 +119,10 @@ def heads(first: Any, size: int, scale: float, hidden: Tensor, mask: Tensor | No
     """
     first.check(hidden)
     packed = first.packed
-    name = "int8" if packed.kernel == "int8" else "sparse"
-    out: Tensor = getattr(torch.ops.hf_sparse, f"{name}_attention")(
+    return KERNELS[packed.kernel].fused["attention"](
         *(hidden, *packed.operands, first.joint.bias(), mask),
-        *(packed.height, packed.out_features, packed.in_features, packed.out_features // (3 * size), scale),
+        *(packed.rows, packed.out_features, packed.in_features, packed.out_features // (3 * size), scale),
     )
-    return out
 
 
 def heads_dense(layers: Sequence[nn.Module], size: int, scale: float, hidden: Tensor) -> Tensor:
@@ -155,13 +154,11 @@ def heads_and_norm(
     first.check(hidden)
     output.check(hidden)
     packed, after = first.packed, output.packed
-    name = "int8" if packed.kernel == "int8" else "sparse"
-    out: Tensor = getattr(torch.ops.hf_sparse, f"{name}_attention_norm")(
+    return KERNELS[packed.kernel].fused["attention_norm"](
         *(hidden, *packed.operands, core.joint.bias(), *after.operands, output.bias, *norm, mask),
-        *(packed.height, after.height, after.in_features, packed.in_features),
+        *(packed.rows, after.rows, after.in_features, packed.in_features),
         *(after.in_features // core.size, scale),
     )
-    return out
 
 
 def takes(module: Any, core: _CoreParts, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

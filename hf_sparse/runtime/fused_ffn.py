@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import KERNELS
 from ..kernels.types import Norm
 from ..modeling.architectures import FeedForward, FeedForwardFusion, SubBlock
 from ..modeling.class_swap import Swapped, swap_class
@@ -37,16 +38,14 @@ def feed_forward(
     for weight, bias in zip(packed, biases, strict=True):
         parts += [*weight.operands, bias]
     first, last = packed[0], packed[-1]
-    name = "int8" if first.kernel == "int8" else "sparse"
+    operators = KERNELS[first.kernel].fused
     if norm is not None:
-        normed: Tensor = getattr(torch.ops.hf_sparse, f"{name}_ffn_norm")(
-            *(x, *parts, *norm, first.height, last.height, first.out_features, first.in_features, activation)
+        return operators["ffn_norm"](
+            *(x, *parts, *norm, first.rows, last.rows, first.out_features, first.in_features, activation)
         )
-        return normed
     sizes = (first.out_features, last.out_features, first.in_features)
-    operator = getattr(torch.ops.hf_sparse, f"{name}_ffn" if len(packed) == 2 else f"{name}_gated_ffn")
-    out: Tensor = operator(x, *parts, *(weight.height for weight in packed), *sizes, activation)
-    return out
+    operator = operators["ffn" if len(packed) == 2 else "gated_ffn"]
+    return operator(x, *parts, *(weight.rows for weight in packed), *sizes, activation)
 
 
 def multiply(layers: Sequence[Any], x: Tensor, activation: str, norm: Norm | None = None) -> Tensor:
@@ -82,7 +81,8 @@ class _Parts:
             for path in (fusion.inner_dropout, fusion.output_dropout)
         )
         self.end = None if fusion.residual is None else FusedEnd(block, fusion.residual)
-        self.takes_norm = len(self.layers) == 2 and getattr(block.output, "kernel", None) in ("cpu", "int8")
+        kernel = getattr(block.output, "kernel", None)
+        self.takes_norm = len(self.layers) == 2 and kernel is not None and "ffn_norm" in KERNELS[kernel].fused
         paths = [*table.inputs, table.output, *(() if self.end is None else self.end.paths)]
         paths += [path for path in (fusion.inner_dropout, fusion.output_dropout) if path is not None]
         is_module = isinstance(table.function(module), nn.Module)

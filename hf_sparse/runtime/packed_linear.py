@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import BackendError
 from ..modeling.layer_matching import BACK, InRuntimeForm
 from .joint import Joint
-from .packed_weight import PARTS, Kernel, Packed
+from .packed_weight import Packed, exact_names, operand_names
 
 
 class PackedLinear(InRuntimeForm, nn.Module):
@@ -20,8 +20,9 @@ class PackedLinear(InRuntimeForm, nn.Module):
     The state dict has the dense `weight`, unpacked. `weight` can be read as a dense copy; changes of the copy are lost.
 
     Attributes:
-        kernel: what multiplies.
+        kernel: name of the kernel.
         rows: output rows that share the columns of their nonzeros.
+        exact_rows, operand_names, exact_names: see `Packed`.
         joint: of layers that are computed together, what they share; else None.
         order: names of the parameters of the `nn.Linear`, in their order.
         trainable: whether the weight required gradients.
@@ -32,12 +33,11 @@ class PackedLinear(InRuntimeForm, nn.Module):
     in_features: int
     out_features: int
     bias: Tensor | None
-    values: Tensor
-    columns: Tensor
-    pointers: Tensor
-    negative: Tensor | None
-    kernel: Kernel
+    kernel: str
     rows: int
+    exact_rows: int
+    operand_names: tuple[str, ...]
+    exact_names: tuple[str, ...]
     joint: Joint | None
     order: tuple[str, ...]
     trainable: bool
@@ -50,7 +50,10 @@ class PackedLinear(InRuntimeForm, nn.Module):
         owner: Any = self if self.joint is None else self.joint.layers[0]
         height = self.out_features if self.joint is None else self.joint.out_features
         buffers = owner._buffers  # attribute look-up of a buffer takes as long as a small matmul
-        return Packed(owner.kernel, owner.rows, height, self.in_features, *[buffers[name] for name in PARTS])
+        operands = tuple([buffers[name] for name in owner.operand_names])
+        exact = tuple([buffers[name] for name in owner.exact_names])
+        negative = buffers["packed_negative"]
+        return Packed(owner.kernel, owner.rows, height, self.in_features, operands, negative, exact, owner.exact_rows)
 
     @property
     def weight(self) -> Tensor:
@@ -131,12 +134,13 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
         layer.__class__ = PackedLinear  # type: ignore[assignment]
         obj: Any = layer
         obj.order = order
-        obj.kernel, obj.rows, obj.joint = packed.kernel, packed.rows, None
+        obj.kernel, obj.rows, obj.exact_rows, obj.joint = packed.kernel, packed.rows, packed.exact_rows, None
+        obj.operand_names, obj.exact_names = operand_names(packed.kernel), exact_names(packed.kernel)
         obj.trainable, obj.marks = weight.requires_grad, dict(vars(weight))
         obj.dense = (weight,) if keep_dense else ()
         if number == 0:
-            for name in PARTS:
-                obj.register_buffer(name, getattr(packed, name), persistent=False)
+            for name, tensor in packed.buffers().items():
+                obj.register_buffer(name, tensor, persistent=False)
         changed.append(obj)
     if len(changed) > 1:
         joint = Joint(changed)
@@ -144,17 +148,24 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
             packed_layer.joint = joint
 
 
+_ATTRIBUTES = (
+    *("kernel", "rows", "exact_rows", "operand_names", "exact_names"),
+    *("joint", "order", "trainable", "marks", "dense"),
+)
+"""What `become_packed` sets on a layer."""
+
+
 def become_dense(layers: Sequence[PackedLinear]) -> None:
     """Restore packed layers to `nn.Linear`, in place; those that are computed together all at once."""
     weights = [layer.dense[0] if layer.dense else _parameter(layer) for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
-        for name in PARTS:
+        for name in (*layer.operand_names, "packed_negative", *layer.exact_names):
             layer._buffers.pop(name, None)
             layer._non_persistent_buffers_set.discard(name)
         parameters = {**layer._parameters, "weight": weight}
         layer._parameters.clear()
         layer._parameters.update({name: parameters[name] for name in layer.order})
-        for name in ("kernel", "rows", "joint", "order", "trainable", "marks", "dense"):
+        for name in _ATTRIBUTES:
             delattr(layer, name)
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 

@@ -191,9 +191,9 @@ def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypat
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "C++ kernels" in text
-    assert text.count("verified") == (3 if why_not_int8() is None else 2)
+    assert text.count("verified") == (4 if why_not_int8() is None else 3)
     monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: torch.zeros(len(x), self.out_features))
     wrong = {finding.name: finding for finding in diagnose().findings}
-    assert not wrong["CSR matmul of torch"].works
-    assert "WRONG" in wrong["CSR matmul of torch"].says
-    assert why_not_int8() is not None or "WRONG" in wrong["int8 matmul"].says
+    assert not wrong["kernel 'csr'"].works
+    assert "WRONG" in wrong["kernel 'csr'"].says
+    assert why_not_int8() is not None or "WRONG" in wrong["kernel 'int8'"].says

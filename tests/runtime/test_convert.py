@@ -30,6 +30,7 @@ from hf_sparse.runtime import SpeedTable, is_runtime
 from hf_sparse.runtime import fused_ffn as blocks
 from hf_sparse.runtime.autotune import Measurement, Trial
 from hf_sparse.runtime.packed_linear import PackedLinear
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import Fixed, answers, sparse, table
 from tests.helpers.structures import FAMILIES, batch, build
 
@@ -41,6 +42,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    pretend(monkeypatch, cpu=None, dense_few=None)
 
 
 def kernels_of(report: Any) -> dict[str, str]:
@@ -621,6 +623,7 @@ def test_missing_kernels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(False, None, None, "build them so"))
+    pretend(monkeypatch, cpu="build them so", dense_few="build them so")
     with pytest.raises(BackendError, match="build them so"):
         to_runtime(sparse("bert"), "cpu")
     report = to_runtime(sparse("bert"), table=table(tmp_path))

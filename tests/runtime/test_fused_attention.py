@@ -13,6 +13,7 @@ from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.modeling.class_swap import restore
 from hf_sparse.runtime.fused_attention import FusedAttentionBlock, SharedInput
 from hf_sparse.runtime.fused_ffn import FusedFeedForward
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -23,7 +24,8 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
-    monkeypatch.setattr(runtime, "why_not_int8", lambda: None)
+    pretend(monkeypatch, cpu=None, dense_few=None)
+    pretend(monkeypatch, int8=None)
 
 
 @pytest.fixture(params=["cpu", "cpu-int8"])

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_sparse.runtime.convert as runtime
 from hf_sparse import BackendError, to_dense_runtime, to_runtime
-from hf_sparse.kernels import LibraryStatus
+from hf_sparse.kernels import KERNELS, LibraryStatus
 from hf_sparse.runtime.packed_linear import PackedLinear
-from hf_sparse.runtime.packed_weight import INT8_HEIGHTS, Packed, choose_rows
+from hf_sparse.runtime.packed_weight import Packed
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import FAMILIES, batch
 
@@ -24,7 +25,8 @@ from tests.helpers.structures import FAMILIES, batch
 def present(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the operators count as the kernels: without them they fall back to torch, and give the same."""
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
-    monkeypatch.setattr(runtime, "why_not_int8", lambda: None)
+    pretend(monkeypatch, cpu=None, dense_few=None)
+    pretend(monkeypatch, int8=None)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -93,7 +95,7 @@ def test_auto_never_chooses_it_however_slow_the_exact_kernels_are(tmp_path: Any)
 
 
 def test_processors_that_cannot_refuse_in_words_and_leave_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "why_not_int8", lambda: "no VNNI in this test")
+    pretend(monkeypatch, int8="no VNNI in this test")
     model = sparse("bert")
     with pytest.raises(BackendError, match="no VNNI in this test"):
         to_runtime(model, "cpu-int8")
@@ -168,5 +170,5 @@ def test_every_product_of_packed_layers_is_in_int8(family: str) -> None:
 def test_rows_are_chosen_for_the_int8_products() -> None:
     weight = torch.zeros(64, 64)
     weight[::4] = 1.0
-    assert choose_rows(weight, INT8_HEIGHTS) == 1
-    assert choose_rows(torch.ones(64, 64), INT8_HEIGHTS) == Packed.of(torch.ones(64, 64), "int8", 16).height == 4
+    assert KERNELS["int8"].choose_rows(weight) == 1
+    assert KERNELS["int8"].choose_rows(torch.ones(64, 64)) == Packed.of(torch.ones(64, 64), "int8").rows == 4

@@ -15,6 +15,7 @@ from hf_sparse import to_runtime
 from hf_sparse.runtime.joint import Joint
 from hf_sparse.runtime.packed_linear import PackedLinear, become_packed
 from hf_sparse.runtime.packed_weight import Packed
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -81,6 +82,7 @@ def test_known_attention_computes_one_matmul_for_three_layers(
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    pretend(monkeypatch, cpu=None, dense_few=None)
     model, inputs = sparse(family), batch(family)
     model.set_attn_implementation("eager")  # so that the operator of all heads does not compute it
     expected = answers(model, inputs)

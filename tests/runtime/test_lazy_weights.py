@@ -25,6 +25,7 @@ from hf_sparse.kernels.library import library
 from hf_sparse.runtime import SpeedTable, is_runtime
 from hf_sparse.runtime.autotune import Measurement
 from hf_sparse.runtime.lazy_weights import can_be_lazy, lazy_weight, materialize, peek
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -77,6 +78,7 @@ def test_loaded_into_runtime_form_it_answers_and_comes_back_the_same(
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    pretend(monkeypatch, cpu=None, dense_few=None)
     monkeypatch.setenv("HF_SPARSE_CACHE", str(tmp_path / "cache"))
     model, inputs = sparse(family), batch(family)
     expected, state = answers(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}

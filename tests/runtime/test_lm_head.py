@@ -17,6 +17,7 @@ from hf_sparse.kernels import LibraryStatus
 from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import lm_head
 from hf_sparse.runtime.autotune import Measurement, SpeedTable, Trial
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import batch
 
@@ -27,6 +28,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_sparse.runtime.convert as runtime
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    pretend(monkeypatch, cpu=None, dense_few=None)
 
 
 def test_other_kernel_changes_no_number_and_the_weight_stays_tied() -> None:
@@ -156,6 +158,7 @@ def test_other_layouts_backends_and_machines_are_left_alone(monkeypatch: pytest.
     import hf_sparse.runtime.convert as runtime
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(False, None, None, "there are none"))
+    pretend(monkeypatch, cpu="there are none", dense_few="there are none")
     model = sparse("t5")
     report = to_runtime(model, "auto", table=table(tmp_path))
     assert report.sparse

@@ -16,6 +16,7 @@ from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.kernels import LibraryStatus
 from hf_sparse.runtime import is_runtime
 from hf_sparse.runtime.packed_linear import PackedLinear
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
 
@@ -57,6 +58,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_sparse.runtime.convert as runtime
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
+    pretend(monkeypatch, cpu=None, dense_few=None)
 
 
 class Adapter(nn.Module):

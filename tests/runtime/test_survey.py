@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from hf_sparse import BackendError, Pruner, SparsityConfig, to_dense_runtime, to_runtime
 from hf_sparse.profiling.latency_table import Shape, measure
 from hf_sparse.runtime import SpeedTable
+from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import batch
 
@@ -64,7 +65,8 @@ def test_default_dtype_of_torch_does_not_matter(
     from hf_sparse.kernels import LibraryStatus
 
     monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
-    monkeypatch.setattr(runtime, "why_not_int8", lambda: None)
+    pretend(monkeypatch, cpu=None, dense_few=None)
+    pretend(monkeypatch, int8=None)
     model, inputs = sparse("t5"), batch("t5")
     expected = answers(model, inputs)
     torch.set_default_dtype(default)

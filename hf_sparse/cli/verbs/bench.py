@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import RecipeError
 from ...profiling.speed_record import SPEED
-from ...runtime import BACKENDS
+from ...runtime import backends
 from ..options import add_revision, given, write_text
 from ..verb import VERBS, Verb
 
@@ -29,7 +29,7 @@ class Bench(Verb):
         parser.add_argument(
             "--rounds", type=int, default=15, metavar="N", help="forward passes of each model, interleaved (15)"
         )
-        parser.add_argument("--backend", choices=BACKENDS, default="auto", help="see hf_sparse.to_runtime (auto)")
+        parser.add_argument("--backend", choices=backends(), default="auto", help="see hf_sparse.to_runtime (auto)")
         parser.add_argument("--layers", action="store_true", help="also print the table of layers")
         parser.add_argument("--json", metavar="OUT", help="also write everything to this file")
         parser.add_argument(

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
 from ...formats.manifest import Manifest
-from ...runtime import BACKENDS
+from ...runtime import backends
 
 METHOD = "hf_sparse"
 
@@ -71,8 +71,8 @@ class SparseConfig(QuantizationConfigMixin):
         self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
         self.quantization_config = _bitsandbytes(quantization_config)
         self.prune_to: SparsityConfig | None = None
-        if backend is not None and backend not in BACKENDS:
-            raise RecipeError(f"backend is {', '.join(map(repr, BACKENDS))}, not {backend!r}")
+        if backend is not None and backend not in backends():
+            raise RecipeError(f"backend is {', '.join(map(repr, backends()))}, not {backend!r}")
         if backend is not None and self.quantization_config is not None:
             raise RecipeError(
                 f"backend={backend!r} packs float32 weights, and quantization_config asks for other ones: give one of "
