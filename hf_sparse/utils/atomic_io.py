@@ -10,9 +10,15 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 from ..errors import CheckpointError, SparsityError
 from .text import shorten
@@ -20,6 +26,8 @@ from .text import shorten
 PathLike = str | os.PathLike[str]
 
 STAGING_PREFIX = ".saving-"
+COMPLETE_PREFIX = ".saved-"
+_ABANDONED_SECONDS = 86_400
 
 
 def require_regular(path: PathLike) -> None:
@@ -85,7 +93,10 @@ def write_text(path: PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
-    """Yield an empty folder, whose files replace those of `folder` one by one if the block ends without an error.
+    """Yield an empty folder, whose files replace those of `folder` if the block ends without an error.
+
+    A process that is killed in the block leaves the old files. One that is killed while it replaces them, one by one,
+    leaves a folder with the rest, from which `finish_replacing` goes on. Both are cleaned up by the next call.
 
     Args:
         folder: made if there is none.
@@ -98,19 +109,73 @@ def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
     if final.is_file():
         raise SparsityError(f"cannot save into {final}: it is a file, not a directory")
     final.mkdir(parents=True, exist_ok=True)
+    finish_replacing(final)
+    for abandoned in final.glob(f"{STAGING_PREFIX}*"):
+        with _lock(abandoned) as free:
+            if free:
+                shutil.rmtree(abandoned, ignore_errors=True)
     # Inside the final one, so that both are on one file system and replacing is atomic.
     staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=final))
-    try:
-        yield staging
-        fresh = sorted(path for path in staging.iterdir() if path.is_file())
-        fresh.sort(key=lambda path: path.name == last)
-        for path in fresh:
-            sync_file(path)
-        for path in fresh:
-            path.replace(final / path.name)
+    with _lock(staging):
+        try:
+            yield staging
+            for path in _files(staging, last):
+                sync_file(path)
+            sync_folder(staging)
+            complete = staging.rename(final / staging.name.replace(STAGING_PREFIX, COMPLETE_PREFIX, 1))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         sync_folder(final)
+        _replace(complete, last)
+
+
+def finish_replacing(folder: PathLike) -> None:
+    """Go on where a process was killed while it replaced files; where nothing was interrupted, do nothing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     finish_replacing(folder)
+    """
+    for complete in sorted(Path(folder).glob(f"{COMPLETE_PREFIX}*")):
+        with _lock(complete) as free:
+            if free and complete.is_dir() and not complete.is_symlink():
+                _replace(complete, None)
+
+
+def _replace(complete: Path, last: str | None) -> None:
+    for path in _files(complete, last):
+        path.replace(complete.parent / path.name)
+    sync_folder(complete.parent)
+    shutil.rmtree(complete, ignore_errors=True)
+
+
+def _files(folder: Path, last: str | None) -> list[Path]:
+    files = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    return sorted(files, key=lambda path: (path.name == last, path.name))
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Yield whether no living process uses a folder; keep others from it until the block ends."""
+    if fcntl is None:  # without locks, age has to do
+        yield time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:  # held, or a file system without locks
+            free = False
+        yield free
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

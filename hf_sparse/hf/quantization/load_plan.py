@@ -30,6 +30,7 @@ from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY, Edits
 from ...pruning.compaction import apply_edits
 from ...runtime.lazy_weights import can_be_lazy, lazy_weight
+from ...utils.atomic_io import finish_replacing
 from .key_names import InMemory, names_in_memory
 from .pack_state import is_training_state
 
@@ -161,6 +162,9 @@ class LoadPlan:
             CheckpointError: as `manifest_of`, or if the files are in several folders.
         """
         check_one_folder(files)
+        if files:
+            with contextlib.suppress(OSError):  # a folder that cannot be written is read as it is
+                finish_replacing(Path(files[0]).parent)
         manifest = manifest_of([Path(file) for file in files if file.endswith(".safetensors")], expected)
         return None if manifest is None else cls(manifest, tuple(files))
 

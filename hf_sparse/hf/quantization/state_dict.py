@@ -24,6 +24,7 @@ from ...formats.model_folder import weight_files
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY
 from ...pruning.compaction import edits_of
+from ...utils.atomic_io import finish_replacing
 from .key_names import as_in_memory
 from .load_plan import is_packed, manifest_of
 from .pack_state import is_training_state
@@ -134,6 +135,9 @@ def load_sharded(original: Callable[..., Any], model: Any, folder: Any, strict: 
 
 @contextlib.contextmanager
 def _reading(folder: Any, model: nn.Module) -> Iterator[None]:
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            finish_replacing(folder)
     if folder is None or not _is_packed_folder(folder):
         yield
         return

@@ -216,6 +216,50 @@ def test_interrupted_write_leaves_the_old_file_and_no_litter(saved: Path, monkey
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
+DIE_BETWEEN_RENAMES = """
+    import os, pathlib, sys
+    from transformers import BertForSequenceClassification
+    import hf_sparse
+    folder, other, moment = sys.argv[1:]
+    model = BertForSequenceClassification.from_pretrained(other)
+    replace, seen = pathlib.Path.replace, []
+    def dies(self, target):
+        if self.parent.name.startswith(".sav") and len(seen) == int(moment):
+            os._exit(9)
+        seen.append(self)
+        return replace(self, target)
+    pathlib.Path.replace = dies
+    model.save_pretrained(folder, max_shard_size="8KB")
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("moment", [3])
+def test_a_sharded_save_killed_between_renames_is_finished_by_the_reader(moment: int, tmp_path: Path) -> None:
+    sparsify(bert(), SparsityConfig(sparsity=0.5)).save_pretrained(tmp_path / "folder", max_shard_size="8KB")
+    other = sparsify(bert(), SparsityConfig(sparsity=0.5))
+    with torch.no_grad():
+        other.classifier.bias.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    code = textwrap.dedent(DIE_BETWEEN_RENAMES)
+    command = [sys.executable, "-c", code, str(tmp_path / "folder"), str(tmp_path / "other"), str(moment)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[3], stderr=subprocess.DEVNULL).returncode == 9
+    assert len(list((tmp_path / "folder").glob(".saved-*"))) == 1
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "folder")
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in other.state_dict().items())
+    assert not list((tmp_path / "folder").glob(".sav*"))
+
+
+def test_the_next_save_removes_what_a_killed_one_has_left(saved: Path) -> None:
+    left = saved / ".saving-abandoned"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half a file")
+    loaded = AutoModelForSequenceClassification.from_pretrained(saved)
+    assert left.exists(), "a reader cannot know that nobody writes there"
+    loaded.save_pretrained(saved)
+    assert not list(saved.glob(".sav*"))
+
+
 def test_a_tensor_that_is_only_called_like_training_state_is_saved(tmp_path: Path) -> None:
     model = bert()
     model.classifier.bias_scores = torch.nn.Parameter(torch.ones(2))

@@ -1,0 +1,120 @@
+"""A tiny model of every family of transformers: default configs whose sizes are made small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import configuration_auto, modeling_auto
+
+MAX_PARAMETERS = 25_000_000
+ATTEMPTS = ("small", "proportional", "shallow")
+"""Ways to shrink a config, tried in turn: not every model can be built of the same sizes."""
+
+_LAYERS = ("layer", "depth", "block", "stage")
+_HEADS = ("head", "num_attention_groups", "n_group")
+
+
+def families() -> list[str]:
+    """Return the model types that have a model."""
+    return sorted(kind for kind in configuration_auto.CONFIG_MAPPING_NAMES if any(_class_names(kind)))
+
+
+def model_class(kind: str) -> type[PreTrainedModel]:
+    """Return the model with a head where there is one: it holds the base model below a prefix.
+
+    Raises:
+        ImportError, AttributeError: if it needs a package that is not installed.
+    """
+    import transformers
+
+    return getattr(transformers, next(_class_names(kind)))
+
+
+def _class_names(kind: str) -> Iterator[str]:
+    mappings = [name for name in vars(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")]
+    base = "MODEL_MAPPING_NAMES"
+    for name in sorted(mappings, key=lambda name: (name == base, "PRETRAINING" in name, name)):
+        found = vars(modeling_auto)[name].get(kind)
+        if found is not None:
+            yield found if isinstance(found, str) else found[0]
+
+
+def tiny_config(kind: str, attempt: str) -> PreTrainedConfig:
+    """Return a config of a family with small sizes."""
+    config: Any = model_class(kind).config_class
+    made: PreTrainedConfig = config()
+    _shrink(made, attempt)
+    return made
+
+
+def _shrink(config: Any, attempt: str, depth: int = 0) -> None:
+    layers = getattr(config, "num_hidden_layers", None)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig) and depth < 4:
+            _shrink(value, attempt, depth + 1)
+        elif type(value) is int:
+            _set(config, name, _size(name, value, attempt))
+        elif name in ("_out_indices", "_out_features"):
+            _set(config, name, [1] if name == "_out_indices" else ["stage1"])
+        elif name == "stage_names":
+            _set(config, name, [each for each in value if each in ("stem", "stage1", "stage2")])
+        elif isinstance(value, (list, tuple)) and value and all(type(each) is int for each in value):
+            small = [_size(name, each, attempt) for each in value]
+            _set(config, name, type(value)(small[: _kept(value, layers)]))
+        elif isinstance(value, (list, tuple)):
+            _set(config, name, value[: _kept(value, layers)])
+
+
+def _kept(value: Any, layers: Any) -> int:
+    """Return how many entries of a list stay: what has one for each layer has two."""
+    return 2 if len(value) == layers else len(value)
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (AttributeError, ValueError, TypeError, NotImplementedError):
+        return  # computed from others
+
+
+def _size(name: str, value: int, attempt: str) -> int:
+    if name.startswith("_") or value <= 2:
+        return value
+    if name.endswith(("_id", "_ids", "_index", "_token")):
+        return min(value, 1)
+    if "vocab" in name:
+        return min(value, 100)
+    if any(word in name for word in _LAYERS) and "size" not in name and "dim" not in name:
+        return min(value, 2)
+    if attempt == "shallow":
+        return value
+    if any(word in name for word in _HEADS) and "dim" not in name and "size" not in name:
+        return min(value, 4)
+    if attempt == "proportional":
+        return max(value // 12, 4) if value >= 48 else value
+    return 16 if "head" in name and value > 16 else min(value, 64)
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """Build a tiny model of a family.
+
+    Raises:
+        Exception: of the last attempt.
+    """
+    cls = model_class(kind)
+    error: Exception = RuntimeError("no attempt")
+    for attempt in ATTEMPTS:
+        try:
+            config = tiny_config(kind, attempt)
+            with torch.device("meta"):
+                count = sum(parameter.numel() for parameter in cls(config).parameters())
+            if count > MAX_PARAMETERS:
+                raise ValueError(f"{count:,} parameters")
+            torch.manual_seed(0)
+            return cls(tiny_config(kind, attempt)).eval()
+        except Exception as raised:  # noqa: BLE001  whatever a family does not like
+            error = raised
+    raise error

@@ -1,0 +1,80 @@
+"""Every family of transformers that saves and loads dense does so packed, to the same bits and with the same marks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse.hf.quantization.quantizer import mark_sparse
+from hf_sparse.modeling.model_state import mark_sparse_weights, sparse_weights
+from tests.helpers.tiny_families import tiny_model
+
+LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+REPRESENTATIVE = (
+    "audio-spectrogram-transformer", "beit", "bert", "clip", "deit", "detr", "dinov2", "gpt2", "llava", "mixtral",
+    "qwen2_vl", "segformer", "swin", "t5", "vision-encoder-decoder", "vit", "vit_mae", "wav2vec2",
+)  # fmt: skip
+
+
+def make_sparse(model: PreTrainedModel) -> list[str]:
+    """Set every second entry of the weights of all layers to 0, mark them, and return their names."""
+    names = []
+    owners = Counter(id(weight) for layer in model.modules() for weight in layer._parameters.values())
+    for path, layer in model.named_modules():
+        weight = layer._parameters.get("weight")
+        if isinstance(layer, LAYERS) and weight is not None and weight.numel() > 1 and owners[id(weight)] == 1:
+            with torch.no_grad():
+                weight.view(-1)[::2] = 0
+            names.append(f"{path}.weight")
+    mark_sparse(model, None)
+    mark_sparse_weights(model, names)
+    return names
+
+
+def round_trip(kind: str, folder: Path) -> str | None:
+    """Save a tiny model dense and packed, load both and compare; return why the family cannot be judged, or None.
+
+    Raises:
+        AssertionError: if it loads otherwise from the packed file.
+        Exception: whatever saving or loading it packed raises.
+    """
+    try:
+        model = tiny_model(kind)
+    except Exception as error:  # noqa: BLE001  whatever a family does not like
+        return f"cannot be built: {type(error).__name__}: {error}"
+    names = make_sparse(model)
+    try:
+        model.save_pretrained(folder / "dense", format="dense")
+        dense = type(model).from_pretrained(folder / "dense")
+    except Exception as error:  # noqa: BLE001
+        return f"dense: {type(error).__name__}: {error}"
+    model.save_pretrained(folder / "packed")
+    found = type(model).from_pretrained(folder / "packed")
+    expected, state = dense.state_dict(), found.state_dict()
+    assert state.keys() == expected.keys()
+    original = model.state_dict()
+    shared = original.keys() & expected.keys()
+    random = (original.keys() ^ expected.keys()) | {k for k in shared if not _equal(expected[k], original[k])}
+    different = [key for key in expected if key not in random and not _equal(state[key], expected[key])]
+    assert not different, f"other values: {different[:3]}"
+    lost = [name for name in names if name not in random and name not in sparse_weights(found)]
+    assert not lost, f"not marked any more: {lost[:3]}"
+    if random:
+        return f"dense: {len(random)} tensors differ, as {min(random)}"
+    return None
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", REPRESENTATIVE)
+def test_a_representative_family_loads_packed_as_dense(kind: str, tmp_path: Path) -> None:
+    assert round_trip(kind, tmp_path) is None
