@@ -19,7 +19,7 @@ LAYERS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 REPRESENTATIVE = (
     "audio-spectrogram-transformer", "beit", "bert", "clip", "deit", "detr", "dinov2", "gpt2", "llava", "mixtral",
-    "qwen2_vl", "segformer", "swin", "t5", "vision-encoder-decoder", "vit", "vit_mae", "wav2vec2",
+    "qwen2_vl", "segformer", "swin", "t5", "vision-encoder-decoder", "vit", "vit_mae",
 )  # fmt: skip
 
 
