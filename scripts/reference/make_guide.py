@@ -1,4 +1,4 @@
-"""Write recipes/GUIDE.md and its pictures from the results and the text in recipes/reference: no figure can rot.
+"""Write recipes/GUIDE.md and its pictures from the results and the template in recipes/reference.
 
     python scripts/reference/make_guide.py [--output recipes]
 
@@ -11,7 +11,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -33,98 +33,135 @@ TITLES = {
     "stsb": "STS-B: how alike are two sentences?",
     "g2p": "CMUdict: words in phonemes, by a T5",
 }
+NOT_MEASURED = "not measured"
 REMARKS = {
-    "rte": "Measured on 277 texts, where one standard error is 0.03: no difference of accuracy below is beyond chance. "
-    "Here, 'after dense' is after a dense run on MRPC.\n\n",
+    "rte": "Evaluated on 277 examples: the standard error is 0.03, so no difference below is significant. "
+    "Here, 'after dense' means after a dense run on MRPC.\n\n",
 }
 
 
 def guide(results: Sequence[Result]) -> str:
     """Return the guide.
 
+    The template may contain `{{NAME}}` (mean of the main metric), `{{table NAME ...}}`, `{{claims}}` and `{{tasks}}`.
+
     Raises:
-        RecipeError: if the text names a result that neither is there nor in the plan.
+        RecipeError: if the template names a result that is neither measured nor planned.
     """
     known, planned = by_name(results), {entry.name for entry in read_plan()[1]}
 
-    def filled(match: re.Match[str]) -> str:
-        name, _, what = match[1].partition(" ")
-        if name == "claims":
-            return claims(results)
-        if name == "tasks":
-            return "\n\n".join(section(results, task) for task in TITLES)
+    def runs_called(name: str) -> Sequence[Result]:
         if name not in known and name not in planned:
-            raise RecipeError(f"the guide names a result '{name}', which is neither there nor planned")
-        runs = known.get(name, [])
-        return _speed(runs, results).replace("not measured", "speed not measured") if what == "speed" else value(runs)
+            raise RecipeError(f"results of the guide must be measured or planned, got '{name}'")
+        return known.get(name, [])
+
+    def filled(match: re.Match[str]) -> str:
+        what, *names = match[1].split()
+        if what == "claims":
+            return claims(results)
+        if what == "tasks":
+            return "\n\n".join(section(results, task) for task in TITLES)
+        if what == "table":
+            return result_table({name: runs_called(name) for name in names}, results)
+        return mean(runs_called(what))
 
     return re.sub(r"{{(.+?)}}", filled, TEMPLATE.read_text(encoding="utf-8"))
 
 
+def mean(runs: Sequence[Result], metric: str | None = None) -> str:
+    """Return the mean of a metric over seeds (None = the main metric of the task)."""
+    values = _values(runs, metric)
+    return f"{statistics.mean(values):.3f}" if values else NOT_MEASURED
+
+
 def value(runs: Sequence[Result], metric: str | None = None) -> str:
-    """Return the mean of a metric over seeds (None = that of the task), with lowest and highest."""
-    values = [run.metrics[metric or MAIN[run.task]] for run in runs if (metric or MAIN[run.task]) in run.metrics]
-    if not values:
-        return "not measured"
-    spread = "one seed" if len(values) == 1 else f"{min(values):.3f} - {max(values):.3f}, {len(values)} seeds"
-    return f"{statistics.mean(values):.3f} ({spread})"
+    """Return the mean of a metric over seeds, with [lowest, highest] of two or more."""
+    values = _values(runs, metric)
+    return mean(runs, metric) + (f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else "")
+
+
+def _values(runs: Sequence[Result], metric: str | None) -> list[float]:
+    return [run.metrics[key] for run in runs if (key := metric or MAIN[run.task]) in run.metrics]
 
 
 def _speed(runs: Sequence[Result], results: Sequence[Result]) -> str:
     speed = next((Speed.from_dict(run.speed) for run in runs if run.speed), None)
     if speed is None:
-        return "not measured"
+        return NOT_MEASURED
     return verdict(speed.speedup) + ("" if speed.machine == common_machine(results) else ", on another processor")
 
 
 def claims(results: Sequence[Result]) -> str:
-    """Return the table of claims."""
-    return table(
-        ("claim", "where", "our results", "figures"),
-        [(found.claim, found.where, f"**{found.said}**", found.figures) for found in verdicts(results)],
-    )
+    """Return a section for each claim."""
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for found in verdicts(results):
+        row = (found.where, f"**{found.outcome}**", str(found.seeds or "-"), found.figures)
+        sections.setdefault(found.claim, []).append(row)
+    head = ("results", "verdict", "seeds", "figures")
+    return "\n\n".join(f"### {claim.capitalize()}\n\n{table(head, rows)}" for claim, rows in sections.items())
 
 
 def section(results: Sequence[Result], task: str) -> str:
-    """Return the section of a task: picture and table."""
+    """Return the section of a task: pictures and table."""
     here = [result for result in results if result.task == task]
     title = f"## {TITLES[task]}"
     if not here:
         return f"{title}\n\nNot measured yet."
-    metrics = list(here[0].metrics)
+    images = [
+        f"![{MAIN[task]} versus file size and density, {runs[0].model}](reference/{name})\n\n"
+        for name, runs in pictures(here).items()
+    ]
+    return f"{title}\n\n{REMARKS.get(task, '')}{''.join(images)}{result_table(by_name(here), results)}"
+
+
+def result_table(groups: Mapping[str, Sequence[Result]], results: Sequence[Result]) -> str:
+    """Return a table with a row for each name, in this order.
+
+    Args:
+        groups: runs of each name, one for each seed; none = not measured.
+        results: all results, with the dense baselines.
+
+    Raises:
+        RecipeError: if the tasks have several main metrics.
+    """
+    measured = [runs[0] for runs in groups.values() if runs]
+    main = {MAIN[result.task] for result in measured}
+    if len(main) > 1:
+        raise RecipeError(f"results of one table must have one main metric, got {', '.join(sorted(main))}")
+    metrics = list(measured[0].metrics) if measured else []
     rows = []
-    for name, runs in by_name(here).items():
+    for name, runs in groups.items():
+        if not runs:
+            rows.append((name, "-", "0", *[NOT_MEASURED] * len(metrics), "-", "-", "-"))
+            continue
         first = runs[0]
         dense = _dense(first, dense_twin(results, first))
         sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
         megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
         speed = _speed(runs, results) if first.sparsity else "-"
-        shown = [value(runs, metric) for metric in metrics]
-        rows.append((f"[{name}](../model_cards/{name}.md)", f"{first.steps:,}", *shown, dense, megabytes, speed))
-    head = ("result", "steps", *metrics, f"dense: {MAIN[task]}", "files, MB", "speed")
-    drawn = [
-        f"![{MAIN[task]} against size and weights left, {runs[0].model}](reference/{name})\n\n"
-        for name, runs in pictures(here).items()
-    ]
-    return f"{title}\n\n{REMARKS.get(task, '')}{''.join(drawn)}{table(head, rows)}"
+        cells = [value(runs, metric) for metric in metrics]
+        link = f"[{name}](../model_cards/{name}.md)"
+        rows.append((link, f"{first.steps:,}", str(len(runs)), *cells, dense, megabytes, speed))
+    head = ("result", "steps", "seeds", *metrics, f"dense: {''.join(main)}", "size, MB", "speed-up")
+    return table(head, rows)
 
 
-def _dense(result: Result, twin: Sequence[Result]) -> str:
+def _dense(result: Result, baseline: Sequence[Result]) -> str:
     if not result.sparsity:
         return "-"
-    began = result.how.after_dense and twin and not twin[0].how.after_dense
-    return value(twin) + (", where it began" if began else "")
+    initial = result.how.after_dense and baseline and not baseline[0].how.after_dense
+    return value(baseline) + (" (initial model)" if initial else "")
 
 
 def pictures(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Return what is drawn of the results of a task, by name of file: those of each model that has three or more."""
+    """Return the results in each picture of a task, by file name: one for each model with three results or more."""
     plan = read_plan()[0]
     out = {}
     for short, model in plan["models"].items():
         runs = [result for result in results if result.model == model]
         if len(by_name(runs)) > 2:
-            own = short == plan["tasks"][runs[0].task]["model"]
-            out[f"pareto-{runs[0].task}{'' if own else f'-{short}'}.png"] = runs
+            default = short == plan["tasks"][runs[0].task]["model"]
+            out[f"pareto-{runs[0].task}{'' if default else f'-{short}'}.png"] = runs
     return out
 
 
@@ -140,7 +177,7 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
-    """Write what the command line names."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "recipes", metavar="DIR")
     options = parser.parse_args()

@@ -3,8 +3,8 @@
     python scripts/tools/check_words.py [FILE ...]     # all documents and the package, without arguments
 
 Prints each private word with its place and the standard term, and exits with 1 if there is any. In Python files, string
-literals of more than one word, docstrings and comments are read; names are not. A line that has to keep such a word (a
-quotation, a key of the file format) ends with `words: ok`.
+literals of more than one word, docstrings and comments are read; names are not, nor are parts of a-name-like-this. A
+line that has to keep such a word (a quotation, a key of the file format) ends with `words: ok`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def findings(place: str, first: int, text: str) -> Iterator[Finding]:
     lines = text.split("\n")
     for rule, term in RULES:
         for match in rule.finditer(joined):
+            if joined[: match.start()].endswith("-") and joined[match.end() :].startswith("-"):
+                continue  # part of a name, such as that of a reference result
             number = text.count("\n", 0, match.start())
             if KEPT not in lines[number]:
                 yield Finding(f"{place}:{first + number}", match.group(), term)

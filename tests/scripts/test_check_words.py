@@ -35,6 +35,10 @@ def test_line_that_has_to_keep_a_word_is_marked(tmp_path: Path) -> None:
     assert found(tmp_path, "a.py", "# texts  words: ok\n# texts\n") == [("2", "texts")]
 
 
+def test_parts_of_names_with_hyphens_are_not_read(tmp_path: Path) -> None:
+    assert found(tmp_path, "a.md", "movement-95-taught-by-l3\nself-taught\n") == [("2", "taught")]
+
+
 @pytest.mark.parametrize("word", ["texts", "kin", "cut out", "dense twin", "taught", "in turns", "numbers of tokens"])
 def test_every_word_has_a_term(word: str) -> None:
     assert [finding.term for finding in check_words.findings("a", 1, f"x {word} y") if finding.word == word]

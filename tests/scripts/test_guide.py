@@ -83,7 +83,26 @@ def test_each_model_of_a_task_has_a_picture_of_its_own() -> None:
 def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.md").write_text("{{sst2-magic}}")
     monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")
-    with pytest.raises(RecipeError, match="neither there nor planned"):
+    with pytest.raises(RecipeError, match="must be measured or planned, got 'sst2-magic'"):
         make_guide.guide([])
-    (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}, {{sst2-magnitude-50 speed}}")
-    assert make_guide.guide([]) == "not measured, speed not measured"
+    (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}")
+    assert make_guide.guide([]) == "not measured"
+
+
+def test_tables_have_the_number_of_seeds_and_the_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(seed: int, accuracy: float) -> Result:
+        return Result("sst2-dense", task="sst2", model="m", method="dense", sparsity=0.0, seed=seed,
+                      metrics={"accuracy": accuracy}, steps=1400, bytes=2_500_000)  # fmt: skip
+
+    (tmp_path / "t.md").write_text("{{sst2-dense}}\n{{table sst2-dense sst2-magnitude-50}}\n")
+    monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")
+    assert make_guide.guide([run(0, 0.8), run(1, 0.9)]).splitlines() == [
+        "0.850",
+        "| result | steps | seeds | accuracy | dense: accuracy | size, MB | speed-up |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| [sst2-dense](../model_cards/sst2-dense.md) | 1,400 | 2 | 0.850 [0.800, 0.900] | - | 2.5 | - |",
+        "| sst2-magnitude-50 | - | 0 | not measured | - | - | - |",
+    ]
+    other = Result("g2p-dense", "g2p", "t5", "dense", 0.0, 0, {"wer": 0.1}, 1400)
+    with pytest.raises(RecipeError, match="one main metric, got accuracy, wer"):
+        make_guide.result_table({"sst2-dense": [run(0, 0.8)], "g2p-dense": [other]}, [])
