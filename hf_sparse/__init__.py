@@ -10,7 +10,7 @@ from .errors import BackendError, CheckpointError, ConfigError, HubError, Patter
 from .formats.structure import Edits
 from .hf import patches as _patches
 from .hf.peft import merged_update  # the module registers itself with PEFT
-from .hf.quantization import quantizer as _quantizer  # registers itself with transformers
+from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
 from .hf.trainer.callback import SparsityCallback
 from .hf.trainer.checkpoint import last_checkpoint

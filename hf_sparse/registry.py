@@ -105,5 +105,9 @@ class Registry(Generic[T]):
         cls, options = self.resolve(spec)
         try:
             return cls(**options)
+        except RecipeError as error:
+            if str(error).startswith("`"):  # an option alone, which does not say of what
+                raise type(error)(f"{self.kind} '{cls.name}': {error}") from None  # type: ignore[attr-defined]
+            raise
         except TypeError as error:
             raise RecipeError(f"{self.kind} '{cls.name}': {error}") from error  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import PatternError, SparsityError
 from .head_importance import head_sensitivity, loss_of
 from .masked_weight import hidden
-from .scorers import Scorer
+from .scorers import HeadImportance, Scorer
 from .unit import Unit
 
 Batch = Mapping[str, Any]
@@ -35,7 +35,9 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
                 torch.autograd.grad(loss_of(model, batch, "a scorer of gradients"), weights, allow_unused=True)
             with torch.no_grad():
                 for scorer, unit in pairs:
-                    unit.observe(scorer)
+                    if unit.take_gradients():
+                        scorer.on_gradient(unit)
+                    unit.drop_gradients()
             seen += 1
     finally:
         model.train(training)
@@ -43,7 +45,7 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
         raise SparsityError("scorers of gradients need data, and there was no batch")
 
 
-def measure_heads(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches: Iterable[Batch]) -> None:
+def measure_heads(model: nn.Module, pairs: list[tuple[HeadImportance, Unit]], batches: Iterable[Batch]) -> None:
     """Give each unit of heads the importance of its heads.
 
     Raises:
@@ -57,7 +59,4 @@ def measure_heads(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches: I
                 f"scorer 'head_importance' scores attention heads, but the groups of '{unit.name}' are none. Use it "
                 "with pattern 'head', and another scorer for the rest"
             )
-        values = found[unit.name].float()
-        if getattr(scorer, "normalize", False):
-            values = values / (torch.linalg.vector_norm(values) + 1e-20)
-        unit.measured = values.to(unit.masked.mask.device)
+        scorer.on_measurement(unit, found[unit.name])

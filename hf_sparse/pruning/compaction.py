@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from ..errors import CheckpointError, SparsityError
 from ..formats.structure import KINDS, Cut, Edits
 from ..modeling.architectures import SubBlock, find_sub_blocks, known_sub_blocks
 from ..modeling.architectures.base import Attention, FeedForward
+from ..modeling.integration import integration_of
 from ..modeling.model_state import EDITS
 from .masked_weight import masked_weight
-
-after_compact: list[Callable[[nn.Module], None]] = []
-"""Called with every model that has lost something. The Hugging Face floor hangs itself in here to prepare saving."""
 
 
 def edits_of(model: nn.Module) -> Edits:
@@ -77,8 +75,7 @@ def compact(model: nn.Module) -> Edits:
     edits = Edits(**parts)
     if edits:
         EDITS.set(model, edits)
-        for prepare in after_compact:
-            prepare(model)
+        integration_of(model).after_compact(model)
     return edits
 
 

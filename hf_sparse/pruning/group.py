@@ -1,10 +1,10 @@
-"""A plan: one group of the config, resolved against a model. It knows when its masks are due, and makes them."""
+"""A pruning group: one group of the config bound to a model. It knows when its masks are due, and makes them."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,25 @@ from torch.distributed.tensor import DTensor
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError, SparsityError
 from ..modeling.zero_preservation import keeps_zeros
-from .masked_weight import hidden
+from .masked_weight import check_free, hidden
 from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
-from .selection import Selection, Uniform, WithinInputs, kept_count
-from .selection.budget import Budget, Costs
-from .unit import Share, Unit, find_shares
+from .selection import Selection, Uniform, kept_count
+from .unit import Member, Unit, find_units
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Plan:
-    """One group of the config, resolved against a model."""
+class PruningGroup:
+    """One group of the config, bound to a model.
+
+    Attributes:
+        units: the weights, with masks while `attached`.
+        progress: of the training at the last renewal.
+        suspicious: a gradient since the last renewal was not finite.
+    """
 
     config: GroupConfig
     scorer: Scorer
@@ -34,18 +39,24 @@ class Plan:
     selection: Selection
     schedule: Schedule
     sparsity: float
-    shares: list[list[Share]]
-    units: list[Unit] = dataclasses.field(default_factory=list)
-    met: float | None = None  # the sparsity that the masks of a scorer that regrows were made for
-    suspicious: bool = False  # a gradient since the last renewal was not finite
+    units: list[Unit]
+    progress: float = 0.0
+    attached: bool = False
+    suspicious: bool = False
 
     def sparsity_at(self, progress: float) -> float:
-        """Return the scheduled sparsity; for a selection with a value, the scheduled share of that value."""
+        """Return the scheduled sparsity; for a selection with a value, the scheduled fraction of that value."""
         return self.schedule(progress, self.sparsity)
 
-    def level(self, progress: float) -> float:
-        """Return the scheduled sparsity as a share of the final one."""
-        return self.sparsity_at(progress) / self.sparsity if self.sparsity else 1.0
+    @property
+    def current_sparsity(self) -> float:
+        """Scheduled sparsity at the last renewal."""
+        return self.sparsity_at(self.progress)
+
+    @property
+    def level(self) -> float:
+        """Scheduled sparsity as a fraction of the final one, in [0, 1]."""
+        return self.current_sparsity / self.sparsity if self.sparsity else 1.0
 
     def due(self, progress: float, step: int | None) -> bool:
         """Return whether the masks are to be renewed: every `every` steps, where the ramp or their freedom ends."""
@@ -59,32 +70,57 @@ class Plan:
             return True
         return self.schedule.reached(progress) and not self.schedule.reached(before)
 
+    def check_free(self) -> None:
+        """Raise `RecipeError` if a weight cannot be given a mask, or is frozen though the scorer needs its gradient."""
+        for member in self.members:
+            check_free(member.module, member.name)
+            if self.scorer.source == "gradients" and not member.module.weight.requires_grad:
+                raise RecipeError(
+                    f"scorer '{self.scorer.name}' looks at gradients, but '{member.name}' is frozen "
+                    "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
+                )
+
+    def attach(self) -> None:
+        """Put a mask that keeps everything on each weight, and make the state of the scorer."""
+        shared = self.scorer.shared_state(sum(member.module.weight.numel() for member in self.members))
+        for unit in self.units:
+            unit.make_masks(self.scorer.fields, shared)
+            self.scorer.on_attach(unit)
+            unit.attach()
+        self.attached, self.suspicious = True, False
+
+    def bake(self) -> None:
+        """Make the zeros part of the weights and take the masks off."""
+        for unit in self.units:
+            unit.bake()
+        self.attached = False
+
+    def observe(self, scale: float) -> None:
+        """Show the scorer the gradients of one optimizer step, if it looks at them."""
+        if self.scorer.source != "gradients":
+            return
+        for unit in self.units:
+            if unit.take_gradients(scale):
+                self.scorer.on_gradient(unit)
+            else:
+                self.suspicious = True
+            unit.drop_gradients()
+
     def renew(self, progress: float) -> bool:
         """Make the masks for this point of training, and return whether the weights were scored for it."""
-        seen = False
-        sparsity, regrows = self.sparsity_at(progress), self.scorer.regrows
-        # Between updates masks that are never chosen anew cost nothing.
-        if not regrows or self.scorer.updates(progress) or self.met != sparsity:
-            if regrows:
-                scores = [unit.regrown_scores(self.scorer, i, progress) for i, unit in enumerate(self.units)]
-            else:
-                scores = [unit.group_scores(self.scorer) for unit in self.units]
-            kept = self._select(scores, sparsity)
-            for unit, groups in zip(self.units, kept, strict=True):
-                if regrows:
-                    unit.grow(groups)
-                else:
-                    unit.keep(groups)
-            self.met = sparsity
-            seen = True
-        self.scorer.adapt(self.selection.threshold, self.level(progress))
-        for unit in self.units:
-            unit.watch(self.scorer, progress)
-        return seen
+        self.progress = progress
+        scored = self.scorer.update(self)
+        self.scorer.after_update(self)
+        return scored
 
-    def _select(self, scores: list[Tensor], sparsity: float) -> list[Tensor]:
+    def select(self, scores: list[Tensor]) -> list[Tensor]:
+        """Return which groups of each unit to keep at the sparsity of the moment.
+
+        Raises:
+            SparsityError: if there are NaN among the scores, naming the weights.
+        """
         try:
-            return self.selection.select(scores, sparsity)
+            return self.selection.select(scores, self.current_sparsity)
         except SparsityError:
             broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if bool(_full(tensor).isnan().any())]
             if broken:
@@ -97,28 +133,33 @@ class Plan:
         A loss of NaN makes entries of every weight NaN, so the smallest weight tells; after a gradient that was not
         finite, all are looked at.
         """
-        members = [member for unit in self.units for member in unit.members]
+        members = self.members
         if not self.suspicious:
             members = [min(members, key=lambda member: member.masked.mask.numel())]
         self.suspicious = False
-        broken = [member.name for member in members if bool(_full(hidden(member.module).detach()).isnan().any())]
+        broken = [member.name for member in members if bool(_full(member.dense).isnan().any())]
         if broken:
             raise SparsityError(_nan_message("among the entries", broken))
 
     @property
+    def members(self) -> list[Member]:
+        """Every weight of the group."""
+        return [member for unit in self.units for member in unit.members]
+
+    @property
     def layers(self) -> dict[str, nn.Linear]:
-        """Every layer with a weight in this plan, by name."""
-        return {share.name: share.layer for unit in self.shares for share in unit}
+        """Every layer with a weight in this group, by name."""
+        return {member.layer_name: member.module for member in self.members}
 
     @property
     def hidden(self) -> list[nn.Parameter]:
         """The dense weights of all units, under their masks."""
-        return [hidden(member.module) for unit in self.units for member in unit.members]
+        return [hidden(member.module) for member in self.members]
 
     @property
     def scores(self) -> list[nn.Parameter]:
         """The learned scores of all units."""
-        return [unit.masked.scores for unit in self.units if unit.masked.scores is not None]
+        return [unit.masked.scores for unit in self.units if unit.masked.scores is not None] if self.attached else []
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -134,68 +175,41 @@ def _nan_message(where: str, names: list[str]) -> str:
     )
 
 
-def make_plan(model: nn.Module, group: GroupConfig) -> Plan:
-    """Resolve a group against a model.
+def bind_group(model: nn.Module, config: GroupConfig) -> PruningGroup:
+    """Bind a group of the config to a model.
 
     Raises:
         RecipeError: if a target matches nothing, or scorer and selection do not go together.
         PatternError: if the pattern does not fit a weight or a selection, or needs an architecture that is not known.
     """
-    scorer, pattern = SCORERS.build(group.scorer), PATTERNS.build(group.pattern)
-    own = pattern.own_selection()
-    if own is not None and group.selection is not None:
+    scorer, pattern = SCORERS.build(config.scorer), PATTERNS.build(config.pattern)
+    of_pattern = pattern.own_selection()
+    if of_pattern is not None and config.selection is not None:
         raise PatternError(
             f"pattern {pattern} has a selection of its own, the only one that suits it; leave selection "
-            f"{group.selection!r} out"
+            f"{config.selection!r} out"
         )
-    chosen = SELECTIONS.build(group.selection) if group.selection is not None else None
-    selection = own or chosen or scorer.own_selection() or Uniform()
-    if scorer.regrows and selection.decides_sparsity:
-        raise RecipeError(
-            f"scorer '{scorer.name}' drops and grows weights at the scheduled sparsity, but selection "
-            f"'{selection.name}' decides the sparsity itself. Use selection 'uniform' or 'global' and give a sparsity"
-        )
-    sparsity = group.sparsity if group.sparsity is not None else pattern.fixed_sparsity
-    shares = find_shares(model, pattern, group.target_names, group.exclude_names)
-    if isinstance(selection, Budget):
-        selection.prepare(_costs(pattern, shares))
+    chosen = SELECTIONS.build(config.selection) if config.selection is not None else None
+    selection = of_pattern or chosen or scorer.own_selection() or Uniform()
+    scorer.check_selection(selection)
+    sparsity = config.sparsity if config.sparsity is not None else pattern.fixed_sparsity
+    units = find_units(model, pattern, config.target_names, config.exclude_names)
+    selection.prepare_units(units, pattern)
     # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
     final = 1.0 if sparsity is None else float(sparsity)
-    return Plan(group, scorer, pattern, selection, SCHEDULES.build(group.schedule), final, shares)
+    return PruningGroup(config, scorer, pattern, selection, SCHEDULES.build(config.schedule), final, units)
 
 
-def _costs(pattern: Pattern, shares: list[list[Share]]) -> list[Costs]:
-    """Return what the groups of each unit cost.
-
-    Raises:
-        PatternError: if removing a group makes no layer smaller.
-    """
-    if not isinstance(pattern, Structure):
-        raise PatternError(
-            "selection 'budget' counts what is left when heads, neurons or sub-blocks are cut out, but pattern "
-            f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron' or 'layer', "
-            "or ask for a sparsity"
-        )
-    costs = []
-    for output, *inputs in shares:
-        width, rows = output.layer.out_features, output.layer.in_features
-        (groups,) = output.pattern.groups_shape((width, rows))
-        # Three layers go into an attention, and one or two into a feed-forward part.
-        kind: Literal["attention", "feed_forward"] = "attention" if len(inputs) == 3 else "feed_forward"
-        costs.append(Costs(kind, width, groups, rows // groups, len(inputs)))
-    return costs
-
-
-def warn_of_freed_zeros(plans: list[Plan]) -> None:
+def warn_of_freed_zeros(groups: Sequence[PruningGroup]) -> None:
     """Warn if zeros that weights have kept since an earlier pruning would train again, which few expect."""
     freed = []
-    for plan in plans:
+    for group in groups:
         # Masks that begin with the smallest weights cover the zeros, if they begin with as many of them.
-        smallest = isinstance(plan.pattern, Element) and (plan.scorer.regrows or plan.scorer.name == "magnitude")
-        for name, layer in plan.layers.items():
+        smallest = isinstance(group.pattern, Element) and group.scorer.keeps_largest
+        for name, layer in group.layers.items():
             if keeps_zeros(layer) and not layer.weight.is_meta:  # offloaded: attaching refuses it
                 left = int(torch.count_nonzero(layer.weight))
-                covered = smallest and kept_count(layer.weight.numel(), plan.sparsity_at(0.0)) <= left
+                covered = smallest and kept_count(layer.weight.numel(), group.sparsity_at(0.0)) <= left
                 freed += [] if covered or left == layer.weight.numel() else [f"{name}.weight"]
     if freed:
         logger.warning(
@@ -205,11 +219,11 @@ def warn_of_freed_zeros(plans: list[Plan]) -> None:
         )
 
 
-def check_disjoint(plans: list[Plan]) -> None:
+def check_disjoint(groups: Sequence[PruningGroup]) -> None:
     """Raise `RecipeError` if a weight is in two groups."""
     owner: dict[str, int] = {}
-    for index, plan in enumerate(plans):
-        for name in plan.layers:
+    for index, group in enumerate(groups):
+        for name in group.layers:
             if name in owner:
                 raise RecipeError(
                     f"'{name}' is in group {owner[name]} and in group {index}, but a weight has one mask. Exclude it "
@@ -240,34 +254,34 @@ def joined(model: nn.Module, earlier: SparsityConfig, later: SparsityConfig) -> 
 
 
 def _layers_of(model: nn.Module, group: GroupConfig) -> list[str]:
-    """Return the layers that a group means; none if the model has changed so much since that nothing fits."""
+    """Return the layers that a group targets; none if the model has changed so much since that nothing fits."""
     try:
-        units = find_shares(model, PATTERNS.build(group.pattern), group.target_names, group.exclude_names)
+        units = find_units(model, PATTERNS.build(group.pattern), group.target_names, group.exclude_names)
     except RecipeError:
         return []
-    return [share.name for unit in units for share in unit]
+    return [member.layer_name for unit in units for member in unit.members]
 
 
-def check_shards(plan: Plan) -> None:
-    """Raise `RecipeError` if the weights are sharded and the scores of this plan cannot be computed on shards."""
-    if any(isinstance(hidden(unit.module), DTensor) for unit in plan.units):
-        refuse_shards(plan)
+def check_shards(group: PruningGroup) -> None:
+    """Raise `RecipeError` if the weights are sharded and the scores of this group cannot be computed on shards."""
+    if any(isinstance(hidden(unit.module), DTensor) for unit in group.units):
+        refuse_shards(group)
 
 
-def refuse_shards(plan: Plan) -> None:
-    """Raise `RecipeError` if this plan does not work on weights that are going to be sharded."""
-    if plan.scorer.observes or plan.scorer.regrows or not (plan.scorer.learned or isinstance(plan.pattern, Element)):
+def refuse_shards(group: PruningGroup) -> None:
+    """Raise `RecipeError` if this group does not work on weights that are going to be sharded."""
+    if not group.scorer.works_on_shards(group.pattern):
         raise RecipeError(
-            f"scorer '{plan.scorer.name}' with pattern {plan.pattern.name} does not work on weights that fully_shard "
+            f"scorer '{group.scorer.name}' with pattern {group.pattern.name} does not work on weights that fully_shard "
             "has divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
         )
-    if isinstance(plan.selection, WithinInputs | Budget):
+    if not group.selection.works_on_shards:
         raise RecipeError(
-            f"pattern {plan.pattern} with selection '{plan.selection.name}' does not work on weights that fully_shard "
-            "has divided. Use selection 'uniform' or 'global'"
+            f"pattern {group.pattern} with selection '{group.selection.name}' does not work on weights that "
+            "fully_shard has divided. Use selection 'uniform' or 'global'"
         )
-    types = {str(tensor.dtype).removeprefix("torch.") for tensor in [*plan.hidden, *plan.scores]}
-    if plan.scores and len(types) > 1:
+    types = {str(tensor.dtype).removeprefix("torch.") for tensor in [*group.hidden, *group.scores]}
+    if group.scores and len(types) > 1:
         raise RecipeError(
             f"fully_shard wants one data type, but weights and scores are {' and '.join(sorted(types))}. Give the "
             "scorer the dtype of the weights"

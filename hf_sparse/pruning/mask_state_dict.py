@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..errors import CheckpointError
-from ..formats.codecs.base import as_bits, unpack_bits
+from ..formats.codecs.base import as_bits
 from ..formats.codecs.bitmask import expand
 from .masked_weight import MaskedWeight, apply_mask, check_free, hidden, masked_weight, placed_as
+from .state_fields import HIDDEN, KEPT
 
 
 def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:
@@ -101,12 +102,12 @@ def training_state(module: nn.Module) -> dict[str, Tensor]:
     dense = hidden(module).detach()
     if masked.sealed:
         return {"": dense}
-    state = {"": apply_mask(dense, masked.mask), "_kept": masked.mask, "_hidden": dense}
-    if masked.scores is not None:
-        state["_scores"] = masked.scores.detach()
-    if masked.importance is not None:
-        state["_importance"] = masked.importance
-    return state | {f"_{name}": tensor.clone() for name, tensor in masked.shared.items()}
+    state = {"": apply_mask(dense, masked.mask)}
+    for field in (KEPT, HIDDEN, *masked.fields):
+        tensor = field.encode(masked, dense)
+        if tensor is not None:
+            state[field.suffix] = tensor
+    return state
 
 
 def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -125,23 +126,20 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             )
         return
     weight = _unpacked(state.pop(name), state.pop(f"{name}_mask", None), masked.mask.shape, name)
-    kept, dense = state.pop(f"{name}_kept", None), state.pop(f"{name}_hidden", None)
-    state[inner + "0.mask"] = masked.mask if kept is None else _flags(kept, masked.mask.shape, f"{name}_kept")
-    whole = weight if dense is None else _under(weight, dense, state[inner + "0.mask"], name)
-    state[inner + "original"] = placed_as(whole, place)
+    kept, dense = state.pop(name + KEPT.suffix, None), state.pop(name + HIDDEN.suffix, None)
+    mask = masked.mask if kept is None else KEPT.decode(masked, kept, name + KEPT.suffix)
+    assert mask is not None
+    state[inner + "0.mask"] = mask
+    state[inner + "original"] = placed_as(weight if dense is None else _under(weight, dense, mask, name), place)
     alone = kept is None and dense is None
-    for suffix, present in (("scores", masked.scores), ("importance", masked.importance)):
-        if f"{name}_{suffix}" in state:
-            given = state.pop(f"{name}_{suffix}")
-            state[f"{inner}0.{suffix}"] = given if present is None else placed_as(given, present)
-        elif alone and present is not None:  # a plain dense weight brings none: what is there stays, as the mask does
-            state[f"{inner}0.{suffix}"] = present.detach()
-    for suffix, tensor in masked.shared.items():
-        if f"{name}_{suffix}" in state:
-            given = state.pop(f"{name}_{suffix}")
-            if given.shape != tensor.shape or not bool(torch.isfinite(given).all()):
-                raise CheckpointError(f"'{name}_{suffix}' is no finite number, so this training cannot go on from it")
-            tensor.copy_(given)
+    for field in masked.fields:
+        key, present = name + field.suffix, getattr(masked, field.name, None)
+        if key in state:
+            tensor = field.decode(masked, state.pop(key), key)
+        else:  # a plain dense weight brings none: what is there stays, as the mask does
+            tensor = present.detach() if alone and present is not None else None
+        if tensor is not None:
+            state[f"{inner}0.{field.name}"] = tensor
 
 
 def _unpacked(weight: Tensor, mask: Tensor | None, shape: torch.Size, name: str) -> Tensor:
@@ -153,14 +151,6 @@ def _unpacked(weight: Tensor, mask: Tensor | None, shape: torch.Size, name: str)
             "pruned takes training checkpoints and dense weights; load anything else with from_pretrained"
         )
     return expand(mask.cpu().numpy(), as_bits(weight.cpu()), shape.numel()).view(weight.dtype).view(shape)
-
-
-def _flags(kept: Tensor, shape: torch.Size, name: str) -> Tensor:
-    if kept.dtype == torch.bool and kept.shape == shape:
-        return kept
-    if kept.dtype != torch.uint8 or kept.shape != (-(-shape.numel() // 8),):
-        raise CheckpointError(f"'{name}' does not fit the weight of shape {tuple(shape)}")
-    return torch.from_numpy(unpack_bits(kept.cpu().numpy(), shape.numel(), name)).view(shape)
 
 
 def _under(weight: Tensor, dense: Tensor, kept: Tensor, name: str) -> Tensor:

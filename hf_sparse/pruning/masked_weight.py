@@ -1,11 +1,12 @@
 """The mask on a weight: a torch parametrisation, so that an `nn.Linear` stays an `nn.Linear`.
 
 While a weight is masked, `module.weight` is the masked weight and `hidden(module)` the dense one underneath, which the
-optimizer trains. How such a module looks in a state dict is in `attaching`.
+optimizer trains. How such a module looks in a state dict is in `mask_state_dict`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,6 @@ from torch.nn.utils import parametrize
 from ..errors import RecipeError
 from ..modeling.masked_values import mask_values, masks_by_bits
 from .patterns import Pattern
-
-STATE_SUFFIXES = ("_kept", "_hidden", "_scores", "_importance", "_strength", "_level", "_renewals")
-"""Endings of the keys that only a training that goes on needs; everyone else ignores them."""
 
 
 class _Masked(torch.autograd.Function):
@@ -107,48 +105,38 @@ class MaskedWeight(nn.Module):
     Args:
         weight: the weight it will be put on; only its shape, dtype and device are read.
         pattern: which entries form a group.
-        learned: data type of the scores to own, one parameter per group, started at 0; None = the method learns none.
-        observes: whether to gather the dense gradient for a scorer that looks at it, while `watching`.
-        forgets: whether what the scorer keeps of it is only there between a step and the update after it.
-        shared: tensors of the method that all its masks share and that have to be in a checkpoint.
+        fields: what a state dict holds of the method beside the mask, `StateField`s.
+        shared: numbers of the method that all its masks share and that have to be in a checkpoint.
         exit: the mask of the weight by which the groups leave, if this is another weight of the same groups. It owns
             the scores.
+
+    Attributes:
+        scores: learned scores, one per group, if the method has them.
+        watching: whether to gather the dense gradient of backward passes, in `gathered`.
     """
 
     mask: Tensor
     scores: nn.Parameter | None
-    importance: Tensor | None
 
     def __init__(
         self,
         weight: Tensor,
         pattern: Pattern,
-        *,
-        learned: torch.dtype | None = None,
-        observes: bool = False,
-        forgets: bool = False,
-        shared: dict[str, Tensor] | None = None,
+        fields: Sequence[Any] = (),
+        shared: Mapping[str, Tensor] | None = None,
         exit: MaskedWeight | None = None,  # noqa: A002  what it is
     ) -> None:
         super().__init__()
         self.pattern = pattern
         self._exit = (exit,)  # in a tuple, so that it is no submodule of this one too
-        self.shared = shared or {}
+        self.fields = tuple(fields)
+        self.shared = dict(shared or {})
         self.gathered: Tensor | None = None
-        self.watching = observes
-        self.forgets = forgets
+        self.watching = False
         self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
         self.sealed = False  # the zeros are permanent, and nothing goes on from here
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
-        scores = None
-        if learned is not None and exit is None:
-            shape = pattern.groups_shape(tuple(weight.shape))
-            scores = nn.Parameter(torch.zeros(shape, dtype=learned, device=weight.device))
-        self.register_parameter("scores", scores)
-        importance = (
-            torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) if observes and not forgets else None
-        )
-        self.register_buffer("importance", importance)
+        self.register_parameter("scores", None)
 
     def forward(self, weight: Tensor) -> Tensor:
         (leader,) = self._exit

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..config.sparsity import SparsityConfig
@@ -41,19 +40,19 @@ def sparsify(
         16
     """
     pruner = Pruner(model, config)
-    for plan in pruner.plans:
-        name, looks = plan.scorer.name, plan.scorer.observes or plan.scorer.measures
-        if plan.scorer.learned:
+    for group in pruner.groups:
+        name = group.scorer.name
+        if group.scorer.source == "training":
             raise RecipeError(
                 f"scorer '{name}' learns from training, so it cannot prune in one shot. Use 'magnitude' here, or "
                 "SparsityCallback with a Trainer"
             )
-        if looks and batches is None:
+        if group.scorer.source != "weights" and batches is None:
             raise RecipeError(
                 f"scorer '{name}' looks at data. Give sparsify some batches with labels (hf-sparse prune: --data), or "
                 "use 'magnitude', which needs none"
             )
-    if batches is not None and not any(plan.scorer.observes or plan.scorer.measures for plan in pruner.plans):
+    if batches is not None and all(group.scorer.source == "weights" for group in pruner.groups):
         raise RecipeError("there are batches, but no scorer looks at data: gradient, taylor and head_importance do")
     alive = _alive_before(pruner)
     pruner.put_masks()
@@ -73,28 +72,20 @@ def sparsify(
 def _alive_before(pruner: Pruner) -> dict[str, Tensor]:
     """Return which groups are left of each unit with a weight that an earlier pruning made sparse, by its name."""
     sparse = set(sparse_weights(pruner.model))
-    units = [unit for plan in pruner.plans for unit in plan.shares]
-    return {
-        f"{unit[0].name}.weight": torch.stack([m.pattern.pool((m.layer.weight != 0).float(), "sum") for m in unit]).sum(
-            0
-        )
-        > 0
-        for unit in units
-        if any(f"{member.name}.weight" in sparse for member in unit)
-    }
+    return {unit.name: unit.alive() for unit in pruner.units if any(member.name in sparse for member in unit.members)}
 
 
 def _check_not_sparser(pruner: Pruner, alive: dict[str, Tensor]) -> None:
     """Raise `RecipeError` if masks would keep more than an earlier pruning has left: it cannot be brought back."""
-    for plan in pruner.plans:
-        if plan.config.sparsity is None:
+    for group in pruner.groups:
+        if group.config.sparsity is None:
             continue  # where the pattern or the selection decides, anything that is sparser fulfils it too
-        units = [unit for unit in plan.units if unit.name in alive]
+        units = [unit for unit in group.units if unit.name in alive]
         left, kept = sum(int(alive[u.name].sum()) for u in units), sum(int(u.kept().sum()) for u in units)
         if left + len(units) < kept:
             total = sum(unit.groups for unit in units)
             raise RecipeError(
-                f"sparsity {plan.sparsity:g} was requested, but '{units[0].name}' and {len(units) - 1} more weights "
+                f"sparsity {group.sparsity:g} was requested, but '{units[0].name}' and {len(units) - 1} more weights "
                 f"are at {1 - left / total:.4f} since an earlier pruning, and removed weights cannot be restored. "
                 "Request a higher sparsity, exclude these weights, or start from the dense model"
             )

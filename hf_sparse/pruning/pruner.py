@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,22 +11,21 @@ from torch import Tensor, nn
 
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError, SparsityError
+from ..modeling.integration import integration_of
 from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import mark_sparse_weights
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
-from .group import check_disjoint, check_shards, make_plan
-from .masked_weight import check_free, hidden
+from .group import bind_group, check_disjoint, check_shards
+from .masked_weight import hidden
 from .patterns import Structure
 from .score_warmup import warm_up
+from .scorers import HeadImportance
 from .summary import Summary, summarize
-from .unit import Unit, attach_unit
+from .unit import Unit
 
 logger = logging.getLogger(__name__)
-
-after_attach: list[Callable[[nn.Module, SparsityConfig], None]] = []
-"""Called with every model that is given masks. The Hugging Face floor hangs itself in here to prepare saving."""
 
 
 class Pruner:
@@ -63,8 +62,8 @@ class Pruner:
     def __init__(self, model: nn.Module, config: SparsityConfig | Mapping[str, Any]) -> None:
         self.model = model
         self.config = SparsityConfig.of(config)
-        self.plans = [make_plan(model, group) for group in self.config.groups]
-        check_disjoint(self.plans)
+        self.groups = [bind_group(model, group) for group in self.config.groups]
+        check_disjoint(self.groups)
         self.attached = False
         self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
         self.progress = 0.0  # of the last `step`
@@ -82,10 +81,9 @@ class Pruner:
         self.mark()
         frozen = [
             member.name
-            for plan in self.plans
-            if not plan.scorer.learned
-            for unit in plan.units
-            for member in unit.members
+            for group in self.groups
+            if group.scorer.source != "training"
+            for member in group.members
             if not hidden(member.module).requires_grad
         ]
         if frozen:
@@ -97,34 +95,25 @@ class Pruner:
 
     def put_masks(self) -> None:
         """Put the masks on, and change nothing else of the model; `attach` without `mark`."""
-        for plan in self.plans:
-            for name, layer in plan.layers.items():
-                check_free(layer, f"{name}.weight")
-                if plan.scorer.observes and not layer.weight.requires_grad:
-                    raise RecipeError(
-                        f"scorer '{plan.scorer.name}' looks at gradients, but '{name}.weight' is frozen "
-                        "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
-                    )
-        layers = [layer for plan in self.plans for layer in plan.layers.values()]
+        for group in self.groups:
+            group.check_free()
+        layers = [layer for group in self.groups for layer in group.layers.values()]
         self._kept_zeros = [layer for layer in layers if keeps_zeros(layer)]
         free_zeros(layers)  # of an earlier pruning: from here on the masks decide
-        for plan in self.plans:
-            weights = [layer.weight for layer in plan.layers.values()]
-            shared = plan.scorer.shared_state(sum(weight.numel() for weight in weights))
-            plan.units = [attach_unit(unit, plan.scorer, shared) for unit in plan.shares]
-        self._presence = Presence(self.model, [member for unit in self.units for member in unit.members])
-        learned = [plan for plan in self.plans if plan.scores]
-        self._optimizers = SteppedOptimizers([weight for plan in learned for weight in plan.hidden])
+        for group in self.groups:
+            group.attach()
+        self._presence = Presence(self.model, [member for group in self.groups for member in group.members])
+        learned = [group for group in self.groups if group.scores]
+        self._optimizers = SteppedOptimizers([weight for group in learned for weight in group.hidden])
         self.attached = True
 
     def mark(self) -> None:
         """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
-        names = [name for plan in self.plans for name in plan.layers]
+        names = [name for group in self.groups for name in group.layers]
         mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
-        if any(plan.config.target_names is None and not isinstance(plan.pattern, Structure) for plan in self.plans):
+        if any(group.config.target_names is None and not isinstance(group.pattern, Structure) for group in self.groups):
             warn_of_missed(self.model, names)
-        for prepare in after_attach:
-            prepare(self.model, self.config)
+        integration_of(self.model).after_attach(self.model, self.config)
 
     @torch.no_grad()
     def detach(self) -> nn.Module:
@@ -133,20 +122,19 @@ class Pruner:
         Weights that an earlier pruning made sparse keep their zeros again.
         """
         self._must_be_attached()
-        for unit in self.units:
-            unit.keep_all()
-            unit.bake()
+        for group in self.groups:
+            for unit in group.units:
+                unit.keep_all()
+            group.bake()
         keep_zeros(self._kept_zeros)
         self._optimizers.close()
-        for plan in self.plans:
-            plan.units = []
         self.attached = False
         return self.model
 
     @property
     def units(self) -> list[Unit]:
         """All units of all groups."""
-        return [unit for plan in self.plans for unit in plan.units]
+        return [unit for group in self.groups for unit in group.units]
 
     @torch.no_grad()
     def step(self, progress: float, step: int | None = None) -> None:
@@ -165,14 +153,14 @@ class Pruner:
             raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
         self.progress = progress
         self._presence.check()
-        self._optimizers.check([scores for plan in self.plans for scores in plan.scores])
-        for plan in self.plans:
+        self._optimizers.check([scores for group in self.groups for scores in group.scores])
+        for group in self.groups:
             scored = False
-            if plan.due(progress, step):
-                check_shards(plan)
-                scored = plan.renew(progress)
-            if not scored or plan.suspicious:
-                plan.check_finite()
+            if group.due(progress, step):
+                check_shards(group)
+                scored = group.renew(progress)
+            if not scored or group.suspicious:
+                group.check_finite()
 
     def observe(self, scale: float = 1.0) -> None:
         """Show this step's gradients to the scorers that look at them; call it between backward and optimizer step.
@@ -183,10 +171,8 @@ class Pruner:
         """
         self._must_be_attached()
         with torch.no_grad():
-            for plan in self.plans:
-                if plan.scorer.observes:
-                    finite = [unit.observe(plan.scorer, scale) for unit in plan.units]
-                    plan.suspicious = plan.suspicious or not all(finite)
+            for group in self.groups:
+                group.observe(scale)
 
     def measure(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Show data to the scorers that look at gradients or measure heads, without training; then call `step`.
@@ -202,8 +188,9 @@ class Pruner:
             PatternError: if heads are to be measured in a group that has none.
         """
         self._must_be_attached()
-        observing = [(plan.scorer, unit) for plan in self.plans if plan.scorer.observes for unit in plan.units]
-        measuring = [(plan.scorer, unit) for plan in self.plans if plan.scorer.measures for unit in plan.units]
+        pairs = [(group.scorer, unit) for group in self.groups for unit in group.units]
+        observing = [(scorer, unit) for scorer, unit in pairs if scorer.source == "gradients"]
+        measuring = [(scorer, unit) for scorer, unit in pairs if isinstance(scorer, HeadImportance)]
         if observing and measuring:
             batches = list(batches)
         if observing:
@@ -214,12 +201,12 @@ class Pruner:
     @property
     def has_penalty(self) -> bool:
         """Whether any group adds a term to the loss."""
-        return any(plan.scorer.penalized for plan in self.plans)
+        return any(group.scorer.penalized for group in self.groups)
 
     def penalty(self) -> Tensor:
         """Return what is to be added to the loss: a scalar, 0 for methods without a loss term."""
         self._must_be_attached()
-        terms = [plan.scorer.penalty(plan.scores) for plan in self.plans if plan.scorer.penalized]
+        terms = [group.scorer.penalty(group.scores) for group in self.groups if group.scorer.penalized]
         device = next(self.model.parameters()).device
         return torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
 
@@ -229,9 +216,9 @@ class Pruner:
         Scorers that warm up have groups of their own; `warm_up` changes their rate.
         """
         rates: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for plan in self.plans:
-            for scores in plan.scores:
-                rates.setdefault((plan.scorer.learning_rate, plan.scorer.warmup), []).append(scores)
+        for group in self.groups:
+            for scores in group.scores:
+                rates.setdefault((group.scorer.learning_rate, group.scorer.warmup), []).append(scores)
         return [{"params": scores, "lr": rate, "weight_decay": 0.0} for (rate, _), scores in rates.items()]
 
     def warm_up(self, optimizer: torch.optim.Optimizer) -> None:
@@ -240,12 +227,12 @@ class Pruner:
         Args:
             optimizer: made of `parameter_groups` or `score_groups`; a scheduler may change their rates as it likes.
         """
-        if any(plan.scorer.warmup for plan in self.plans):
+        if any(group.scorer.warmup for group in self.groups):
             warm_up(optimizer, self._warmth)
 
     def _warmth(self) -> dict[Tensor, float]:
-        warming = [plan for plan in self.plans if plan.scorer.warmup > self.progress]
-        return {scores: self.progress / plan.scorer.warmup for plan in warming for scores in plan.scores}
+        warming = [group for group in self.groups if group.scorer.warmup > self.progress]
+        return {scores: self.progress / group.scorer.warmup for group in warming for scores in group.scores}
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Return optimizer groups for the whole model: its own parameters, then `score_groups`."""
@@ -263,17 +250,17 @@ class Pruner:
         """
         self._must_be_attached()
         self._presence.check()
-        for plan in self.plans:
-            if plan.selection.decides_sparsity:
+        for group in self.groups:
+            if group.selection.decides_sparsity:
                 continue
-            masks = [unit.kept() for unit in plan.units]
+            masks = [unit.kept() for unit in group.units]
             groups = sum(mask.numel() for mask in masks)
             kept = sum(int(torch.count_nonzero(mask)) for mask in masks)
             # Each unit may keep one more than its share; where it has but one group, units compete instead.
-            allowed = max(1, int((1.0 - plan.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
+            allowed = max(1, int((1.0 - group.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
             if kept > allowed:
                 raise SparsityError(
-                    f"asked for sparsity {plan.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
+                    f"asked for sparsity {group.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
                     "not renewed at the end of the schedule. Call step(progress=1.0) before bake()"
                 )
 
@@ -285,13 +272,10 @@ class Pruner:
         have no effect on anything any more, and state dicts are those of the plain model.
         """
         self._must_be_attached()
-        modules = [member.module for unit in self.units for member in unit.members]
-        for unit in self.units:
-            unit.bake()
-        keep_zeros(modules)
+        for group in self.groups:
+            group.bake()
+        keep_zeros([member.module for group in self.groups for member in group.members])
         self._optimizers.close()
-        for plan in self.plans:
-            plan.units = []
         self.attached = False
         return self.model
 
@@ -308,22 +292,22 @@ class Pruner:
         self._must_be_attached()
         out: dict[str, float] = {}
         zeros = total = 0
-        for index, plan in enumerate(self.plans):
-            tail = f"_{index}" if len(self.plans) > 1 else ""
-            masks = [member.masked.mask for unit in plan.units for member in unit.members]
+        for index, group in enumerate(self.groups):
+            tail = f"_{index}" if len(self.groups) > 1 else ""
+            masks = [member.masked.mask for unit in group.units for member in unit.members]
             size = sum(mask.numel() for mask in masks)
             removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
             zeros, total = zeros + removed, total + size
             if tail:
                 out[f"sparsity{tail}"] = removed / size
-            for key, value in (plan.scorer.logs(plan.selection.threshold) | plan.selection.logs()).items():
+            for key, value in (group.scorer.logs(group.selection.threshold) | group.selection.logs()).items():
                 out[key + tail] = value
-            if plan.scores:
-                squares = sum(float(score.detach().double().square().sum()) for score in plan.scores)
+            if group.scores:
+                squares = sum(float(score.detach().double().square().sum()) for score in group.scores)
                 out[f"score_norm{tail}"] = squares**0.5
-            if plan.scorer.penalized:
+            if group.scorer.penalized:
                 with torch.no_grad():
-                    out[f"penalty{tail}"] = float(plan.scorer.penalty(plan.scores))
+                    out[f"penalty{tail}"] = float(group.scorer.penalty(group.scores))
         return {"sparsity": zeros / total, **out}
 
     def _must_be_attached(self) -> None:

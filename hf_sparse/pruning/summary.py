@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import SparsityError
 from ..modeling.blocks import block_coverage
+from ..modeling.integration import integration_of
 from ..modeling.layer_matching import NEGLIGIBLE, block_layers
 from ..modeling.model_state import SPARSE_WEIGHTS, sparse_weights
 from .masked_weight import MaskedWeight
-
-read_offloaded: list[Callable[[nn.Module, str], Tensor | None]] = []
-"""Asked for a weight that is on the meta device. The Hugging Face floor reads here what accelerate has offloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +173,10 @@ def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()  # every process has to ask
     if weight.is_meta:
-        found = [stored for read in read_offloaded if (stored := read(model, name)) is not None]
-        if not found:
+        stored = integration_of(model).read_offloaded(model, name)
+        if stored is None:
             raise SparsityError(f"'{name}' is on the meta device and offloaded nowhere, so it has no values to count")
-        weight = found[0].detach()
+        weight = stored.detach()
     if (
         attribute == "weight"
         and isinstance(module, nn.Linear)

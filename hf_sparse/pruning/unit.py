@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,49 +17,64 @@ from ..modeling.layer_matching import match_layers
 from .mask_state_dict import attach_mask, bake_mask
 from .masked_weight import MaskedWeight, hidden, placed_as
 from .patterns import Pattern, Structure
-from .scorers import Scorer
+from .state_fields import StateField
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """One layer whose weight is to be a member of a unit.
+@dataclasses.dataclass(eq=False)
+class Member:
+    """One weight of a unit.
 
     Attributes:
-        name: of the layer in the model.
-        layer: itself.
-        pattern: which entries of its weight belong to a group.
-        has_bias: whether its bias belongs to the groups too, one entry with each row.
+        layer_name: name of its layer in the model.
+        module: the layer.
+        pattern: which entries of the weight belong to a group.
+        has_bias: whether the bias of the layer belongs to the groups too, one entry with each row.
+        mask: on the weight, while it is attached.
+        gradient: of the loss of this optimizer step with respect to the masked weight, dense, while the scorer looks
+            at it.
     """
 
-    name: str
-    layer: nn.Linear
+    layer_name: str
+    module: nn.Linear
     pattern: Pattern
     has_bias: bool = False
+    mask: MaskedWeight | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+        return f"{self.layer_name}.weight"
+
+    @property
+    def masked(self) -> MaskedWeight:
+        """The mask.
+
+        Raises:
+            SparsityError: if there is none at the moment.
+        """
+        if self.mask is None:
+            raise SparsityError(f"'{self.name}' has no mask: call Pruner.attach() first (bake() takes it off)")
+        return self.mask
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weight under the mask, without its history."""
+        return hidden(self.module).detach()
 
 
-@dataclasses.dataclass
-class Member:
-    """One masked weight of a unit; `name` is of the weight, `masked` the mask on it, the rest as in `Share`."""
-
-    name: str
-    module: nn.Module
-    masked: MaskedWeight
-    pattern: Pattern
-    has_bias: bool = False
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Unit:
     """Weights that share one vector of groups.
 
     Attributes:
         members: at least one. The first is where the groups leave (the output layer of an attention), and has the
             scores if they are learned: one for each group, with the gradient summed over all members.
-        measured: the score of each group from a pass over data, for scorers that `measures`.
+        kind: of the sub-block, "attention" or "feed_forward"; None for a weight alone.
     """
 
     members: list[Member]
-    measured: Tensor | None = None
+    kind: str | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +82,7 @@ class Unit:
         return self.members[0].name
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> nn.Linear:
         """Layer of the first weight."""
         return self.members[0].module
 
@@ -81,47 +96,34 @@ class Unit:
         """How the first weight is divided."""
         return self.members[0].pattern
 
-    def group_scores(self, scorer: Scorer) -> Tensor:
-        """Return the score of each group: the learned one, or the mean over all its entries in all members."""
-        if self.masked.scores is not None:
-            return self.masked.scores.detach()
-        if scorer.measures:
-            if self.measured is None:
-                raise SparsityError(
-                    f"scorer '{scorer.name}' has seen no data: call Pruner.measure(batches), or sparsify with batches"
-                )
-            return self.measured
-        return self._pooled([self._element_scores(scorer, member) for member in self.members])
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return math.prod(self.pattern.groups_shape((self.module.out_features, self.module.in_features)))
 
-    def regrown_scores(self, scorer: Scorer, place: int, progress: float) -> Tensor:
-        """Return the scores of a scorer that regrows; `place` is the number of this unit in its plan."""
-        kept, seen = self.kept(), [member.masked.importance for member in self.members]
-        complete = [one for one in seen if one is not None]
-        gradient = self._pooled(complete) if len(complete) == len(seen) else None
-        return scorer.regrow(self.group_scores(scorer), kept, scorer.growth(gradient, kept, place), progress)
+    def pool(self, elements: Sequence[Tensor]) -> Tensor:
+        """Return the score of each group: the mean over all its entries in all members.
 
-    def _pooled(self, elements: Sequence[Tensor]) -> Tensor:
+        Args:
+            elements: for each member a score per entry.
+        """
         if len(self.members) == 1:
             return self.pattern.pool(elements[0])
         sums = [m.pattern.pool(tensor.float(), "sum") for m, tensor in zip(self.members, elements, strict=True)]
         total = torch.stack(sums).sum(0)
         return total * (total.numel() / sum(member.masked.mask.numel() for member in self.members))
 
-    @staticmethod
-    def _element_scores(scorer: Scorer, member: Member) -> Tensor:
-        return scorer.element_scores(hidden(member.module).detach(), member.masked.importance)
-
-    @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return math.prod(self.pattern.groups_shape(tuple(self.masked.mask.shape)))
-
     def kept(self) -> Tensor:
         """Return which groups are kept, one bool per group."""
         return self.pattern.pool(self.masked.mask.float(), "sum") > 0
 
+    def alive(self) -> Tensor:
+        """Return which groups have an entry that is not zero in any weight; for weights without masks."""
+        counts = [member.pattern.pool((member.module.weight != 0).float(), "sum") for member in self.members]
+        return torch.stack(counts).sum(0) > 0
+
     def keep(self, groups: Tensor) -> None:
-        """Keep the groups that are True, remove the others; every process has the whole mask, whatever is sharded."""
+        """Keep the groups that are True, remove the others; every process has the full mask, whatever is sharded."""
         if isinstance(groups, DTensor):
             groups = groups.full_tensor()
         for member in self.members:
@@ -139,14 +141,20 @@ class Unit:
         for member in self.members:
             member.masked.mask.fill_(True)
 
-    def observe(self, scorer: Scorer, scale: float = 1.0) -> bool:
-        """Show the scorer the gradients gathered since the last optimizer step, averaged over all processes.
+    def watch(self, watching: bool) -> None:
+        """Gather the dense gradient in the backward passes that follow, or do not."""
+        for member in self.members:
+            member.masked.watching = watching
+
+    def take_gradients(self, scale: float = 1.0) -> bool:
+        """Give each member the gradient gathered since the last optimizer step, averaged over all processes.
 
         Args:
             scale: of the loss that they are gradients of.
 
         Returns:
-            Whether they were finite; the scorer sees no others.
+            Whether they were finite; otherwise no member has one. A loss scaler that overflowed skips its step, and
+            the scores must not remember it.
         """
         gathered = []
         for member in self.members:
@@ -157,23 +165,37 @@ class Unit:
             for _, gradient in gathered:
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()
-        # A loss scaler that overflowed skips its step; the scores must not remember it.
         finite = all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered)
-        if finite:
-            for member, gradient in gathered:
-                # Sums over steps would otherwise be of the steps with the highest scale, which changes by powers of 2.
-                gradient /= scale
-                if member.masked.importance is None:
-                    member.masked.importance = torch.zeros_like(gradient)
-                scorer.observe(member.masked.importance, hidden(member.module).detach(), gradient)
+        for member, gradient in gathered:
+            # Sums over steps would otherwise be of the steps with the highest scale, which changes by powers of 2.
+            member.gradient = gradient.div_(scale) if finite else None
         return finite
 
-    def watch(self, scorer: Scorer, progress: float) -> None:
-        """Gather the gradient of the next step only if the scorer wants it, and let go of what it forgets."""
+    def drop_gradients(self) -> None:
+        """Forget the gradients of `take_gradients`."""
         for member in self.members:
-            member.masked.watching = scorer.watches(progress)
-            if member.masked.forgets:
-                member.masked.importance = None
+            member.gradient = None
+
+    def make_masks(self, fields: Sequence[StateField], shared: Mapping[str, Tensor]) -> None:
+        """Make masks that keep everything, and do not put them on yet.
+
+        Args:
+            fields: what a state dict holds of the method.
+            shared: numbers of the method that all masks of its group share.
+        """
+        leader: MaskedWeight | None = None
+        for member in self.members:
+            member.mask = MaskedWeight(member.module.weight, member.pattern, fields, shared, exit=leader)
+            leader = leader or member.mask
+
+    def attach(self) -> None:
+        """Put the masks on the weights.
+
+        Raises:
+            RecipeError: as `attach_mask`.
+        """
+        for member in self.members:
+            attach_mask(member.module, member.masked, member.name)
 
     def bake(self) -> None:
         """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
@@ -184,12 +206,13 @@ class Unit:
                 # before this: behind it the exit is masked.
                 bias.data.masked_fill_(placed_as(~member.masked.mask.any(1), bias), 0.0)
             bake_mask(member.module)
+            member.mask = member.gradient = None
 
 
-def find_shares(
+def find_units(
     model: nn.Module, pattern: Pattern, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern]
-) -> list[list[Share]]:
-    """Return the layers of each unit that a pattern makes of the weights that are meant.
+) -> list[Unit]:
+    """Return the units that a pattern makes of the weights that are targeted; without masks.
 
     Raises:
         PatternError: if the pattern does not fit a weight, or needs an architecture that is not known.
@@ -198,38 +221,16 @@ def find_shares(
     if isinstance(pattern, Structure):
         blocks = match_sub_blocks(model, pattern.kinds, targets, exclude, f"pattern {pattern}")
         return [
-            [
-                Share(block.output_name, block.output, pattern.part(1, block.size)),
-                *(Share(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
-            ]
+            Unit(
+                [
+                    Member(block.output_name, block.output, pattern.part(1, block.size)),
+                    *(Member(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
+                ],
+                block.kind,
+            )
             for block in blocks
         ]
     layers = match_layers(model, targets, exclude)
     for name, layer in layers.items():
         pattern.check(tuple(layer.weight.shape), f"{name}.weight")
-    return [[Share(name, layer, pattern)] for name, layer in layers.items()]
-
-
-def attach_unit(shares: Sequence[Share], scorer: Scorer, shared: dict[str, Tensor]) -> Unit:
-    """Put masks that keep everything on the weights of a unit.
-
-    Args:
-        shared: see `Scorer.shared_state`.
-
-    Raises:
-        RecipeError: as `attach_mask`.
-    """
-    members: list[Member] = []
-    for share in shares:
-        masked = MaskedWeight(
-            share.layer.weight,
-            share.pattern,
-            learned=getattr(torch, scorer.dtype) if scorer.learned else None,
-            observes=scorer.observes,
-            forgets=scorer.forgets,
-            shared=shared,
-            exit=members[0].masked if members else None,
-        )
-        attach_mask(share.layer, masked, f"{share.name}.weight")
-        members.append(Member(f"{share.name}.weight", share.layer, masked, share.pattern, share.has_bias))
-    return Unit(members)
+    return [Unit([Member(name, layer, pattern)]) for name, layer in layers.items()]

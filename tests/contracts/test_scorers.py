@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hf_sparse.config.sparsity import SCORERS
-from hf_sparse.pruning.masked_weight import STATE_SUFFIXES, hidden
+from hf_sparse.pruning.masked_weight import hidden
+from hf_sparse.pruning.state_fields import state_suffixes
 from tests.helpers.layers import attached, two_layers
 
 # Those that measure heads on data have no part in training, and no scores for single weights.
-TRAINED = [name for name in SCORERS if not SCORERS[name].measures]
+TRAINED = [name for name in SCORERS if SCORERS[name].source != "heads"]
 
 
 @pytest.mark.parametrize("scorer", TRAINED)
@@ -52,7 +53,7 @@ def test_scorer_state_has_endings_that_savers_know(scorer: str) -> None:
     pruner = attached(model, scorer=scorer, sparsity=0.75)
     added = set(model.state_dict()) - plain
     assert added
-    assert all(key.endswith(STATE_SUFFIXES) and key[: key.rindex("_")] in plain for key in added)
+    assert all(key.endswith(state_suffixes()) and key[: key.rindex("_")] in plain for key in added)
     pruner.bake()
     assert set(model.state_dict()) == plain
 

@@ -137,14 +137,14 @@ def test_gradient_scorers_sum_over_steps_and_over_accumulated_batches() -> None:
         for x in batches:
             model(torch.tensor(x)).sum().backward()
         pruner.observe()
-    assert pruner.units[0].masked.importance.tolist() == [[8.0, 4.0]]  # type: ignore[union-attr]
+    assert pruner.units[0].masked.get_buffer("importance").tolist() == [[8.0, 4.0]]
 
     model = layer([[2.0, 10.0]])
     pruner = prune(model, sparsity=0.5, scorer={"name": "taylor", "momentum": 0.5})
     for x in [(1.0, -1.0), (-5.0, 1.0)]:
         model(torch.tensor(x)).sum().backward()
         pruner.observe()
-    assert pruner.units[0].masked.importance.tolist() == [[11.0, 15.0]]  # type: ignore[union-attr]
+    assert pruner.units[0].masked.get_buffer("importance").tolist() == [[11.0, 15.0]]
 
 
 def test_soft_movement_penalty_and_its_steering() -> None:
@@ -160,7 +160,7 @@ def test_soft_movement_penalty_and_its_steering() -> None:
     assert float(pruner.penalty().detach()) == pytest.approx(5.0 * 1.0202, rel=1e-3)
     with torch.no_grad():
         scores(pruner).copy_(torch.tensor([[-9.0, -8.0]]))
-    scorer: Any = pruner.plans[0].scorer
+    scorer: Any = pruner.groups[0].scorer
     before = float(scorer.strength)
     pruner.step(1.0)
     assert float(scorer.strength) < before

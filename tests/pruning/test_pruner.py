@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ GROUPS_KEPT = {"element": [32, 32], "block": [2, 2], "row": [2, 4], "column": [4
 
 
 @pytest.mark.parametrize("pattern", list(GROUPS_KEPT))
-@pytest.mark.parametrize("scorer", [name for name in SCORERS if not SCORERS[name].measures])
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source != "heads"])
 def test_pruner_keeps_exactly_what_was_asked(scorer: str, pattern: str) -> None:
     model = two_layers()
     how = {"sparsity": None if pattern == "n:m" else 0.75, "pattern": {"name": pattern, **OPTIONS.get(pattern, {})}}
@@ -69,7 +69,7 @@ def test_soft_movement_meets_the_scheduled_sparsity_over_all_weights_at_every_st
     pruner = attached(
         model, scorer="soft_movement", sparsity=0.9, schedule={"name": "linear", "begin": 0.0, "end": 1.0}
     )
-    for score in pruner.plans[0].scores:
+    for score in pruner.groups[0].scores:
         nn.init.normal_(score)
     pruner.step(step / 10)
     kept = [256, 232, 209, 186, 163, 140, 117, 94, 71, 48, 25][step]  # floor(256 (1 - 0.09 step))
@@ -150,7 +150,7 @@ def test_gradient_that_is_not_finite_leaves_the_scores_as_they_were(bad: float) 
     for x in ([3.0, -1.0], [bad, 1.0], [1.0, 1.0]):
         model(torch.tensor(x)).sum().backward()
         pruner.observe()
-    assert pruner.units[0].masked.importance.tolist() == [[4.0, 2.0]]  # type: ignore[union-attr]
+    assert pruner.units[0].masked.get_buffer("importance").tolist() == [[4.0, 2.0]]
 
 
 def test_observe_without_a_backward_pass_changes_nothing() -> None:
@@ -159,7 +159,7 @@ def test_observe_without_a_backward_pass_changes_nothing() -> None:
     model(torch.tensor([3.0, -1.0])).sum().backward()
     pruner.observe()
     pruner.observe()
-    assert pruner.units[0].masked.importance.tolist() == [[3.0, 1.0]]  # type: ignore[union-attr]
+    assert pruner.units[0].masked.get_buffer("importance").tolist() == [[3.0, 1.0]]
 
 
 def test_gradient_scores_see_removed_weights_so_that_they_can_come_back() -> None:
@@ -189,7 +189,7 @@ def test_importance_does_not_depend_on_the_scale_of_the_loss(scorer: str) -> Non
             scaler.update()
             optimizer.zero_grad()
         assert scaler.get_scale() == (8192.0 if enabled else 1.0)
-        found.append([unit.masked.importance for unit in pruner.units])
+        found.append([unit.masked.get_buffer("importance") for unit in pruner.units])
     for plain, scaled in zip(*found, strict=True):
         assert plain is not None
         assert bool(plain.any())
@@ -219,13 +219,13 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_importance(scorer:
         model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
         pruner.observe()
         masked = [unit.masked for unit in pruner.units]
-        found.append([mask.importance if mask.scores is None else mask.scores.grad for mask in masked])
+        found.append([mask.get_buffer("importance") if mask.scores is None else mask.scores.grad for mask in masked])
     assert all(tensor is not None and bool(tensor.any()) for tensor in found[0])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("scorer", [name for name in SCORERS if not SCORERS[name].measures])
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source != "heads"])
 def test_pruner_prunes_bfloat16_weights_to_the_exact_count(scorer: str) -> None:
     model = two_layers().to(torch.bfloat16)
     pruner = attached(model, scorer=scorer, sparsity=0.75, selection="uniform")
@@ -260,9 +260,9 @@ def test_copy_of_a_model_in_training_saves_loads_and_is_independent() -> None:
 def test_pruner_renews_masks_every_so_many_steps_and_where_the_ramp_ends() -> None:
     schedule = {"name": "linear", "begin": 0.0, "end": 0.7, "every": 4}
     pruner = attached(two_layers(), sparsity=0.75, schedule=schedule)
-    plan = pruner.plans[0]
-    assert [step for step in range(11) if plan.due(step / 10, step)] == [0, 4, 7, 8, 10]
-    assert plan.due(0.3, None)
+    group = pruner.groups[0]
+    assert [step for step in range(11) if group.due(step / 10, step)] == [0, 4, 7, 8, 10]
+    assert group.due(0.3, None)
 
 
 def test_pruner_keeps_its_masks_between_renewals() -> None:
@@ -375,8 +375,8 @@ def test_penalty_adds_up_over_groups() -> None:
     scorer = {"name": "soft_movement", "penalty_strength": 8.0}
     groups = [{"targets": name, "sparsity": 0.5, "scorer": scorer} for name in "02"]
     pruner = Pruner(two_layers(), SparsityConfig(groups=groups)).attach()
-    for plan in pruner.plans:
-        plan.scorer.adapt(None, 1.0)
+    for group in pruner.groups:
+        cast(Any, group.scorer).adapt(None, 1.0)
     assert float(pruner.penalty().detach()) == pytest.approx(8.0)  # 8 * sigmoid(0), twice
 
 

@@ -46,8 +46,8 @@ def test_exactly_half_is_kept(pattern: str, name: str) -> None:
     if pattern == "2:4" and name == "soft_movement":
         pytest.skip("2:4 has a selection of its own, soft_movement another")
     pruner, _ = trained("bfloat16", PATTERNS[pattern], name)
-    assert all(scores.dtype == torch.bfloat16 for scores in pruner.plans[0].scores)
-    assert any(bool(scores.any()) for scores in pruner.plans[0].scores)
+    assert all(scores.dtype == torch.bfloat16 for scores in pruner.groups[0].scores)
+    assert any(bool(scores.any()) for scores in pruner.groups[0].scores)
     kept = sum(int(unit.kept().sum()) for unit in pruner.units)
     assert kept == sum(unit.kept().numel() for unit in pruner.units) // 2
 
@@ -56,7 +56,7 @@ def test_scores_that_bfloat16_cannot_tell_apart_are_kept_by_their_index() -> Non
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     pruner = Pruner(model, SparsityConfig(targets="*", sparsity=0.5, scorer=scorer())).attach()
     with torch.no_grad():
-        pruner.plans[0].scores[0].copy_(torch.tensor([[1.0, 0.5, 1.001, 1.002]]))  # the next above 1 is 1.0078
+        pruner.groups[0].scores[0].copy_(torch.tensor([[1.0, 0.5, 1.001, 1.002]]))  # the next above 1 is 1.0078
     pruner.step(1.0)
     assert pruner.units[0].masked.mask.tolist() == [[True, False, True, False]]
 
@@ -65,7 +65,7 @@ def test_scores_their_gradients_and_what_the_optimizer_keeps_of_them_take_half_t
     sizes = {}
     for dtype in ("float32", "bfloat16"):
         pruner, optimizer = trained(dtype)
-        scores = pruner.plans[0].scores
+        scores = pruner.groups[0].scores
         held = [tensor for one in scores for tensor in (one, one.grad, *optimizer.state[one].values())]
         sizes[dtype] = sum(t.numel() * t.element_size() for t in held if t is not None and t.numel() > 1)
     groups = 2 * 8 * 16
@@ -101,7 +101,9 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, tmp_path: Path) -> None
 
 
 def test_other_types_and_scorers_without_scores_of_their_own_are_refused() -> None:
-    with pytest.raises(RecipeError, match="scorer 'movement': dtype='float16' is neither 'float32' nor 'bfloat16'"):
+    with pytest.raises(
+        RecipeError, match="scorer 'movement': `dtype` must be one of 'float32', 'bfloat16', got 'float16'"
+    ):
         SparsityConfig(sparsity=0.5, scorer={"name": "movement", "dtype": "float16"})
     with pytest.raises(RecipeError, match="scorer 'magnitude' has no key 'dtype'"):
         SparsityConfig(sparsity=0.5, scorer=scorer("magnitude"))

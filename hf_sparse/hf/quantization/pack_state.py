@@ -24,7 +24,7 @@ from ...formats.manifest import Manifest, TensorEntry
 from ...formats.structure import EDITS_KEY
 from ...modeling.model_state import sparse_weights
 from ...pruning.compaction import edits_of
-from ...pruning.masked_weight import STATE_SUFFIXES
+from ...pruning.state_fields import state_suffixes
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
 """What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
@@ -145,7 +145,7 @@ def is_training_state(key: str, keys: Container[str]) -> bool:
         >>> [is_training_state(key, keys) for key in ("w_hidden", "v_hidden")]
         [True, False]
     """
-    if not key.endswith(STATE_SUFFIXES):
+    if not key.endswith(state_suffixes()):
         return False
     owner = key[: key.rindex("_")]
     return all(each in keys for each in (owner, f"{owner}_kept", f"{owner}_hidden"))
@@ -154,7 +154,7 @@ def is_training_state(key: str, keys: Container[str]) -> bool:
 def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
     """Raise `RecipeError` if a tensor has a name that loading takes for a part of another."""
     for key in stored:
-        for suffix in filter(None, (*SUFFIXES, *STATE_SUFFIXES)):
+        for suffix in filter(None, (*SUFFIXES, *state_suffixes())):
             owner = key.removesuffix(suffix)
             if owner != key and owner.rpartition(".")[2] == "weight" and owner in stored:
                 raise RecipeError(
@@ -165,7 +165,7 @@ def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
 
 def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the training state of a weight as it goes to disk, by suffix: nothing that the weight itself holds."""
-    parts = {suffix: state[name + suffix].cpu() for suffix in STATE_SUFFIXES if name + suffix in state}
+    parts = {suffix: state[name + suffix].cpu() for suffix in state_suffixes() if name + suffix in state}
     if parts:
         removed = ~parts["_kept"]
         parts["_hidden"] = parts["_hidden"][removed]

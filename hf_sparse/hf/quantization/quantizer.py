@@ -16,13 +16,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
-from ...config.sparsity import SparsityConfig
 from ...errors import BackendError, RecipeError
 from ...formats.safetensors_io import MANIFEST_KEY
 from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
 from ...modeling.zero_preservation import free_zeros, keep_zeros
-from ...pruning import compaction, pruner
-from ...pruning.group import joined
 from ...pruning.oneshot import sparsify
 from ...runtime import is_runtime, to_dense_runtime, to_runtime
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
@@ -30,7 +27,6 @@ from .config import METHOD, SparseConfig
 from .convert import looks_sparse
 from .load_plan import LoadPlan, is_packed
 from .pack_state import is_training_state, pack_state
-from .parts import sparse_parts
 from .saving import refuse_edited, save_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
@@ -257,36 +253,3 @@ def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         cast(Any, model).hf_quantizer = ours
         model.config.quantization_config = config
     return loaded
-
-
-def mark_sparse(model: nn.Module, intent: SparsityConfig | None) -> None:
-    """Prepare a model of transformers that is given masks, or was compacted, for saving; of other modules, the parts.
-
-    Raises:
-        RecipeError: if its weights are quantized, and so are no plain numbers that could be masked.
-    """
-    if not isinstance(model, PreTrainedModel):
-        for inner in sparse_parts(model):
-            mark_sparse(inner, intent)
-        return
-    present = getattr(model, "hf_quantizer", None)
-    if present is not None and not isinstance(present, SparseQuantizer):
-        method = present.quantization_config.quant_method
-        raise RecipeError(
-            f"the model is quantized ({method}), so its weights cannot be pruned. Load it without quantization"
-        )
-    earlier = present.quantization_config.intent if isinstance(present, SparseQuantizer) else None
-    config = SparseConfig(intent if earlier is None or intent is None else joined(model, earlier, intent))
-    cast(Any, model).hf_quantizer = SparseQuantizer(config)
-    model.config.quantization_config = config
-    save_packed(model)
-
-
-def mark_compacted(model: nn.Module) -> None:
-    """Prepare a compacted model for saving; what it was asked to be is known from the pruning, if that was here."""
-    present = getattr(model, "hf_quantizer", None)
-    mark_sparse(model, present.quantization_config.intent if isinstance(present, SparseQuantizer) else None)
-
-
-pruner.after_attach.append(mark_sparse)
-compaction.after_compact.append(mark_compacted)

@@ -9,15 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
 
 from ...errors import RecipeError
 from ...formats.safetensors_io import settle_header, writing
-from ...pruning import summary as report
 from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
 from ..hub.push import push_model
@@ -149,13 +147,3 @@ def _remove_stale(directory: Path, fresh: set[str]) -> None:
         match = WEIGHTS.fullmatch(path.name)
         if match and (match["variant"] or match["index"]) in variants and path.name not in fresh:
             path.unlink()
-
-
-def _read_offloaded(model: nn.Module, name: str) -> Tensor | None:
-    try:
-        return load_offloaded_parameter(cast(PreTrainedModel, model), name)  # any module that accelerate dispatched
-    except ValueError:  # nothing has offloaded it
-        return None
-
-
-report.read_offloaded.append(_read_offloaded)

@@ -162,7 +162,7 @@ class SparsityCallback(LogsFirst):
             return
         check_optimizer(str(getattr(args.optim, "value", args.optim)))
         pruner = Pruner(model, self.config)
-        measuring = next((plan.scorer.name for plan in pruner.plans if plan.scorer.measures), None)
+        measuring = next((group.scorer.name for group in pruner.groups if group.scorer.source == "heads"), None)
         if measuring is not None:
             raise RecipeError(
                 f"scorer '{measuring}' measures a model on data before it is pruned, and never in training. Prune with "
@@ -172,7 +172,7 @@ class SparsityCallback(LogsFirst):
         # The teacher first: "self" is a copy of the model without masks.
         distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
         terms = LossTerms(model, pruner, distiller)
-        warn_of_freed_zeros(pruner.plans)
+        warn_of_freed_zeros(pruner.groups)
         try:
             smoothing = args.label_smoothing_factor
             terms.refuse_if(smoothing, f"label_smoothing_factor={smoothing} replaces the model's own loss")
@@ -206,8 +206,8 @@ class SparsityCallback(LogsFirst):
         """Check the schedules against the real number of steps, and make the first masks."""
         pruner = self._pruner(kwargs.get("model"))
         self._check_scores_are_trained(kwargs.get("optimizer"), pruner)
-        for plan in pruner.plans:
-            check_schedule(plan, state.max_steps)
+        for group in pruner.groups:
+            check_schedule(group, state.max_steps)
         if args.load_best_model_at_end:
             check_best_model(pruner, args, state)
         assert self._terms is not None
@@ -277,7 +277,7 @@ class SparsityCallback(LogsFirst):
     def _forget_early_best(self, state: TrainerState) -> None:
         if self.pruner is None or not state.max_steps:
             return
-        if not all(plan.schedule.reached(self._progress(state)) for plan in self.pruner.plans):
+        if not all(group.schedule.reached(self._progress(state)) for group in self.pruner.groups):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     # -- after the last step -----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class SparsityCallback(LogsFirst):
     ) -> None:
         """Make the zeros permanent and take masks and scores off."""
         pruner = self._pruner(kwargs.get("model"))
-        if all(plan.schedule.reached(self._progress(state)) for plan in pruner.plans):
+        if all(group.schedule.reached(self._progress(state)) for group in pruner.groups):
             pruner.finish()
         else:
             logger.warning(

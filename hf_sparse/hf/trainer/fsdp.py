@@ -53,8 +53,8 @@ def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
     for setting, wrong in settings.items():
         if wrong:
             raise RecipeError(f"SparsityCallback does not work with fsdp_config {setting}: {reasons[setting]}")
-    for plan in pruner.plans:
-        refuse_shards(plan)
+    for group in pruner.groups:
+        refuse_shards(group)
 
 
 def announce_fsdp() -> None:

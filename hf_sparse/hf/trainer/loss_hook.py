@@ -130,7 +130,7 @@ class LossTerms:
 
     def _lost(self, why: str) -> RecipeError:
         if self._penalized is not None:
-            name = next(plan.scorer.name for plan in self._penalized.plans if plan.scorer.penalized)
+            name = next(group.scorer.name for group in self._penalized.groups if group.scorer.penalized)
             what, instead = f"scorer '{name}'", "use scorer 'movement', which needs no term"
         else:
             what, instead = "distillation", "leave the teacher out"

@@ -8,7 +8,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...errors import RecipeError
-from ...pruning.group import Plan
+from ...pruning.group import PruningGroup
 from ...pruning.pruner import Pruner
 
 logger = logging.get_logger(__name__)
@@ -17,9 +17,9 @@ SHORT_RAMP = 1000
 """Learned scores start at zero. With a ramp that ends before this step, movement was at chance level in our trials."""
 
 
-def check_schedule(plan: Plan, steps: int) -> None:
+def check_schedule(group: PruningGroup, steps: int) -> None:
     """Raise `RecipeError` if the schedule cannot be followed in this many steps; warn where learning will suffer."""
-    schedule = plan.schedule
+    schedule = group.schedule
     ramp = int(schedule.end * steps) - int(schedule.begin * steps)
     if schedule.end > schedule.begin and ramp < 1:
         raise RecipeError(
@@ -31,11 +31,11 @@ def check_schedule(plan: Plan, steps: int) -> None:
             f"schedule '{schedule.name}' renews the masks every {schedule.every} steps, but its ramp has {ramp} of the "
             f"{steps} steps of this training, so it would be jumped over. Lower 'every'"
         )
-    plan.scorer.check_steps(schedule.every, steps)
+    group.scorer.check_steps(schedule.every, steps)
     last = math.ceil(schedule.end * steps)
-    if plan.scorer.learned and plan.sparsity > 0 and last < SHORT_RAMP:
+    if group.scorer.source == "training" and group.sparsity > 0 and last < SHORT_RAMP:
         logger.warning(
-            f"scorer '{plan.scorer.name}' learns its scores from zero, and this schedule ends its ramp at step {last} "
+            f"scorer '{group.scorer.name}' learns its scores from zero, and this schedule ends its ramp at step {last} "
             f"of {steps}. With fewer than about {SHORT_RAMP} steps the scores are mostly noise at high sparsity and "
             "accuracy collapses; train longer, or use scorer 'magnitude'"
         )
@@ -43,7 +43,7 @@ def check_schedule(plan: Plan, steps: int) -> None:
 
 def check_best_model(pruner: Pruner, args: TrainingArguments, state: TrainerState) -> None:
     """Raise `RecipeError` if no evaluation happens at the final sparsity, so that no best model could be chosen."""
-    end = max(plan.schedule.end for plan in pruner.plans)
+    end = max(group.schedule.end for group in pruner.groups)
     by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
     # transformers evaluates after the very last step whatever the interval is, but never before eval_delay.
     if args.eval_delay > (state.max_steps if by_steps else state.num_train_epochs):

@@ -1,86 +1,84 @@
-"""What a scorer is: a rule that says how important a weight, or a group of weights, is."""
+"""What a scorer is: a rule that says how important a weight, or a group of weights, is.
+
+A scorer that looks at weights alone defines `element_scores`. One that keeps something overrides hooks: `on_attach`
+makes it, `on_gradient` updates it, `scores` reads it, `after_update` lets it go; what has to survive in a checkpoint it
+declares in `fields`. A method that chooses masks in another way (RigL) overrides the one step `update`. Nothing outside
+of the scorer's file knows its state.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ...errors import RecipeError
+from ...utils.validation import check_number, check_one_of
+from ..patterns import Element, Pattern
 from ..selection import Selection
+from ..state_fields import StateField, tensor_field
+from ..unit import Unit
+
+Source = Literal["weights", "gradients", "training", "heads"]
 
 
-def is_number(value: Any) -> bool:
-    """Return whether an option is a number: no text (YAML reads some as text, such as 1e-2) and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+class Group(Protocol):
+    """What a scorer sees of the group of weights that it works for."""
+
+    units: list[Unit]
+    selection: Selection
+    progress: float
+
+    @property
+    def current_sparsity(self) -> float:
+        """Scheduled sparsity of the moment."""
+
+    @property
+    def level(self) -> float:
+        """Scheduled sparsity as a fraction of the final one, in [0, 1]."""
+
+    def select(self, scores: list[Tensor]) -> list[Tensor]:
+        """Return which groups of each unit to keep at the sparsity of the moment."""
 
 
 class Scorer:
-    """Base of all scorers. Higher scores are more important.
+    """Base of all scorers. Higher scores are more important. One object serves one group, and holds its state.
 
     Attributes:
-        learned: the scores are parameters, one per group, trained with the model (movement).
-        observes: the scorer looks at gradients (`observe`) and keeps a tensor like the weight.
-        forgets: what it keeps of them serves the next update of the masks alone, and is let go after it.
-        penalized: the method adds a term to the loss (`penalty`).
-        measures: scores come from a pass over data before pruning (`Pruner.measure`), never from training.
-        regrows: the masks stay as they are but for updates, which drop some weights and grow others (`regrow`).
+        source: where scores come from: "weights" alone; "gradients" of the training, or of calibration data in one-shot
+            pruning; "training" for parameters that are learned with the model; "heads" for a measurement on data
+            before pruning.
+        fields: what a checkpoint holds of the method for each weight.
+        keeps_largest: whether the first masks keep the weights with the largest absolute values.
         learning_rate: of learned scores; their parameter group has no weight decay.
         warmup: fraction of training over which their learning rate rises from 0.
-        dtype: name of their torch data type.
     """
 
     name: ClassVar[str]
-    learned: ClassVar[bool] = False
-    observes: ClassVar[bool] = False
-    forgets: ClassVar[bool] = False
-    penalized: ClassVar[bool] = False
-    measures: ClassVar[bool] = False
-    regrows: ClassVar[bool] = False
+    source: ClassVar[Source] = "weights"
+    fields: ClassVar[tuple[StateField, ...]] = ()
+    keeps_largest: ClassVar[bool] = False
     learning_rate: float = 0.0
     warmup: float = 0.0
-    dtype: str = "float32"
 
-    def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
-        """Return one score per entry; for scorers that are not learned.
+    # -- what a scorer of weights defines ------------------------------------------------------------------------------
+
+    def element_scores(self, weight: Tensor) -> Tensor:
+        """Return one score per entry.
 
         Args:
             weight: the weight, dense: entries that are masked at the moment have their old value.
-            importance: what `observe` has gathered, like the weight; None for scorers that do not observe.
 
         Shapes: `(out, in)` -> `(out, in)`.
         """
         raise NotImplementedError
 
-    def observe(self, importance: Tensor, weight: Tensor, gradient: Tensor) -> None:
-        """Update `importance` in place with the gradient of one optimizer step.
+    # -- hooks, in the order in which they are called ------------------------------------------------------------------
 
-        Args:
-            gradient: of the loss with respect to the masked weight, dense: entries that are masked have theirs too.
-        """
-        raise NotImplementedError
-
-    def watches(self, progress: float) -> bool:
-        """Return whether the gradient of the next step is wanted, if the masks have just been renewed at `progress`."""
-        return self.observes
-
-    def updates(self, progress: float) -> bool:
-        """Return whether weights are dropped and grown at this renewal; for methods that regrow."""
-        raise NotImplementedError
-
-    def growth(self, gradient: Tensor | None, kept: Tensor, place: int) -> Tensor:
-        """Return how much each removed group deserves to grow, at least 0; for methods that regrow.
-
-        Args:
-            gradient: what `observe` has gathered, one number per group; None if nothing was.
-            kept: which groups are kept.
-            place: number of the unit among those of its plan.
-        """
-        raise NotImplementedError
-
-    def regrow(self, magnitude: Tensor, kept: Tensor, growth: Tensor, progress: float) -> Tensor:
-        """Return scores of groups, by which a selection keeps what stays, then what grows; for methods that regrow."""
-        raise NotImplementedError
+    def check_selection(self, selection: Selection) -> None:
+        """Raise `RecipeError` if the method does not work with this selection."""
 
     def check_steps(self, every: int, steps: int) -> None:
         """Raise `RecipeError` if so short a training leaves the method nothing to do.
@@ -90,30 +88,120 @@ class Scorer:
             steps: of the training.
         """
 
-    def own_selection(self) -> Selection | None:
-        """Return the selection that the method is defined with, or None for the general default."""
-        return None
-
     def shared_state(self, parameters: int) -> dict[str, Tensor]:
-        """Return the tensors of this method that have to survive in a checkpoint; they are updated in place.
+        """Make the numbers that all weights of the group share and that `fields` lists; they are updated in place.
 
         Args:
             parameters: number of weights in the group.
         """
         return {}
 
+    def on_attach(self, unit: Unit) -> None:
+        """Make what the method keeps for a unit; its masks exist, and are not on the weights yet."""
+
+    def on_gradient(self, unit: Unit) -> None:
+        """Look at the gradients of one optimizer step (`Member.gradient`); for the source "gradients"."""
+
+    def scores(self, unit: Unit) -> Tensor:
+        """Return the score of each group of a unit."""
+        return unit.pool([self.element_scores(member.dense) for member in unit.members])
+
+    def update(self, group: Group) -> bool:
+        """Choose the masks anew, and return whether the weights were scored for it."""
+        kept = group.select([self.scores(unit) for unit in group.units])
+        for unit, groups in zip(group.units, kept, strict=True):
+            unit.keep(groups)
+        return True
+
+    def after_update(self, group: Group) -> None:
+        """Learn how the selection went."""
+
+    # -- what others want to know --------------------------------------------------------------------------------------
+
+    def own_selection(self) -> Selection | None:
+        """Return the selection that the method is defined with, or None for the general default."""
+        return None
+
+    def works_on_shards(self, pattern: Pattern) -> bool:
+        """Return whether scores can be computed where each process has some rows of each weight (fully_shard)."""
+        return isinstance(pattern, Element)
+
     def penalty(self, scores: Sequence[Tensor]) -> Tensor:
-        """Return what is to be added to the loss, a scalar; for methods that are `penalized`."""
+        """Return what is to be added to the loss, a scalar; for methods that have a loss term."""
         raise NotImplementedError
 
-    def adapt(self, threshold: float | None, level: float) -> None:
-        """Learn how the last selection went.
-
-        Args:
-            threshold: the score at the cut, None if nothing was cut.
-            level: sparsity of the moment as a share of the final one, in [0, 1].
-        """
+    @property
+    def penalized(self) -> bool:
+        """Whether the method adds a term to the loss: it overrides `penalty`."""
+        return type(self).penalty is not Scorer.penalty
 
     def logs(self, threshold: float | None) -> dict[str, float]:
         """Return numbers worth logging about the last selection."""
         return {} if threshold is None else {"threshold": threshold}
+
+
+class LearnedScorer(Scorer):
+    """Base of scorers whose scores are parameters, one per group, trained with the model.
+
+    A dataclass below has the fields `learning_rate`, `warmup` and `dtype`, the name of their torch data type.
+    """
+
+    source = "training"
+    fields: ClassVar[tuple[StateField, ...]] = (tensor_field("scores"),)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate, "(0, inf)")
+        check_number("warmup", self.warmup, "[0, 1)")
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+    def on_attach(self, unit: Unit) -> None:
+        weight = unit.module.weight
+        shape = unit.pattern.groups_shape(tuple(weight.shape))
+        unit.masked.scores = nn.Parameter(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=weight.device))
+
+    def scores(self, unit: Unit) -> Tensor:
+        scores = unit.masked.scores
+        assert scores is not None
+        return scores.detach()
+
+    def works_on_shards(self, pattern: Pattern) -> bool:
+        return True
+
+
+class GradientScorer(Scorer):
+    """Base of scorers that keep a tensor like each weight, and update it with every gradient (`observe`)."""
+
+    source = "gradients"
+    fields = (tensor_field("importance"),)
+
+    def observe(self, importance: Tensor, weight: Tensor, gradient: Tensor) -> None:
+        """Update `importance` in place with the gradient of one optimizer step.
+
+        Args:
+            gradient: of the loss with respect to the masked weight, dense: entries that are masked have theirs too.
+        """
+        raise NotImplementedError
+
+    def on_attach(self, unit: Unit) -> None:
+        for member in unit.members:
+            zeros = torch.zeros_like(member.module.weight, dtype=torch.float32, requires_grad=False)
+            member.masked.register_buffer("importance", zeros)
+        unit.watch(True)
+
+    def on_gradient(self, unit: Unit) -> None:
+        for member in unit.members:
+            if member.gradient is not None:
+                self.observe(member.masked.get_buffer("importance"), member.dense, member.gradient)
+
+    def scores(self, unit: Unit) -> Tensor:
+        return unit.pool([member.masked.get_buffer("importance") for member in unit.members])
+
+    def works_on_shards(self, pattern: Pattern) -> bool:
+        return False
+
+
+def check_seed(seed: object) -> None:
+    """Raise `RecipeError` unless a seed is an integer that torch takes."""
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise RecipeError(f"`seed` must be an integer in [0, 2**63), got {seed!r}")

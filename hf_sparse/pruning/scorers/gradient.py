@@ -7,33 +7,27 @@ import dataclasses
 from torch import Tensor
 
 from ...config.sparsity import SCORERS
-from ...errors import RecipeError
-from .base import Scorer, is_number
+from ...utils.validation import check_number
+from .base import GradientScorer
 
 
 @dataclasses.dataclass
-class _Observing(Scorer):
+class _Decaying(GradientScorer):
     """Keep a decaying sum over optimizer steps, `I <- momentum I + |...|`.
 
     Args:
         momentum: 1 = plain sum over all steps, 0 = the last step alone.
     """
 
-    observes = True
     momentum: float = 1.0
 
     def __post_init__(self) -> None:
-        if not is_number(self.momentum) or not 0.0 <= self.momentum <= 1.0:
-            raise RecipeError(f"scorer '{self.name}': momentum={self.momentum!r} is no number from 0 to 1")
-
-    def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
-        assert importance is not None
-        return importance
+        check_number("momentum", self.momentum, "[0, 1]")
 
 
 @SCORERS.register("gradient")
 @dataclasses.dataclass
-class Gradient(_Observing):
+class Gradient(_Decaying):
     """Score by the size of the gradient: `I <- momentum I + |G|`, with `G` dense (masked weights can come back).
 
     Example:
@@ -50,7 +44,7 @@ class Gradient(_Observing):
 
 @SCORERS.register("taylor")
 @dataclasses.dataclass
-class Taylor(_Observing):
+class Taylor(_Decaying):
     """Score by the first-order effect on the loss of removing the weight: `I <- momentum I + |W G|`.
 
     Example:

@@ -17,11 +17,13 @@ class Magnitude(Scorer):
 
     Example:
         >>> import torch
-        >>> Magnitude().element_scores(torch.tensor([[-2.0, 1.0]]), None).tolist()
+        >>> Magnitude().element_scores(torch.tensor([[-2.0, 1.0]])).tolist()
         [[2.0, 1.0]]
 
     Source: Han et al. 2015, "Learning both Weights and Connections", section 3; Zhu and Gupta 2017.
     """
 
-    def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+    keeps_largest = True
+
+    def element_scores(self, weight: Tensor) -> Tensor:
         return weight.detach().abs()

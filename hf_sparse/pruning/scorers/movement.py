@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...config.sparsity import SCORERS
-from ...errors import RecipeError
+from ...utils.validation import check_number
 from ..selection import Selection, Threshold
-from .base import Scorer, is_number
+from ..state_fields import shared_field
+from .base import Group, LearnedScorer
 
 
 @SCORERS.register("movement")
 @dataclasses.dataclass
-class Movement(Scorer):
+class Movement(LearnedScorer):
     """Learn one score per group by the straight-through gradient: `S <- S - lr * (dL/dW' * W)`, summed over the group.
 
     `W' = W * M` is the masked weight, and `W` in the product is the *unmasked* one, so a removed weight goes on
@@ -38,20 +39,9 @@ class Movement(Scorer):
     Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", eq. 3-5.
     """
 
-    learned = True
     learning_rate: float = 1e-2
     warmup: float = 0.0
     dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if not is_number(self.learning_rate) or not 0.0 < self.learning_rate < float("inf"):
-            raise RecipeError(f"scorer '{self.name}': learning_rate={self.learning_rate!r} is no positive number")
-        if not is_number(self.warmup) or not 0.0 <= self.warmup < 1.0:
-            raise RecipeError(
-                f"scorer '{self.name}': warmup={self.warmup!r} is no fraction of the training, from 0 to below 1"
-            )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise RecipeError(f"scorer '{self.name}': dtype={self.dtype!r} is neither 'float32' nor 'bfloat16'")
 
 
 @SCORERS.register("soft_movement")
@@ -74,7 +64,7 @@ class SoftMovement(Movement):
     Source: Sanh et al. 2020, section 4 (soft movement pruning); Lagunas et al. 2021, section 4.
     """
 
-    penalized = True
+    fields = (*LearnedScorer.fields, shared_field("strength"), shared_field("level"))
     threshold: float = 0.1
     penalty_strength: float | None = None
     start: float = dataclasses.field(init=False, repr=False, compare=False)
@@ -88,11 +78,9 @@ class SoftMovement(Movement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
-            raise RecipeError(f"scorer '{self.name}': threshold={self.threshold!r} is no value of a sigmoid in (0, 1)")
-        start = self.penalty_strength
-        if start is not None and not (is_number(start) and 0.0 < start < float("inf")):
-            raise RecipeError(f"scorer '{self.name}': penalty_strength={start!r} is no positive number")
+        check_number("threshold", self.threshold, "(0, 1)")
+        if self.penalty_strength is not None:
+            check_number("penalty_strength", self.penalty_strength, "(0, inf)")
 
     def own_selection(self) -> Selection:
         return Threshold()
@@ -110,7 +98,16 @@ class SoftMovement(Movement):
         means = torch.stack([_mean_sigmoid(tensor).to(scores[0].device) for tensor in scores])
         return float(self.strength * self.level) * means.mean()
 
+    def after_update(self, group: Group) -> None:
+        self.adapt(group.selection.threshold, group.level)
+
     def adapt(self, threshold: float | None, level: float) -> None:
+        """Set the penalty to the level of the schedule, and lambda by where the cut is.
+
+        Args:
+            threshold: the score at the cut, None if nothing was cut.
+            level: sparsity of the moment as a fraction of the final one, in [0, 1].
+        """
         self.level.fill_(level)
         if threshold is None:
             return

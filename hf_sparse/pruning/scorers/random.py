@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config.sparsity import SCORERS
-from ...errors import RecipeError
-from .base import Scorer
+from .base import Scorer, check_seed
 
 
 @SCORERS.register("random")
@@ -23,17 +22,16 @@ class Random(Scorer):
     Example:
         >>> import torch
         >>> weight = torch.ones(2, 2)
-        >>> torch.equal(Random(seed=1).element_scores(weight, None), Random(seed=1).element_scores(weight, None))
+        >>> torch.equal(Random(seed=1).element_scores(weight), Random(seed=1).element_scores(weight))
         True
     """
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise RecipeError(f"scorer 'random': seed={self.seed!r} is no whole number from 0 on")
+        check_seed(self.seed)
 
-    def element_scores(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+    def element_scores(self, weight: Tensor) -> Tensor:
         # Drawn on the CPU from an own generator: the same on every device and rank, and no use of the global one.
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.rand(weight.shape, generator=generator).to(weight.device)

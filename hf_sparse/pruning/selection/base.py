@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,11 +26,24 @@ class Selection:
 
     Attributes:
         decides_sparsity: whether the options determine the sparsity, so that none can be requested.
+        works_on_shards: whether scores may be sharded over processes (fully_shard).
         threshold: the score at the cut of the last `select`, where one number describes it.
     """
 
     name: ClassVar[str]
+    works_on_shards: ClassVar[bool] = True
     threshold: float | None = None
+
+    def prepare_units(self, units: Sequence[Any], pattern: Any) -> None:
+        """Look at the units whose scores `select` will be given; they have no masks yet.
+
+        Args:
+            units: `Unit`s, in the order of the scores.
+            pattern: of the group.
+
+        Raises:
+            PatternError: if the selection does not suit the pattern.
+        """
 
     @property
     def decides_sparsity(self) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...config.sparsity import SELECTIONS
-from ...errors import RecipeError, SparsityError
+from ...errors import PatternError, RecipeError, SparsityError
 from ...profiling.latency_table import LatencyTable, Shape
 from .base import Selection
 from .topk import refuse_nan
@@ -80,6 +80,7 @@ class Budget(Selection):
     Fast Post-Training Pruning Framework for Transformers", section 4.1.
     """
 
+    works_on_shards: ClassVar[bool] = False
     of: str = "flops"
     remaining: float = 0.5
     length: int = 128
@@ -106,6 +107,20 @@ class Budget(Selection):
     @property
     def decides_sparsity(self) -> bool:
         return True
+
+    def prepare_units(self, units: Sequence[Any], pattern: Any) -> None:
+        if not pattern.structural:
+            raise PatternError(
+                "selection 'budget' counts what is left when heads, neurons or sub-blocks are removed, but pattern "
+                f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron' or "
+                "'layer', or request a sparsity"
+            )
+        costs = []
+        for unit in units:
+            output = unit.module
+            size = output.in_features // unit.groups
+            costs.append(Costs(unit.kind, output.out_features, unit.groups, size, len(unit.members) - 1))
+        self.prepare(costs)
 
     def prepare(self, costs: Sequence[Costs], table: LatencyTable | None = None) -> None:
         """Learn what the groups cost; times are measured here, by process 0 for all.

@@ -62,7 +62,7 @@ def test_rigl_changes_less_and_less_and_nothing_in_the_end() -> None:
     assert scorer.share(0.4) == pytest.approx(0.2)
     assert scorer.share(0.2) == pytest.approx(0.2 * (1 + math.sqrt(0.5)))
     scorer.shared_state(1)
-    scorer.adapt(None, 1.0)
+    scorer.renewals += 1
     assert scorer.updates(0.79)
     assert not scorer.updates(0.8)
 
@@ -156,10 +156,10 @@ def test_a_resumed_training_with_updates_is_the_uninterrupted_one(scorer: str, t
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"fraction": 1.0}, "fraction=1.0 is no number between 0 and 1"),
-        ({"until": 0}, "until=0 is no number between 0 and 1"),
-        ({"every": 0}, "every=0 is no number of steps"),
-        ({"seed": -1}, "seed=-1 is no whole number from 0 on"),
+        ({"fraction": 1.0}, r"`fraction` must be in \(0, 1\), got 1\.0"),
+        ({"until": 0}, r"`until` must be in \(0, 1\), got 0"),
+        ({"every": 0}, "`every` must be a positive integer, got 0"),
+        ({"seed": -1}, r"`seed` must be an integer in \[0, 2\*\*63\), got -1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -30,7 +30,6 @@ def test_observing_scorer_decays_what_it_remembers(scorer: Gradient, expected: l
     scorer.observe(importance, WEIGHT, FIRST)
     scorer.observe(importance, WEIGHT, SECOND)
     assert importance.tolist() == expected
-    assert scorer.element_scores(WEIGHT, importance).tolist() == expected
 
 
 def test_observing_scorer_leaves_what_it_looks_at_as_it_is() -> None:
@@ -44,5 +43,5 @@ def test_observing_scorer_leaves_what_it_looks_at_as_it_is() -> None:
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, math.nan, "0.5", None, True])
 @pytest.mark.parametrize("cls", [Gradient, Taylor])
 def test_observing_scorer_refuses_a_momentum_that_is_none(cls: type[Gradient], momentum: Any) -> None:
-    with pytest.raises(RecipeError, match=rf"scorer '{cls.name}': momentum=.* is no number from 0 to 1"):
+    with pytest.raises(RecipeError, match=r"`momentum` must be (a number )?in \[0, 1\], got "):
         cls(momentum=momentum)

@@ -9,7 +9,7 @@ from tests.helpers.layers import attached, one_layer
 
 
 def test_magnitude_is_the_absolute_value() -> None:
-    scores = Magnitude().element_scores(torch.tensor([[-2.0, 0.0, 1.0, -math.inf]]), None)
+    scores = Magnitude().element_scores(torch.tensor([[-2.0, 0.0, 1.0, -math.inf]]))
     assert scores.tolist() == [[2.0, 0.0, 1.0, math.inf]]
 
 

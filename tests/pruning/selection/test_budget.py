@@ -149,7 +149,7 @@ def test_one_shot_pruning_keeps_the_budget_on_every_family(family: str) -> None:
     model = FAMILIES[family]()
     selection = {"name": "budget", "of": "parameters", "remaining": 0.5}
     config = SparsityConfig(pattern="head+neuron", selection=selection)
-    layers = {name: layer for plan in Pruner(model, config).plans for name, layer in plan.layers.items()}
+    layers = {name: layer for plan in Pruner(model, config).groups for name, layer in plan.layers.items()}
     total = sum(layer.weight.numel() for layer in layers.values())
     sparsify(model, config)
     left = 0

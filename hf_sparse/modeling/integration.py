@@ -1,0 +1,46 @@
+"""What the library that a model comes from has to do with pruning: one object, looked up by the class of the model.
+
+Pruning knows `nn.Module` alone. A library registers an integration for its base class of models, as `hf` does for
+transformers; for all other models the one below does nothing.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class ModelIntegration:
+    """Base: nothing to do."""
+
+    def after_attach(self, model: nn.Module, config: Any) -> None:
+        """Prepare a model for saving that was given masks.
+
+        Args:
+            config: the `SparsityConfig`.
+        """
+
+    def after_compact(self, model: nn.Module) -> None:
+        """Prepare a model for saving that has lost heads or neurons."""
+
+    def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
+        """Return the values of a weight on the meta device that is stored elsewhere, or None."""
+        return None
+
+
+@singledispatch
+def integration_of(model: object) -> ModelIntegration:
+    """Return the integration of the library that a model comes from.
+
+    Example:
+        >>> class Model(nn.Module): ...
+        >>> class Printing(ModelIntegration):
+        ...     def after_compact(self, model):
+        ...         print("smaller")
+        >>> _ = integration_of.register(Model, lambda model: Printing())
+        >>> integration_of(Model()).after_compact(Model())
+        smaller
+    """
+    return ModelIntegration()
