@@ -49,7 +49,7 @@ def tiny_config(kind: str, attempt: str) -> PreTrainedConfig:
     if type(getattr(made, "backbone_config", None)).__name__ == "TimmBackboneConfig":  # timm is not needed
         made = config(backbone_config=ResNetConfig(out_features=["stage4"]))  # type: ignore[call-arg]
     _shrink(made, attempt)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _shrink(config: Any, attempt: str, depth: int = 0) -> None:

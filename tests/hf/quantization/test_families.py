@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.hf.quantization.quantizer import mark_sparse
+from hf_sparse.modeling.integration import integration_of
 from hf_sparse.modeling.model_state import mark_sparse_weights, sparse_weights
 from tests.helpers.tiny_families import tiny_model
 
@@ -33,7 +33,7 @@ def make_sparse(model: PreTrainedModel) -> list[str]:
             with torch.no_grad():
                 weight.view(-1)[::2] = 0
             names.append(f"{path}.weight")
-    mark_sparse(model, None)
+    integration_of(model).after_compact(model)  # marked, and nothing requested
     mark_sparse_weights(model, names)
     return names
 
