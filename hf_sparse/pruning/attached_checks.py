@@ -49,16 +49,16 @@ class Presence:
         self._edges = self._find_edges()  # wrapped by something that keeps the layer inside, as adapters do
 
     def _find_edges(self) -> list[Edge]:
-        wanted: set[nn.Module] = set()
+        ancestors_of: set[nn.Module] = set()
         for member in self._members:
-            wanted.update((member.module, *member.module.modules()))
+            ancestors_of.update((member.module, *member.module.modules()))
         above: dict[nn.Module, tuple[nn.Module, str]] = {}
         for parent in self._model.modules():
             for key, child in parent._modules.items():
                 if child is not None:
                     above.setdefault(child, (parent, key))
         edges: dict[tuple[int, str], Edge] = {}
-        for module in wanted:
+        for module in ancestors_of:
             child = module
             while child is not self._model and child in above:
                 parent, key = above[child]

@@ -24,7 +24,7 @@ def edits_of(model: nn.Module) -> Edits:
 
 @torch.no_grad()
 def compact(model: nn.Module) -> Edits:
-    """Cut out of a model, in place, every head and neuron whose weights are zero, and return what is left of it.
+    """Remove every head and neuron whose weights are zero from a model, in place, and return what is left of it.
 
     The model computes the same as before, up to the order of additions. A head goes if its output columns are zero, or
     its value rows with their biases. A neuron goes if its output column is zero, or what comes to it is always 0; one
@@ -39,7 +39,7 @@ def compact(model: nn.Module) -> Edits:
             saved, not a part of it.
 
     Returns:
-        All that was cut since the model was made, with the numbers that heads and neurons had then.
+        All that was removed since the model was made, with the numbers that heads and neurons had then.
 
     Raises:
         PatternError: if no architecture knows the model.
@@ -152,20 +152,20 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
     parts: dict[str, dict[str, Cut]] = {kind: {} for kind in KINDS.values()}
     for kind, name, cut in edits:
         names = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
-        own = next((own for own in names if (kind, own) in blocks), None)
-        if own is None:
+        match = next((each for each in names if (kind, each) in blocks), None)
+        if match is None:
             if taken := modules.intersection(names):
                 raise CheckpointError(
                     f"the checkpoint has lost {kind} of '{taken.pop()}', but this version of hf_sparse does not know "
                     f"of any there in {type(model).__name__}; is it from a newer one? pip install --upgrade hf-sparse"
                 )
             continue
-        block = blocks[kind, own]
-        if own in parts[kind] or cut.before != block.groups:
+        block = blocks[kind, match]
+        if match in parts[kind] or cut.before != block.groups:
             raise CheckpointError(
-                f"the checkpoint has lost {kind} of '{own}', which had {cut.before}, but with this config.json it has "
-                f"{block.groups}"
+                f"the checkpoint has lost {kind} of '{match}', which had {cut.before}, but with this config.json it "
+                f"has {block.groups}"
             )
-        parts[kind][own] = cut
+        parts[kind][match] = cut
         _cut(block, cut.kept, cut)
     EDITS.set(model, Edits(**parts))

@@ -1,4 +1,4 @@
-"""The second stage of Lagunas et al.: what could be cut out is cut out, and what is left trains dense again."""
+"""The second stage of Lagunas et al.: after structured pruning, what is left of the model trains dense again."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def fill(model: M) -> M:
     unmark_sparse_weights(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        quantizer.quantization_config.intent = None  # what was asked for is not true any more
+        quantizer.quantization_config.intent = None  # the request does not hold any more
     return model

@@ -15,14 +15,15 @@ from .compaction import edits_of
 
 
 def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """Return the sensitivity of the loss to each head: the mean over samples of `|dL/dxi|`.
+    """Return the sensitivity of the loss to each head: the mean over examples of `|dL/dxi|`.
 
-    `xi` is a gate on the output of the head, 1 at all times, and L the loss of one sample: the absolute value is taken
-    for each sample and the mean after it. The model runs as in evaluation (no dropout) and is left as it was, without
+    `xi` is a gate on the output of the head, 1 at all times, and L the loss of one example: the absolute value is taken
+    for each example and the mean after it. The model runs as in evaluation (no dropout) and is left as it was, without
     gradients.
 
-    The loss that the model returns must be a mean over the samples of the batch, as it is for classification. Where
-    it is a mean over tokens (labels of T5), samples with more tokens count for more, unless each batch has one sample.
+    The loss that the model returns must be a mean over the examples of the batch, as it is for classification. Where
+    it is a mean over tokens (labels of T5), examples with more tokens count for more, unless each batch has one
+    example.
 
     Args:
         model: of a family that `hf_sparse.modeling.architectures` knows.
@@ -61,7 +62,7 @@ def head_sensitivity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
         for batch in batches:
             size = _batch_size(batch)
             for gate, gradient in zip(gates, _gradients(model, batch, gates), strict=True):
-                # A sample may be several rows (the choices of a question), and its loss is a share of the mean.
+                # An example may be several rows (the choices of a question), and its loss is a share of the mean.
                 rows = gradient.double().view(size, -1, gradient.shape[-1]).sum(1) * size
                 sums[gate.block.name] += rows.abs().sum(0).cpu()
             samples += size
@@ -73,8 +74,8 @@ def head_sensitivity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
         raise SparsityError("head importance needs data, and there was no batch")
     if not all(bool(values.isfinite().all()) for values in sums.values()):
         raise SparsityError(
-            "the loss of the model, or its gradient, is not finite on these texts, so the importance of its heads is "
-            "not known; are there NaN among its weights?"
+            "the loss of the model, or its gradient, is not finite on these examples, so the importance of its heads "
+            "is not known; are there NaN among its weights?"
         )
     return [(block, sums[block.name] / samples) for block in blocks]
 
@@ -97,7 +98,7 @@ def _batch_size(batch: Mapping[str, Any]) -> int:
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim}
     if len(sizes) != 1 or not min(sizes):
         raise SparsityError(
-            f"a batch has tensors with one row for each sample, but the first sides are {sorted(sizes)}"
+            f"a batch has tensors with one row for each example, but the first sides are {sorted(sizes)}"
         )
     return int(sizes.pop())
 

@@ -11,7 +11,7 @@ All of them are attributes of the module too, as `torch.distributed.checkpoint` 
 
 `load_state_dict` takes these keys, a plain dense `weight` alone, and the form that training checkpoints have on disk:
 `weight` packed by the bitmask codec, `weight_kept` as bits, `weight_hidden` the removed values alone. Where weights are
-sharded (`fully_shard`), every process gives whole tensors or its shards.
+sharded (`fully_shard`), every process gives full tensors or its shards.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     masked = masked_weight(module)
     assert masked is not None
     name = prefix + "weight"
-    inner, place = prefix + _INNER, hidden(module)
+    inner, dense_weight = prefix + _INNER, hidden(module)
     if name not in state:
         if (
-            isinstance(place, DTensor) and inner + "original" in state
+            isinstance(dense_weight, DTensor) and inner + "original" in state
         ):  # torch's names, and its own values, fill the gap
             raise CheckpointError(
                 f"this process was given no '{name}', so its share of that weight would stay as it was. Give every "
@@ -130,7 +130,7 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     mask = masked.mask if kept is None else KEPT.decode(masked, kept, name + KEPT.suffix)
     assert mask is not None
     state[inner + "0.mask"] = mask
-    state[inner + "original"] = placed_as(weight if dense is None else _under(weight, dense, mask, name), place)
+    state[inner + "original"] = placed_as(weight if dense is None else _under(weight, dense, mask, name), dense_weight)
     alone = kept is None and dense is None
     for field in masked.fields:
         key, present = name + field.suffix, getattr(masked, field.name, None)

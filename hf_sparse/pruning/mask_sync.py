@@ -42,10 +42,10 @@ def check_same_masks(masks: Iterable[Tensor], when: str) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     masks = list(masks)
-    own = torch.tensor([digest(masks)], dtype=torch.int64, device=masks[0].device if masks else "cpu")
-    found = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    numbers = [int(number) for number in found]
+    ours = torch.tensor([digest(masks)], dtype=torch.int64, device=masks[0].device if masks else "cpu")
+    gathered = [torch.zeros_like(ours) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, ours)
+    numbers = [int(number) for number in gathered]
     different = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
     if different:
         raise SparsityError(

@@ -87,11 +87,11 @@ def _kept_values(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.view_as(values) if mask is None else mask_values(values, placed_as(mask, values))
 
 
-def placed_as(whole: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that every process has in whole as `other` is: cut up like it if that is sharded (DTensor)."""
-    if not isinstance(other, DTensor) or isinstance(whole, DTensor):
-        return whole
-    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
+def placed_as(full: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor that every process has in full as `other` is: divided like it if that is sharded (DTensor)."""
+    if not isinstance(other, DTensor) or isinstance(full, DTensor):
+        return full
+    return distribute_tensor(full, other.device_mesh, other.placements, src_data_rank=None)
 
 
 class MaskedWeight(nn.Module):

@@ -47,7 +47,7 @@ class Permuted:
 def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = ROUNDS) -> list[Permuted]:
     """Reorder neurons, and the values within heads, so that n:m patterns keep more; the model computes the same.
 
-    Call it before masks are attached, and on every process of a training alike (it draws from a generator of its own).
+    Call it before masks are attached, and on every process of a training (it draws from a generator of its own).
     A layer whose inputs, or heads, are no multiple of m is left as it is, and is not in the report.
 
     Args:
@@ -65,7 +65,7 @@ def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = RO
     all being searched.
     """
     if not (type(n) is type(m) is int and 1 <= n < m):
-        raise RecipeError(f"pattern n:m needs whole numbers with 1 <= n < m, not {n!r}:{m!r}")
+        raise RecipeError(f"`n` and `m` must be integers with 1 <= n < m, got {n!r}:{m!r}")
     blocks = [block for block in find_sub_blocks(model, "permuting for n:m") if block.groups]
     for block in blocks:
         for name, layer in ((block.output_name, block.output), *block.inputs.items()):

@@ -142,15 +142,15 @@ class Pruner:
 
         Args:
             progress: fraction of training done, in [0, 1].
-            step: optimizer steps done; with it, groups whose schedule says `every: n` are renewed every n steps only.
+            step: optimizer steps done; with it, groups whose schedule has `every: n` are renewed every n steps only.
 
         Raises:
-            RecipeError: if progress is no fraction (a step number, a percentage).
+            RecipeError: if progress is not in [0, 1] (a step number, a percentage).
             SparsityError: before `attach`, or if there are NaN among the scores.
         """
         self._must_be_attached()
         if not 0.0 <= progress <= 1.0:
-            raise RecipeError(f"progress is the fraction of training done, from 0 to 1, not {progress}")
+            raise RecipeError(f"`progress` must be in [0, 1], the fraction of training done, got {progress}")
         self.progress = progress
         self._presence.check()
         self._optimizers.check([scores for group in self.groups for scores in group.scores])
@@ -222,7 +222,7 @@ class Pruner:
         return [{"params": scores, "lr": rate, "weight_decay": 0.0} for (rate, _), scores in rates.items()]
 
     def warm_up(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the scores of scorers with a `warmup` warm up in this optimizer, along the progress told to `step`.
+        """Let the scores of scorers with a `warmup` warm up in this optimizer, along the progress given to `step`.
 
         Args:
             optimizer: made of `parameter_groups` or `score_groups`; a scheduler may change their rates as it likes.
@@ -235,18 +235,19 @@ class Pruner:
         return {scores: self.progress / group.scorer.warmup for group in warming for scores in group.scores}
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        """Return optimizer groups for the whole model: its own parameters, then `score_groups`."""
+        """Return optimizer groups for the whole model: the parameters of the model, then `score_groups`."""
         groups = self.score_groups()
         learned = {id(parameter) for group in groups for parameter in group["params"]}  # type: ignore[attr-defined]
-        own = [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
-        return [{"params": own}, *groups]
+        others = [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
+        return [{"params": others}, *groups]
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Check that what was asked for was reached.
+        """Check that the requested sparsity was reached.
 
         Raises:
-            SparsityError: before `attach`, or if a group is less sparse than asked: the run ended before its schedule.
+            SparsityError: before `attach`, or if a group is less sparse than requested: the run ended before its
+                schedule.
         """
         self._must_be_attached()
         self._presence.check()
@@ -260,8 +261,8 @@ class Pruner:
             allowed = max(1, int((1.0 - group.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
             if kept > allowed:
                 raise SparsityError(
-                    f"asked for sparsity {group.sparsity:g}, but the masks are at {1 - kept / groups:.4f}: they were "
-                    "not renewed at the end of the schedule. Call step(progress=1.0) before bake()"
+                    f"sparsity {group.sparsity:g} was requested, but the masks are at {1 - kept / groups:.4f}: they "
+                    "were not renewed at the end of the schedule. Call step(progress=1.0) before bake()"
                 )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..config.sparsity import SCHEDULES
 from ..errors import RecipeError
+from ..utils.validation import check_number, check_positive_int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,29 +32,23 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for key in ("begin", "end", "initial"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise RecipeError(f"schedule '{self.name}': {key} is a number, not {value!r}")
+            check_number(key, getattr(self, key), "[0, 1)" if key == "initial" else "[0, 1]")
         if not 0.0 <= self.begin <= self.end <= 1.0:
             raise RecipeError(
-                f"schedule '{self.name}' goes from begin={self.begin} to end={self.end}, but both are fractions of the "
-                "training, 0 <= begin <= end <= 1: a schedule longer than the run would never reach its sparsity"
+                f"schedule '{self.name}': `begin` must not be after `end`, got begin={self.begin}, end={self.end}; "
+                "both are fractions of the training"
             )
-        if not 0.0 <= self.initial < 1.0:
-            raise RecipeError(f"schedule '{self.name}': initial={self.initial} is no sparsity in [0, 1)")
         self._check_freeze()
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise RecipeError(f"schedule '{self.name}': every={self.every!r} is no number of steps")
+        check_positive_int("every", self.every)
 
     def _check_freeze(self) -> None:
         if self.freeze is None:
             return
-        if isinstance(self.freeze, bool) or not isinstance(self.freeze, (int, float)):
-            raise RecipeError(f"schedule '{self.name}': freeze is a number, not {self.freeze!r}")
+        check_number("freeze", self.freeze, "[0, 1)")
         if not self.end <= self.freeze < 1.0:
             raise RecipeError(
-                f"schedule '{self.name}' fixes the masks from freeze={self.freeze} on, but they reach the final "
-                f"sparsity at end={self.end}; freeze is a fraction of the training from there to below 1"
+                f"schedule '{self.name}': `freeze` must be in [end, 1) = [{self.end}, 1), got {self.freeze}: before "
+                "that the masks have not reached the final sparsity"
             )
 
     def frozen(self, progress: float) -> bool:
@@ -132,10 +127,10 @@ class Cubic(Schedule):
 @SCHEDULES.register("stepwise")
 @dataclasses.dataclass(frozen=True)
 class Stepwise(Schedule):
-    """Rise in equal stairs, the first at `begin`, the last at `end`.
+    """Rise in equal steps, the first at `begin`, the last at `end`.
 
     Args:
-        steps: number of stairs.
+        steps: number of steps of the ramp.
 
     Example:
         >>> [round(Stepwise(begin=0.0, end=1.0, steps=2)(p, 0.8), 2) for p in (0.0, 0.25, 0.5, 1.0)]
@@ -146,8 +141,7 @@ class Stepwise(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise RecipeError(f"schedule 'stepwise': steps={self.steps!r} is no number of stairs")
+        check_positive_int("steps", self.steps)
 
     def ramp(self, x: float) -> float:
         # The last stair is the end itself, so the ramp holds the stairs before it: steps=1 jumps at the end.

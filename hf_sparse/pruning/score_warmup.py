@@ -18,7 +18,7 @@ def warm_up(optimizer: torch.optim.Optimizer, factors: Callable[[], Mapping[Tens
 
     Args:
         optimizer: with the parameters in groups of their own.
-        factors: says for each parameter that warms up what its rate is to be multiplied with now; asked before each
+        factors: returns for each parameter that warms up the current factor of its learning rate; called before each
             step. A group is multiplied with the factor of its first parameter.
     """
     scheduled: list[tuple[dict[str, Any], Any]] = []
@@ -30,9 +30,9 @@ def warm_up(optimizer: torch.optim.Optimizer, factors: Callable[[], Mapping[Tens
 
     def scale(*_: Any) -> None:
         restore()  # after a step that has failed, nobody has been here
-        wanted = factors()
+        current = factors()
         for group in optimizer.param_groups:
-            factor = wanted.get(group["params"][0], 1.0) if group["params"] else 1.0
+            factor = current.get(group["params"][0], 1.0) if group["params"] else 1.0
             if factor != 1.0:
                 scheduled.append((group, group["lr"]))
                 group["lr"] = group["lr"] * factor

@@ -93,22 +93,22 @@ class Summary:
         return totals | {"model_parameters": self.model_parameters, "weights": weights}
 
     def __str__(self) -> str:
-        wide = max([len(weight.name) for weight in self.weights] + [12])
-        head = f"{'weight':<{wide}}  {'shape':>14}  {'sparsity':>9}  {'nonzeros':>12}  {'packed':>10}"
+        width = max([len(weight.name) for weight in self.weights] + [12])
+        head = f"{'weight':<{width}}  {'shape':>14}  {'sparsity':>9}  {'nonzeros':>12}  {'packed':>10}"
         lines = [head, "-" * len(head)]
         for weight in self.weights:
             shape = "x".join(map(str, weight.shape))
-            lines.append(_line(weight.name, shape, weight.sparsity, weight.nonzeros, weight.bytes, wide))
+            lines.append(_line(weight.name, shape, weight.sparsity, weight.nonzeros, weight.bytes, width))
         lines.append("-" * len(head))
-        lines.append(_line("targeted", f"{self.parameters:,}", self.sparsity, self.nonzeros, self.bytes, wide))
+        lines.append(_line("targeted", f"{self.parameters:,}", self.sparsity, self.nonzeros, self.bytes, width))
         lines.append(f"model: {self.model_parameters:,} parameters; targeted weights dense: {_size(self.dense_bytes)}")
         if self.block_share < 1 - NEGLIGIBLE:
             lines.append(f"targeted weights are {self.block_share:.1%} of the weights in the transformer blocks")
         return "\n".join(lines)
 
 
-def _line(name: str, shape: str, sparsity: float, nonzeros: int, size: int, wide: int) -> str:
-    return f"{name:<{wide}}  {shape:>14}  {sparsity:>9.2%}  {nonzeros:>12,}  {_size(size):>10}"
+def _line(name: str, shape: str, sparsity: float, nonzeros: int, size: int, width: int) -> str:
+    return f"{name:<{width}}  {shape:>14}  {sparsity:>9.2%}  {nonzeros:>12,}  {_size(size):>10}"
 
 
 def _size(count: int) -> str:
@@ -121,11 +121,11 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
 
     Args:
         model: any module.
-        names: names of weights; None = the weights that were asked to be sparse, and for a model that was never
+        names: names of weights; None = the weights that are meant to be sparse, and for a model that was never
             pruned, the default targets.
 
     Raises:
-        SparsityError: if a name is no weight of the model, or the weight has no values that could be counted: it is on
+        SparsityError: if the model has no weight of a name, or the weight has no values that could be counted: it is on
             the meta device, or quantized to fewer bits than a byte.
 
     Example:

@@ -277,7 +277,7 @@ def test_pruner_keeps_its_masks_between_renewals() -> None:
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, 50, math.nan])
 def test_pruner_refuses_progress_that_is_no_fraction(progress: float) -> None:
-    with pytest.raises(RecipeError, match="progress is the fraction of training done, from 0 to 1"):
+    with pytest.raises(RecipeError, match=r"`progress` must be in \[0, 1\], the fraction of training done, got "):
         attached(two_layers(), sparsity=0.5).step(progress)
 
 
@@ -326,7 +326,7 @@ def test_pruner_refuses_a_selection_beside_a_pattern_that_has_its_own() -> None:
 def test_finish_refuses_masks_that_were_not_renewed_at_the_end() -> None:
     pruner = attached(two_layers(), sparsity=0.75, schedule={"name": "linear", "begin": 0.0})
     pruner.step(0.4)
-    with pytest.raises(SparsityError, match=r"asked for sparsity 0\.75, but the masks are at 0\.3750"):
+    with pytest.raises(SparsityError, match=r"sparsity 0\.75 was requested, but the masks are at 0\.3750"):
         pruner.finish()
     pruner.step(1.0)
     pruner.finish()

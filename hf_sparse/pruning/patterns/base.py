@@ -57,8 +57,8 @@ class Pattern:
         """Turn kept groups into a bool mask of the weight's shape; may be a view of `kept`."""
         raise NotImplementedError
 
-    def _fits(self, what: str, found: int, multiple: int, shape: Shape, where: str) -> None:
-        if found % multiple:
+    def _fits(self, what: str, size: int, multiple: int, shape: Shape, where: str) -> None:
+        if size % multiple:
             raise PatternError(
                 f"pattern {self} needs the {what} dimension to be a multiple of {multiple}, but '{where}' has shape "
                 f'{tuple(shape)}. Exclude it with exclude: "{where.removesuffix(".weight")}" or use pattern element.'

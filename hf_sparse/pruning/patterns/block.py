@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from ...config.sparsity import PATTERNS
-from ...errors import RecipeError
+from ...utils.validation import check_positive_int
 from .base import Pattern, Reduce, Shape
 
 
@@ -21,7 +21,7 @@ class Block(Pattern):
         cols: inputs in a block.
 
     Raises:
-        PatternError: for a weight whose shape is no multiple of the block.
+        PatternError: for a weight whose shape is not a multiple of the block.
 
     Example:
         >>> import torch
@@ -36,9 +36,7 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         for key in ("rows", "cols"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"pattern 'block': {key} is a whole number from 1 on, not {value!r}")
+            check_positive_int(key, getattr(self, key))
 
     def __str__(self) -> str:
         return f"block {self.rows}x{self.cols}"
@@ -52,11 +50,11 @@ class Block(Pattern):
         return shape[0] // self.rows, shape[1] // self.cols
 
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
-        high, wide = self.groups_shape(tuple(scores.shape))
-        blocks = scores.reshape(high, self.rows, wide, self.cols)
+        height, width = self.groups_shape(tuple(scores.shape))
+        blocks = scores.reshape(height, self.rows, width, self.cols)
         # First along the contiguous inputs, then over the much smaller rest: faster than both at once.
         return blocks.mean(3).mean(1) if reduce == "mean" else blocks.sum(3).sum(1)
 
     def expand(self, kept: Tensor, shape: Shape) -> Tensor:
-        high, wide = self.groups_shape(shape)
-        return kept.view(high, 1, wide, 1).expand(high, self.rows, wide, self.cols).reshape(shape)
+        height, width = self.groups_shape(shape)
+        return kept.view(height, 1, width, 1).expand(height, self.rows, width, self.cols).reshape(shape)

@@ -1,4 +1,4 @@
-"""n of every m consecutive inputs (2:4 and its kin)."""
+"""n of every m consecutive inputs (2:4 and its variants)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NM(Pattern):
         m: weights compared with each other.
 
     Raises:
-        PatternError: for a weight whose input dimension is no multiple of m.
+        PatternError: for a weight whose input dimension is not a multiple of m.
 
     Example:
         >>> NM(2, 4).fixed_sparsity
@@ -38,7 +38,7 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
-            raise RecipeError(f"pattern n:m needs whole numbers with 1 <= n < m, not {self.n!r}:{self.m!r}")
+            raise RecipeError(f"pattern n:m: `n` and `m` must be integers with 1 <= n < m, got {self.n!r}:{self.m!r}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

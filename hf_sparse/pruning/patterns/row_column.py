@@ -1,4 +1,4 @@
-"""Whole rows (outputs) or whole columns (inputs) of a weight."""
+"""Rows (outputs) or columns (inputs) of a weight."""
 
 from __future__ import annotations
 

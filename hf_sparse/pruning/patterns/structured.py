@@ -1,7 +1,7 @@
-"""Whole heads, neurons and sub-blocks: groups that go through several weights of a model at once.
+"""Heads, neurons and sub-blocks (structured pruning): groups that go through several weights of a model at once.
 
-Which weights these are, an architecture knows; a pattern here says how each of them is divided. What is removed can be
-cut out of the model afterwards (`hf_sparse.compact`), which makes it smaller and faster on every device.
+Which weights these are, an architecture knows; a pattern here says how each of them is divided. What is pruned can be
+removed from the model afterwards (`hf_sparse.compact`), which makes it smaller and faster on every device.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ class Structure(Pattern):
 
     def check(self, shape: Shape, where: str) -> None:
         super().check(shape, where)
-        raise PatternError(f"pattern {self.name} is no pattern of one weight alone, such as '{where}'")
+        raise PatternError(
+            f"pattern {self.name} spans several weights of a sub-block and does not fit one weight alone, such as "
+            f"'{where}'"
+        )
 
 
 @PATTERNS.register("head")
@@ -113,7 +116,7 @@ class HeadNeuron(Structure):
 class Layer(Structure):
     """Whole attention or feed-forward sub-blocks, all heads or neurons of one; its output bias, a constant, stays.
 
-    They compete with each other over the whole model: of one sub-block alone no fraction can be removed.
+    They compete with each other over the model: of one sub-block alone no fraction can be removed.
     """
 
     kinds = ("attention", "feed_forward")

@@ -27,7 +27,7 @@ class DynamicScorer(Scorer):
 
     Args:
         fraction: of the kept groups of each weight that is dropped at one update.
-        every: renewals of the masks between two updates: optimizer steps, unless the schedule says otherwise.
+        every: renewals of the masks between two updates: optimizer steps, unless the schedule has another `every`.
         until: progress from which on the masks stay as they are, so that what has grown is trained.
     """
 

@@ -51,8 +51,8 @@ class SoftMovement(Movement):
 
     `M = 1[sigmoid(S) > tau]` for all weights of the group together, and the loss gains
     `lambda * mean over weights of mean(sigmoid(S))`. In the paper tau and lambda are set by hand and the sparsity is
-    what comes out. Here the sparsity is what is asked: at each step tau is the value that leaves the scheduled
-    fraction, and lambda is steered, instead of found by trial and error, to bring tau to the paper's (`threshold`). In
+    what comes out. Here the sparsity is what is requested: at each step tau is the value that leaves the scheduled
+    fraction, and a controller adjusts lambda, instead of trial and error, to bring tau to the paper's (`threshold`). In
     a short run the scores cannot move that far; the sparsity is met all the same, and the logs say where tau ended.
 
     Args:
@@ -112,8 +112,8 @@ class SoftMovement(Movement):
         if threshold is None:
             return
         # Where the cut should be by now: it sets out from S = 0, where all scores start, and arrives with the ramp.
-        wanted = level * math.log(self.threshold / (1.0 - self.threshold))
-        error = max(-1.0, min(1.0, threshold - wanted))
+        target = level * math.log(self.threshold / (1.0 - self.threshold))
+        error = max(-1.0, min(1.0, threshold - target))
         self.strength *= math.exp(self._GAIN * error)
         self.strength.clamp_(self.start / self._RANGE, self.start * self._RANGE)
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...config.sparsity import SELECTIONS
-from ...errors import PatternError, RecipeError, SparsityError
+from ...errors import PatternError, SparsityError
 from ...profiling.latency_table import LatencyTable, Shape
+from ...utils.validation import check_number, check_one_of, check_positive_int
 from .base import Selection
 from .topk import refuse_nan
 
@@ -45,7 +46,7 @@ class Costs:
         return (self.inputs + 1) * self.width * self.size
 
     def flops(self, length: int) -> int:
-        """Floating-point operations of one group for one token of a text of this length."""
+        """Floating-point operations of one group for one token of an example of this length."""
         # Two for each weight; an attention also compares each token with all others, and mixes their values.
         return 2 * self.parameters + (4 * length * self.size if self.kind == "attention" else 0)
 
@@ -63,8 +64,8 @@ class Budget(Selection):
     Args:
         of: "flops", "parameters" or "latency".
         remaining: what may be left at the end of what the targeted sub-blocks cost dense, in (0, 1).
-        length: tokens in a text, for operations and time.
-        batch: texts at once, for time.
+        length: tokens per example, for operations and time.
+        batch: examples per batch, for time.
 
     Raises:
         RecipeError: for anything else.
@@ -90,19 +91,10 @@ class Budget(Selection):
     _times: list[Tensor] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.of not in OF:
-            raise RecipeError(f"selection 'budget': of is one of {', '.join(OF)}, not {self.of!r}")
-        if isinstance(self.remaining, bool) or not isinstance(self.remaining, (int, float)):
-            raise RecipeError(f"selection 'budget': remaining is a number, not {self.remaining!r}")
-        if not 0.0 < self.remaining < 1.0:
-            raise RecipeError(
-                f"selection 'budget': remaining is the fraction of the cost that is left, above 0 and below 1, not "
-                f"{self.remaining}"
-            )
-        for key in ("length", "batch"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"selection 'budget': {key} is a whole number above 0, not {value!r}")
+        check_one_of("of", self.of, OF)
+        check_number("remaining", self.remaining, "(0, 1)")
+        check_positive_int("length", self.length)
+        check_positive_int("batch", self.batch)
 
     @property
     def decides_sparsity(self) -> bool:

@@ -2,7 +2,7 @@
 
 Sorting 10 million scores costs seconds and `torch.kthvalue` tenths of a second on a CPU; selection runs at every step
 of training, so it has to cost a few passes over memory. The bracket comes from a fixed pseudo-random sample (Floyd and
-Rivest, "Expected time bounds for selection", CACM 1975); when the true cut falls outside, a full selection answers.
+Rivest, "Expected time bounds for selection", CACM 1975); when the true cut falls outside, a full selection decides.
 Other devices count (`radix`), which needs no copy of all scores in one piece and no sort either.
 """
 

@@ -53,7 +53,7 @@ def test_block_refuses_a_shape_that_it_does_not_divide(block: Block, message: st
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "32", True, None])
 def test_block_refuses_sizes_that_are_no_whole_numbers(size: Any) -> None:
-    with pytest.raises(RecipeError, match="pattern 'block': rows is a whole number from 1 on"):
+    with pytest.raises(RecipeError, match="`rows` must be a positive integer, got "):
         Block(rows=size)
-    with pytest.raises(RecipeError, match="pattern 'block': cols is a whole number from 1 on"):
+    with pytest.raises(RecipeError, match="`cols` must be a positive integer, got "):
         Block(cols=size)

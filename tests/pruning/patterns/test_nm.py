@@ -34,13 +34,13 @@ def test_nm_refuses_inputs_that_m_does_not_divide() -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (-1, 4), (2.0, 4), (2, 4.0), (True, 4), ("2", "4")])
 def test_nm_refuses_what_is_no_n_of_m(n: Any, m: Any) -> None:
-    with pytest.raises(RecipeError, match="whole numbers with 1 <= n < m"):
+    with pytest.raises(RecipeError, match="must be integers with 1 <= n < m, got "):
         NM(n, m)
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "4:4"])
 def test_nm_refuses_a_short_name_that_is_no_n_of_m(text: str) -> None:
-    with pytest.raises(RecipeError, match="whole numbers with 1 <= n < m"):
+    with pytest.raises(RecipeError, match="must be integers with 1 <= n < m, got "):
         PATTERNS.build(text)
 
 

@@ -262,7 +262,7 @@ def test_layers_compete_over_the_whole_model() -> None:
 def test_finish_refuses_layers_that_were_not_removed() -> None:
     pruner = pruner_of(structures.build("bert"), "layer", schedule={"name": "linear", "begin": 0.0})
     pruner.step(0.1)  # 3 of 4
-    with pytest.raises(SparsityError, match=r"asked for sparsity 0\.5, but the masks are at 0\.2500"):
+    with pytest.raises(SparsityError, match=r"sparsity 0\.5 was requested, but the masks are at 0\.2500"):
         pruner.finish()
     pruner.step(1.0)
     pruner.finish()

@@ -175,11 +175,11 @@ def test_movement_spends_a_budget_of_operations_in_the_trainer(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"of": "seconds"}, "of is one of flops, parameters, latency, not 'seconds'"),
-        ({"remaining": 1.0}, "above 0 and below 1, not 1.0"),
-        ({"remaining": 0.0}, "above 0 and below 1, not 0.0"),
-        ({"remaining": True}, "remaining is a number, not True"),
-        ({"length": 0}, "length is a whole number above 0, not 0"),
+        ({"of": "seconds"}, "selection 'budget': `of` must be one of 'flops', 'parameters', 'latency', got 'seconds'"),
+        ({"remaining": 1.0}, r"`remaining` must be in \(0, 1\), got 1.0"),
+        ({"remaining": 0.0}, r"`remaining` must be in \(0, 1\), got 0.0"),
+        ({"remaining": True}, r"`remaining` must be a number in \(0, 1\), got True"),
+        ({"length": 0}, "`length` must be a positive integer, got 0"),
     ],
 )
 def test_budget_that_cannot_be_is_an_error(options: dict[str, Any], message: str) -> None:
