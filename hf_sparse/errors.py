@@ -28,7 +28,7 @@ class SparsityError(Exception):
 
 
 class RecipeError(SparsityError, ValueError):
-    """What was asked for is contradictory, unknown or cannot be reached by this run."""
+    """A request is contradictory, unknown or cannot be reached by this run."""
 
 
 ConfigError = RecipeError
@@ -40,7 +40,7 @@ class PatternError(RecipeError):
 
 
 class CheckpointError(SparsityError, ValueError):
-    """A file is damaged, inconsistent, or from a version that this one cannot read."""
+    """A file is corrupted, inconsistent, or from a version that this one cannot read."""
 
 
 class BackendError(SparsityError, RuntimeError):

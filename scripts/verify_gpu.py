@@ -3,7 +3,7 @@
     python scripts/verify_gpu.py                   # writes verify_gpu.json and verify_gpu.md; some minutes
     python scripts/verify_gpu.py --quick --out DIR
 
-Products are compared with fp64, per shape and type; times are of CUDA events, sparse and dense in turns, median and
+Matmuls are compared with fp64, per shape and dtype; times are of CUDA events, sparse and dense interleaved, median and
 quartiles. Then layers go into runtime form and back (`to_runtime`), a packed model is loaded with device_map="auto" on
 all GPUs there are, loading it for tensor parallelism has to be refused in words, and a short training with the callback
 runs under torchrun. Without CUDA it says so, and exits with 3; with 1 if anything is wrong.
@@ -38,7 +38,7 @@ STATES = {True: "ok", False: "WRONG", None: "not run"}
 
 
 def times(functions: dict[str, Callable[[], Any]], rounds: int, inner: int = 5) -> dict[str, list[float]]:
-    """Return quartiles in microseconds of each function, called in turns."""
+    """Return quartiles in microseconds of each function, interleaved."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 3):
         for name, function in functions.items():

@@ -107,13 +107,13 @@ def _sparsity(kept: int, size: int) -> float:
 
 
 def check_total(sparsity: float, levels: Sequence[float] = ()) -> None:
-    """Raise a `RecipeError` for a total sparsity that no levels, or not these, can say anything about."""
+    """Raise a `RecipeError` for a total sparsity outside of [0, 1) or above all levels."""
     if not 0 <= sparsity < 1:
-        raise RecipeError(f"a total sparsity is at least 0 and below 1, not {sparsity}")
+        raise RecipeError(f"the total sparsity must be in [0, 1), got {sparsity}")
     if levels and sparsity > max(levels):
         raise RecipeError(
-            f"a total sparsity of {sparsity} was asked for, but the highest level to measure is {max(levels)}; measure "
-            "a higher one with --levels"
+            f"the total sparsity must be at most the highest measured level, {max(levels)}, got {sparsity}: measure a "
+            "higher one with --levels"
         )
 
 

@@ -43,7 +43,7 @@ def write_report(
     Raises:
         BackendError: without matplotlib.
         RecipeError: if a model or a file cannot be read, or `data` comes without `against`.
-        CheckpointError: if a packed model is damaged, or the file of timings is not one.
+        CheckpointError: if a packed model is corrupted, or the file of timings is not one.
     """
     require_matplotlib()
     if data is not None and against is None:

@@ -1,7 +1,7 @@
-"""Results of runs in one JSON file: what was run, how sparse it came out, and what was measured of it.
+"""Results of runs in one JSON file: settings, reached sparsity, size, metrics and speed.
 
-The file is a list with one result a line. A result says its settings in full, so it does not depend on a recipe that
-may change after it.
+The file is a list with one result a line. A result holds all its settings, so it does not depend on a recipe that may
+change later.
 """
 
 from __future__ import annotations
@@ -46,12 +46,23 @@ class Method(NamedTuple):
         """Return the fields of a text that `str` wrote. This is the only place that reads it.
 
         Example:
-            >>> Method.parse("movement, taught by l6 with hidden states, after dense")
+            >>> Method.parse("movement, taught by l6 with hidden states, after dense")  # words: ok
             Method(name='movement', teacher='l6', hidden=True, after_dense=True)
         """
         name, _, teacher = text.removesuffix(_AFTER).partition(_TEACHER)
         hidden = teacher.endswith(_HIDDEN)
         return cls(name, teacher.removesuffix(_HIDDEN) or None, hidden, text.endswith(_AFTER))
+
+    @property
+    def description(self) -> str:
+        """The fields in words.
+
+        Example:
+            >>> Method("movement", teacher="l6", after_dense=True).description
+            'movement, distilled from l6, after dense'
+        """
+        teacher = f", distilled from {self.teacher}{_HIDDEN if self.hidden else ''}" if self.teacher else ""
+        return f"{self.name}{teacher}{_AFTER if self.after_dense else ''}"
 
     def __str__(self) -> str:
         teacher = f"{_TEACHER}{self.teacher}{_HIDDEN if self.hidden else ''}" if self.teacher else ""
@@ -63,20 +74,20 @@ class Result:
     """One run.
 
     Args:
-        name: of what was asked; one name and one seed are one result.
-        task: what it was trained for and measured on.
-        model: that it began with.
-        method: how weights were removed, or "dense".
-        sparsity: that was asked for.
+        name: of the entry in the plan; name and seed identify a result.
+        task: that it was trained for and evaluated on.
+        model: initial model.
+        method: of pruning, as text (see `Method`), or "dense".
+        sparsity: the requested one.
         seed: of the run.
-        metrics: on the validation texts.
+        metrics: on the validation examples.
         steps: optimizer steps; None = not recorded.
         reached: fraction of zeros in the targeted weights; None = not recorded.
         bytes: of its weight files; None = not recorded.
-        compact_bytes: of the weight files after what was removed was cut out; None = it was not.
-        speed: what `hf-sparse bench` measured of it (`Comparison.to_dict`); None = not measured.
-        settings: the recipe, without the folders of a machine; None = no recipe made it, see `note`.
-        note: what else has to be said.
+        compact_bytes: of the weight files after `compact`; None = not compacted.
+        speed: measured by `hf-sparse bench` (`Comparison.to_dict`); None = not measured.
+        settings: the recipe, without the folders of a machine; None = it was made without a recipe, see `note`.
+        note: further remarks.
     """
 
     name: str
@@ -99,28 +110,28 @@ class Result:
         """Build from JSON types.
 
         Raises:
-            RecipeError: for an unknown or missing field, or a value that is none.
+            RecipeError: for an unknown or missing field, or an invalid value.
         """
         if not isinstance(data, Mapping):
-            raise RecipeError(f"a result is a mapping of fields to values, not {data!r:.80}")
+            raise RecipeError(f"a result must be a mapping of fields to values, got {data!r:.80}")
         fields = dataclasses.fields(cls)
         check_keys(data, [field.name for field in fields], "a result")
         missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in data]
         if missing:
-            raise RecipeError(f"a result has no {', '.join(missing)}: {data!r:.80}")
+            raise RecipeError(f"a result must have {', '.join(missing)}, got {data!r:.80}")
         for key in ("name", "task", "model", "method"):
             if not isinstance(data[key], str) or not data[key]:
-                raise RecipeError(f"a result's {key} is a text, not {data[key]!r:.80}")
+                raise RecipeError(f"`{key}` of a result must be a string, got {data[key]!r:.80}")
         metrics = data["metrics"]
         if not isinstance(metrics, Mapping) or not metrics or not all(map(is_number, metrics.values())):
-            raise RecipeError(f"{data['name']}: metrics are numbers by name, not {metrics!r:.80}")
+            raise RecipeError(f"{data['name']}: `metrics` must be a mapping of names to numbers, got {metrics!r:.80}")
         for key in ("sparsity", "seed", "steps", "reached", "bytes", "compact_bytes"):
             if not is_number(data.get(key, 0)) and (data[key] is not None or key in ("sparsity", "seed")):
-                raise RecipeError(f"{data['name']}: {key} is a number, not {data[key]!r:.80}")
+                raise RecipeError(f"{data['name']}: `{key}` must be a number, got {data[key]!r:.80}")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, without what was not recorded."""
+        """Return plain JSON types, without fields that were not recorded."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -131,14 +142,14 @@ class Result:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What tells it from others."""
+        """Name and seed, which identify it."""
         return self.name, self.seed
 
 
 def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
-    """Return the dense results, one for each seed, that a result is to be compared with.
+    """Return the dense baseline of a result, one for each seed.
 
-    They had the same task and model and, where there are such, began where it began and took as many steps.
+    It has the same task and model and, if there is such a run, the same initial model and number of steps.
     """
     dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
     alike = Method("dense", after_dense=result.how.after_dense)
@@ -155,13 +166,13 @@ def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def common_machine(results: Iterable[Result]) -> str | None:
-    """Return the machine that most speeds are of."""
+    """Return the machine on which most speeds were measured."""
     counts = Counter(Speed.from_dict(result.speed).machine for result in results if result.speed)
     return max(counts, key=lambda machine: (counts[machine], machine), default=None)
 
 
 def of_one_machine(results: Sequence[Result]) -> list[Result]:
-    """Leave out speeds of other machines than that of most, which would be compared with what they cannot be."""
+    """Leave out speeds of other machines than the most common one, since they cannot be compared."""
     most = common_machine(results)
     return [
         result
@@ -172,10 +183,10 @@ def of_one_machine(results: Sequence[Result]) -> list[Result]:
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
-    """Read a file of results; one that is not there has none.
+    """Read a file of results; a file that does not exist has none.
 
     Raises:
-        RecipeError: if it is no such file, or has one result twice.
+        RecipeError: if it is not such a file, or has one result twice.
     """
     if not Path(path).exists():
         return []
@@ -184,7 +195,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read results {os.fspath(path)}: {error}") from error
     if not isinstance(data, list):
-        raise RecipeError(f"{os.fspath(path)} is no list of results")
+        raise RecipeError(f"{os.fspath(path)} must be a list of results")
     results = [Result.from_dict(item) for item in data]
     seen = set()
     for result in results:
@@ -195,10 +206,10 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
-    """Replace a file of results, in the order of names and seeds; an interruption leaves the old one whole.
+    """Replace a file of results, in the order of names and seeds; an interruption leaves the old file intact.
 
     Raises:
-        RecipeError: for a result that could not be read again, such as one with a metric that is NaN.
+        RecipeError: for a result that could not be read back, such as one whose metric is NaN.
     """
     known = [Result.from_dict(result.to_dict()) for result in results]
     lines = [json.dumps(result.to_dict()) for result in sorted(known, key=lambda result: result.key)]

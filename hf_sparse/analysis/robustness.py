@@ -90,7 +90,7 @@ class Robustness:
 
     Args:
         names: of the classes.
-        texts: of the examples, uncorrupted.
+        texts: the uncorrupted inputs.  words: ok
         labels: the correct classes.
         dense, sparse: probabilities of the classes.
         corrupted: accuracy of the dense and of the sparse model by the name of the corruption.

@@ -1,4 +1,4 @@
-"""How much the loss minds when one weight, or one head, is pruned alone, and what that says about a recipe."""
+"""Sensitivity of the loss to pruning one layer or one head alone, and sparsity allocations computed from it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .head_table import HeadTable
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """The loss by the sparsity of one weight, all others as they are. `print` it for a table.
+    """The loss by the sparsity of one layer, all others dense. `print` it for a table.
 
     Args:
         levels: sparsities, ascending.
-        dense: loss of the model as it is.
+        dense: loss of the unpruned model.
         losses: one for each level, by name of the layer.
         shapes: of the weights.
-        heads: importance of the heads; None where no family of architectures knows the model.
-        samples: how many texts it was measured on.
-        masked: by attention, the loss with each head masked alone, and one for each level of heads masked together.
+        heads: importance of the heads; None if the architecture is not supported.
+        samples: number of examples it was measured on.
+        masked: by attention, the loss with each head masked alone, and the loss at each level of heads masked together.
     """
 
     levels: tuple[float, ...]
@@ -47,7 +47,7 @@ class Sensitivity:
     masked: dict[str, tuple[list[float], list[float]]] = dataclasses.field(default_factory=dict)
 
     def allocations(self, sparsity: float) -> dict[str, list[dict[str, Any]]]:
-        """Return the groups of a recipe for a total sparsity, by how they were found."""
+        """Return the groups of a recipe for a total sparsity, by allocation method."""
         sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
         increases = {name: [loss - self.dense for loss in losses] for name, losses in self.losses.items()}
         groups = {
@@ -56,8 +56,8 @@ class Sensitivity:
         }
         numbers = {name: len(alone) for name, (alone, _) in self.masked.items()}
         if numbers and kept_count(sum(numbers.values()), sparsity) >= len(numbers):  # each attention keeps a head
-            minds = {name: [loss - self.dense for loss in together] for name, (_, together) in self.masked.items()}
-            heads = groups_of(by_sensitivity(numbers, self.levels, minds, sparsity), numbers)
+            increases = {name: [loss - self.dense for loss in together] for name, (_, together) in self.masked.items()}
+            heads = groups_of(by_sensitivity(numbers, self.levels, increases, sparsity), numbers)
             groups["heads"] = [{**group, "pattern": "head"} for group in heads]
         return groups
 
@@ -75,24 +75,24 @@ class Sensitivity:
         }
 
     def __str__(self) -> str:
-        wide = max(len(name) for name in (*self.losses, "layer"))
-        lines = [f"{'layer':<{wide}}  " + " ".join(f"{level:>9.1%}" for level in self.levels)]
+        width = max(len(name) for name in (*self.losses, "layer"))
+        lines = [f"{'layer':<{width}}  " + " ".join(f"{level:>9.1%}" for level in self.levels)]
         for name, losses in self.losses.items():
-            lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in losses))
-        lines.append(f"Increase of the loss, which is {self.dense:.4f} dense, on {self.samples} texts")
+            lines.append(f"{name:<{width}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in losses))
+        lines.append(f"Increase of the loss over the dense loss {self.dense:.4f}, on {self.samples} examples")
         if self.masked:
             lines += ["", *self._masked_lines()]
         return "\n".join(lines) + ("" if self.heads is None else f"\n\n{self.heads}")
 
     def _masked_lines(self) -> list[str]:
-        wide = max(len(name) for name in (*self.masked, "heads masked together"))
-        lines = [f"{'heads masked together':<{wide}}  " + " ".join(f"{level:>9.1%}" for level in self.levels)]
+        width = max(len(name) for name in (*self.masked, "heads masked together"))
+        lines = [f"{'heads masked together':<{width}}  " + " ".join(f"{level:>9.1%}" for level in self.levels)]
         for name, (_, together) in self.masked.items():
-            lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in together))
+            lines.append(f"{name:<{width}}  " + " ".join(f"{loss - self.dense:>+9.4f}" for loss in together))
         most = max(len(alone) for alone, _ in self.masked.values())
-        lines += ["", f"{'one head masked alone':<{wide}}  " + " ".join(f"{head:>7}" for head in range(most))]
+        lines += ["", f"{'one head masked alone':<{width}}  " + " ".join(f"{head:>7}" for head in range(most))]
         for name, (alone, _) in self.masked.items():
-            lines.append(f"{name:<{wide}}  " + " ".join(f"{loss - self.dense:>+7.3f}" for loss in alone))
+            lines.append(f"{name:<{width}}  " + " ".join(f"{loss - self.dense:>+7.3f}" for loss in alone))
         return lines
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -107,13 +107,13 @@ class Sensitivity:
         upper, *lower = figure.subplots(
             1 + bool(self.masked), squeeze=False, height_ratios=[2, 1] if self.masked else None
         )[:, 0]
-        for place, (name, losses) in enumerate(lines.items()):
-            style = ("-", "--", ":", "-.")[place // 10 % 4]  # matplotlib has ten colours
+        for index, (name, losses) in enumerate(lines.items()):
+            style = ("-", "--", ":", "-.")[index // 10 % 4]  # matplotlib has ten colours
             marker = "o" if name in self.losses else "s"
             upper.plot((0.0, *self.levels), (self.dense, *losses), style, marker=marker, markersize=3, label=name)
         upper.set_xlabel("sparsity of this layer alone, or fraction of its heads masked")
         upper.set_ylabel("loss")
-        upper.set_title(f"Sensitivity of layers and heads, {self.samples} texts", fontsize=10)
+        upper.set_title(f"Sensitivity of layers and heads, {self.samples} examples", fontsize=10)
         for axes in lower:
             _draw_heads(figure, axes, self.masked, self.dense)
         figure.legend(loc="outside right upper", fontsize=7)
@@ -125,7 +125,7 @@ def _draw_heads(figure: Any, axes: Any, masked: Mapping[str, tuple[list[float], 
     table = [[loss - dense for loss in alone] + [math.nan] * (most - len(alone)) for alone, _ in masked.values()]
     limit = max((abs(value) for row in table for value in row if not math.isnan(value)), default=0.0) or 1.0
     image = axes.imshow(table, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_facecolor("lightgrey")  # heads that are not there
+    axes.set_facecolor("lightgrey")  # pruned heads
     axes.set_xticks(range(most))
     axes.set_yticks(range(len(masked)), masked, fontsize=7)
     axes.set_xlabel("head masked alone")
@@ -135,20 +135,20 @@ def _draw_heads(figure: Any, axes: Any, masked: Mapping[str, tuple[list[float], 
 def sensitivity(
     name: str, section: DataSection, levels: Sequence[float], batch: int = 16, revision: str = "main"
 ) -> Sensitivity:
-    """Load a model and its tokenizer, and measure its layers and heads on the texts of a file.
+    """Load a model and its tokenizer, and measure its layers and heads on the examples of a file.
 
     Args:
         name: folder or Hub name.
-        section: whose training texts are read.
+        section: its training examples are read.
         levels: sparsities, ascending.
-        batch: texts at once; one at a time where the model writes texts.
+        batch: examples per batch; 1 for a model that generates text.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         RecipeError: if model or data cannot be loaded, or a number is out of its range.
     """
     if batch < 1:
-        raise RecipeError(f"batch is a whole number of texts above 0, not {batch}")
+        raise RecipeError(f"`batch` must be a number of examples >= 1, got {batch}")
     model, tokenizer = load_whole(name, revision), load_tokenizer(name, revision)
     rows = load_split(section, "train")
     data = list(LabelledBatches(model, tokenizer, rows, section, batch))

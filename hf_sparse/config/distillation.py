@@ -33,7 +33,7 @@ class DistillationConfig:
             (CoFi); or a list of pairs [student layer, teacher layer], counted from 0.
 
     Raises:
-        RecipeError: for a weight below 0, a temperature that is not positive, a map that is none, or nothing to learn.
+        RecipeError: for a weight below 0, a temperature that is not positive, an invalid `layer_map`, or no loss.
 
     Example:
         >>> import hf_sparse

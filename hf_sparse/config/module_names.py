@@ -45,7 +45,7 @@ class ModuleNames:
     def __post_init__(self) -> None:
         if not isinstance(self.value, str):
             if not self.value or not all(isinstance(name, str) and name for name in self.value):
-                raise RecipeError(f"names of modules must be a list of non-empty texts, got {shorten(self.value)}")
+                raise RecipeError(f"names of modules must be a list of non-empty strings, got {shorten(self.value)}")
             return
         if len(self.value) > MAX_REGEX or _NESTED.search(self.value):
             raise RecipeError(

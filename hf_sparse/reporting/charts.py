@@ -73,7 +73,7 @@ def scatter(
 
     Args:
         front: indices of points, by rising x.
-        log_ticks: texts below a logarithmic x axis, by their values; None = the axis is linear.
+        log_ticks: tick labels of a logarithmic x axis, by their values; None = the axis is linear.
     """
     with _context():
         figure = new_figure(*SIZE)
@@ -90,7 +90,7 @@ def scatter(
 
 
 def set_log_ticks(axes: Any, ticks: Mapping[float, str]) -> None:
-    """Make the x axis logarithmic, with these texts at the values that are in its range."""
+    """Make the x axis logarithmic, with these labels at the values in its range."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     shown = {value: text for value, text in ticks.items() if low <= value <= high}

@@ -68,7 +68,7 @@ def write_figure(figure: Any, path: str | os.PathLike[str]) -> None:
 
 
 def literal_texts(figure: Any) -> None:
-    """Take all texts of a figure as they are: names are untrusted, and a `$` in one would begin a formula."""
+    """Show all labels of a figure literally: names are untrusted, and a `$` in one would begin a formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -76,7 +76,7 @@ def literal_texts(figure: Any) -> None:
 
 
 def describe_figure(figure: Any) -> str:
-    """Return what a figure shows, as JSON: texts, points and lines of its axes, not how they are drawn.
+    """Return what a figure shows, as JSON: labels, points and lines of its axes, not how they are drawn.
 
     Example:
         >>> figure = new_figure(2, 2)
@@ -121,7 +121,7 @@ def write_labels(
 
     Args:
         marks: positions of all markers, in data coordinates.
-        texts: the label of each; "" = no label.
+        texts: label of each marker; "" = without a label.  words: ok
         size: of the font, in points.
     """
     literal_texts(figure)

@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_auto.py --json auto.json       # exit code 1 if any is below 0.97
 
 Two thirds of the models are a linear layer, the others a BERT of one layer. Each is chosen for with a fresh table, and
-called with numbers of tokens that were not timed for the choice. Dense and runtime model are timed in turns, with one
-thread by the time of the processor; the figure is the median of dense over runtime within a round. Where auto left all
+called with sequence lengths that were not timed for the choice. Dense and runtime model are timed interleaved, with one
+thread by CPU time; the figure is the median of dense over runtime within a round. Where auto left all
 layers dense both are the same model, and the figure is 1.
 """
 
@@ -115,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
-    parser.add_argument("--calls", type=int, default=3, help="numbers of tokens for each case (3)")
+    parser.add_argument("--calls", type=int, default=3, help="token counts for each case (3)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,11 +1,11 @@
-"""Time the sparse products against torch's dense ones: interleaved, as the median of ratios with their quartiles.
+"""Time the sparse matmuls against torch's dense ones: interleaved, as the median of ratios with their quartiles.
 
-With one thread the time of the processor counts, so that other programs disturb less; else that of the clock.
+With one thread CPU time is measured, which other processes disturb less; with more threads wall-clock time.
 
     python scripts/benchmarks/bench_kernels.py --threads 1 --tokens 128 --isa avx2
 
-Every result is compared with the dense one first. Weights and masks are random. A ratio above 1 is a gain. With --int8
-the products round weights and inputs to int8, and may be 3 % off.
+Every result is compared with the dense one first. Weights and masks are random. A ratio above 1 is a speed-up. With
+--int8 weights and inputs are rounded to int8, and results may be 3 % off.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def int8_ffn(x: Tensor, up: PackedInt8, bias: Tensor, down: PackedInt8, back: Te
 def ratios(
     dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int, threads: int, limit: float
 ) -> list[float]:
-    """Time both in turn, the order changing from round to round; dense over sparse for each round."""
+    """Time both interleaved, in an order that alternates; return dense over sparse for each round."""
     expected, found = dense(), sparse()
     error = float((expected - found).norm() / expected.norm())
     if not error < limit:
-        raise SystemExit(f"the sparse product is wrong: relative error {error:.1e}")
+        raise SystemExit(f"the sparse matmul is wrong: relative error {error:.1e}, limit {limit:.1e}")
     clock = time.process_time if threads == 1 else time.perf_counter
     result = []
     for turn in range(rounds):

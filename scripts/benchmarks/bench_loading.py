@@ -1,10 +1,10 @@
-"""What `from_pretrained` of a packed model costs in memory, against the dense one; bench_storage.py has the time.
+"""Memory of `from_pretrained` for a packed model against the dense one; bench_storage.py measures the time.
 
     python scripts/benchmarks/bench_loading.py                  # BERT-base at 90 %, fp32, five rounds: two minutes
     python scripts/benchmarks/bench_loading.py --layers 2 --rounds 1 # a first impression
     python scripts/benchmarks/bench_loading.py --backend cpu    # into runtime form too: SparseConfig(backend="cpu")
 
-Each load runs in a process of its own, dense and packed in turns, and ends with reading every weight once: files are
+Each load runs in a process of its own, dense and packed interleaved, and ends with reading every weight once: files are
 mapped into memory, so a dense model that nobody has used yet is not in memory at all. The peak is how far the resident
 memory of the process rose above where it was before the load, as the kernel counts it (Linux). Before that, a tiny
 model is loaded, so that what is imported on the way is not counted.
@@ -83,7 +83,7 @@ def quoted(values: list[float], digits: int = 1) -> str:
 
 
 def main() -> None:
-    """Make the models, load them in turns, and print peaks and limits."""
+    """Make the models, load them interleaved, and print peaks and limits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,11 +1,11 @@
-"""Sparse models beside the engines that others use: DeepSparse, ONNX Runtime and OpenVINO, all in the same run.
+"""Sparse models against other engines: DeepSparse, ONNX Runtime and OpenVINO, all in the same run.
 
     bash scripts/benchmarks/make_peers.sh peers                                   # their environments, once
     python scripts/benchmarks/bench_peers.py peers --quick --json peers.json      # BERT-base at 90 %, some minutes
     python scripts/benchmarks/bench_peers.py peers --threads 1 2 --json peers.json
 
-Each engine runs in a process and an environment of its own, which loads an ONNX file of the same weights and answers
-with the seconds of one call whenever it is its turn, so that what disturbs the machine falls on all. Outputs are
+Each engine runs in a process and an environment of its own, which loads an ONNX file of the same weights and reports
+the seconds of one call on request; calls are interleaved, so that other load on the machine affects all. Outputs are
 compared first, each with torch on the same weights. DeepSparse is given the pruned weights; ONNX Runtime and OpenVINO
 use no zeros, and are given the dense ones. A speed-up is the median of the ratios within a round, with quartiles.
 Pin the process to as many cores as threads (taskset), or engines may spread out.

@@ -1,11 +1,11 @@
-"""What the runtime form is worth for whole models: BERT-base, MiniLM-L6 and T5-small in shape, random weights.
+"""Speed-up of the runtime form for complete models: BERT-base, MiniLM-L6 and T5-small in shape, random weights.
 
     python scripts/benchmarks/bench_runtime.py --json runtime.json               # all of it, about an hour
     python scripts/benchmarks/bench_runtime.py --models bert-base --batches 1 --threads 1 --sparsities 0.9 --rounds 7
 
 Outputs are compared before anything is timed. Then the dense model (torch, eager), the sparse ones, with --int8 the
 same with backend "cpu-int8" (not exact: how far off is a column), and with --ort ONNX Runtime in float32 and int8
-(dense: it does not use zeros) run in turns; the speed-up is the median of the ratios
+(dense: it does not use zeros) run interleaved; the speed-up is the median of the ratios
 within a round, with quartiles. T5 is timed as its encoder, and as greedy decoding of 64 tokens.
 """
 

@@ -8,7 +8,7 @@ The last one measures files that compressed-tensors itself writes, in an environ
 scripts/tools/make_compressed_tensors_fixture.py; without it their size is computed from their layout.
 
 The weights have the shapes of the encoder layers of BERT-base, are random, and are zeroed by a random mask of the given
-kind. Times are ratios of two things done in turns, so that whatever else the machine does falls on both; quoted is the
+kind. Times are ratios of two interleaved operations, so that other load on the machine affects both; quoted is the
 median with its quartiles. One thread.
 """
 
@@ -342,7 +342,7 @@ PARTS = {"size": size, "decoding": decoding, "encoding": encoding, "loading": lo
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--layers", type=int, default=12)

@@ -1,10 +1,10 @@
-"""One engine in a process of its own, for bench_peers.py: loads an ONNX file, then times a call whenever it is told to.
+"""One engine in a process of its own, for bench_peers.py: loads an ONNX file, then times a call on each request.
 
     python scripts/benchmarks/peer.py ENGINE MODEL.onnx INPUT.npy OUTPUT.npy THREADS
 
-ENGINE is deepsparse, onnxruntime, onnxruntime-int8 or openvino. It computes once and writes the output; then says
-"ready" with its versions, and answers every line on its standard input with the seconds of one call, on the clock and
-of the processor. Needs NumPy and the engine, nothing of hf_sparse or torch.
+ENGINE is deepsparse, onnxruntime, onnxruntime-int8 or openvino. It computes once and writes the output. Then it
+prints "ready" with its versions and, for every line on its standard input, the seconds of one call: wall-clock and CPU
+time. Needs NumPy and the engine, nothing of hf_sparse or torch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python scripts/reference/make_cards.py [--output model_cards]
 
-Every figure is read from recipes/reference/results.json; none is typed. The same file gives the same bytes.
+All figures come from recipes/reference/results.json. The same file gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import yaml
-
 from hf_sparse.analysis.results import Result, by_name, dense_twin
 from hf_sparse.hf.hub.model_card import CardFacts, card_text
 from hf_sparse.profiling.speed_record import Speed
+from hf_sparse.utils.strict_yaml import dump_yaml
 from scripts.reference.reference import ROOT, reference_results
 
 DATA = {
@@ -29,17 +28,17 @@ DATA = {
     "stsb": "STS-B, validation pairs",
     "g2p": "CMUdict, held-out words, spelled in phonemes",
 }
-WRITES = ("g2p",)
-"""Tasks whose model writes texts."""
+SEQ2SEQ = ("g2p",)
+"""Tasks whose model generates text."""
 
 
 def cards() -> dict[str, str]:
     """Return the text of every card by the name of its file."""
     results = reference_results()
-    made = {"template.md": card_text(CardFacts("name of the model"))}
+    out = {"template.md": card_text(CardFacts("name of the model"))}
     for name, runs in by_name(results).items():
-        made[f"{name}.md"] = card_text(_facts(runs, dense_twin(results, runs[0])))
-    return made
+        out[f"{name}.md"] = card_text(_facts(runs, dense_twin(results, runs[0])))
+    return out
 
 
 def mean(runs: Sequence[Result]) -> dict[str, float]:
@@ -52,11 +51,11 @@ def _facts(runs: Sequence[Result], dense: Sequence[Result]) -> CardFacts:
     each = "; ".join(
         f"seed {run.seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in run.metrics.items()) for run in runs
     )
-    count = "one seed" if len(runs) == 1 else f"the means over {len(runs)} seeds"
-    said = [
-        f"Result of a method ({first.method}), not a published model: no weights come with this card.",
+    count = "from one seed" if len(runs) == 1 else f"means over {len(runs)} seeds"
+    sentences = [
+        f"Result of a method ({first.how.description}), not a published model: this card comes without weights.",
         f"Metrics are {count}: {each}.",
-        f"Dense: {', '.join(sorted({run.name for run in dense})) or 'not run'}, {len(dense)} of them."
+        f"Dense baseline: {', '.join(sorted({run.name for run in dense})) or 'not run'}, seeds: {len(dense)}."
         if first.sparsity
         else "",
         f"{first.steps:,} steps." if first.steps else "",
@@ -65,7 +64,7 @@ def _facts(runs: Sequence[Result], dense: Sequence[Result]) -> CardFacts:
     recipe = {**first.settings} if first.settings else None
     return CardFacts(
         title=first.name,
-        architecture="T5ForConditionalGeneration" if first.task in WRITES else "BertForSequenceClassification",
+        architecture="T5ForConditionalGeneration" if first.task in SEQ2SEQ else "BertForSequenceClassification",
         base_model=first.model,
         data=DATA[first.task],
         metrics=mean(runs),
@@ -73,8 +72,8 @@ def _facts(runs: Sequence[Result], dense: Sequence[Result]) -> CardFacts:
         groups=_groups(runs) if first.sparsity else (),
         sizes=_sizes(runs),
         speed=next((Speed.from_dict(run.speed) for run in runs if run.speed), None),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
-        note=" ".join(part for part in said if part),
+        recipe=dump_yaml(recipe) if recipe else None,
+        note=" ".join(sentence for sentence in sentences if sentence),
         loads=False,
         pruned=first.sparsity > 0,
     )
@@ -82,13 +81,13 @@ def _facts(runs: Sequence[Result], dense: Sequence[Result]) -> CardFacts:
 
 def _groups(runs: Sequence[Result]) -> list[tuple[str, int, float]]:
     reached = [run.reached for run in runs if run.reached is not None]
-    asked = [("targeted weights, asked for", 0, runs[0].sparsity)]
-    return asked + ([("targeted weights, reached", 0, statistics.mean(reached))] if reached else [])
+    requested = [("targeted weights, requested", 0, runs[0].sparsity)]
+    return requested + ([("targeted weights, reached", 0, statistics.mean(reached))] if reached else [])
 
 
 def _sizes(runs: Sequence[Result]) -> list[tuple[str, str]]:
     out = []
-    for name, key in (("weight files", "bytes"), ("weight files after what was removed is cut out", "compact_bytes")):
+    for name, key in (("weight files", "bytes"), ("weight files after compaction", "compact_bytes")):
         sizes = [size for run in runs if (size := getattr(run, key)) is not None]
         out += [(name, f"{statistics.mean(sizes) / 1e6:.2f} MB")] if sizes else []
     return out
@@ -100,10 +99,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "model_cards")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
-    made = cards()
-    for name, text in made.items():
+    written = cards()
+    for name, text in written.items():
         (output / name).write_text(text, encoding="utf-8", newline="\n")
-    print(f"{len(made)} cards in {output}")
+    print(f"{len(written)} cards in {output}")
 
 
 if __name__ == "__main__":

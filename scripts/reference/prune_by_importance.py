@@ -2,8 +2,8 @@
 
     python scripts/reference/prune_by_importance.py runs/dense runs/small --data data/sst2/train.jsonl --text sentence
 
-The baseline that pruning during fine-tuning is compared with: importance from a pass over training texts, magnitude for
-neurons, the same share of every layer, everything cut out. Fine-tune the result with `hf-sparse train` and a recipe
+The baseline that pruning during fine-tuning is compared with: importance from a pass over training examples, magnitude
+for neurons, the same share of every layer, everything removed. Fine-tune the result with `hf-sparse train` and a recipe
 without sparsity whose model is the output folder.
 """
 

@@ -1,4 +1,4 @@
-"""The plan of the reference results: what recipes/reference/plan.yaml asks, and the recipe of each of its runs."""
+"""The plan of the reference results, recipes/reference/plan.yaml, and the recipe of each of its runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_sparse.analysis.results import Result, common_machine, read_results
 from hf_sparse.profiling.speed_record import Speed
 from hf_sparse.recipe.recipe import Recipe
+from hf_sparse.utils.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = ROOT / "recipes" / "reference" / "plan.yaml"
@@ -60,18 +59,19 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What the result is called."""
+        """Name of the result."""
         words = [self.task, self.method] + ([f"{100 * self.sparsity:g}"] if self.sparsity else [])
         words += [self.model] if not self.own_model else []
-        words += [self.taught] if self.teacher else []
+        words += [self.distilled] if self.teacher else []
         words += ["after dense"] if self.after else []
         words += [f"{self.steps} steps"] if self.steps else []
         return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
     @property
-    def taught(self) -> str:
-        """By whom, and by what."""
-        return f"taught by {self.teacher}" + (" with hidden states" if self.hidden else "")
+    def distilled(self) -> str:
+        """Teacher and distilled outputs, as in the names of results."""
+        hidden = " with hidden states" if self.hidden else ""
+        return f"taught by {self.teacher}{hidden}"  # words: ok
 
     @property
     def needs(self) -> str | None:
@@ -82,7 +82,7 @@ class Entry:
 
 def read_plan(path: Path = PLAN) -> tuple[dict[str, Any], list[Entry]]:
     """Return the plan as it is written, and its results one by one."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plan = read_yaml(path)
     entries = []
     for row in plan["results"]:
         ways = (_listed(row["task"]), _listed(row["method"]), _listed(row.get("sparsity", 0.0)))
@@ -144,7 +144,7 @@ class Machine:
 
     def assignments(self, entry: Entry, seed: int) -> list[str]:
         """Return the changes that make the task's recipe the recipe of this run."""
-        written = yaml.safe_load(self.recipe_path(entry).read_text(encoding="utf-8"))
+        written = read_yaml(self.recipe_path(entry))
         out = [f"model.name={json.dumps(str(self.model(entry, seed)))}", f"seed={seed}"]
         for split in ("train", "validation"):
             inside = Path(written["data"][split]).relative_to("data")

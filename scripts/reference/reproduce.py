@@ -4,9 +4,9 @@
     python scripts/reference/reproduce.py --list sst2-magnitude-90        # as a command of the shell
     python scripts/reference/reproduce.py 'mrpc-*' --data DIR --model l3=DIR [--seeds 0,1] [--output DIR]
 
-The plan is recipes/reference/plan.yaml. A result that the file has is left out (--again runs it anew), a run that is
-done in its folder of --output is not trained again, and what a run needs (its teacher, or the model it goes on from) is
-run before it. --bench times the models of runs that are done, each in turns with the dense run of its task.
+The plan is recipes/reference/plan.yaml. A result that the file has is left out (--again runs it anew), and a run
+that is finished in its folder of --output is not trained again. What a run needs (its teacher, or its initial model) is
+run before it. --bench times the models of finished runs, each interleaved with the dense run of its task.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import yaml
-
 from hf_sparse import SparsityError
 from hf_sparse.analysis.benchmark import bench
 from hf_sparse.analysis.results import Method, Result, add_results, read_results
@@ -35,6 +33,7 @@ from hf_sparse.hf.hub.model_card import read_recipe
 from hf_sparse.recipe.prune import compact_saved
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.train import run
+from hf_sparse.utils.strict_yaml import read_yaml
 from scripts.reference.make_t5 import make
 from scripts.reference.reference import RESULTS, Entry, Machine, read_plan
 
@@ -69,9 +68,9 @@ def reproduce(machine: Machine, entry: Entry, seed: int, results: Path, again: b
 def _finished(folder: Path, recipe: Recipe) -> bool:
     """Return whether a run of the same recipe ended in the folder, wherever its model and data were."""
     try:
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        before = read_yaml(folder / "recipe.yaml")
         known = Recipe.from_dict(before).to_dict()  # by an older version, it may say less
-    except (OSError, ValueError, yaml.YAMLError):  # not there, written in part, or by a version that said otherwise
+    except ValueError:  # missing, incomplete, or of a version with other fields
         return False
     return (folder / "report.md").is_file() and _without_places(known) == _without_places(recipe.to_dict())
 
@@ -82,8 +81,8 @@ def _without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
         section: {key: value for key, value in recipe[section].items() if key not in keys}
         for section, keys in places.items()
     }
-    taught = recipe["distillation"] and {**recipe["distillation"], "teacher": None}
-    return {**recipe, **out, "distillation": taught}
+    distillation = recipe["distillation"] and {**recipe["distillation"], "teacher": None}
+    return {**recipe, **out, "distillation": distillation}
 
 
 def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result:
@@ -97,7 +96,7 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         steps = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         found = inspect(folder)
     except (OSError, ValueError, KeyError, CheckpointError) as error:
-        raise RecipeError(f"{folder} is no finished run: {error}") from error
+        raise RecipeError(f"{folder} must hold a finished run: {error}") from error
     named = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
     weights = found.weights if entry.sparsity else ()
     small = inspect(folder / "compact") if entry.compact else None

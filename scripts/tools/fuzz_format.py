@@ -1,11 +1,10 @@
-"""Damage files of every codec in every way at hand: loading gives exactly the right tensors, or a CheckpointError.
+"""Corrupt files of every codec in many ways: loading must return exactly the right tensors, or raise CheckpointError.
 
     python scripts/tools/fuzz_format.py --count 100000
 
-Anything else is a violation: another exception, a wrong tensor, a crash, ten seconds without an answer, or memory out
-of proportion. Each file holds one tensor packed by one codec and a dense one. Damage is done to raw bytes, to the
-header, to the manifest, and to header and data together so that they still agree. The exit status is 1 if anything was
-violated.
+Anything else is a violation: another exception, a wrong tensor, a crash, more than ten seconds, or memory out of
+proportion. Each file holds one tensor packed by one codec and a dense one. Raw bytes, the header, the manifest, and
+header and data together (so that they still agree) are corrupted. The exit status is 1 if there is a violation.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ SECONDS = 10
 GROWTH = 256 * 1024
 """Kilobytes that the process may grow by: the files are of some kilobytes, and ratios are bounded."""
 
-Damage = Callable[["Original", random.Random], bytes]
+Corruption = Callable[["Original", random.Random], bytes]
 
 
 class Original:
@@ -221,7 +220,7 @@ def sizes_that_agree(original: Original, dice: random.Random) -> bytes:
     return assembled(header, data)
 
 
-DAMAGES: tuple[Damage, ...] = (
+CORRUPTIONS: tuple[Corruption, ...] = (
     bytes_anywhere,
     pieces_anywhere,
     bytes_of_tensors,
@@ -233,19 +232,19 @@ DAMAGES: tuple[Damage, ...] = (
 
 
 def outcome(original: Original, path: Path) -> str:
-    """Return "right", "refused", or what was wrong."""
+    """Return "right", "refused", or the violation."""
     try:
         return "right" if original.is_right(load_file(path)) else "violation: other tensors than were saved"
     except CheckpointError:
         return "refused"
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  a panic of a library is no Exception, and is a finding too
+    except BaseException as error:  # noqa: BLE001  a panic of a library is not an Exception, and is a violation too
         return f"violation: {type(error).__name__}: {str(error)[:200]}"
 
 
 def _too_slow(signum: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"no answer after {SECONDS} seconds")
+    raise TimeoutError(f"timed out after {SECONDS} seconds")
 
 
 @contextlib.contextmanager
@@ -259,7 +258,7 @@ def _alarm() -> Iterator[None]:
 
 
 def fuzz(count: int, seed: int, keep: Path | None = None) -> Counter[tuple[str, str]]:
-    """Damage and load `count` files; return how often each kind of damage ended how."""
+    """Corrupt and load `count` files; return how often each corruption had each outcome."""
     dice = random.Random(seed)  # noqa: S311  repeatable, not secret
     found: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name, _alarm():
@@ -270,22 +269,22 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> Counter[tuple[str, 
             found["nothing", outcome(original, folder / "intact")] += 1
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
-            original, damage = originals[number % len(originals)], dice.choice(DAMAGES)
-            data = damage(original, dice)
-            (folder / "damaged").write_bytes(data)
+            original, corruption = originals[number % len(originals)], dice.choice(CORRUPTIONS)
+            data = corruption(original, dice)
+            (folder / "corrupted").write_bytes(data)
             signal.alarm(SECONDS)
-            result = outcome(original, folder / "damaged")
+            result = outcome(original, folder / "corrupted")
             signal.alarm(0)
             after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if after - before > GROWTH:
                 result = f"violation: {original.name} took {(after - before) // 1024} MB more"
                 before = after
             if result.startswith("violation"):
-                print(f"file {number}, {original.name}, {damage.__name__}: {result}", file=sys.stderr)
+                print(f"file {number}, {original.name}, {corruption.__name__}: {result}", file=sys.stderr)
                 if keep is not None:
                     keep.mkdir(parents=True, exist_ok=True)
                     (keep / f"{number}.safetensors").write_bytes(data)
-            found[damage.__name__, result.partition(":")[0]] += 1
+            found[corruption.__name__, result.partition(":")[0]] += 1
     return found
 
 
@@ -299,14 +298,14 @@ def main() -> None:
     torch.set_num_threads(1)
     start = time.perf_counter()
     found = fuzz(args.count, args.seed, args.keep)
-    print(f"{'damage to':<24}{'files':>9}{'refused':>9}{'right':>9}{'violations':>12}")
-    for damage in ("nothing", *(damage.__name__ for damage in DAMAGES), "all"):
+    print(f"{'corruption of':<24}{'files':>9}{'refused':>9}{'right':>9}{'violations':>12}")
+    for corruption in ("nothing", *(corruption.__name__ for corruption in CORRUPTIONS), "all"):
         results = {
-            result: sum(times for (one, end), times in found.items() if end == result and damage in (one, "all"))
+            result: sum(times for (one, end), times in found.items() if end == result and corruption in (one, "all"))
             for result in ("refused", "right", "violation")
         }
         print(
-            f"{damage.replace('_', ' '):<24}{sum(results.values()):>9}{results['refused']:>9}{results['right']:>9}"
+            f"{corruption.replace('_', ' '):<24}{sum(results.values()):>9}{results['refused']:>9}{results['right']:>9}"
             f"{results['violation']:>12}"
         )
     seconds = time.perf_counter() - start

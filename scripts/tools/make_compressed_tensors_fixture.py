@@ -26,7 +26,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 def sparse_bert(two_of_four: bool, dtype: torch.dtype) -> PreTrainedModel:
     """Return a BERT with one layer, whose Linear weights have zeros: 80 % anywhere, or two of every four."""
     torch.manual_seed(0)
-    # 36 is no multiple of 8, so that the rows of the bitmasks end in bits that mean nothing.
+    # 36 is not a multiple of 8, so the rows of the bitmasks end in padding bits.
     sizes: dict[str, Any] = {
         "hidden_size": 36,
         "intermediate_size": 44,

@@ -63,7 +63,7 @@ def test_a_layer_that_costs_nothing_is_pruned_first_and_not_above_what_was_measu
     curves = {"free": [0.0], "dear": [1.0]}
     assert by_sensitivity({"free": 100, "dear": 100}, [0.8], curves, 0.2) == {"free": 60, "dear": 100}
     assert by_sensitivity({"free": 100, "dear": 100}, [0.8], curves, 0.5) == {"free": 20, "dear": 80}
-    with pytest.raises(RecipeError, match=r"highest level to measure is 0.8; measure a higher one"):
+    with pytest.raises(RecipeError, match=r"at most the highest measured level, 0\.8, got .*: measure a higher one"):
         by_sensitivity({"free": 100, "dear": 100}, [0.8], curves, 0.81)
 
 

@@ -48,11 +48,11 @@ def test_processes_that_add_at_once_lose_nothing(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"sparcity": 0.5}, "did you mean 'sparsity'"),
-        ({"metrics": {"accuracy": "high"}}, "metrics are numbers"),
-        ({"metrics": {}}, "metrics are numbers"),
-        ({"seed": None}, "seed is a number, not None"),
-        ({"reached": float("nan")}, "reached is a number"),
-        ({"method": ""}, "method is a text"),
+        ({"metrics": {"accuracy": "high"}}, "`metrics` must be a mapping of names to numbers"),
+        ({"metrics": {}}, "`metrics` must be a mapping of names to numbers"),
+        ({"seed": None}, "`seed` must be a number, got None"),
+        ({"reached": float("nan")}, "`reached` must be a number"),
+        ({"method": ""}, "`method` of a result must be a string"),
     ],
 )
 def test_what_is_no_result_is_refused(change: dict[str, Any], reason: str) -> None:
@@ -62,7 +62,12 @@ def test_what_is_no_result_is_refused(change: dict[str, Any], reason: str) -> No
 
 def test_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    for text, reason in (("{}", "no list"), ("[", "cannot read"), ("[3]", "a mapping"), ("[{}]", "has no name")):
+    for text, reason in (
+        ("{}", "must be a list"),
+        ("[", "cannot read"),
+        ("[3]", "a mapping"),
+        ("[{}]", "must have name, task"),
+    ):
         path.write_text(text)
         with pytest.raises(RecipeError, match=reason):
             read_results(path)
@@ -75,7 +80,7 @@ def test_result_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> N
     path = tmp_path / "results.json"
     add_results(path, [Result.from_dict(FACTS)])
     bad = Result(**{**FACTS, "seed": 7, "metrics": {"accuracy": float("nan")}})
-    with pytest.raises(RecipeError, match="metrics are numbers"):
+    with pytest.raises(RecipeError, match="`metrics` must be a mapping of names to numbers"):
         add_results(path, [bad])
     assert read_results(path) == [Result.from_dict(FACTS)]
 

@@ -50,8 +50,8 @@ def test_sensitivity_command_suggests_groups_that_a_recipe_takes(dense: Path, tm
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (["--sparsity", "0.95"], "the highest level to measure is 0.9"),
-        (["--sparsity", "1.5"], "below 1, not 1.5"),
+        (["--sparsity", "0.95"], "at most the highest measured level, 0.9"),
+        (["--sparsity", "1.5"], "must be in [0, 1), got 1.5"),
         (["--plot", "x.xyz"], "the suffix must be one of"),
         (["--plot", "no/x.png"], "the folder no does not exist"),
     ],

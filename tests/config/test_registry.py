@@ -119,7 +119,11 @@ def test_registry_hands_on_what_an_entry_refuses(shapes: Registry[Any]) -> None:
 
 
 def test_check_keys_takes_known_keys_in_any_order() -> None:
-    check_keys(["b", "a"], ["a", "b", "c"], "a thing")
+    known = ["a", "b", "c"]
+    check_keys(["b", "a"], known, "a thing")
+    with pytest.raises(RecipeError, match="a thing has no key 'd'"):
+        check_keys(["b", "a", "d"], known, "a thing")
+    assert known == ["a", "b", "c"]
 
 
 def test_check_keys_names_the_first_unknown_one() -> None:

@@ -22,7 +22,7 @@ from hf_sparse.recipe.metrics import (
     wer,
 )
 
-# Nine texts: 3 true positives, 1 false positive, 2 false negatives, 3 true negatives.
+# Nine examples: 3 true positives, 1 false positive, 2 false negatives, 3 true negatives.
 GUESSED = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0])
 TRUE = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0])
 
@@ -73,6 +73,34 @@ def test_spearman_gives_equal_values_their_mean_rank():
 
 def test_spearman_is_minus_1_for_reversed_order():
     assert spearman(np.array([3.0, 2.0, -7.0]), np.array([1, 20, 300])) == -1.0
+
+
+def _classes(seed: int, count: int) -> tuple[Any, Any]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, count, 60)
+    return np.where(generator.random(60) < 0.3, generator.integers(0, count, 60), labels), labels
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_of_classes_are_those_of_sklearn(seed: int, count: int) -> None:
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    predictions, labels = _classes(seed, count)
+    average = "binary" if count == 2 else "macro"
+    assert 0 < accuracy(predictions, labels) < 1
+    assert accuracy(predictions, labels) == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions))
+    assert f1(predictions, labels) == pytest.approx(sklearn_metrics.f1_score(labels, predictions, average=average))
+    assert matthews(predictions, labels) == pytest.approx(sklearn_metrics.matthews_corrcoef(labels, predictions))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_correlations_are_those_of_scipy(seed: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 11, 50) / 2  # with ties, as in STS-B
+    predictions = np.round(labels + generator.normal(size=50), 1)
+    assert pearson(predictions, labels) == pytest.approx(stats.pearsonr(predictions, labels).statistic)
+    assert spearman(predictions, labels) == pytest.approx(stats.spearmanr(predictions, labels).statistic)
 
 
 def test_build_metrics_takes_the_class_of_the_highest_logit():

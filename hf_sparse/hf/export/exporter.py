@@ -171,7 +171,7 @@ def export_model(
             _strip(exported, to)
             exported.to(**target.runner)
             compared = sizes.compared(bounded=target.bounded)
-            difference, allowed = _compare(model, exported, compared)
+            difference, allowed = compare_outputs(model, exported, compared)
         except BackendError:
             raise
         except Exception as error:
@@ -197,8 +197,19 @@ def export_model(
     )
 
 
-def _compare(model: PreTrainedModel, exported: Any, compared: list[Sizes]) -> tuple[float, float]:
-    """Return the difference between outputs that is nearest to what is allowed for it, and that; raise above it."""
+def compare_outputs(model: PreTrainedModel, exported: Any, compared: list[Sizes]) -> tuple[float, float]:
+    """Compare the outputs of a model with those of its export.
+
+    Args:
+        exported: callable with the model's inputs; returns its outputs by name.
+        compared: batch sizes and sequence lengths.
+
+    Returns:
+        The largest difference relative to its tolerance, and that tolerance.
+
+    Raises:
+        BackendError: for an output of another shape, or above its tolerance.
+    """
     tolerance = TOLERANCES.get(model.dtype, 1e-4)
     largest, allowed = 0.0, tolerance
     for sizes in compared:
@@ -215,12 +226,12 @@ def _compare(model: PreTrainedModel, exported: Any, compared: list[Sizes]) -> tu
                 shape = None if found is None else tuple(found.shape)
                 raise BackendError(f"output '{key}' has shape {shape} exported, but {tuple(want.shape)} in the model")
             difference = float((found.float() - want.float()).abs().max())
-            if not difference <= limit:  # NaN is no agreement
+            if not difference <= limit:  # NaN does not agree either
                 raise BackendError(
                     f"output '{key}' differs from the model's by {difference:.1e}, {limit:.1e} is allowed (batch of "
                     f"{sizes.batch} rows, {sizes.length} tokens). Nothing was written"
                 )
-            if difference * allowed >= largest * limit:  # the one that is nearest to its own limit
+            if difference * allowed >= largest * limit:  # the one closest to its tolerance
                 largest, allowed = difference, limit
     return largest, allowed
 

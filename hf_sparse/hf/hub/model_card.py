@@ -1,4 +1,4 @@
-"""The model card: what a saved model is and what was measured of it, from its files alone.
+"""The model card: facts and measurements of a saved model, from its files alone.
 
 The card claims nothing that is not in a file: a figure that was not measured is marked as such. Text from files (names
 of models and data, the recipe) is escaped, so that it cannot become Markdown, HTML or metadata. The words are in
@@ -109,13 +109,13 @@ def facts_of(
         speed=read_speed(speed) if speed.is_file() else None,
         recipe=dump_yaml(recipe) if recipe else None,
         license=license,
-        note=_cut_out(folder),
+        note=_compaction(folder),
         pruned=inspection.packed or bool(recipe.get("sparsity")),
     )
 
 
-def _cut_out(folder: Path) -> str | None:
-    """Return which heads and neurons are left after compaction, in words."""
+def _compaction(folder: Path) -> str | None:
+    """Describe which heads and neurons are left after compaction."""
     manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
     if not manifests or EDITS_KEY not in manifests[0].extra:
         return None
@@ -125,9 +125,9 @@ def _cut_out(folder: Path) -> str | None:
         for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
         if cuts
     )
-    text = f"In the parts that were made smaller, {left} are left; the others are cut out, and not counted below."
+    text = f"Compaction kept {left} of the pruned parts; the removed ones are not counted below."
     if (read_json(folder / MEASURED) or {}).get(BEFORE_COMPACTION):
-        text += " Metrics were measured before that, which changes outputs by rounding alone."
+        text += " Metrics were measured before compaction, which changes outputs by rounding errors only."
     return text
 
 
@@ -200,7 +200,7 @@ def _seal(text: str) -> str:
 
 
 def is_ours(text: str) -> bool:
-    """Return whether a card is as hf_sparse wrote it, so that nothing is lost when another takes its place."""
+    """Return whether hf_sparse wrote a card and nobody edited it, so that it may be replaced."""
     body, _, seal = text.removesuffix("\n").rpartition("\n")
     return seal == _seal(body)
 
@@ -209,14 +209,14 @@ def write_card(folder: str | os.PathLike[str], text: str, force: bool = False) -
     """Write the card of a folder.
 
     Args:
-        force: also in place of a card that somebody wrote or edited.
+        force: also replace a card that was written or edited by hand.
 
     Raises:
         RecipeError: if there is such a card.
     """
     path = Path(folder) / CARD
     if path.is_file() and not force and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
-        raise RecipeError(f"{path} was written or edited by hand, and would be lost; move it away, or add --force")
+        raise RecipeError(f"{path} was written or edited by hand and would be lost: move it away, or add --force")
     write_text(path, text)
     return path
 
@@ -234,7 +234,7 @@ def _metadata(facts: CardFacts, tags: Sequence[str]) -> ModelCardData:
         )
         for name, value in facts.metrics.items()
     ]
-    # A bare name may be that of a folder, and metadata that links to somebody else's model is worse than none.
+    # A bare name may be that of a folder, and a link to the wrong model is worse than a missing link.
     base = str(facts.base_model) if re.fullmatch(OWNED_NAME, str(facts.base_model)) else None
     return ModelCardData(
         base_model=base,
@@ -257,7 +257,7 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "base_model": plain(facts.base_model or "not recorded"),
         "architecture": plain(facts.architecture or "not recorded"),
         "data": plain(facts.data or "not recorded"),
-        "license": plain(facts.license or "not recorded: that of the base model and the data applies"),
+        "license": plain(facts.license or "not recorded: the license of the base model and the data applies"),
         "note": plain(facts.note) if facts.note else None,
         "metrics": _metric_table(facts),
         "sparsity": _sparsity(facts),
@@ -269,7 +269,7 @@ def _values(facts: CardFacts) -> dict[str, Any]:
 
 
 def _ends(facts: CardFacts) -> list[str]:
-    """Return the ends of the name of the class that stand for a task, such as `ForSequenceClassification`."""
+    """Return the suffixes of the class name that name a task, such as `ForSequenceClassification`."""
     return [end for end in TASKS if (facts.architecture or "").endswith(end)]
 
 
@@ -291,4 +291,6 @@ def _sparsity(facts: CardFacts) -> str:
 def _speed(speed: Speed | None) -> str:
     if speed is None:
         return "Not measured."
-    return table(("forward pass", "median and quartiles, in turns with dense"), [(k, plain(v)) for k, v in speed.rows])
+    return table(
+        ("forward pass", "median and quartiles, interleaved with dense"), [(k, plain(v)) for k, v in speed.rows]
+    )

@@ -32,7 +32,7 @@ from transformers.exporters import ExportedModel
 import hf_sparse
 from hf_sparse import BackendError, RecipeError
 from hf_sparse.cli.main import main
-from hf_sparse.hf.export.exporter import _compare, export, export_model
+from hf_sparse.hf.export.exporter import compare_outputs, export, export_model
 from hf_sparse.hf.export.inputs import Sizes, sample, sizes_for
 from tests.helpers.layers import attached
 from tests.helpers.tiny import config, save_bert, save_t5
@@ -429,6 +429,6 @@ def test_report_has_the_difference_with_the_limit_of_its_own_output():
     exported = {"logits": outputs["logits"] + 5e-3, "state": outputs["state"] + 1e-6}
     model = uneven_bert()
     model.forward = lambda input_ids=None: outputs
-    difference, allowed = _compare(model, lambda **_: exported, [Sizes(2, 4)])
+    difference, allowed = compare_outputs(model, lambda **_: exported, [Sizes(2, 4)])
     assert difference == pytest.approx(5e-3, rel=1e-2)
     assert allowed == pytest.approx(1e-2)

@@ -132,12 +132,12 @@ def test_card_of_a_compacted_model_says_what_is_left_and_what_was_measured_befor
     assert main(["compact", str(saved), "--output", str(tmp_path / "compact")]) == 0
     assert main(["card", str(tmp_path / "compact"), "--against", str(tmp_path / "dense")]) == 0
     card = ModelCard.load(tmp_path / "compact" / "README.md")
-    assert "4 of 8 heads and 96 of 128 neurons are left" in card.text
-    assert "Metrics were measured before that" in card.text
+    assert "Compaction kept 4 of 8 heads and 96 of 128 neurons" in card.text
+    assert "Metrics were measured before compaction" in card.text
     assert "| accuracy | 0.8750 | 0.8125 |" in card.text
     assert card.data.base_model == "org/base"
     (tmp_path / "compact" / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.5}), encoding="utf-8")
-    assert "before that" not in card_text(facts_of(tmp_path / "compact"))  # trained on, and measured anew
+    assert "before compaction" not in card_text(facts_of(tmp_path / "compact"))  # trained on, and measured anew
 
 
 def test_card_that_somebody_wrote_or_edited_is_kept(saved, capsys):
