@@ -8,7 +8,6 @@ from ._version import __version__ as __version__
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, ConfigError, HubError, PatternError, RecipeError, SparsityError
 from .formats.structure import Edits
-from .hf import patches as _patches
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
@@ -24,7 +23,6 @@ from .pruning.summary import Summary, summarize
 from .runtime import LayerReport, RuntimeReport, to_dense_runtime, to_runtime
 
 _install()
-_patches.install()
 
 HfSparseConfig = SparseConfig
 

@@ -20,12 +20,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.utils import logging
 
 from ..formats.codecs.base import pack_bits, unpack_bits
 from ..modeling.model_state import KEPT, SPARSE_WEIGHTS, UPDATE
 from ..modeling.zero_preservation import keeps_zeros
+from . import patches
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +83,7 @@ def _guard(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         theirs = getattr(type(parent), verb, None)
         if theirs is not None:
             # A partial, because it goes along into copies and pickles.
-            vars(parent)[verb] = update_wrapper(partial(ours, parent), theirs)
+            patches.put(parent, verb, update_wrapper(partial(ours, parent), theirs))
 
 
 def _innermost(layer: nn.Module) -> Any:
@@ -162,4 +162,4 @@ def _log(update: MergedUpdate) -> None:
         )
 
 
-register_module_module_registration_hook(_guard)
+patches.on_registration(_guard)

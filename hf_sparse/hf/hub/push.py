@@ -26,6 +26,7 @@ from ...formats.model_folder import check_index, check_link
 from ...formats.safetensors_io import reading
 from ...utils.atomic_io import require_regular
 from ...utils.strict_yaml import dump_yaml
+from .. import patches
 from .model_card import CARD, card_text, facts_of, read_recipe
 
 logger = logging.get_logger(__name__)
@@ -200,8 +201,8 @@ def push_model(
 
 def guard_trainer(trainer: Any) -> None:
     """Make a Trainer push the model and nothing else, once it is trained."""
-    trainer.push_to_hub = partial(_push_trained, trainer)
-    trainer._push_from_checkpoint = _push_no_checkpoint
+    patches.put(trainer, "push_to_hub", partial(_push_trained, trainer))
+    patches.put(trainer, "_push_from_checkpoint", _push_no_checkpoint)
 
 
 def _push_no_checkpoint(checkpoint_folder: str) -> None:

@@ -14,6 +14,7 @@ from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from ...errors import RecipeError
 from ...pruning.compaction import edits_of
+from .. import patches
 from .config import SparseConfig
 from .saving import save_plain
 
@@ -54,7 +55,7 @@ def hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
     loaded = cast(Any, model)
     save_plain(model)
     if edits_of(model):
-        loaded.save_pretrained = _refuse_to_save
+        patches.put(model, "save_pretrained", _refuse_to_save)
     loaded.hf_quantizer = second
     loaded.quantization_method = second.quantization_config.quant_method
     model.config.quantization_config = second.quantization_config

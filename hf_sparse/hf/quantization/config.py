@@ -19,6 +19,7 @@ from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
 from ...formats.manifest import Manifest
 from ...runtime import backends
+from .. import patches
 
 METHOD = "hf_sparse"
 
@@ -136,5 +137,4 @@ def _bitsandbytes(config: BitsAndBytesConfig | Mapping[str, Any] | None) -> Bits
     )
 
 
-_LIST = "LOADING_ATTRIBUTES_CONFIG_TYPES"
-setattr(auto, _LIST, (*getattr(auto, _LIST, ()), SparseConfig))
+patches.append(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", SparseConfig)

@@ -22,6 +22,7 @@ from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_spars
 from ...modeling.zero_preservation import free_zeros, keep_zeros
 from ...pruning.oneshot import sparsify
 from ...runtime import is_runtime, to_dense_runtime, to_runtime
+from .. import patches
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
 from .convert import looks_sparse
@@ -253,3 +254,6 @@ def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         cast(Any, model).hf_quantizer = ours
         model.config.quantization_config = config
     return loaded
+
+
+patches.wrap(PreTrainedModel, "_load_pretrained_model", load_pretrained)

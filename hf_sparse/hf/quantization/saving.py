@@ -18,6 +18,7 @@ from ...errors import RecipeError
 from ...formats.safetensors_io import settle_header, writing
 from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
+from .. import patches
 from ..hub.push import push_model
 from .pack_state import FORMATS, dense_state
 from .state_dict import hook_load, unhook_load
@@ -46,15 +47,15 @@ def save_request() -> SaveRequest:
 def save_packed(model: PreTrainedModel) -> None:
     """Make a model write packed files (dense ones on request), and read them back in `load_state_dict`."""
     # A partial, because a bound method that the class does not have cannot be pickled.
-    model.save_pretrained = update_wrapper(partial(_save_pretrained, model), _save_pretrained)  # type: ignore[method-assign]
-    model.push_to_hub = update_wrapper(partial(push_model, model), push_model)
+    patches.put(model, "save_pretrained", update_wrapper(partial(_save_pretrained, model), _save_pretrained))
+    patches.put(model, "push_to_hub", update_wrapper(partial(push_model, model), push_model))
     hook_load(model)
 
 
 def save_plain(model: PreTrainedModel) -> None:
     """Take `save_packed` back."""
-    vars(model).pop("save_pretrained", None)
-    vars(model).pop("push_to_hub", None)
+    patches.take(model, "save_pretrained")
+    patches.take(model, "push_to_hub")
     unhook_load(model)
 
 

@@ -14,8 +14,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import transformers.trainer
+import transformers.trainer_utils
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from ...errors import CheckpointError
 from ...formats.codecs import SUFFIXES, decode, layout
@@ -25,6 +27,7 @@ from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY
 from ...pruning.compaction import edits_of
 from ...utils.atomic_io import finish_replacing
+from .. import patches
 from .key_names import as_in_memory
 from .load_plan import is_packed, manifest_of
 from .pack_state import is_training_state
@@ -131,6 +134,12 @@ def load_sharded(original: Callable[..., Any], model: Any, folder: Any, strict: 
     if not _is_packed_folder(folder) or not isinstance(model, PreTrainedModel):
         return original(model, folder, strict, **kwargs)
     return model.load_state_dict(read_state(Path(folder), model), strict=strict)
+
+
+patches.wrap(Trainer, "_load_from_checkpoint", load_from_checkpoint)
+patches.wrap(Trainer, "_load_best_model", load_best_model)
+patches.wrap(transformers.trainer, "load_sharded_checkpoint", load_sharded)
+patches.wrap(transformers.trainer_utils, "load_sharded_checkpoint", load_sharded)
 
 
 @contextlib.contextmanager

@@ -26,12 +26,12 @@ from ...pruning.group import warn_of_freed_zeros
 from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
 from ..hub.push import guard_trainer
-from .fsdp import announce_fsdp, check_fsdp
+from .fsdp import check_fsdp
 from .log_first import LogsFirst
 from .loss_hook import LossTerms
 from .mask_owner import release, remove_masks, set_owner, take_over
-from .optimizer import announce_optimizer, check_optimizer, group_scores
-from .resume import announce_resume, guard_checkpoints
+from .optimizer import check_optimizer, group_scores
+from .resume import guard_checkpoints
 from .schedule_check import check_best_model, check_schedule
 from .sparsity_record import check_sparsity_record, record_sparsity
 from .teacher import check_cache, make_distiller
@@ -96,9 +96,6 @@ class SparsityCallback(LogsFirst):
         self._teacher = teacher if isinstance(teacher, nn.Module) else None
         self._terms: LossTerms | None = None
         self._resumed_at = 0.0
-        announce_optimizer()
-        announce_fsdp()
-        announce_resume()
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -316,6 +313,3 @@ def _distillation(
     if config is None:
         config = DistillationConfig.from_dict(distillation or {})  # type: ignore[arg-type]
     return dataclasses.replace(config, teacher=teacher) if isinstance(teacher, str) else config
-
-
-announce_resume()

@@ -12,7 +12,6 @@ from ...config.distillation import DistillationConfig
 from ...errors import RecipeError
 from .log_first import LogsFirst
 from .loss_hook import LossTerms
-from .optimizer import announce_optimizer
 from .teacher import check_cache, make_distiller
 
 
@@ -38,7 +37,6 @@ class DistillationCallback(LogsFirst):
         self._teacher = teacher
         self._model: nn.Module | None = None
         self._terms: LossTerms | None = None
-        announce_optimizer()
 
     def before_optimizer(self, trainer: Trainer) -> None:
         """Get the teacher, and check that it can be heard."""

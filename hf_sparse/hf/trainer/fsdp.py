@@ -1,15 +1,15 @@
 """FSDP2 in the Trainer: what it cannot do is refused before step one, and its checkpoints hold the model once.
 
-The Trainer's own way reads a model back by the names that parameters have in memory, and broadcasts it from process 0.
-Masked weights have other names in a state dict, so they would silently stay as they were. But the Trainer also writes
-`model.safetensors` into each checkpoint, in which we put all that a training needs to go on. So its two functions for
-the model are wrapped, once: they leave out the second copy, and read the first. For models without masks the wrappers
-change nothing. The optimizer's state is saved and loaded as ever.
+The Trainer loads a model by the names that parameters have in memory, and broadcasts it from process 0. Masked weights
+have other names in a state dict, so they would silently keep their values. But the Trainer also writes
+`model.safetensors` into each checkpoint, and ours has the whole state of the training. So the two functions for the
+model are wrapped (see `hf.patches`): they leave out the second copy, and read the first. For models without masks the
+wrappers change nothing. The state of the optimizer is saved and loaded by the Trainer.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from ...modeling.model_state import is_marked
 from ...pruning.group import refuse_shards
 from ...pruning.masked_weight import placed_as
 from ...pruning.pruner import Pruner
+from .. import patches
 from ..quantization.state_dict import read_state
 
 logger = logging.get_logger(__name__)
@@ -57,30 +58,29 @@ def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
         refuse_shards(group)
 
 
-def announce_fsdp() -> None:
-    """Wrap what the Trainer saves and loads models with under FSDP; a second call does nothing."""
-    module: Any = transformers.trainer
-    if getattr(module.save_fsdp_model, "knows_masks", False):
-        return
-    save_plain, load_plain = module.save_fsdp_model, module.load_fsdp_model
+def save_fsdp_model(
+    original: Callable[..., Any], plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Wrap the function of that name: `model.safetensors` of the checkpoint has the whole state of a masked model."""
+    return None if is_marked(model) else original(plugin, accelerator, model, *args, **kwargs)
 
-    @functools.wraps(save_plain)
-    def save(plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_marked(model):
-            return None  # `model.safetensors` is there, and has all of it
-        return save_plain(plugin, accelerator, model, *args, **kwargs)
 
-    @functools.wraps(load_plain)
-    def load(plugin: Any, accelerator: Any, model: nn.Module, folder: str, *args: Any, **kwargs: Any) -> Any:
-        if not is_marked(model):
-            return load_plain(plugin, accelerator, model, folder, *args, **kwargs)
-        accelerator.wait_for_everyone()
-        loaded = load_whole_state(model, read_state(Path(folder), cast(PreTrainedModel, model)))
-        accelerator.wait_for_everyone()
-        return loaded
-
-    save.knows_masks = True  # type: ignore[attr-defined]
-    module.save_fsdp_model, module.load_fsdp_model = save, load
+def load_fsdp_model(
+    original: Callable[..., Any],
+    plugin: Any,
+    accelerator: Any,
+    model: nn.Module,
+    folder: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Wrap the function of that name: each process reads a masked model from `model.safetensors`."""
+    if not is_marked(model):
+        return original(plugin, accelerator, model, folder, *args, **kwargs)
+    accelerator.wait_for_everyone()
+    loaded = load_whole_state(model, read_state(Path(folder), cast(PreTrainedModel, model)))
+    accelerator.wait_for_everyone()
+    return loaded
 
 
 def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> Any:
@@ -92,3 +92,7 @@ def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> Any:
     parameters = dict(model.named_parameters())
     placed = {key: placed_as(tensor, parameters[key]) if key in parameters else tensor for key, tensor in state.items()}
     return model.load_state_dict(placed, strict=False)
+
+
+patches.wrap(transformers.trainer, "save_fsdp_model", save_fsdp_model)
+patches.wrap(transformers.trainer, "load_fsdp_model", load_fsdp_model)

@@ -2,13 +2,13 @@
 
 Callbacks of transformers get no event when the optimizer is made, and later is too late: the learning-rate scheduler
 counts groups when it is made, and a resumed run loads the optimizer's state before `on_train_begin`. So
-`Trainer.create_optimizer` is wrapped, once, when the first `SparsityCallback` is made. For a Trainer without such a
-callback the wrapper changes nothing.
+`Trainer.create_optimizer` is wrapped (see `hf.patches`). For a Trainer without such a callback the wrapper changes
+nothing.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from ...errors import RecipeError
 from ...pruning.pruner import Pruner
+from .. import patches
 
 REFUSED = {
     "galore": "it picks weights by name and module type, which masks change",
@@ -39,24 +40,18 @@ class TakesPart(Protocol):
         """Called with the optimizer, before the learning-rate scheduler is made and any state is loaded."""
 
 
-def announce_optimizer() -> None:
-    """Wrap `Trainer.create_optimizer` so that callbacks that take part hear of it; a second call does nothing."""
-    original = Trainer.create_optimizer
-    if getattr(original, "announces", False):
-        return
+def create_optimizer(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `Trainer.create_optimizer`: callbacks that take part are called before and after it."""
+    listeners = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TakesPart)]
+    for listener in listeners:
+        listener.before_optimizer(trainer)
+    optimizer = original(trainer, *args, **kwargs)
+    for listener in listeners:
+        listener.after_optimizer(trainer, optimizer)
+    return optimizer
 
-    @functools.wraps(original)
-    def create_optimizer(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        listeners = [callback for callback in self.callback_handler.callbacks if isinstance(callback, TakesPart)]
-        for listener in listeners:
-            listener.before_optimizer(self)
-        optimizer = original(self, *args, **kwargs)
-        for listener in listeners:
-            listener.after_optimizer(self, optimizer)
-        return optimizer
 
-    create_optimizer.announces = True  # type: ignore[attr-defined]
-    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+patches.wrap(Trainer, "create_optimizer", create_optimizer)
 
 
 def check_optimizer(name: str) -> None:

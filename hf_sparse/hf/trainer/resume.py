@@ -1,14 +1,15 @@
 """Resuming in the Trainer: callbacks compare a checkpoint with their run before it is loaded.
 
 Callbacks of transformers get no event before `resume_from_checkpoint` is loaded, and what does not fit then ends in a
-size mismatch of torch, or silently continues another run. So `Trainer.train` is wrapped, once, when hf_sparse is
-imported. Without `resume_from_checkpoint` the wrapper changes nothing.
+size mismatch of torch, or silently continues another run. So `Trainer.train` is wrapped (see `hf.patches`).
+Without `resume_from_checkpoint` the wrapper changes nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from ...errors import CheckpointError
+from .. import patches
 from .checkpoint import is_checkpoint
 from .run_record import STATE, read_record
 from .wrapped import load_training_state, save_training_state
@@ -29,23 +31,27 @@ class ChecksResume(Protocol):
         """Called before anything of the checkpoint is loaded; raises `CheckpointError` if it is of another run."""
 
 
-def announce_resume() -> None:
-    """Wrap `Trainer.train` so that callbacks are notified before a checkpoint is loaded; a second call does nothing."""
-    original = Trainer.train
-    if getattr(original, "announces_resume", False):
-        return
+def train(
+    original: Callable[..., Any],
+    trainer: Trainer,
+    resume_from_checkpoint: str | bool | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Wrap `Trainer.train`: callbacks are notified before a checkpoint is loaded.
 
-    @functools.wraps(original)
-    def train(self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir or ".")
-        if folder and (Path(folder) / STATE).is_file():  # all else is for the Trainer to refuse
-            _check(self, Path(folder))
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+    Raises:
+        CheckpointError: if the checkpoint is of another run.
+    """
+    folder = resume_from_checkpoint
+    if folder is True:
+        folder = get_last_checkpoint(trainer.args.output_dir or ".")
+    if folder and (Path(folder) / STATE).is_file():  # the Trainer refuses all else
+        _check(trainer, Path(folder))
+    return original(trainer, resume_from_checkpoint, *args, **kwargs)
 
-    train.announces_resume = True  # type: ignore[attr-defined]
-    Trainer.train = train  # type: ignore[method-assign]
+
+patches.wrap(Trainer, "train", train)
 
 
 def _check(trainer: Trainer, folder: Path) -> None:
@@ -71,7 +77,7 @@ def guard_checkpoints(trainer: Any) -> None:
     if getattr(save, "guards_checkpoints", False):
         return
 
-    @functools.wraps(save)
+    @wraps(save)
     def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if output_dir is None or not is_checkpoint(output_dir) or not trainer.is_world_process_zero():
             return save(output_dir, *args, **kwargs)
@@ -88,9 +94,9 @@ def guard_checkpoints(trainer: Any) -> None:
 
     trainer.add_callback(_EndAtLastStep(trainer))
     save_model.guards_checkpoints = True  # type: ignore[attr-defined]
-    trainer.save_model = save_model
+    patches.put(trainer, "save_model", save_model)
     if load is not None:
-        trainer._load_from_checkpoint = load_from_checkpoint
+        patches.put(trainer, "_load_from_checkpoint", load_from_checkpoint)
 
 
 class _EndAtLastStep(TrainerCallback):
@@ -106,10 +112,10 @@ class _EndAtLastStep(TrainerCallback):
         trainer: Any = self._trainer()
         if trainer is not None and 0 < state.max_steps <= state.global_step:
             control.should_training_stop = True
-            trainer.get_batch_samples = lambda *_, **__: ([], None)
+            patches.put(trainer, "get_batch_samples", lambda *_, **__: ([], None))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let a later call of `train` have its batches."""
-        vars(self._trainer()).pop("get_batch_samples", None)
+        patches.take(self._trainer(), "get_batch_samples")
