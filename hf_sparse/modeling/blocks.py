@@ -99,7 +99,7 @@ def _lists(module: nn.Module, name: str, role: str, base: nn.Module | None) -> I
     """
     found = _base_of(module)
     if found is not None and (role != "head" or module is base):  # a model beside the base model is part of the head
-        # One inside another is a component, and what it has around its own base model is no task head.
+        # One inside another is a component, and what it has around its own base model does not count as a task head.
         around = "plain" if role == "base" and name else "head"
         role, base = ("base", None) if found is module else (around, found)
     elif module is base:

@@ -31,7 +31,7 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
     try:
         for batch in batches:
             with torch.enable_grad():
-                # Unused weights are no error: a layer that takes no part has no gradient, and its scores stay 0.
+                # Unused weights are allowed: a layer that takes no part has no gradient, and its scores stay 0.
                 torch.autograd.grad(loss_of(model, batch, "a scorer of gradients"), weights, allow_unused=True)
             with torch.no_grad():
                 for scorer, unit in pairs:
@@ -56,7 +56,7 @@ def measure_heads(model: nn.Module, pairs: list[tuple[HeadImportance, Unit]], ba
     for scorer, unit in pairs:
         if unit.name not in found or found[unit.name].numel() != unit.groups:
             raise PatternError(
-                f"scorer 'head_importance' scores attention heads, but the groups of '{unit.name}' are none. Use it "
+                f"scorer 'head_importance' scores attention heads, but the groups of '{unit.name}' are not heads. Use it "
                 "with pattern 'head', and another scorer for the rest"
             )
         scorer.on_measurement(unit, found[unit.name])

@@ -128,13 +128,13 @@ class MaskedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.pattern = pattern
-        self._exit = (exit,)  # in a tuple, so that it is no submodule of this one too
+        self._exit = (exit,)  # in a tuple, so that it does not become a submodule of this one
         self.fields = tuple(fields)
         self.shared = dict(shared or {})
         self.gathered: Tensor | None = None
         self.watching = False
         self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
-        self.sealed = False  # the zeros are permanent, and nothing goes on from here
+        self.sealed = False  # the zeros are permanent, and nothing continues
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         self.register_parameter("scores", None)
 

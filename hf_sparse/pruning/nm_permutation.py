@@ -48,7 +48,7 @@ def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = RO
     """Reorder neurons, and the values within heads, so that n:m patterns keep more; the model computes the same.
 
     Call it before masks are attached, and on every process of a training (it draws from a generator of its own).
-    A layer whose inputs, or heads, are no multiple of m is left as it is, and is not in the report.
+    A layer whose inputs, or heads, are not a multiple of m is left as it is, and is not in the report.
 
     Args:
         model: of a family that `architectures` knows; changed in place.
@@ -59,7 +59,7 @@ def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = RO
 
     Raises:
         PatternError: if no family knows the model.
-        RecipeError: if n and m are no pattern, or a weight has a mask, is quantized or is not in memory.
+        RecipeError: if n and m do not form a pattern, or a weight has a mask, is quantized or is not in memory.
 
     Source: Pool and Yu 2021, "Channel Permutations for N:M Sparsity"; the pairs are drawn at random here instead of
     all being searched.

@@ -14,7 +14,7 @@ from .base import Scorer, check_seed
 @SCORERS.register("random")
 @dataclasses.dataclass
 class Random(Scorer):
-    """Score by a random number per entry, the same at every step, so that what was removed stays removed.
+    """Score by a random number per entry, the same at every step, so that a removed weight stays removed.
 
     Args:
         seed: of the generator; the draw depends on the seed and the shape of the weight only.
