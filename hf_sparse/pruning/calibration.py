@@ -56,7 +56,7 @@ def measure_heads(model: nn.Module, pairs: list[tuple[HeadImportance, Unit]], ba
     for scorer, unit in pairs:
         if unit.name not in found or found[unit.name].numel() != unit.groups:
             raise PatternError(
-                f"scorer 'head_importance' scores attention heads, but the groups of '{unit.name}' are not heads. Use it "
+                f"scorer 'head_importance' scores attention heads, but groups of '{unit.name}' are not heads. Use it "
                 "with pattern 'head', and another scorer for the rest"
             )
         scorer.on_measurement(unit, found[unit.name])

@@ -97,7 +97,7 @@ def test_head_importance_is_refused_for_groups_that_are_no_heads_and_the_model_i
     model = structures.build("bert")
     config = SparsityConfig(pattern="neuron", scorer="head_importance", sparsity=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(PatternError, match=r"scores attention heads, but the groups of .* are none"):
+    with pytest.raises(PatternError, match=r"scores attention heads, but groups of .* are not heads"):
         sparsify(model, config, [structures.batch("bert", 0)])
     after = model.state_dict()
     assert before.keys() == after.keys()
