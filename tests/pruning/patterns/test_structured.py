@@ -50,7 +50,7 @@ def test_lines_are_rows_or_columns() -> None:
 
 @pytest.mark.parametrize("pattern", STRUCTURES)
 def test_structure_is_no_pattern_of_one_weight(pattern: str) -> None:
-    with pytest.raises(PatternError, match=rf"pattern {re.escape(pattern)} is no pattern of one weight alone"):
+    with pytest.raises(PatternError, match=rf"pattern {re.escape(pattern)} spans several weights of a sub-block"):
         PATTERNS.build(pattern).check((4, 4), "x.weight")
 
 
