@@ -22,7 +22,7 @@ _COMMON = ((4, 1), (16, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
 class Blocked(Codec):
     """The geometry of a tensor cut into blocks; rows are its first dimension, columns all the others.
 
-    A tensor whose sides are no multiples of the block is filled up with zeros below and to the right. Blocks are
+    A tensor whose sides are not multiples of the block is padded with zeros below and to the right. Blocks are
     counted from left to right, then from top to bottom, and so are the elements within one.
     """
 
@@ -39,7 +39,7 @@ class Blocked(Codec):
         return self.rows * self.cols
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether one block is no larger than the tensor."""
+        """Return whether the tensor is at least as large as one block."""
         return self.rows <= shape[0] and self.cols <= math.prod(shape[1:])
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -42,8 +42,8 @@ def _index(gaps: Array, count: int, total: int) -> Array:
     placed = gaps != _SKIP
     if np.count_nonzero(placed) != count or not placed[-1:].all():
         raise CheckpointError(f"the gaps do not place exactly {count} values")
-    # A value is one step behind the zeros before it, and a skip is no value: 255 at most in both, so a byte still. Cast
-    # first: a sum that casts as it goes takes eight times as long.
+    # A value is one step behind the zeros before it, and a skip is not a value: 255 at most in both, so still a byte.
+    # Cast first: a sum that casts as it goes takes eight times as long.
     index = np.cumsum((gaps + placed).astype(np.int64))
     index -= 1
     if count != len(gaps):

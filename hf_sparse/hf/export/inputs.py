@@ -51,8 +51,8 @@ def sizes_for(model: PreTrainedModel, batch: int, length: int | None) -> Sizes:
     """
     name = type(model).__name__
     if model.main_input_name != "input_ids" or name.endswith("ForMultipleChoice"):
-        takes = model.main_input_name if model.main_input_name != "input_ids" else "several texts per row"
-        raise RecipeError(f"export is for models that take one row of input_ids per text, but {name} takes {takes}")
+        takes = model.main_input_name if model.main_input_name != "input_ids" else "several sequences per row"
+        raise RecipeError(f"export is for models that take one row of input_ids per example, but {name} takes {takes}")
     if (
         name.endswith("ForSequenceClassification")
         and "decoder_input_ids" in inspect.signature(model.forward).parameters

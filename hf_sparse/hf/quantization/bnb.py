@@ -66,5 +66,5 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Stand in for `save_pretrained` of a model that nothing could load again."""
     raise RecipeError(
         "a compacted model that bitsandbytes has quantized cannot be saved: its layers differ in size, which a "
-        "checkpoint of bitsandbytes has no words for. Keep the packed checkpoint and quantize it at each load"
+        "checkpoint of bitsandbytes cannot express. Keep the packed checkpoint and quantize it at each load"
     )

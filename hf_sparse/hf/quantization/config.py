@@ -33,11 +33,11 @@ class SparseConfig(QuantizationConfigMixin):
     Args:
         intent: a `SparsityConfig` or its `to_dict()`; instead of it, its keywords can be given.
         manifest: what the checkpoint contains; written by saving, never by hand.
-        quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if that is asked for, and then
+        quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if requested, and then
             quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
-        backend: "auto", "cpu", "cpu-int8" (not exact), "csr" or "dense": once the model is loaded, and pruned if that
-            is asked for, it is brought into runtime form for inference, as by `hf_sparse.to_runtime`. A wish of the
-            one who loads: it is written nowhere.
+        backend: "auto", "cpu", "cpu-int8" (not exact), "csr" or "dense": once the model is loaded, and pruned if
+            requested, it is brought into runtime form for inference, as by `hf_sparse.to_runtime`. A setting of
+            the load only: it is not saved.
         **sparsity: the keywords of `SparsityConfig`.
 
     Raises:

@@ -111,7 +111,7 @@ def convert(
 
     Raises:
         RecipeError: if output is the source, for an unknown format, codec or size, or "dense" of a compacted model.
-        CheckpointError: if the source is damaged, inconsistent, or stored in a way that is not one of these.
+        CheckpointError: if the source is corrupted, inconsistent, or stored in a way that is not one of these.
     """
     source, output = Path(source), Path(output)
     spec, limit = _spec(format, codec), _limit(max_shard_size)
@@ -221,7 +221,7 @@ def _convert(
     manifest = manifest_of(files, described)
     if spec == "dense" and manifest is not None and manifest.extra.get(EDITS_KEY):
         raise RecipeError(
-            "a compacted model cannot be written dense: its layers differ in size, which config.json has no words for, "
+            "a compacted model cannot be written dense: its layers differ in size, which config.json cannot express, "
             "so no tool could load it. Convert it to 'packed' or 'smallest'"
         )
     entries: dict[str, TensorEntry] = {}

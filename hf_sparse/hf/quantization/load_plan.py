@@ -124,7 +124,7 @@ class PackedTensor(StoredTensor):
                 self._check_shape()
                 return lazy_weight(self.entry.shape, kind, lambda: decode(self.entry, parts, self.key).to(kind))
             weight = decode(self.entry, parts, self.key)
-            self._check_shape()  # after decoding: damage is named before a shape that may come of it
+            self._check_shape()  # after decoding: corruption is reported before a wrong shape caused by it
             return weight[index]
 
     def _check_shape(self) -> None:
@@ -156,7 +156,7 @@ class LoadPlan:
         """Return the plan of these files; None if they are dense.
 
         Args:
-            expected: what config.json says that they hold.
+            expected: their contents according to config.json.
 
         Raises:
             CheckpointError: as `manifest_of`, or if the files are in several folders.
@@ -262,7 +262,7 @@ def manifest_of(files: Sequence[Path], expected: Manifest | None = None) -> Mani
     """Return the manifest of verified files; None if they are dense.
 
     Args:
-        expected: what config.json says that they hold.
+        expected: their contents according to config.json.
 
     Raises:
         CheckpointError: as `check_files`, or if the files are packed and have lost their manifest.

@@ -27,7 +27,7 @@ from ...pruning.compaction import edits_of
 from ...pruning.state_fields import state_suffixes
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
-"""What `save_pretrained` and `convert` can be asked for, and the codec of the weights that are sparse."""
+"""Formats of `save_pretrained` and `convert`, and the codec of the sparse weights in each."""
 
 
 class _Stored(NamedTuple):

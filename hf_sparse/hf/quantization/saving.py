@@ -105,7 +105,7 @@ def refuse_edited(model: PreTrainedModel, what: str) -> None:
     """Raise `RecipeError` if a model has lost heads or neurons: without our marks nobody could load what it saves."""
     if edits_of(model):
         raise RecipeError(
-            f"a compacted model cannot be {what}: its layers differ in size, which config.json has no words for, so "
+            f"a compacted model cannot be {what}: its layers differ in size, which config.json cannot express, so "
             "no tool could load it. Save it packed (the default), or save it dense before compact()"
         )
 

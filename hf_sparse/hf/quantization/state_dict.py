@@ -60,7 +60,7 @@ def unpack_state_dict(model: nn.Module, state: dict[str, Any], prefix: str, *_: 
     """Decode the packed tensors of a state dict, in place: the load hook of every sparse model.
 
     Raises:
-        CheckpointError: for packed tensors of a checkpoint that is not known, damaged, or of another structure.
+        CheckpointError: for packed tensors of a checkpoint that is not known, corrupted, or of another structure.
     """
     own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     manifest = _manifest(model)
@@ -80,7 +80,7 @@ def decoded(model: PreTrainedModel, tensors: Mapping[str, Tensor], manifest: Man
     The training state of masked weights stays as it is in the file; the masks read it (`pruning.mask_state_dict`).
 
     Raises:
-        CheckpointError: if the content is damaged.
+        CheckpointError: if the content is corrupted.
     """
     dense: dict[str, Tensor] = {}
     rest = dict(tensors)
@@ -98,7 +98,7 @@ def read_state(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, of one file or of several, packed or dense, under the names in memory.
 
     Raises:
-        CheckpointError: if they are missing, damaged, or of another structure than the model.
+        CheckpointError: if they are missing, corrupted, or of another structure than the model.
     """
     files = weight_files(folder)
     manifest = manifest_of(files)

@@ -382,7 +382,7 @@ def test_missing_tokenizer_is_no_error(tmp_path, monkeypatch, caplog):
 def test_models_without_one_text_per_row_are_refused():
     with pytest.raises(RecipeError, match="ViTForImageClassification takes pixel_values"):
         sizes_for(ViTForImageClassification(ViTConfig(image_size=16, **NARROW)), 2, None)
-    with pytest.raises(RecipeError, match="BertForMultipleChoice takes several texts per row"):
+    with pytest.raises(RecipeError, match="BertForMultipleChoice takes several sequences per row"):
         sizes_for(BertForMultipleChoice(config()), 2, None)
     t5 = T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     with pytest.raises(RecipeError, match="T5ForSequenceClassification looks for the end token"):
