@@ -44,7 +44,7 @@ class CheckpointError(SparsityError, ValueError):
 
 
 class BackendError(SparsityError, RuntimeError):
-    """A kernel or a runtime cannot do what was asked on this machine."""
+    """A kernel or a runtime cannot do what was requested on this machine."""
 
 
 class HubError(SparsityError, RuntimeError):

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..registry import check_keys
+from ..utils.text import shorten
+from ..utils.validation import check_bool, check_mapping, check_number, check_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,36 +57,33 @@ class DistillationConfig:
     layer_map: str | Sequence[Sequence[int]] = "uniform"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.teacher, str) or not self.teacher:
-            raise RecipeError(f"distillation: teacher is 'self', a folder or a Hub name, not {self.teacher!r}")
-        if not isinstance(self.load_in_8bit, bool) or (self.load_in_8bit and self.teacher == "self"):
+        check_text("distillation.teacher", self.teacher)
+        check_bool("distillation.load_in_8bit", self.load_in_8bit)
+        if self.load_in_8bit and self.teacher == "self":
             raise RecipeError(
-                "distillation: load_in_8bit is true or false, and for a teacher that is loaded (folder or Hub name)"
+                "`distillation.load_in_8bit` must be false for the teacher 'self', which is not loaded; "
+                "name a folder or a model on the Hub as teacher"
             )
-        for key in ("temperature", "task_weight", "logits_weight", "hidden_weight", "attention_weight"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-                raise RecipeError(f"distillation: {key} is a number from 0 on, not {value!r}")
-        if not self.temperature:
-            raise RecipeError("distillation: temperature is above 0, not 0")
+        check_number("distillation.temperature", self.temperature, "(0, inf)")
+        for key in ("task_weight", "logits_weight", "hidden_weight", "attention_weight"):
+            check_number(f"distillation.{key}", getattr(self, key), "[0, inf)")
         if not (self.logits_weight or self.hidden_weight or self.attention_weight):
-            raise RecipeError("distillation: all weights of the teacher are 0, so nothing would be learned from it")
+            raise RecipeError(
+                "`distillation.logits_weight`, `hidden_weight` or `attention_weight` must be above 0, got 0 for all"
+            )
         if self.cache is not None:
             self._check_cache()
         if not isinstance(self.layer_map, str):
             object.__setattr__(self, "layer_map", _as_pairs(self.layer_map))
         elif self.layer_map not in ("uniform", "dynamic"):
-            raise RecipeError(
-                f"distillation: layer_map is 'uniform', 'dynamic' or a list of pairs, not {self.layer_map!r}"
-            )
+            raise _not_a_map(self.layer_map)
 
     def _check_cache(self) -> None:
-        if not isinstance(self.cache, str) or not self.cache:
-            raise RecipeError(f"distillation: cache is the folder that `hf-sparse teach` wrote, not {self.cache!r}")
+        check_text("distillation.cache", self.cache)
         if self.hidden_weight or self.attention_weight:
             raise RecipeError(
-                "distillation: a cache holds the teacher's logits alone, but hidden_weight or attention_weight asks "
-                "for more. Set both to 0, or leave cache out and let the teacher run beside the model"
+                "`distillation.hidden_weight` and `attention_weight` must be 0 with `distillation.cache`, "
+                "which holds only logits of the teacher. Set both to 0, or leave `cache` out to run the teacher"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,8 +100,7 @@ class DistillationConfig:
         Raises:
             RecipeError: for an unknown key, naming the nearest known one.
         """
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"distillation is a mapping with keys such as teacher and temperature, not {data!r}")
+        check_mapping("distillation", data)
         check_keys(data, [field.name for field in dataclasses.fields(cls)], "distillation")
         return cls(**data)
 
@@ -114,8 +112,12 @@ def _as_pairs(value: Any) -> tuple[tuple[int, int], ...]:
         for pair in pairs
     )
     if not pairs or not good:
-        raise RecipeError(
-            f"distillation: layer_map is 'uniform', 'dynamic' or a list of pairs [student, teacher] of layer numbers "
-            f"from 0, not {value!r}"
-        )
+        raise _not_a_map(value)
     return tuple((pair[0], pair[1]) for pair in pairs)
+
+
+def _not_a_map(value: Any) -> RecipeError:
+    return RecipeError(
+        "`distillation.layer_map` must be 'uniform', 'dynamic' or a list of pairs [student layer, teacher layer], "
+        f"counted from 0, got {shorten(value)}"
+    )

@@ -35,6 +35,8 @@ from ..errors import RecipeError
 from ..registry import check_keys
 from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, override, read_yaml
+from ..utils.text import shorten
+from ..utils.validation import check_bool, check_integer, check_number, check_text
 from .metrics import DEFAULT, check_metrics
 from .sections import TASKS, DataSection, ModelSection
 
@@ -96,8 +98,7 @@ metric, freeze, sparsity, distillation, training, seed.
                 raise RecipeError(f"the recipe has no '{key}' section")
         model = {"name": data["model"]} if isinstance(data["model"], str) else data["model"]
         seed = data.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise RecipeError(f"seed is a whole number from 0 to 2**32 - 1, not {seed!r}")
+        check_integer("seed", seed, f"[0, {2**32})")
         section = _section(ModelSection, model, "the model section")
         return cls(
             model=section,
@@ -201,8 +202,8 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
         raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
     if "hub_token" in training:
         raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
-    if not isinstance(training.get("output_dir", ""), str):  # None and a number are not a folder
-        raise RecipeError(f"training.output_dir is the name of a folder, not {training['output_dir']!r}")
+    if "output_dir" in training:
+        check_text("training.output_dir", training["output_dir"])
     hints = typing.get_type_hints(arguments)
     for key, value in training.items():
         _check_kind(value, hints[key], f"training.{key}")
@@ -210,17 +211,17 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
 
 
 def _check_kind(value: Any, hint: Any, where: str) -> None:
-    """Refuse what `TrainingArguments` would take at face value: "no" is true, and "1e-4 " no number."""
+    """Refuse what `TrainingArguments` would take at face value: "no" is true, and "1e-4 " is a string."""
     allowed = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
     if value is None and type(None) in allowed:
         return
     allowed.discard(type(None))
-    if allowed == {bool} and not isinstance(value, bool):
-        raise RecipeError(f"{where} is true or false, not {value!r}")
-    if allowed == {int} and (isinstance(value, bool) or not isinstance(value, int)):
-        raise RecipeError(f"{where} is a whole number, not {value!r}")
-    if allowed == {float} and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise RecipeError(f"{where} is a number, not {value!r}")
+    if allowed == {bool}:
+        check_bool(where, value)
+    elif allowed == {int}:
+        check_integer(where, value)
+    elif allowed == {float} and not isinstance(value, float):  # `max_grad_norm` may be infinite
+        check_number(where, value)
 
 
 def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:
@@ -269,7 +270,7 @@ def _locate_file(name: str, folder: Path, key: str) -> str:
 def _words(value: Any, where: str) -> tuple[str, ...]:
     words = (value,) if isinstance(value, str) else value
     if not isinstance(words, Sequence) or not all(isinstance(word, str) and word for word in words):
-        raise RecipeError(f"{where} is a word or a list of them, not {value!r}")
+        raise RecipeError(f"`{where}` must be a string or a list of strings, got {shorten(value)}")
     return tuple(words)
 
 
@@ -279,4 +280,4 @@ def _one_or_list(words: Sequence[str]) -> str | list[str]:
 
 def _check_mapping(value: Any, where: str) -> None:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{where} is a mapping of keys to values, not {value!r}")
+        raise RecipeError(f"{where} must be a mapping of keys to values, got {shorten(value)}")

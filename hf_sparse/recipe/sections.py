@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..errors import RecipeError
+from ..utils.text import shorten
+from ..utils.validation import check_bool, check_one_of, check_positive_int, check_text
 from .metrics import Predicts
 
 TASKS: dict[str, type[TrainingArguments]] = {
@@ -27,7 +28,7 @@ class ModelSection:
 
     Args:
         name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
-        task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which write a text.
+        task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which generate text.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
         fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
@@ -40,20 +41,19 @@ class ModelSection:
     fill: bool = False
 
     def __post_init__(self) -> None:
-        _check_text(self.name, "model.name")
-        if not isinstance(self.fill, bool):
-            raise RecipeError(f"model.fill is true or false, not {self.fill!r}")
-        if self.task not in TASKS:
-            raise RecipeError(f"model.task is one of {', '.join(TASKS)}, not {self.task!r}")
-        _check_count(self.num_labels, "model.num_labels")
+        check_text("model.name", self.name)
+        check_bool("model.fill", self.fill)
+        check_one_of("model.task", self.task, TASKS)
+        if self.num_labels is not None:
+            check_positive_int("model.num_labels", self.num_labels)
         if self.task == "seq2seq" and self.num_labels is not None:
             raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq generates text")
         if self.revision is not None:
-            _check_text(self.revision, "model.revision")
+            check_text("model.revision", self.revision)
 
     @property
     def predicts(self) -> Predicts:
-        """Return what comes out of the model: a class, one number (regression), or a text."""
+        """Return what comes out of the model: a class, one number (regression), or text."""
         if self.task == "seq2seq":
             return "text"
         return "number" if self.num_labels == 1 else "class"
@@ -69,8 +69,8 @@ class DataSection:
         name: dataset on the Hub; None for local files.
         config: configuration of that dataset ("sst2" of "glue").
         text: column with the text, or two columns for pairs.
-        label: column with the label: whole numbers, strings, fractions for regression, or the target text.
-        max_length: tokens kept of each text.
+        label: column with the label: integers, strings, fractions for regression, or the target text.
+        max_length: tokens kept of each example.
         max_target_length: tokens kept of a target sequence; None = `max_length`.
         train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.
     """
@@ -89,15 +89,15 @@ class DataSection:
     def __post_init__(self) -> None:
         for key in ("train", "validation", "name", "config"):
             if getattr(self, key) is not None:
-                _check_text(getattr(self, key), f"data.{key}")
-        _check_text(self.label, "data.label")
+                check_text(f"data.{key}", getattr(self, key))
+        check_text("data.label", self.label)
         columns = self.text_columns
         if len(columns) not in (1, 2) or not all(isinstance(column, str) and column for column in columns):
-            raise RecipeError(f"data.text is a column name or a list of two, not {self.text!r}")
-        if self.max_length is None:
-            raise RecipeError("data.max_length is a whole number of tokens, not null")
-        for key in ("max_length", "max_target_length", "train_samples", "validation_samples"):
-            _check_count(getattr(self, key), f"data.{key}")
+            raise RecipeError(f"`data.text` must be a column name or a list of two, got {shorten(self.text)}")
+        check_positive_int("data.max_length", self.max_length)
+        for key in ("max_target_length", "train_samples", "validation_samples"):
+            if getattr(self, key) is not None:
+                check_positive_int(f"data.{key}", getattr(self, key))
         if self.label in columns:
             raise RecipeError(f"`data.label` must be another column than `data.text`, got '{self.label}' for both")
         self._check_source()
@@ -126,13 +126,3 @@ class DataSection:
     def text_columns(self) -> tuple[str, ...]:
         """Return the one or two columns that make one input."""
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
-
-
-def _check_text(value: Any, where: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise RecipeError(f"{where} is a text, not {value!r}")
-
-
-def _check_count(value: Any, where: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise RecipeError(f"{where} is a whole number above 0, not {value!r}")

@@ -269,14 +269,14 @@ def test_uniform_map_ends_at_the_last_layer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": ""}, "teacher is 'self', a folder or a Hub name"),
-        ({"temperature": 0.0}, "temperature is above 0"),
-        ({"logits_weight": -1}, "logits_weight is a number from 0 on, not -1"),
-        ({"logits_weight": 0.0}, "all weights of the teacher are 0"),
-        ({"layer_map": "random"}, "layer_map is 'uniform', 'dynamic' or a list of pairs"),
+        ({"teacher": ""}, "`distillation.teacher` must be a non-empty string, got ''"),
+        ({"temperature": 0.0}, r"`distillation.temperature` must be in \(0, inf\), got 0\.0"),
+        ({"logits_weight": -1}, r"`distillation.logits_weight` must be in \[0, inf\), got -1"),
+        ({"logits_weight": 0.0}, "must be above 0, got 0 for all"),
+        ({"layer_map": "random"}, "`distillation.layer_map` must be 'uniform', 'dynamic' or a list of pairs"),
         ({"layer_map": [[0, -1]]}, "list of pairs"),
         ({"layer_map": []}, "list of pairs"),
-        ({"load_in_8bit": True}, "for a teacher that is loaded"),
+        ({"load_in_8bit": True}, "must be false for the teacher 'self'"),
         ({"temprature": 2.0}, "no key 'temprature'; did you mean 'temperature'"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError
+from ...utils.validation import check_positive_int
 from ..manifest import TensorEntry
 from .base import CODECS, TORCH_DTYPES, Array, Codec, Part, Source, as_bits, pack_bits, unpack_bits
 
@@ -30,8 +31,8 @@ class Blocked(Codec):
     cols: int
 
     def __post_init__(self) -> None:
-        if not all(type(side) is int and side >= 1 for side in (self.rows, self.cols)):
-            raise RecipeError(f"a block has at least one row and one column, not {self.rows} x {self.cols}")
+        check_positive_int("rows", self.rows)
+        check_positive_int("cols", self.cols)
 
     @property
     def size(self) -> int:

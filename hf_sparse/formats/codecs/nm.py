@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError
+from ...utils.validation import check_integer
 from ..manifest import TensorEntry
 from .base import CODECS, Array, Codec, Part, Source, as_bits, pack_bits, unpack_bits
 
@@ -33,8 +34,8 @@ class NM(Codec):
     suffixes = ("_positions",)
 
     def __post_init__(self) -> None:
-        if not (type(self.n) is type(self.m) is int and 1 <= self.n <= self.m <= 256 and self.m >= 2):
-            raise RecipeError(f"n:m needs 1 <= n <= m and 2 <= m <= 256, not {self.n}:{self.m}")
+        check_integer("m", self.m, "[2, 256]")
+        check_integer("n", self.n, f"[1, {self.m}]")
 
     @property
     def _width(self) -> int:

@@ -64,5 +64,5 @@ def test_block_refuses_a_bitmap_with_another_number_of_blocks():
 
 def test_block_larger_than_the_tensor_is_not_used():
     assert Block(5, 1).stored_bytes(Source(WEIGHT)) is None
-    with pytest.raises(RecipeError, match="at least one row"):
+    with pytest.raises(RecipeError, match="must be a positive integer"):
         Block(0, 1)

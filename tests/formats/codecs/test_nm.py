@@ -66,5 +66,5 @@ def test_nm_refuses_a_position_outside_its_group():
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (1, 1), (1, 257)])
 def test_nm_refuses_patterns_that_are_none(n, m):
-    with pytest.raises(RecipeError, match="1 <= n <= m"):
+    with pytest.raises(RecipeError, match=r"`[nm]` must be an integer in \[[12], \d+\], got"):
         NM(n, m)
