@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,26 +126,32 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
     Args:
         packed: their weights, concatenated along the output rows.
     """
-    changed: list[PackedLinear] = []
-    for number, layer in enumerate(layers):
-        order = tuple(layer._parameters)
-        weight = layer._parameters.pop("weight")
-        assert weight is not None
-        layer.__class__ = PackedLinear  # type: ignore[assignment]
-        obj: Any = layer
-        obj.order = order
-        obj.kernel, obj.rows, obj.exact_rows, obj.joint = packed.kernel, packed.rows, packed.exact_rows, None
-        obj.operand_names, obj.exact_names = operand_names(packed.kernel), exact_names(packed.kernel)
-        obj.trainable, obj.marks = weight.requires_grad, dict(vars(weight))
-        obj.dense = (weight,) if keep_dense else ()
-        if number == 0:
-            for name, tensor in packed.buffers().items():
-                obj.register_buffer(name, tensor, persistent=False)
-        changed.append(obj)
-    if len(changed) > 1:
-        joint = Joint(changed)
-        for packed_layer in changed:
-            packed_layer.joint = joint
+    weights = [cast(nn.Parameter, layer.weight) for layer in layers]
+    joint = Joint(cast(Any, layers)) if len(layers) > 1 else None  # packed ones in a moment
+    described: list[dict[str, Any]] = [
+        {
+            **{"kernel": packed.kernel, "rows": packed.rows, "exact_rows": packed.exact_rows, "joint": joint},
+            **{"operand_names": operand_names(packed.kernel), "exact_names": exact_names(packed.kernel)},
+            **{"order": tuple(layer._parameters), "trainable": weight.requires_grad, "marks": dict(vars(weight))},
+            "dense": (weight,) if keep_dense else (),
+        }
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    buffers = packed.buffers()
+    # An interruption (Ctrl-C) after any line leaves layers that have their weight: packed beside dense, then the class
+    # that reads it, and only then the dense one goes.
+    try:
+        for layer, attributes in zip(layers, described, strict=True):
+            vars(layer).update(attributes)
+        layers[0]._non_persistent_buffers_set.update(buffers)
+        layers[0]._buffers.update(buffers)
+        for layer in layers:
+            layer.__class__ = PackedLinear  # type: ignore[assignment]
+        for layer in layers:
+            del layer._parameters["weight"]
+    except BaseException:
+        _restore(layers, weights)
+        raise
 
 
 _ATTRIBUTES = (
@@ -158,16 +164,23 @@ _ATTRIBUTES = (
 def become_dense(layers: Sequence[PackedLinear]) -> None:
     """Restore packed layers to `nn.Linear`, in place; those that are computed together all at once."""
     weights = [layer.dense[0] if layer.dense else _parameter(layer) for layer in layers]
-    for layer, weight in zip(layers, weights, strict=True):
-        for name in (*layer.operand_names, "packed_negative", *layer.exact_names):
+    _restore(layers, weights)
+
+
+def _restore(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter]) -> None:
+    """Make layers `nn.Linear` with these weights, from wherever `become_packed` was interrupted; can be repeated."""
+    for layer, weight in zip(layers, weights, strict=True):  # the opposite order of `become_packed`
+        parameters = {**layer._parameters, "weight": weight}
+        vars(layer)["_parameters"] = {name: parameters[name] for name in vars(layer).get("order", parameters)}
+    for layer in layers:
+        layer.__class__ = nn.Linear
+    for layer in layers:
+        state = vars(layer)
+        for name in (*state.get("operand_names", ()), "packed_negative", *state.get("exact_names", ())):
             layer._buffers.pop(name, None)
             layer._non_persistent_buffers_set.discard(name)
-        parameters = {**layer._parameters, "weight": weight}
-        layer._parameters.clear()
-        layer._parameters.update({name: parameters[name] for name in layer.order})
         for name in _ATTRIBUTES:
-            delattr(layer, name)
-        layer.__class__ = nn.Linear  # type: ignore[assignment]
+            state.pop(name, None)
 
 
 def _parameter(layer: PackedLinear) -> nn.Parameter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +12,54 @@ from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
 MAX_PARAMETERS = 25_000_000
-ATTEMPTS = ("small", "proportional", "shallow")
+ATTEMPTS = ("small", "proportional", "computed", "shallow", "small unchecked", "shallow unchecked")
 """Ways to shrink a config, tried in turn: not every model can be built of the same sizes."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "chameleon": {"vocabulary_map": {"<image>": 1}},
+    "cosmos3_edge": {"text_config.rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+    "cvt": {"depth": [1, 2, 3]},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "esm": {"vocab_size": 40},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
+    "granite4_vision": {
+        "deepstack_layer_map": [[1, 0]],
+        "spatial_target_layers": [0, 0, 1, 1],
+        "downsample_rate": "1/2",
+    },
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "informer": {"prediction_length": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "nemotron": {"num_key_value_heads": 4},
+    "neucodec": {"quantization_dim": 64, "encoder_hidden_size": 4},
+    "reformer": {"is_decoder": True},
+    "time_series_transformer": {"prediction_length": 4},
+    "vibevoice": {"acoustic_tokenizer_config.num_filters": 2, "semantic_tokenizer_config.num_filters": 2},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config.num_filters": 2,
+        "semantic_tokenizer_encoder_config.num_filters": 2,
+    },
+    "xcodec2": {"quantization_dim": 64, "encoder_hidden_size": 4},
+}
+"""What a config of a family needs besides small sizes: its defaults are None, or fit no model."""
 
 _LAYERS = ("layer", "depth", "block", "stage")
 _HEADS = ("head", "num_attention_groups", "n_group")
@@ -48,8 +96,30 @@ def tiny_config(kind: str, attempt: str) -> PreTrainedConfig:
     made: Any = config()
     if type(getattr(made, "backbone_config", None)).__name__ == "TimmBackboneConfig":  # timm is not needed
         made = config(backbone_config=ResNetConfig(out_features=["stage4"]))  # type: ignore[call-arg]
-    _shrink(made, attempt)
-    return made
+    attempt, _, unchecked = attempt.partition(" ")
+    if attempt == "computed":
+        made = _recompute(made)
+    else:
+        _shrink(made, attempt)
+    for name, value in SETTINGS.get(kind, {}).items():
+        *path, last = name.split(".")
+        setattr(functools.reduce(getattr, path, made), last, value)
+    if unchecked:  # a config that cannot be read again by itself, but as a part of another can
+        return made
+    with tempfile.TemporaryDirectory() as folder:  # what a saved model reads, with all checks
+        made.save_pretrained(folder)
+        return config.from_pretrained(folder)
+
+
+def _recompute(config: Any) -> Any:
+    """Build a config of small sizes anew, with the lists that it computes from them."""
+    small: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            small[name] = _recompute(value)
+        elif type(value) is int and not name.startswith("_"):
+            small[name] = _size(name, value, "small")
+    return type(config)(**small)
 
 
 def _shrink(config: Any, attempt: str, depth: int = 0) -> None:
@@ -84,6 +154,8 @@ def _set(config: Any, name: str, value: Any) -> None:
 
 def _size(name: str, value: int, attempt: str) -> int:
     if name.startswith("_") or value <= 2:
+        return value
+    if name.endswith(("feat_extract_layers", "_period", "_offset")):  # fit lists, or each other
         return value
     if name.endswith(("_id", "_ids", "_index", "_token")):
         return min(value, 1)
