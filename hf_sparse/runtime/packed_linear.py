@@ -130,9 +130,15 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
     joint = Joint(cast(Any, layers)) if len(layers) > 1 else None  # packed ones in a moment
     described: list[dict[str, Any]] = [
         {
-            **{"kernel": packed.kernel, "rows": packed.rows, "exact_rows": packed.exact_rows, "joint": joint},
-            **{"operand_names": operand_names(packed.kernel), "exact_names": exact_names(packed.kernel)},
-            **{"order": tuple(layer._parameters), "trainable": weight.requires_grad, "marks": dict(vars(weight))},
+            "kernel": packed.kernel,
+            "rows": packed.rows,
+            "exact_rows": packed.exact_rows,
+            "operand_names": operand_names(packed.kernel),
+            "exact_names": exact_names(packed.kernel),
+            "joint": joint,
+            "order": tuple(layer._parameters),
+            "trainable": weight.requires_grad,
+            "marks": dict(vars(weight)),
             "dense": (weight,) if keep_dense else (),
         }
         for layer, weight in zip(layers, weights, strict=True)

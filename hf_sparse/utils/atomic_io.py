@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ PathLike = str | os.PathLike[str]
 
 STAGING_PREFIX = ".saving-"
 COMPLETE_PREFIX = ".saved-"
+_STALE = ".stale"
+"""Folder in a complete one, with an empty folder for each file to remove."""
 _ABANDONED_SECONDS = 86_400
 
 
@@ -92,7 +94,9 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
+def replace_files(
+    folder: PathLike, last: str | None = None, stale: Callable[[Sequence[str]], Iterable[str]] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder, whose files replace those of `folder` if the block ends without an error.
 
     A process that is killed in the block leaves the old files. One that is killed while it replaces them, one by one,
@@ -101,6 +105,8 @@ def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
     Args:
         folder: made if there is none.
         last: name of the file that is replaced after all others, because it makes them valid.
+        stale: takes the names of the new files, returns those of old ones to remove: before the last is replaced, so
+            that none of them is ever beside it, and by whoever goes on after an interruption.
 
     Raises:
         SparsityError: if `folder` is a file.
@@ -119,8 +125,12 @@ def replace_files(folder: PathLike, last: str | None = None) -> Iterator[Path]:
     with _lock(staging):
         try:
             yield staging
-            for path in _files(staging, last):
+            fresh = _files(staging, last)
+            for path in fresh:
                 sync_file(path)
+            names = [path.name for path in fresh]
+            for name in stale(names) if stale is not None else ():
+                (staging / _STALE / name).mkdir(parents=True)
             sync_folder(staging)
             complete = staging.rename(final / staging.name.replace(STAGING_PREFIX, COMPLETE_PREFIX, 1))
         except BaseException:
@@ -145,7 +155,14 @@ def finish_replacing(folder: PathLike) -> None:
 
 
 def _replace(complete: Path, last: str | None) -> None:
-    for path in _files(complete, last):
+    files = _files(complete, last)
+    final = [path for path in files if path.name == last]
+    for path in files[: len(files) - len(final)]:
+        path.replace(complete.parent / path.name)
+    with contextlib.suppress(FileNotFoundError):
+        for path in (complete / _STALE).iterdir():  # names of a folder, which lead nowhere else
+            (complete.parent / path.name).unlink(missing_ok=True)
+    for path in final:
         path.replace(complete.parent / path.name)
     sync_folder(complete.parent)
     shutil.rmtree(complete, ignore_errors=True)

@@ -8,7 +8,7 @@ import torch
 
 from hf_sparse.errors import CheckpointError, SparsityError
 from hf_sparse.formats.safetensors_io import save_file
-from hf_sparse.utils.atomic_io import read_json, replace_file, replace_files, write_text
+from hf_sparse.utils.atomic_io import finish_replacing, read_json, replace_file, replace_files, write_text
 from tests.helpers.limits import limited
 
 
@@ -114,3 +114,26 @@ def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(SparsityError, match="it is a file, not a directory"), replace_files(tmp_path / "out"):
         pass
+
+
+def test_stale_files_are_gone_before_the_last_file_is_new_and_by_whoever_goes_on(tmp_path, monkeypatch):
+    for name in ("config.json", "old.bin", "kept.bin"):
+        (tmp_path / name).write_text("old")
+
+    def killed(path, missing_ok=False):
+        raise KeyboardInterrupt
+
+    def save():
+        with replace_files(tmp_path, "config.json", stale=lambda fresh: ["old.bin"]) as staging:
+            (staging / "config.json").write_text("new")
+            (staging / "weights.bin").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save()
+    assert (tmp_path / "weights.bin").read_text() == "new"
+    assert (tmp_path / "config.json").read_text() == "old"
+    finish_replacing(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "kept.bin", "weights.bin"]
+    assert (tmp_path / "config.json").read_text() == "new"

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ...errors import CheckpointError
 from ...formats.codecs import decode, layout
 from ...formats.manifest import Manifest, TensorEntry
-from ...formats.model_folder import check_one_folder
+from ...formats.model_folder import check_one_folder, weight_files
 from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_header
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY, Edits
@@ -162,9 +162,7 @@ class LoadPlan:
             CheckpointError: as `manifest_of`, or if the files are in several folders.
         """
         check_one_folder(files)
-        if files:
-            with contextlib.suppress(OSError):  # a folder that cannot be written is read as it is
-                finish_replacing(Path(files[0]).parent)
+        files = settled(files)
         manifest = manifest_of([Path(file) for file in files if file.endswith(".safetensors")], expected)
         return None if manifest is None else cls(manifest, tuple(files))
 
@@ -242,6 +240,17 @@ class LoadPlan:
             if place is not None and (place.converted or shapes[place.name] == self.manifest.tensors[key].shape):
                 found |= dict.fromkeys(place.names)
         return list(found)
+
+
+def settled(files: Sequence[str]) -> Sequence[str]:
+    """Finish a save that was killed while it replaced these files; return those that there are then."""
+    if not files:
+        return files
+    with contextlib.suppress(OSError):  # a folder that cannot be written is read as it is
+        finish_replacing(Path(files[0]).parent)
+    if all(map(os.path.exists, files)):
+        return files
+    return [os.fspath(path) for path in weight_files(Path(files[0]).parent)]
 
 
 def _quantized(name: str, model: PreTrainedModel, load: Any) -> bool:

@@ -26,7 +26,7 @@ from .. import patches
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
 from .convert import looks_sparse
-from .load_plan import LoadPlan, is_packed
+from .load_plan import LoadPlan, is_packed, settled
 from .pack_state import is_training_state, pack_state
 from .saving import refuse_edited, save_packed, save_plain, save_request
 
@@ -231,6 +231,7 @@ def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     if kwargs or len(args) != 4:
         return original(*args, **kwargs)
     model, state, files, load = args
+    files = files if state is not None or not files else list(settled(files))
     quantizer = load.hf_quantizer
     if isinstance(quantizer, SparseQuantizer):
         if quantizer.plan is None:

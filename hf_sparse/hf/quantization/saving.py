@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -131,20 +131,21 @@ def staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
         yield os.fspath(directory)
         return
     # The config last: with the old weights the old config still stands.
-    with writing(directory), replace_files(directory, last="config.json") as folder:
+    with (
+        writing(directory),
+        replace_files(directory, last="config.json", stale=partial(_stale, Path(directory))) as folder,
+    ):
         yield os.fspath(folder)
-        fresh = {path.name for path in folder.iterdir() if path.is_file()}
-        for name in fresh:
-            if name.endswith(".safetensors"):
-                settle_header(folder / name)
-    if any(map(WEIGHTS.fullmatch, fresh)):
-        _remove_stale(Path(directory), fresh)
+        for path in folder.glob("*.safetensors"):
+            settle_header(path)
 
 
-def _remove_stale(directory: Path, fresh: set[str]) -> None:
-    """Remove weights of an earlier save with another number of shards: `from_pretrained` might prefer them."""
+def _stale(directory: Path, fresh: Sequence[str]) -> list[str]:
+    """Return the weights of an earlier save with another number of shards: `from_pretrained` might prefer them."""
     variants = {match["variant"] or match["index"] for name in fresh if (match := WEIGHTS.fullmatch(name))}
+    found = []
     for path in directory.iterdir():
         match = WEIGHTS.fullmatch(path.name)
         if match and (match["variant"] or match["index"]) in variants and path.name not in fresh:
-            path.unlink()
+            found.append(path.name)
+    return found

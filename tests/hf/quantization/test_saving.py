@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +249,35 @@ def test_a_sharded_save_killed_between_renames_is_finished_by_the_reader(moment:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "folder")
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in other.state_dict().items())
     assert not list((tmp_path / "folder").glob(".sav*"))
+
+
+@pytest.mark.parametrize("form", ["packed", "dense"])
+@pytest.mark.parametrize("shards_first", [False, True], ids=["one file, then shards", "shards, then one file"])
+def test_a_save_killed_before_stale_files_are_removed_is_finished_by_the_reader(
+    shards_first: bool, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old weights beside new ones of another number of files are never what is loaded."""
+    sizes = ["8KB", "1GB"] if shards_first else ["1GB", "8KB"]
+    model: Any = sparsify(bert(), SparsityConfig(sparsity=0.5))
+    model.save_pretrained(tmp_path, format=form, max_shard_size=sizes[0])
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    real = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("model"):
+            raise KeyboardInterrupt
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(tmp_path, format=form, max_shard_size=sizes[1])
+    assert {"model.safetensors", "model.safetensors.index.json"} <= {path.name for path in tmp_path.iterdir()}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert not list(tmp_path.glob(".sav*"))
+    assert (tmp_path / "model.safetensors").exists() == shards_first
 
 
 def test_the_next_save_removes_what_a_killed_one_has_left(saved: Path) -> None:
