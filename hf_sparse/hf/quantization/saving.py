@@ -136,7 +136,7 @@ def staged(directory: str | os.PathLike[str], writes: bool) -> Iterator[str]:
         replace_files(directory, last="config.json", stale=partial(_stale, Path(directory))) as folder,
     ):
         yield os.fspath(folder)
-        for path in folder.glob("*.safetensors"):
+        for path in list(folder.glob("*.safetensors")):
             settle_header(path)
 
 
