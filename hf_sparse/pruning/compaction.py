@@ -19,7 +19,29 @@ from .masked_weight import masked_weight
 def edits_of(model: nn.Module) -> Edits:
     """Return what compaction has removed from a model since it was made, or the empty `Edits`."""
     edits: Edits | None = getattr(model, EDITS.name, None)  # a wrapper hands attributes on
-    return edits or Edits()
+    if edits:
+        return edits
+    parts: dict[str, dict[str, Cut]] = {}
+    for prefix, module in model.named_modules():
+        # A compacted model inside one that was made around it; those inside another are in its edits already.
+        inside = EDITS.get(module)
+        if inside and prefix:
+            for kind, name, cut in inside:
+                parts.setdefault(kind, {}).setdefault(f"{prefix}.{name}" if name else prefix, cut)
+    return Edits(**parts)
+
+
+def remember_edits(model: nn.Module, edits: Edits) -> None:
+    """Put the edits of a model on it, and those of each part that can be saved by itself on that part."""
+    for prefix, module in model.named_modules():
+        if module is model:
+            EDITS.set(module, edits)
+        elif hasattr(type(module), "save_pretrained"):
+            parts: dict[str, dict[str, Cut]] = {}
+            for kind, name, cut in edits:
+                if name.startswith(f"{prefix}."):
+                    parts.setdefault(kind, {})[name.removeprefix(f"{prefix}.")] = cut
+            EDITS.set(module, Edits(**parts))
 
 
 @torch.no_grad()
@@ -35,8 +57,7 @@ def compact(model: nn.Module) -> Edits:
     the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
 
     Args:
-        model: of a family that `hf_sparse.modeling.architectures` knows; pruned and baked. The whole of what will be
-            saved, not a part of it.
+        model: of a family that `hf_sparse.modeling.architectures` knows; pruned and baked.
 
     Returns:
         All that was removed since the model was made, with the numbers that heads and neurons had then.
@@ -74,7 +95,7 @@ def compact(model: nn.Module) -> Edits:
         _cut(block, kept, cuts[block.name])
     edits = Edits(**parts)
     if edits:
-        EDITS.set(model, edits)
+        remember_edits(model, edits)
         integration_of(model).after_compact(model)
     return edits
 
@@ -168,4 +189,4 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
             )
         parts[kind][match] = cut
         _cut(block, cut.kept, cut)
-    EDITS.set(model, Edits(**parts))
+    remember_edits(model, Edits(**parts))

@@ -35,10 +35,11 @@ from ..hf.trainer.callback import SparsityCallback
 from ..hf.trainer.checkpoint import check_unused, last_checkpoint, remove_trained, trained_files
 from ..hf.trainer.distillation_callback import DistillationCallback
 from ..hf.trainer.resume import guard_checkpoints
-from ..hf.trainer.run_record import check_resume, read_record
+from ..hf.trainer.run_record import check_resume, listing, names, read_record
 from ..pruning.fill import fill
 from ..pruning.summary import summarize
-from ..utils.atomic_io import write_text
+from ..utils.atomic_io import read_json, write_text
+from ..utils.validation import is_integer
 from .data import LabelledExamples, load_examples
 from .identity import SECTION, RunRecord, run_facts
 from .metrics import build_metrics
@@ -48,6 +49,9 @@ from .sections import ModelSection
 from .step_timer import StepTimer
 
 logger = logging.getLogger(__name__)
+
+LONGER = ("max_steps", "num_train_epochs")
+"""What may be changed of a run that has done its last step: then there are more."""
 
 
 @contextlib.contextmanager
@@ -154,7 +158,10 @@ def _checkpoint(
     checkpoint = arguments.resume_from_checkpoint
     if resume:
         checkpoint = last_checkpoint(output, arguments.world_size)
-        logger.info("resuming from %s", checkpoint or "nothing: there is no checkpoint yet")
+        if checkpoint is None:
+            logger.warning("--resume: %s has no checkpoint yet, training starts from the beginning", output)
+        else:
+            logger.info("resuming from %s", checkpoint)
         if checkpoint is None and (left := trained_files(output)):
             raise CheckpointError(
                 f"{output} has a model ({left[0].name}) and no checkpoint, so there is nothing to resume from. Replace "
@@ -168,7 +175,20 @@ def _checkpoint(
             f"checkpoint {checkpoint} does not record what made it: it was not written by `hf-sparse train`, or by an "
             "older hf_sparse. Start a new run"
         )
-    return checkpoint, check_resume(checkpoint, recorded, facts, allow, "--resume --allow {}")
+    changes = check_resume(checkpoint, recorded, facts, allow, "--resume --allow {}")
+    if changes and _is_finished(checkpoint) and not any(names(key, name) for key in changes for name in LONGER):
+        raise CheckpointError(
+            f"the run of {checkpoint} has done its last step, so a change would have no effect: {listing(changes)}. "
+            "Train with it into another folder, or from the beginning (--overwrite)"
+        )
+    return checkpoint, changes
+
+
+def _is_finished(checkpoint: str) -> bool:
+    """Return whether the run that wrote a checkpoint had no step left."""
+    state = read_json(Path(checkpoint) / "trainer_state.json") or {}
+    done, steps = state.get("global_step"), state.get("max_steps")
+    return is_integer(done) and is_integer(steps) and 0 < steps <= done
 
 
 def _method(recipe: Recipe, changes: Mapping[str, str]) -> list[TrainerCallback]:

@@ -54,7 +54,10 @@ if [[ $versions == newest-torch ]]; then
 else
     # First and alone: a range such as torch>=2.13 would take the newest build, on Linux with several GB of CUDA libraries.
     "${pip[@]}" install "$(grep '^torch==' constraints.txt)"
-    [[ $versions == pinned ]] || constraints=(-c <(grep '^torch==' constraints.txt))
+    if [[ $versions == newest ]]; then
+        grep '^torch==' constraints.txt >"$venv/torch.txt"
+        constraints=(-c "$venv/torch.txt")
+    fi
 fi
 "${pip[@]}" install "${constraints[@]}" -e "$what"
 if (($# > 0)); then

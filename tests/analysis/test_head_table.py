@@ -117,7 +117,7 @@ def test_columns_and_length_are_those_of_the_recipe_beside_the_model(saved: Path
     assert json.loads(capsys.readouterr().out)["importance"] != cut
     (saved / "recipe.yaml").write_text("data: {text: [a, b, c]}")
     assert main(command) == 2
-    assert "data.text is a column name or a list of two" in capsys.readouterr().err
+    assert "`data.text` must be a column name or a list of two" in capsys.readouterr().err
 
 
 def test_model_without_a_head_for_texts_is_refused(texts: Path, tmp_path: Path, capsys: Any) -> None:

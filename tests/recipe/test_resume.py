@@ -247,3 +247,11 @@ def test_train_on_a_cpu_shows_one_progress_bar_and_no_warning(place: Path, tmp_p
     for unwanted in ("Writing model shards", "Loading weights", "pin_memory", "Warning", "warn("):
         assert unwanted not in shown
     assert is_progress_bar_enabled()
+
+
+def test_change_of_a_finished_run_is_refused(place: Path, output: Path, capsys: Any) -> None:
+    changed = ["--set", "training.learning_rate=0.01", "--resume", "--allow", "learning_rate"]
+    assert main(["train", recipe(place, "first"), "--output", str(output), *changed]) == 2
+    assert "has done its last step, so a change would have no effect: training.learning_rate" in capsys.readouterr().err
+    longer = ["--set", "training.max_steps=6", "--resume", "--allow", "max_steps"]
+    assert main(["train", recipe(place, "first"), "--output", str(output), *longer]) == 0

@@ -15,7 +15,7 @@ from ...pruning.group import joined
 from .config import SparseConfig
 from .parts import sparse_parts
 from .quantizer import SparseQuantizer
-from .saving import save_packed
+from .saving import save_packed, save_parts_packed
 
 
 class AnyModule(ModelIntegration):
@@ -51,6 +51,7 @@ class TransformersModel(AnyModule):
     def after_compact(self, model: nn.Module) -> None:
         """As `after_attach`; what was requested of the model is known from the pruning, if that was here."""
         _prepare(model, _earlier(model))
+        save_parts_packed(cast(PreTrainedModel, model))
 
 
 def _earlier(model: nn.Module) -> SparsityConfig | None:

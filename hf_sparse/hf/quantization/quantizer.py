@@ -28,7 +28,7 @@ from .config import METHOD, SparseConfig
 from .convert import looks_sparse
 from .load_plan import LoadPlan, is_packed, settled
 from .pack_state import is_training_state, pack_state
-from .saving import refuse_edited, save_packed, save_plain, save_request
+from .saving import refuse_edited, save_packed, save_parts_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
 
@@ -143,6 +143,7 @@ class SparseQuantizer(HfQuantizer):
         if self.second is None or self.prune_to is not None:
             keep_zeros(_layers(model))
             save_packed(model)
+            save_parts_packed(model)
 
     def _settle_dense(self, model: PreTrainedModel) -> bool:
         """Do the same for dense files beside a config.json that says "hf_sparse"; return whether anything is sparse.
@@ -154,6 +155,7 @@ class SparseQuantizer(HfQuantizer):
             SPARSE_WEIGHTS.set(model, names)
             keep_zeros(_layers(model))
             save_packed(model)
+            save_parts_packed(model)
         else:
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return bool(names)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...errors import RecipeError
 from ...formats.safetensors_io import settle_header, writing
+from ...modeling.model_state import EDITS
 from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
 from .. import patches
@@ -57,6 +58,15 @@ def save_plain(model: PreTrainedModel) -> None:
     patches.take(model, "save_pretrained")
     patches.take(model, "push_to_hub")
     unhook_load(model)
+
+
+def save_parts_packed(model: PreTrainedModel) -> None:
+    """Let the parts of a compacted model that can be saved by themselves (`model.bert`) save what they have lost."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    for inner in model.modules() if quantizer is not None else ():
+        if inner is not model and isinstance(inner, PreTrainedModel) and EDITS.get(inner):
+            inner.hf_quantizer = quantizer
+            save_packed(inner)
 
 
 def _save_pretrained(

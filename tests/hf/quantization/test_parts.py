@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_sparse import CheckpointError, SparsityCallback, SparsityConfig, sparsify, summarize
+from hf_sparse import CheckpointError, SparsityCallback, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.hf.quantization.convert import convert
 from tests.helpers.tiny import config as tiny_config
 from tests.helpers.training import bert, sparse_trainer
@@ -200,3 +200,20 @@ def test_other_models_load_as_if_hf_sparse_were_not_there(tmp_path: Path, caplog
         loaded = BertModel.from_pretrained(tmp_path)
     assert_same(loaded, model)
     assert "save_pretrained" not in vars(loaded)
+
+
+def compacted() -> Any:
+    model = bert()
+    sparsify(model, SparsityConfig(sparsity=0.5, pattern="head+neuron"))
+    assert compact(model)
+    return model.eval()
+
+
+def test_part_of_a_compacted_model_loads(tmp_path: Path) -> None:
+    model = compacted()
+    model.bert.save_pretrained(tmp_path / "part")
+    assert_same(AutoModel.from_pretrained(tmp_path / "part"), model.bert)
+    model.save_pretrained(tmp_path / "whole")
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    loaded.bert.save_pretrained(tmp_path / "part of the loaded")
+    assert_same(AutoModel.from_pretrained(tmp_path / "part of the loaded"), model.bert)
