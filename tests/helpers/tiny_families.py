@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "neucodec": {"quantization_dim": 64, "encoder_hidden_size": 4},
     "reformer": {"is_decoder": True},
     "time_series_transformer": {"prediction_length": 4},
+    "xlnet": {"d_model": 32, "n_head": 4, "d_head": 8},
     "vibevoice": {"acoustic_tokenizer_config.num_filters": 2, "semantic_tokenizer_config.num_filters": 2},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
