@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported anywhere: it reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,3 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_environment() -> Iterator[None]:
+    """Take back what a Trainer writes into the environment (torch.compile): processes of later tests would inherit it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)

@@ -65,7 +65,7 @@ def save_parts_packed(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     for inner in model.modules() if quantizer is not None else ():
         if inner is not model and isinstance(inner, PreTrainedModel) and EDITS.get(inner):
-            inner.hf_quantizer = quantizer
+            inner.hf_quantizer = quantizer  # type: ignore[assignment]  # nn.Module lets only tensors and modules be set
             save_packed(inner)
 
 
