@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 SLOW_TIMEOUT = 1200
 """Seconds that a slow test may take; the others have the limit of pyproject.toml."""
@@ -41,9 +42,12 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def accelerate_environment() -> Iterator[None]:
-    """Take back what a Trainer writes into the environment (torch.compile): processes of later tests would inherit it."""
+    """Take back what a Trainer with torch.compile leaves in the environment and in accelerate."""
     before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     yield
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+    left = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    if set(left) != set(before):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in left:
         del os.environ[name]
     os.environ.update(before)
