@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 # Before transformers is imported anywhere: it reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 SLOW_TIMEOUT = 1200
 """Seconds that a slow test may take; the others have the limit of pyproject.toml."""
@@ -38,16 +36,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seed() -> None:
     """Start every test from the same random state, whatever ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def accelerate_environment() -> Iterator[None]:
-    """Take back what a Trainer with torch.compile leaves in the environment and in accelerate."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    yield
-    left = [name for name in os.environ if name.startswith("ACCELERATE_")]
-    if set(left) != set(before):
-        AcceleratorState._reset_state(reset_partial_state=True)
-    for name in left:
-        del os.environ[name]
-    os.environ.update(before)
