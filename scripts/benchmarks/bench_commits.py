@@ -115,7 +115,7 @@ def training_cases() -> dict[str, Callable[[], float]]:
     def case(config: dict[str, Any] | None, finished: bool = False) -> Callable[[], float]:
         def measure() -> float:
             torch.manual_seed(0)
-            model = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=6, **sizes))
+            model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
             if finished:
                 hf_sparse.sparsify(model, hf_sparse.SparsityConfig(sparsity=0.9))
             clock = Clock()
