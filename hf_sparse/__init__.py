@@ -8,6 +8,7 @@ from ._version import __version__ as __version__
 from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, ConfigError, HubError, PatternError, RecipeError, SparsityError
 from .formats.structure import Edits
+from .hf import layer_kinds as _layer_kinds  # registers the layers of transformers that are not nn.Linear
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..hf.auto import load_tokenizer, load_whole
 from ..modeling.architectures import known_sub_blocks
+from ..modeling.layer_kinds import matrix_shape
 from ..modeling.layer_matching import match_layers
 from ..pruning.head_importance import head_importance
 from ..pruning.selection import kept_count
@@ -156,7 +157,7 @@ def sensitivity(
     dense, losses = layer_losses(model, layers, data, levels)
     attentions = [block.name for block in known_sub_blocks(model) if block.kind == "attention"]
     heads = HeadTable(tuple(attentions), head_importance(model, data), len(rows)) if attentions else None
-    shapes = {layer: (module.out_features, module.in_features) for layer, module in layers.items()}
+    shapes = {layer: matrix_shape(module) for layer, module in layers.items()}
     masked = head_losses(model, data, levels)
     return Sensitivity(tuple(levels), dense, losses, shapes, heads, len(rows), masked)
 

@@ -23,7 +23,8 @@ SCORERS: Registry[Any] = Registry("scorer")
 PATTERNS: Registry[Any] = Registry("pattern")
 SELECTIONS: Registry[Any] = Registry("selection")
 SCHEDULES: Registry[Any] = Registry("schedule")
-"""The four registries are declared here, on the lowest floor, and filled by the floor above."""
+RECONSTRUCTIONS: Registry[Any] = Registry("reconstruction")
+"""The five registries are declared here, on the lowest floor, and filled by the floor above."""
 
 
 def _as_globs(value: Any, key: str) -> tuple[str, ...] | None:
@@ -54,14 +55,16 @@ class GroupConfig:
         target_modules: instead of `targets`, as PEFT spells it: a regular expression over whole names, a list of
             names or of their last parts ("query", "output.dense"), or "all-linear".
         exclude_modules: the same of what to leave dense, beside `exclude`.
-        scorer: importance of a weight ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random").
+        scorer: importance of a weight ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random"; in
+            one shot, with calibration data, "wanda" and "sparsegpt").
         pattern: which weights are kept or removed together ("element", "2:4", "row", "column",
             `{"name": "block", "rows": 32, "cols": 32}`, and across several weights "head", "neuron", "layer").
-        selection: among which groups scores are compared ("uniform", "global", "threshold"); None = the default of
-            scorer and pattern.
+        selection: among which groups scores are compared ("uniform", "per_row", "global", "threshold", "owl"); None =
+            the default of scorer and pattern.
         sparsity: fraction of the groups removed, in [0, 1); None where the pattern (n:m) or the selection (threshold
             with a value) decides.
         schedule: sparsity over training ("constant", "linear", "cubic", "stepwise").
+        reconstruction: in one shot, how the weights that are kept make up for the others ("cg"); None = they stay.
 
     Raises:
         RecipeError: for a sparsity outside [0, 1) or below where its schedule starts, an unknown name or option.
@@ -81,6 +84,7 @@ class GroupConfig:
     schedule: Spec = "cubic"
     target_modules: Sequence[str] | str | ModuleNames | None = None
     exclude_modules: Sequence[str] | str | ModuleNames | None = None
+    reconstruction: Spec | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _as_globs(self.targets, "targets"))
@@ -93,9 +97,11 @@ class GroupConfig:
             raise RecipeError(
                 f"give `targets` or `target_modules`, not both: got {self.targets} and {self.target_modules}"
             )
-        for key in ("scorer", "pattern", "schedule", "selection"):
+        for key in ("scorer", "pattern", "schedule", "selection", "reconstruction"):
             object.__setattr__(self, key, _plain(getattr(self, key)))
         SCORERS.build(self.scorer)
+        if self.reconstruction is not None:
+            RECONSTRUCTIONS.build(self.reconstruction)
         selection = None if self.selection is None else SELECTIONS.build(self.selection)
         fixed = PATTERNS.build(self.pattern).fixed_sparsity
         self._check_sparsity(fixed, selection is not None and selection.decides_sparsity)
@@ -183,7 +189,7 @@ class SparsityConfig:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: a group has no key 'scoer'; did you mean 'scorer'? Known keys: targets, exclude, \
-scorer, pattern, selection, sparsity, schedule, target_modules, exclude_modules.
+scorer, pattern, selection, sparsity, schedule, target_modules, exclude_modules, reconstruction.
     """
 
     groups: tuple[GroupConfig, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..utils.text import kind_of_name
+from .layer_kinds import is_matrix_layer, stored_shape
 from .ownership import count_owners
 
 _HEAD = re.compile(r"(^|_)heads?$")
@@ -33,7 +35,7 @@ class _List:
     def is_composite(self) -> bool:
         """Whether its items are more than single linear layers or norms."""
         has_matrices = any(parameter.ndim > 1 for parameter in self.module.parameters())
-        return has_matrices and not all(isinstance(item, nn.Linear) for item in self.module)
+        return has_matrices and not all(is_matrix_layer(item) for item in self.module)
 
     def has(self, *words: str) -> bool:
         """Return whether any module in it is of a class with one of these words in its name."""
@@ -150,7 +152,7 @@ def block_coverage(model: nn.Module, names: Collection[str]) -> Coverage:
         if not name.startswith(prefixes):
             continue
         if name in wanted:
-            covered += module.in_features * module.out_features
+            covered += math.prod(stored_shape(module)) if is_matrix_layer(module) else 0
             continue
         for kind, parameter in _matrices(name, module, owners):
             entries = _entries(module, parameter)
@@ -167,7 +169,7 @@ def _matrices(name: str, module: nn.Module, owners: Counter[int]) -> Iterator[tu
     if parametrize.is_parametrized(module, "weight"):
         yield None, module.weight  # type: ignore[misc]
     for key, parameter in module.named_parameters(recurse=False):
-        if key == "weight" and isinstance(module, nn.Linear) and owners[id(parameter)] == 1:
+        if key == "weight" and is_matrix_layer(module) and owners[id(parameter)] == 1:
             yield None, parameter
         elif parameter.ndim > 1:
             path, what = (name, type(module).__name__) if key == "weight" else (f"{name}.{key}", "parameter")
@@ -175,6 +177,6 @@ def _matrices(name: str, module: nn.Module, owners: Counter[int]) -> Iterator[tu
 
 
 def _entries(module: nn.Module, parameter: Tensor) -> int:
-    if isinstance(module, nn.Linear):  # the weight may be packed (bitsandbytes)
-        return module.in_features * module.out_features
+    if is_matrix_layer(module):  # the weight may be packed (bitsandbytes)
+        return math.prod(stored_shape(module))
     return parameter.numel()

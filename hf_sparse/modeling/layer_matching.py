@@ -15,6 +15,7 @@ from ..config.module_names import ModuleNames, NamePattern, matches
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
 from .blocks import block_coverage, block_prefixes
+from .layer_kinds import MatrixLayer, is_matrix_layer, known_kinds, stored_shape
 from .ownership import count_owners, names_of
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def refuse_runtime(model: nn.Module, requested: str) -> None:
         )
 
 
-def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def prunable_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     """Return every linear layer by name, except those that share their weight with another module (tied embeddings).
 
     Layers that compaction has left empty are left out.
@@ -67,13 +68,13 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if is_matrix_layer(module)
         and owners.get(id(module._parameters.get("weight")), 1) == 1
-        and (module.in_features and module.out_features)
+        and all(stored_shape(module))
     }
 
 
-def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     """Return the linear layers inside the transformer blocks, the default targets.
 
     Embeddings, poolers, projections between parts of the model and task heads are outside the blocks.
@@ -84,7 +85,7 @@ def block_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 def match_layers(
     model: nn.Module, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern] = ()
-) -> dict[str, nn.Linear]:
+) -> dict[str, MatrixLayer]:
     """Return the layers that a group targets, by name.
 
     Args:
@@ -134,37 +135,37 @@ def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
     if sum(coverage.missed.values()) > NEGLIGIBLE * coverage.total:
         logger.warning(
             f"the targeted layers have {coverage.share:.1%} of the weights in the blocks of {type(model).__name__}. "
-            f"These are not nn.Linear layers of their own, and stay dense: {coverage.describe_missed()}. The requested "
+            f"These cannot be pruned as layers, and stay dense: {coverage.describe_missed()}. The requested "
             "sparsity is that of the targeted layers"
         )
 
 
-def _outside_head(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+def _outside_head(model: nn.Module, layers: dict[str, MatrixLayer]) -> dict[str, MatrixLayer]:
     """Return the layers inside the base model, without the output embeddings: what PEFT calls "all-linear"."""
     base, output = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", lambda: None)()
     inside = set(base.modules()) if isinstance(base, nn.Module) else set(model.modules())
     return {name: module for name, module in layers.items() if module in inside and module is not output}
 
 
-def _why(model: nn.Module, layers: dict[str, nn.Linear], glob: NamePattern) -> str:
+def _why(model: nn.Module, layers: dict[str, MatrixLayer], glob: NamePattern) -> str:
     """Explain why a glob matches no prunable layer, and what would."""
     modules = {name: module for name, module in model.named_modules() if name and matches(name, glob)}
     for name, module in modules.items():
         weight = module._parameters.get("weight")
         others = [] if weight is None else [other for other in names_of(model, weight) if other != f"{name}.weight"]
-        if isinstance(module, nn.Linear) and others:
+        if is_matrix_layer(module) and others:
             return f"The weight of '{name}' is tied to '{others[0]}': pruning one would prune the other"
     kinds = Counter(type(module).__name__ for module in modules.values() if _has_matrix(module))
     if kinds:
         listed = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
-        return f"It matches {listed} (first: '{next(iter(modules))}'), and only nn.Linear is supported yet"
+        return f"It matches {listed} (first: '{next(iter(modules))}'), and only {known_kinds()} are supported"
     parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, str(glob))]
     if parameters:
-        return f"It matches the parameter '{parameters[0]}', and only weights of nn.Linear are supported yet"
+        return f"It matches the parameter '{parameters[0]}', and only weights of {known_kinds()} are supported"
     return _nearest(layers, str(glob)) + (_could_match(layers) or _unsupported(model))
 
 
-def _nearest(layers: dict[str, nn.Linear], glob: str) -> str:
+def _nearest(layers: dict[str, MatrixLayer], glob: str) -> str:
     spellings: dict[str, None] = {}
     for name in layers:
         parts = kind_of_name(name).split(".")
@@ -183,15 +184,15 @@ def _unsupported(model: nn.Module) -> str:
     """Name the layers of a model whose blocks have no linear layers."""
     classes: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if _has_matrix(module) and not isinstance(module, nn.Linear | nn.Embedding):
+        if _has_matrix(module) and not (is_matrix_layer(module) or isinstance(module, nn.Embedding)):
             classes.setdefault(type(module).__name__, []).append(name)
     if not classes or block_layers(model):
         return ""
     kind, names = max(classes.items(), key=lambda item: len(item[1]))
-    return f"Its layers are {len(names)} {kind} ({_listed(names, 6)}), and only nn.Linear is supported yet. "
+    return f"Its layers are {len(names)} {kind} ({_listed(names, 6)}), and only {known_kinds()} are supported. "
 
 
-def _could_match(layers: dict[str, nn.Linear]) -> str:
+def _could_match(layers: dict[str, MatrixLayer]) -> str:
     return f"It could match: {_listed(layers, 40)}." if layers else ""
 
 

@@ -80,6 +80,22 @@ class PruningGroup:
                     "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
                 )
 
+    @property
+    def by_blocks(self) -> bool:
+        """Whether it looks at the inputs of layers, so that it is pruned in one shot, block by block."""
+        wants = self.scorer.source == "inputs" or self.selection.needs_inputs
+        return wants or self.config.reconstruction is not None
+
+    def check_renewable(self) -> None:
+        """Raise `RecipeError` if the masks cannot be renewed in training."""
+        if self.by_blocks:
+            name = f"scorer '{self.scorer.name}'" if self.scorer.source == "inputs" else ""
+            name = name or (f"selection '{self.selection.name}'" if self.selection.needs_inputs else "a reconstruction")
+            raise RecipeError(
+                f"{name} looks at the inputs of layers and prunes in one shot, block by block, so no masks are "
+                "renewed in training. Call hf_sparse.sparsify(model, config, batches) before; training keeps the zeros"
+            )
+
     def attach(self) -> None:
         """Put a mask that keeps everything on each weight, and make the state of the scorer."""
         shared = self.scorer.shared_state(sum(member.module.weight.numel() for member in self.members))
@@ -192,6 +208,7 @@ def bind_group(model: nn.Module, config: GroupConfig) -> PruningGroup:
     chosen = SELECTIONS.build(config.selection) if config.selection is not None else None
     selection = of_pattern or chosen or scorer.own_selection() or Uniform()
     scorer.check_selection(selection)
+    scorer.check_pattern(pattern)
     sparsity = config.sparsity if config.sparsity is not None else pattern.fixed_sparsity
     units = find_units(model, pattern, config.target_names, config.exclude_names)
     selection.prepare_units(units, pattern)

@@ -75,8 +75,11 @@ class Pruner:
 
         Raises:
             RecipeError: if a weight has a mask or another parametrisation, is on the meta device, or is frozen though
-                the scorer needs its gradient; the model is then untouched.
+                the scorer needs its gradient, or if a group can be pruned in one shot only; the model is then
+                untouched.
         """
+        for group in self.groups:
+            group.check_renewable()
         self.put_masks()
         self.mark()
         frozen = [

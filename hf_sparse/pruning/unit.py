@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from ..config.module_names import NamePattern
 from ..errors import SparsityError
 from ..modeling.architectures import match_sub_blocks
+from ..modeling.layer_kinds import MatrixLayer, is_transposed, oriented, stored_shape
 from ..modeling.layer_matching import match_layers
 from .mask_state_dict import attach_mask, bake_mask
 from .masked_weight import MaskedWeight, hidden, placed_as
-from .patterns import Pattern, Structure
+from .patterns import Pattern, Structure, Transposed
 from .state_fields import StateField
 
 
@@ -27,7 +28,7 @@ class Member:
     Attributes:
         layer_name: name of its layer in the model.
         module: the layer.
-        pattern: which entries of the weight belong to a group.
+        pattern: which entries of the weight, as it is stored, belong to a group.
         has_bias: whether the bias of the layer belongs to the groups too, one entry with each row.
         mask: on the weight, while it is attached.
         gradient: of the loss of this optimizer step with respect to the masked weight, dense, while the scorer looks
@@ -35,7 +36,7 @@ class Member:
     """
 
     layer_name: str
-    module: nn.Linear
+    module: MatrixLayer
     pattern: Pattern
     has_bias: bool = False
     mask: MaskedWeight | None = None
@@ -82,7 +83,7 @@ class Unit:
         return self.members[0].name
 
     @property
-    def module(self) -> nn.Linear:
+    def module(self) -> MatrixLayer:
         """Layer of the first weight."""
         return self.members[0].module
 
@@ -99,7 +100,7 @@ class Unit:
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return math.prod(self.pattern.groups_shape((self.module.out_features, self.module.in_features)))
+        return math.prod(self.pattern.groups_shape(stored_shape(self.module)))
 
     def pool(self, elements: Sequence[Tensor]) -> Tensor:
         """Return the score of each group: the mean over all its entries in all members.
@@ -204,7 +205,8 @@ class Unit:
             if member.has_bias and isinstance(bias, nn.Parameter):
                 # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
                 # before this: behind it the exit is masked.
-                bias.data.masked_fill_(placed_as(~member.masked.mask.any(1), bias), 0.0)
+                kept = oriented(member.module, member.masked.mask).any(1)
+                bias.data.masked_fill_(placed_as(~kept, bias), 0.0)
             bake_mask(member.module)
             member.mask = member.gradient = None
 
@@ -223,8 +225,8 @@ def find_units(
         return [
             Unit(
                 [
-                    Member(block.output_name, block.output, pattern.part(1, block.size)),
-                    *(Member(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
+                    _member(block.output_name, block.output, pattern.part(1, block.size)),
+                    *(_member(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
                 ],
                 block.kind,
             )
@@ -232,5 +234,14 @@ def find_units(
         ]
     layers = match_layers(model, targets, exclude)
     for name, layer in layers.items():
-        pattern.check(tuple(layer.weight.shape), f"{name}.weight")
-    return [Unit([Member(name, layer, pattern)]) for name, layer in layers.items()]
+        as_stored(pattern, layer).check(tuple(layer.weight.shape), f"{name}.weight")
+    return [Unit([_member(name, layer, pattern)]) for name, layer in layers.items()]
+
+
+def as_stored(pattern: Pattern, layer: MatrixLayer) -> Pattern:
+    """Return a pattern of `(out, in)` as one of the weight as its layer stores it."""
+    return Transposed(pattern) if is_transposed(layer) else pattern
+
+
+def _member(name: str, layer: MatrixLayer, pattern: Pattern, has_bias: bool = False) -> Member:
+    return Member(name, layer, as_stored(pattern, layer), has_bias)

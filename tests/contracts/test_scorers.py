@@ -12,8 +12,8 @@ from hf_sparse.pruning.masked_weight import hidden
 from hf_sparse.pruning.state_fields import state_suffixes
 from tests.helpers.layers import attached, two_layers
 
-# Those that measure heads on data have no part in training, and no scores for single weights.
-TRAINED = [name for name in SCORERS if SCORERS[name].source != "heads"]
+# Those that measure heads, or the inputs of layers, on data have no part in training.
+TRAINED = [name for name in SCORERS if SCORERS[name].source not in ("heads", "inputs")]
 
 
 @pytest.mark.parametrize("scorer", TRAINED)

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from hf_sparse import SparsityConfig, SparsityError, sparsify
 from hf_sparse.config.sparsity import SELECTIONS
-from hf_sparse.pruning.selection import Selection
+from hf_sparse.pruning.selection import Owl, PerRow, Selection
 from hf_sparse.pruning.selection.budget import Budget
 
-NEEDS_A_MODEL = {Budget.name}
-"""Selections that know the costs of a model, and select for structures only; tests/pruning/selection/test_budget.py."""
+NEEDS_A_MODEL = {Budget.name, Owl.name}
+"""Selections that know the costs of a model or the inputs of its layers; tests/pruning/selection/test_NAME.py."""
+WITHIN_ROWS = {PerRow.name}
+"""Selections in which the weights of a row compete with each other alone."""
 
 
 def by_scores(name: str) -> Selection:
     """Return a selection that compares scores alone, with its default options."""
     if name in NEEDS_A_MODEL:
-        pytest.skip(f"selection '{name}' is bound to the costs of a model")
+        pytest.skip(f"selection '{name}' is bound to a model")
     selection: Selection = SELECTIONS.build(name)
     return selection
 
@@ -51,9 +53,10 @@ def test_selection_keeps_all_at_no_sparsity_and_fewer_at_more(name: str) -> None
 
 @pytest.mark.parametrize("name", list(SELECTIONS))
 def test_selection_keeps_the_higher_scores_of_each_weight(name: str) -> None:
-    for tensor, mask in zip(scores(), by_scores(name).select(scores(), 0.5), strict=True):
-        if mask.any() and not mask.all():
-            assert tensor[mask].min() >= tensor[~mask].max()
+    for whole, kept in zip(scores(), by_scores(name).select(scores(), 0.5), strict=True):
+        for tensor, mask in zip(whole, kept, strict=True) if name in WITHIN_ROWS else [(whole, kept)]:
+            if mask.any() and not mask.all():
+                assert tensor[mask].min() >= tensor[~mask].max()
 
 
 @pytest.mark.parametrize("name", list(SELECTIONS))

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig
+from hf_sparse.modeling.layer_kinds import matrix_shape
 from hf_sparse.modeling.layer_matching import block_layers, match_layers, prunable_layers
 from tests.helpers import tiny
 from tests.helpers.training import bert
@@ -74,18 +75,34 @@ def gpt2(cls: Any = GPT2LMHeadModel) -> Any:
     return cls(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
 
 
-def test_model_of_unsupported_layers_names_them() -> None:
-    kind = r"Its layers are 8 Conv1D \(transformer\.h\.\*\.attn\.c_attn \(2\), .*only nn\.Linear is supported yet"
-    with pytest.raises(RecipeError, match=f"the default targets match no linear layer of the model. {kind}"):
-        match_layers(gpt2(), None)
-    with pytest.raises(RecipeError, match=rf"{kind}\. It could match: score \(1\)"):
-        match_layers(gpt2(GPT2ForSequenceClassification), None)
-    with pytest.raises(
-        RecipeError, match=r"It matches 2 Conv1D \(first: 'transformer\.h\.0\.attn\.c_attn'\), and only nn"
-    ):
-        match_layers(gpt2(), ["*.c_attn"])
+def test_layers_of_gpt2_are_matched_though_their_weights_are_stored_the_other_way_round() -> None:
+    layers = match_layers(gpt2(), None)
+    assert len(layers) == 8
+    assert [matrix_shape(layers[f"transformer.h.0.{name}"]) for name in ("attn.c_attn", "mlp.c_proj")] == [
+        (48, 16), (16, 64),
+    ]  # fmt: skip
+    assert list(match_layers(gpt2(GPT2ForSequenceClassification), ["score"])) == ["score"]
     with pytest.raises(RecipeError, match=r"'lm_head' is tied to 'transformer\.wte\.weight'"):
         match_layers(gpt2(), ["lm_head"])
+
+
+class Convolutional(nn.Module):
+    """A model whose blocks have convolutions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)) for _ in range(2))
+        self.score = nn.Linear(4, 2)
+
+
+def test_model_of_unsupported_layers_names_them() -> None:
+    kind = r"Its layers are 2 Conv1d \(layers\.\*\.\* \(2\)\), and only nn\.Linear and Conv1D are supported"
+    with pytest.raises(RecipeError, match=rf"the default targets match no linear layer of the model. {kind}"):
+        match_layers(Convolutional(), None)
+    with pytest.raises(RecipeError, match=rf"{kind}\. It could match: score \(1\)"):
+        match_layers(Convolutional(), None)
+    with pytest.raises(RecipeError, match=r"It matches 2 Conv1d \(first: 'layers\.0\.0'\), and only nn"):
+        match_layers(Convolutional(), ["layers.?.0"])
     with pytest.raises(RecipeError, match=r"It matches the parameter 'layers\.0\.self_attn\.in_proj_weight', and only"):
         match_layers(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), ["*in_proj_weight"])
 

@@ -6,6 +6,7 @@ from .element import Element
 from .nm import NM
 from .row_column import Column, Row
 from .structured import Head, HeadNeuron, Layer, Lines, Neuron, Structure
+from .transposed import Transposed
 
 __all__ = [
     "NM",
@@ -20,4 +21,5 @@ __all__ = [
     "Pattern",
     "Row",
     "Structure",
+    "Transposed",
 ]

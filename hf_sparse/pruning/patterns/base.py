@@ -25,6 +25,11 @@ class Pattern:
     structural: ClassVar[bool] = False
 
     @property
+    def inputs(self) -> int | None:
+        """How many consecutive inputs a choice looks at; None where it looks at whole rows or columns of weights."""
+        return None
+
+    @property
     def fixed_sparsity(self) -> float | None:
         return None
 

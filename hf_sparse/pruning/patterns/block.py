@@ -41,6 +41,10 @@ class Block(Pattern):
     def __str__(self) -> str:
         return f"block {self.rows}x{self.cols}"
 
+    @property
+    def inputs(self) -> int:
+        return self.cols
+
     def check(self, shape: Shape, where: str) -> None:
         super().check(shape, where)
         self._fits("output", shape[0], self.rows, shape, where)

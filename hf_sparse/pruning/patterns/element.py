@@ -20,6 +20,10 @@ class Element(Pattern):
         (3, 4)
     """
 
+    @property
+    def inputs(self) -> int:
+        return 1
+
     def check(self, shape: Shape, where: str) -> None:
         return
 

@@ -44,6 +44,10 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     @property
+    def inputs(self) -> int:
+        return self.m
+
+    @property
     def fixed_sparsity(self) -> float:
         return 1.0 - self.n / self.m
 

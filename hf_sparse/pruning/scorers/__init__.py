@@ -4,11 +4,14 @@ from .base import GradientScorer, LearnedScorer, Scorer
 from .dynamic import SET, DynamicScorer, RigL
 from .gradient import Gradient, Taylor
 from .head_importance import HeadImportance
+from .inputs import Choice, InputScorer
 from .magnitude import Magnitude
 from .movement import Movement, SoftMovement
 from .random import Random
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
 
 __all__ = [
-    "SET", "DynamicScorer", "Gradient", "GradientScorer", "HeadImportance", "LearnedScorer", "Magnitude", "Movement",
-    "Random", "RigL", "Scorer", "SoftMovement", "Taylor",
+    "SET", "Choice", "DynamicScorer", "Gradient", "GradientScorer", "HeadImportance", "InputScorer", "LearnedScorer",
+    "Magnitude", "Movement", "Random", "RigL", "Scorer", "SoftMovement", "SparseGPT", "Taylor", "Wanda",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from ..selection import Selection
 from ..state_fields import StateField, tensor_field
 from ..unit import Unit
 
-Source = Literal["weights", "gradients", "training", "heads"]
+Source = Literal["weights", "gradients", "training", "heads", "inputs"]
 
 
 class Group(Protocol):
@@ -49,7 +49,7 @@ class Scorer:
     Attributes:
         source: where scores come from: "weights" alone; "gradients" of the training, or of calibration data in one-shot
             pruning; "training" for parameters that are learned with the model; "heads" for a measurement on data
-            before pruning.
+            before pruning; "inputs" of the layers on calibration data, block by block.
         fields: what a checkpoint holds of the method for each weight.
         keeps_largest: whether the first masks keep the weights with the largest absolute values.
         learning_rate: of learned scores; their parameter group has no weight decay.
@@ -79,6 +79,9 @@ class Scorer:
 
     def check_selection(self, selection: Selection) -> None:
         """Raise `RecipeError` if the method does not work with this selection."""
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise `PatternError` if the method does not work with this pattern."""
 
     def check_steps(self, every: int, steps: int) -> None:
         """Raise `RecipeError` if so short a training leaves the method nothing to do.

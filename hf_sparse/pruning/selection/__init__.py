@@ -3,9 +3,22 @@
 from .base import Selection, kept_count
 from .budget import Budget
 from .global_topk import Global
+from .owl import Owl
+from .per_row import PerRow
 from .threshold import Threshold
 from .topk import keep_highest
 from .uniform import Uniform
 from .within_inputs import WithinInputs
 
-__all__ = ["Budget", "Global", "Selection", "Threshold", "Uniform", "WithinInputs", "keep_highest", "kept_count"]
+__all__ = [
+    "Budget",
+    "Global",
+    "Owl",
+    "PerRow",
+    "Selection",
+    "Threshold",
+    "Uniform",
+    "WithinInputs",
+    "keep_highest",
+    "kept_count",
+]

@@ -27,11 +27,15 @@ class Selection:
     Attributes:
         decides_sparsity: whether the options determine the sparsity, so that none can be requested.
         works_on_shards: whether scores may be sharded over processes (fully_shard).
+        weight_by_weight: whether weights do not compete with each other, so that each can be selected from alone.
+        needs_inputs: whether it looks at the inputs of layers on calibration data before it selects.
         threshold: the score at the cut of the last `select`, where one number describes it.
     """
 
     name: ClassVar[str]
     works_on_shards: ClassVar[bool] = True
+    weight_by_weight: ClassVar[bool] = False
+    needs_inputs: ClassVar[bool] = False
     threshold: float | None = None
 
     def prepare_units(self, units: Sequence[Any], pattern: Any) -> None:
@@ -48,6 +52,18 @@ class Selection:
     @property
     def decides_sparsity(self) -> bool:
         return False
+
+    def sparsity_of(self, index: int, sparsity: float) -> float:
+        """Return how sparse one weight is to be, at a sparsity of all.
+
+        Args:
+            index: of the unit.
+        """
+        return sparsity
+
+    def select_alone(self, scores: Tensor, sparsity: float) -> Tensor:
+        """Return which groups of one weight to keep; where `weight_by_weight`."""
+        return self.select([scores], sparsity)[0]
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         """Return for each tensor of scores a bool tensor of the same shape, True = kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class Uniform(Selection):
         >>> Uniform().select([torch.tensor([1.0, 2.0, 3.0, 4.0])], 0.5)[0].tolist()
         [False, False, True, True]
     """
+
+    weight_by_weight: ClassVar[bool] = True
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         kept = []

@@ -24,6 +24,7 @@ class WithinInputs(Selection):
     m: int
     name: ClassVar[str] = "within"
     works_on_shards: ClassVar[bool] = False
+    weight_by_weight: ClassVar[bool] = True
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         # 1 - n/m is seldom a number that a float can hold: (1 - 4/5) * 5 has to be one weight, not 0.9999999999999998.

@@ -1,0 +1,187 @@
+"""How blocks are called: their arguments are recorded in one pass that computes no block but the first.
+
+Blocks of one model are called with arguments that differ by layer type (sliding and full attention have their own masks
+and rotary embeddings), so each block has its own record. T5 hands a position bias on that its first block computes;
+the first block is run for that reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+
+
+class Stop(BaseException):
+    """Ends a forward pass when all that was wanted has happened. No error, so that no `except Exception` takes it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a block, without its hidden states.
+
+    Args:
+        place: of the hidden states: 0 = the first positional argument, or the name of a keyword.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    place: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a block and return its hidden states."""
+        if self.place == 0:
+            return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(*self.args, **{**self.kwargs, str(self.place): hidden}))
+
+    def gives(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is one of the arguments, as the states of an encoder are."""
+        given = (*self.args, *self.kwargs.values())
+        return any(isinstance(value, Tensor) and value.data_ptr() == tensor.data_ptr() for value in given)
+
+
+@dataclasses.dataclass
+class Recording:
+    """All calls of a chain of blocks.
+
+    Args:
+        calls: for each block one for each batch.
+        hidden: what went into the first block, for each batch.
+    """
+
+    calls: list[list[Call]]
+    hidden: list[Tensor]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of what a block returned: alone, or first of a tuple."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def run_model(model: nn.Module, batch: Batch) -> None:
+    """Run a model on a batch without caches, until it ends or is stopped."""
+    known = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    caches = "use_cache" in known or (takes_any and bool(getattr(getattr(model, "config", None), "use_cache", False)))
+    with contextlib.suppress(Stop):
+        model(**{**({"use_cache": False} if caches else {}), **batch})
+
+
+def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Recording | None:
+    """Record the calls of blocks that hand their hidden states to each other.
+
+    Args:
+        blocks: in the order of their calls.
+
+    Returns:
+        None if they form no such chain: one is called twice or not at all, or the model changes hidden states between
+        two of them.
+    """
+    chain = _Chain(blocks)
+    with chain.recording():
+        for batch in batches:
+            chain.begin()
+            run_model(model, batch)
+            if chain.broken or chain.next != len(blocks):
+                return None
+    return Recording(chain.calls, chain.hidden)
+
+
+class _Chain:
+    """Takes the place of `forward` of each block while calls are recorded."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = list(blocks)
+        self.calls: list[list[Call]] = [[] for _ in blocks]
+        self.hidden: list[Tensor] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a batch."""
+        self.next, self.broken = 0, False
+        self._returned: Tensor | None = None
+        self._rest: tuple[Any, ...] | None = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        before = [vars(block).get("forward") for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = self._forward(index, block.forward)
+            yield
+        finally:
+            for block, own in zip(self.blocks, before, strict=True):
+                if own is None:
+                    del block.forward
+                else:
+                    block.forward = own
+
+    def _forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            found = _call(args, kwargs)
+            if found is None or index != self.next or not self._continues(found[1]):
+                self.broken = True
+                raise Stop
+            call, hidden = found
+            self.next += 1
+            earlier = self.calls[index][0] if self.calls[index] else None
+            if index == 0:
+                self.hidden.append(hidden.detach().clone())
+            output = forward(*args, **kwargs) if index == 0 and len(self.blocks) > 1 else None
+            self.calls[index].append(call if earlier is None else _shared(call, earlier))
+            if self.next == len(self.blocks):
+                raise Stop
+            if index == 0:
+                self._rest = tuple(output[1:]) if isinstance(output, tuple) else None
+            # A tensor of its own, by which the next block shows whether it was given what this one returned.
+            self._returned = hidden.detach().clone()
+            return self._returned if self._rest is None else (self._returned, *self._rest)
+
+        return recorded
+
+    def _continues(self, hidden: Tensor) -> bool:
+        return self._returned is None or (
+            hidden.data_ptr() == self._returned.data_ptr() and hidden.shape == self._returned.shape
+        )
+
+
+def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Tensor] | None:
+    """Return a call and its hidden states, or None if they cannot be told."""
+    args = tuple(_without_cache(value) for value in args)
+    kwargs = {key: _without_cache(value) for key, value in kwargs.items()}
+    if args and isinstance(args[0], Tensor):
+        return Call(args[1:], kwargs, 0), args[0]
+    if isinstance(hidden := kwargs.pop("hidden_states", None), Tensor):
+        return Call(args, kwargs, "hidden_states"), hidden
+    return None
+
+
+def _without_cache(value: Any) -> Any:
+    """Return None for a cache of keys and values: it would grow from call to call."""
+    return None if hasattr(value, "get_seq_length") and hasattr(value, "update") else value
+
+
+def _shared(call: Call, earlier: Call) -> Call:
+    """Return a call whose arguments are the objects of an earlier one where they are equal: masks are large."""
+    if len(call.args) != len(earlier.args):
+        return call
+    args = tuple(_either(own, other) for own, other in zip(call.args, earlier.args, strict=True))
+    kwargs = {key: _either(own, earlier.kwargs.get(key)) for key, own in call.kwargs.items()}
+    return Call(args, kwargs, call.place)
+
+
+def _either(own: Any, other: Any) -> Any:
+    if isinstance(own, Tensor) and isinstance(other, Tensor):
+        same = own.shape == other.shape and own.dtype == other.dtype and torch.equal(own, other)
+        return other if same else own
+    if isinstance(own, tuple) and isinstance(other, tuple) and len(own) == len(other) and type(own) is tuple:
+        return tuple(_either(a, b) for a, b in zip(own, other, strict=True))
+    return own

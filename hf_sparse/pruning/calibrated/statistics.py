@@ -1,0 +1,180 @@
+"""What is known of the inputs of a layer on calibration data: sums over tokens, and no token itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...errors import SparsityError
+from ...modeling.layer_kinds import MatrixLayer, matrix_shape
+
+KeptTokens = Callable[[Tensor], Tensor | None]
+"""Takes the input of a layer, returns which of its tokens are not padding; None = all."""
+
+
+def compute_type(weight: Tensor) -> torch.dtype:
+    """Return the type in which sums are kept: float32, or float64 for weights in float64."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class InputStatistics:
+    """Sums over the inputs `x` of a layer, one row for each token.
+
+    Args:
+        columns: number of input features.
+        products: whether to keep `sum x xᵀ`, which takes `columns` squared numbers; else only `sum x²`.
+        dtype: of `products`.
+        device: of `products`.
+
+    Attributes:
+        tokens: how many rows were added.
+
+    Example:
+        >>> inputs = InputStatistics(2, products=True)
+        >>> inputs.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+        >>> inputs.norms.tolist(), inputs.hessian().tolist()
+        ([5.0, 1.0], [[25.0, 4.0], [4.0, 1.0]])
+    """
+
+    def __init__(
+        self, columns: int, products: bool, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        self.tokens = 0
+        self.dtype = dtype
+        self._products = torch.zeros(columns, columns, dtype=dtype, device=device) if products else None
+        self._squares = torch.zeros(columns, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs, the features in the last dimension."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).to(self.dtype)
+        self.tokens += len(rows)
+        if self._products is not None:
+            self._products.addmm_(rows.t(), rows)
+        else:
+            self._squares += rows.square().sum(0).double().cpu()
+
+    @property
+    def squares(self) -> Tensor:
+        """`sum x²` of each feature, in float64 on the CPU."""
+        return self._squares if self._products is None else self._products.diagonal().double().cpu()
+
+    @property
+    def norms(self) -> Tensor:
+        """`‖x_j‖₂` of each feature over all tokens."""
+        return self.squares.sqrt().to(self.dtype)
+
+    def hessian(self) -> Tensor:
+        """Return a copy of `H = 2/n sum x xᵀ`, the second derivative of the layer's squared output error.
+
+        Raises:
+            SparsityError: if the products were not kept.
+        """
+        if self._products is None:
+            raise SparsityError("these statistics have no products of inputs: create them with products=True")
+        return self._products * (2.0 / max(1, self.tokens))
+
+
+class UnsharedInputError(Exception):
+    """Layers that had one input in the first call had different ones later."""
+
+
+class InputObserver:
+    """Forward hooks that gather statistics of the inputs of layers. Layers that are given the same tensor share them.
+
+    Args:
+        layers: by name.
+        with_products: names of those that need the products of their inputs.
+        share: whether layers with one input have one `InputStatistics`, as query, key and value should.
+    """
+
+    def __init__(self, layers: Mapping[str, MatrixLayer], with_products: Iterable[str], share: bool = True) -> None:
+        self.layers = dict(layers)
+        self.with_products = set(with_products)
+        self.share = share
+        self.found: dict[str, InputStatistics] = {}
+        self._leader: dict[str, str] = {}
+        self._inputs: list[tuple[Tensor, int, str, bool]] = []
+        self._kept: KeptTokens = lambda inputs: None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> InputObserver:
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._inputs.clear()
+
+    def begin(self, kept: KeptTokens) -> None:
+        """Forget the inputs of the call before; called once for each batch.
+
+        Args:
+            kept: which tokens of this batch count.
+        """
+        self._inputs.clear()
+        self._kept = kept
+
+    def of(self, name: str) -> InputStatistics:
+        """Return the statistics of a layer.
+
+        Raises:
+            SparsityError: if it was never called, or had inputs that are not finite.
+        """
+        inputs = self.found.get(name)
+        if inputs is None or not inputs.tokens:
+            raise SparsityError(
+                f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its "
+                "inputs. Give batches that use it, or exclude it"
+            )
+        if not bool(inputs.squares.isfinite().all()):
+            raise SparsityError(
+                f"the inputs of '{name}' on the calibration batches are not finite. Are there NaN among the weights "
+                "that were loaded, or does float16 overflow? Load the model in float32 or bfloat16"
+            )
+        return inputs
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._observe(name, args[0])
+
+        return hook
+
+    def _observe(self, name: str, inputs: Tensor) -> None:
+        same = next((entry for entry in self._inputs if _same(entry, inputs)), None) if self.share else None
+        first = name not in self._leader
+        if first:
+            # Who leads must have had its own first call in this forward pass, or it has seen more than this layer.
+            self._leader[name] = same[2] if same is not None and same[3] else name
+        leader = self._leader[name]
+        if leader != name:
+            if same is None or same[2] != leader:
+                raise UnsharedInputError(name)
+            if name in self.with_products and self.found[leader]._products is None:
+                raise UnsharedInputError(name)
+            self.found[name] = self.found[leader]
+            return
+        if first:
+            layer = self.layers[name]
+            # All that share have products, if one of them needs them: who follows is not known yet.
+            products = name in self.with_products or (self.share and bool(self.with_products))
+            kind = compute_type(layer.weight)
+            self.found[name] = InputStatistics(matrix_shape(layer)[1], products, kind, layer.weight.device)
+        self._inputs.append((inputs, inputs._version, name, first))
+        kept = self._kept(inputs)
+        self.found[name].add(inputs if kept is None else inputs[kept])
+
+
+def _same(entry: tuple[Tensor, int, str, bool], inputs: Tensor) -> bool:
+    """Return whether a tensor has the very values of one that was seen in this forward pass."""
+    seen, version, _, _ = entry
+    return (
+        seen.data_ptr() == inputs.data_ptr()
+        and seen.shape == inputs.shape
+        and seen.stride() == inputs.stride()
+        and version == inputs._version
+    )

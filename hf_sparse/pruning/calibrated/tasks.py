@@ -1,0 +1,147 @@
+"""What is to be done to each layer when its block is reached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...config.sparsity import RECONSTRUCTIONS
+from ...errors import SparsityError
+from ...modeling.layer_kinds import MatrixLayer, oriented
+from ..group import PruningGroup
+from ..patterns import Transposed
+from ..scorers import Choice, InputScorer
+from ..unit import Member
+from .reconstruction import Reconstruction
+from .statistics import InputObserver, InputStatistics, UnsharedInputError, compute_type
+from .walk import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerUpdate:
+    """What pruning has done to one layer.
+
+    Attributes:
+        name: of the layer.
+        sparsity: fraction of zeros in its weight, in [0, 1].
+        change: Frobenius norm of what the kept entries were changed by, relative to that of the dense weight.
+        error: `‖(W - W_dense) X‖² / ‖W_dense X‖²` on its calibration inputs; None where only their norms were kept.
+    """
+
+    name: str
+    sparsity: float
+    change: float
+    error: float | None
+
+
+OnLayer = Callable[[LayerUpdate], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One layer.
+
+    Args:
+        mask: which entries stay, as the weight is stored, if that is known before its block is reached; else `scorer`
+            and `choice` decide.
+    """
+
+    member: Member
+    scorer: InputScorer | None
+    choice: Choice | None
+    mask: Tensor | None
+    reconstruction: Reconstruction | None
+
+    @property
+    def layer(self) -> MatrixLayer:
+        """The layer."""
+        return self.member.module
+
+    @property
+    def needs_products(self) -> bool:
+        """Whether the products of its inputs are needed."""
+        return self.reconstruction is not None or (self.scorer is not None and self.scorer.needs_products)
+
+    def apply(self, inputs: InputStatistics) -> LayerUpdate:
+        """Prune the weight in place."""
+        weight = oriented(self.layer, self.layer.weight.data)
+        dense = weight.to(compute_type(weight))
+        if bool(dense.isnan().any()):
+            raise SparsityError(f"there are NaN among the entries of '{self.member.name}', so nothing can be selected")
+        if self.mask is not None:
+            new, kept = dense, oriented(self.layer, self.mask)
+        else:
+            assert self.scorer is not None
+            assert self.choice is not None
+            new, kept = self.scorer.prune(dense, inputs, self.choice)
+        new = new.masked_fill(~kept, 0.0)
+        if self.reconstruction is not None:
+            new = self.reconstruction.fit(new, kept, dense, inputs).masked_fill_(~kept, 0.0)
+        update = self._update(dense, new, kept, inputs)  # before the copy, which may be into the tensor `dense` itself
+        weight.copy_(new)
+        return update
+
+    def _update(self, dense: Tensor, new: Tensor, kept: Tensor, inputs: InputStatistics) -> LayerUpdate:
+        norm = float(torch.linalg.vector_norm(dense)) or 1.0
+        change = float(torch.linalg.vector_norm((new - dense).masked_fill_(~kept, 0.0))) / norm
+        error = None
+        if self.needs_products:
+            hessian = inputs.hessian()
+            whole = float(((dense @ hessian) * dense).sum())
+            error = float((((new - dense) @ hessian) * (new - dense)).sum()) / whole if whole else 0.0
+        zeros = new.numel() - int(torch.count_nonzero(new))
+        return LayerUpdate(self.member.layer_name, zeros / max(1, new.numel()), change, error)
+
+
+def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dict[str, Task]:
+    """Return the tasks of all layers, by name.
+
+    Args:
+        masks: of the weights whose scorer does not look at inputs, by name of the layer.
+    """
+    tasks = {}
+    for group in groups:
+        spec = group.config.reconstruction
+        reconstruction = None if spec is None else RECONSTRUCTIONS.build(spec)
+        for index, unit in enumerate(group.units):
+            for member in unit.members:
+                scorer, choice = None, None
+                if isinstance(group.scorer, InputScorer):
+                    pattern = member.pattern.inner if isinstance(member.pattern, Transposed) else member.pattern
+                    sparsity = group.selection.sparsity_of(index, group.sparsity)
+                    scorer, choice = group.scorer, Choice(pattern, group.selection, sparsity)
+                name = member.layer_name
+                tasks[name] = Task(member, scorer, choice, masks.get(name), reconstruction)
+    return tasks
+
+
+def inside(step: Step, names: Mapping[str, object]) -> list[str]:
+    """Return which layers are in a block, or are it."""
+    return [name for name in names if name == step.name or name.startswith(f"{step.name}.")]
+
+
+def observe(step: Step, layers: Mapping[str, MatrixLayer], with_products: Sequence[str]) -> InputObserver:
+    """Run a block on all batches and return what its layers were given."""
+    try:
+        with InputObserver(layers, with_products) as observer:
+            step.run(observer.begin)
+    except UnsharedInputError:
+        with InputObserver(layers, with_products, share=False) as observer:
+            step.run(observer.begin)
+    return observer
+
+
+def prune_block(step: Step, tasks: Mapping[str, Task], on_layer: OnLayer | None) -> None:
+    """Observe the layers of one block, and prune them."""
+    found = {name: tasks[name] for name in inside(step, tasks)}
+    if not found:
+        return
+    products = [name for name, task in found.items() if task.needs_products]
+    observer = observe(step, {name: task.layer for name, task in found.items()}, products)
+    for name, task in found.items():
+        update = task.apply(observer.of(name))
+        if on_layer is not None:
+            on_layer(update)
