@@ -9,6 +9,7 @@ from .config import DistillationConfig, GroupConfig, SparsityConfig
 from .errors import BackendError, CheckpointError, ConfigError, HubError, PatternError, RecipeError, SparsityError
 from .formats.structure import Edits
 from .hf import layer_kinds as _layer_kinds  # registers the layers of transformers that are not nn.Linear
+from .hf.conversion.convert import import_checkpoint
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
@@ -18,6 +19,7 @@ from .hf.trainer.distillation_callback import DistillationCallback
 from .pruning.compaction import compact
 from .pruning.fill import fill
 from .pruning.head_importance import head_importance
+from .pruning.keep_zeros import keep_zeros
 from .pruning.oneshot import sparsify
 from .pruning.pruner import Pruner
 from .pruning.summary import Summary, summarize
@@ -50,6 +52,8 @@ __all__ = [
     "compact",
     "fill",
     "head_importance",
+    "import_checkpoint",
+    "keep_zeros",
     "last_checkpoint",
     "merged_update",
     "sparsify",

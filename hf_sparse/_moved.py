@@ -31,7 +31,7 @@ MOVED = dict(
     compaction pruning.compaction
     compare analysis.runs
     compressed_tensors formats.compressed_tensors
-    convert hf.quantization.convert
+    convert hf.conversion.convert
     data recipe.data
     distillation_config config.distillation
     doctor analysis.environment

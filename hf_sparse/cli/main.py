@@ -16,14 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     verb: Verb = options.verb
     try:
-        verb.run(options)
+        program = verb.run(options)
     except (SparsityError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"hf-sparse: {type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf-sparse: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return 0 if program is None else program()
 
 
 def one_line(text: str) -> str:

@@ -15,7 +15,8 @@ from ..utils.atomic_io import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
+PICKLED = "pytorch_model.bin"
+_SHARD = re.compile(r"(?P<name>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.(?P<suffix>safetensors|bin)")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -53,21 +54,35 @@ def safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+def pickled_files(folder: Path) -> list[Path]:
+    """Return the files in which torch before safetensors kept a model: `pytorch_model.bin`, or its shards; often none.
+
+    Raises:
+        CheckpointError: if a shard is missing.
+    """
+    if (folder / PICKLED).is_file():
+        return [folder / PICKLED]
+    stem = PICKLED.removesuffix(".bin")
+    files = [path for path in sorted(folder.glob(f"{stem}-*.bin")) if _SHARD.fullmatch(path.name)]
+    check_shards(files)
+    return files
+
+
 def check_shards(files: Iterable[Path]) -> None:
-    """Raise unless files named as shards, `NAME-00001-of-00005.safetensors`, are complete sets.
+    """Raise unless files named as shards, `NAME-00001-of-00005.safetensors` (or `.bin`), are complete sets.
 
     Raises:
         CheckpointError: naming one that is missing.
     """
-    sets: dict[str, dict[int, set[int]]] = {}
+    sets: dict[tuple[str, str], dict[int, set[int]]] = {}
     for file in files:
         if match := _SHARD.fullmatch(file.name):
-            totals = sets.setdefault(match["name"], {})
+            totals = sets.setdefault((match["name"], match["suffix"]), {})
             totals.setdefault(int(match["total"]), set()).add(int(match["number"]))
-    for name, totals in sets.items():
+    for (name, suffix), totals in sets.items():
         if len(totals) > 1:
             several = " and ".join(map(str, sorted(totals)))
-            raise CheckpointError(f"the shards {name}-*.safetensors are of several checkpoints, of {several} files")
+            raise CheckpointError(f"the shards {name}-*.{suffix} are of several checkpoints, of {several} files")
         ((total, numbers),) = totals.items()
         for number in numbers:
             if not 1 <= number <= total:
@@ -76,7 +91,7 @@ def check_shards(files: Iterable[Path]) -> None:
             lost = next(number for number in range(1, total + 1) if number not in numbers)
             raise CheckpointError(
                 f"the checkpoint is not complete: {len(numbers)} of {total} shards are there, and "
-                f"{name}-{lost:05}-of-{total:05}.safetensors is missing"
+                f"{name}-{lost:05}-of-{total:05}.{suffix} is missing"
             )
 
 

@@ -34,7 +34,7 @@ def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedM
                 f"cannot load model '{name}': `architectures` must be a list in its config.json, "
                 f"got {config.architectures!r:.80}"
             )
-        return _model_class(config.architectures).from_pretrained(name, revision=revision, **options)
+        return model_class(config.architectures).from_pretrained(name, revision=revision, **options)
 
 
 def load(factory: Any, name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
@@ -120,7 +120,7 @@ def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
             yield module
 
 
-def _model_class(architectures: Any) -> Any:
+def model_class(architectures: Any) -> Any:
     """Return the class of transformers with that name. The name is from a file, so it must be a model and no more."""
     for architecture in architectures if isinstance(architectures, list) else ():
         found = getattr(transformers, str(architecture), None)

@@ -25,6 +25,9 @@ class ModelIntegration:
     def after_compact(self, model: nn.Module) -> None:
         """Prepare a model for saving that has lost heads or neurons."""
 
+    def after_keep_zeros(self, model: nn.Module) -> None:
+        """Prepare a model for saving whose zeros are kept, and that no pruning here has made sparse."""
+
     def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
         """Return the values of a weight on the meta device that is stored elsewhere, or None."""
         return None

@@ -86,7 +86,7 @@ def compact(model: nn.Module) -> Edits:
     edits = edits_of(model)
     parts: dict[str, dict[str, Cut]] = {kind: dict(getattr(edits, kind)) for kind in KINDS.values()}
     for block in blocks:
-        living = _living_heads(block) if block.kind == "attention" else _living_neurons(block)
+        living = living_groups(block)
         if bool(living.all()):
             continue
         cuts = parts[KINDS[block.kind]]
@@ -98,6 +98,15 @@ def compact(model: nn.Module) -> Edits:
         remember_edits(model, edits)
         integration_of(model).after_compact(model)
     return edits
+
+
+@torch.no_grad()
+def living_groups(block: SubBlock) -> Tensor:
+    """Return a flag for each head or neuron of a sub-block: whether it contributes to the outputs.
+
+    What a neuron contributes as a constant goes into the bias of the output layer, in place.
+    """
+    return _living_heads(block) if block.kind == "attention" else _living_neurons(block)
 
 
 def _groups(block: SubBlock, lines: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def recipe_facts(recipe: Recipe, examples: LabelledExamples) -> dict[str, Any]:
     facts = {
         "task": recipe.model.task,
         "fill": recipe.model.fill,
+        "keep_zeros": recipe.model.keep_zeros or None,
         "metric": sections["metric"],
         "freeze": sections["freeze"],
         "sparsity": sections["sparsity"],

@@ -100,6 +100,11 @@ metric, freeze, sparsity, distillation, training, seed.
         seed = data.get("seed", 0)
         check_integer("seed", seed, f"[0, {2**32})")
         section = _section(ModelSection, model, "the model section")
+        if section.keep_zeros and data.get("sparsity") is not None:
+            raise RecipeError(
+                "model.keep_zeros trains the model with the zeros that it has, and the sparsity section prunes it: "
+                "give one of the two"
+            )
         return cls(
             model=section,
             data=_section(DataSection, data["data"], "the data section"),

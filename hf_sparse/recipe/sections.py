@@ -32,6 +32,8 @@ class ModelSection:
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
         fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
+        keep_zeros: keep the zeros of a dense model with zeros, see `hf_sparse.keep_zeros`; a packed one keeps them
+            anyway.
     """
 
     name: str
@@ -39,10 +41,14 @@ class ModelSection:
     num_labels: int | None = None
     revision: str | None = None
     fill: bool = False
+    keep_zeros: bool = False
 
     def __post_init__(self) -> None:
         check_text("model.name", self.name)
         check_bool("model.fill", self.fill)
+        check_bool("model.keep_zeros", self.keep_zeros)
+        if self.fill and self.keep_zeros:
+            raise RecipeError("model.fill trains the zeros and model.keep_zeros keeps them: give one of the two")
         check_one_of("model.task", self.task, TASKS)
         if self.num_labels is not None:
             check_positive_int("model.num_labels", self.num_labels)

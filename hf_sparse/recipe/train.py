@@ -37,6 +37,7 @@ from ..hf.trainer.distillation_callback import DistillationCallback
 from ..hf.trainer.resume import guard_checkpoints
 from ..hf.trainer.run_record import check_resume, listing, names, read_record
 from ..pruning.fill import fill
+from ..pruning.keep_zeros import keep_zeros
 from ..pruning.summary import summarize
 from ..utils.atomic_io import read_json, write_text
 from ..utils.validation import is_integer
@@ -98,6 +99,8 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     facts = run_facts(recipe, examples, model, tokenizer, arguments.world_size)
     if recipe.model.fill:
         fill(model)
+    if recipe.model.keep_zeros:
+        keep_zeros(model)
     freeze(model, recipe.freeze)
 
     checkpoint, changes = _checkpoint(arguments, facts, resume, allow)

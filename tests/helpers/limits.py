@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 # A server that has imported everything once and forks: a new interpreter for every file would take seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["hf_sparse.cli.main", "hf_sparse.hf.hub.push", "hf_sparse.hf.quantization.convert"])
+_CONTEXT.set_forkserver_preload(["hf_sparse.cli.main", "hf_sparse.hf.hub.push", "hf_sparse.hf.conversion.convert"])
 
 
 def limited(

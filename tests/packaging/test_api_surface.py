@@ -35,6 +35,8 @@ PUBLIC = [
     "compact",
     "fill",
     "head_importance",
+    "import_checkpoint",
+    "keep_zeros",
     "last_checkpoint",
     "merged_update",
     "sparsify",

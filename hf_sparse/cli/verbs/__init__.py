@@ -13,10 +13,11 @@ from .inspect import Inspect
 from .prune import Prune
 from .push import Push
 from .report import Report
+from .run import Run
 from .sensitivity import Sensitivity
 from .train import Train
 
 __all__ = [
     "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Export", "HeadImportance", "Inspect",
-    "Prune", "Push", "Report", "Sensitivity", "Train",
+    "Prune", "Push", "Report", "Run", "Sensitivity", "Train",
 ]  # fmt: skip

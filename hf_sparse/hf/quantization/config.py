@@ -19,6 +19,7 @@ from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
 from ...formats.manifest import Manifest
 from ...runtime import backends
+from ...utils.validation import check_bool
 from .. import patches
 
 METHOD = "hf_sparse"
@@ -38,6 +39,8 @@ class SparseConfig(QuantizationConfigMixin):
         backend: "auto", "cpu", "cpu-int8" (not exact), "csr" or "dense": once the model is loaded, and pruned if
             requested, it is brought into runtime form for inference, as by `hf_sparse.to_runtime`. A setting of
             the load only: it is not saved.
+        keep_zeros: the zeros of the weights stay zero in training, as by `hf_sparse.keep_zeros`. For dense files with
+            zeros; a packed checkpoint keeps them anyway. A setting of the load only.
         **sparsity: the keywords of `SparsityConfig`.
 
     Raises:
@@ -56,6 +59,7 @@ class SparseConfig(QuantizationConfigMixin):
         quantization_config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
         backend: str | None = None,
+        keep_zeros: bool = False,
         **sparsity: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -80,6 +84,13 @@ class SparseConfig(QuantizationConfigMixin):
                 "the two"
             )
         self.backend = backend
+        check_bool("keep_zeros", keep_zeros)
+        if keep_zeros and (intent is not None or self.quantization_config is not None or backend is not None):
+            raise RecipeError(
+                "`keep_zeros` is for training a model with the zeros it has: give it alone, without sparsity, "
+                "quantization_config or backend"
+            )
+        self.keep_zeros = keep_zeros
         self.stated: dict[str, Any] = {}
 
     @classmethod
@@ -104,10 +115,16 @@ class SparseConfig(QuantizationConfigMixin):
         if self.stated:
             wished = SparseConfig(self.intent, **self.stated)
             self.backend, self.quantization_config, self.stated = wished.backend, wished.quantization_config, {}
+            self.keep_zeros = wished.keep_zeros
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what counts of a config that is given for a checkpoint with one of its own."""
-        return {"prune_to": self.intent, "quantization_config": self.quantization_config, "backend": self.backend}
+        return {
+            "prune_to": self.intent,
+            "quantization_config": self.quantization_config,
+            "backend": self.backend,
+            "keep_zeros": self.keep_zeros,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -123,7 +140,7 @@ class SparseConfig(QuantizationConfigMixin):
         return out
 
 
-_WISHES = ("backend", "quantization_config")
+_WISHES = ("backend", "quantization_config", "keep_zeros")
 
 
 def _bitsandbytes(config: BitsAndBytesConfig | Mapping[str, Any] | None) -> BitsAndBytesConfig | None:

@@ -29,6 +29,10 @@ class AnyModule(ModelIntegration):
         for inner in sparse_parts(model):
             integration_of(inner).after_compact(inner)
 
+    def after_keep_zeros(self, model: nn.Module) -> None:
+        for inner in sparse_parts(model):
+            integration_of(inner).after_keep_zeros(inner)
+
     def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
         try:
             return load_offloaded_parameter(cast(PreTrainedModel, model), name)  # any module that was dispatched
@@ -52,6 +56,10 @@ class TransformersModel(AnyModule):
         """As `after_attach`; what was requested of the model is known from the pruning, if that was here."""
         _prepare(model, _earlier(model))
         save_parts_packed(cast(PreTrainedModel, model))
+
+    def after_keep_zeros(self, model: nn.Module) -> None:
+        """As `after_compact`."""
+        self.after_compact(model)
 
 
 def _earlier(model: nn.Module) -> SparsityConfig | None:

@@ -18,14 +18,15 @@ from transformers.utils import logging
 
 from ...errors import BackendError, RecipeError
 from ...formats.safetensors_io import MANIFEST_KEY
+from ...formats.zero_patterns import looks_sparse
 from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
 from ...modeling.zero_preservation import free_zeros, keep_zeros
+from ...pruning.keep_zeros import keep_zeros as keep_all_zeros
 from ...pruning.oneshot import sparsify
 from ...runtime import is_runtime, to_dense_runtime, to_runtime
 from .. import patches
 from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
-from .convert import looks_sparse
 from .load_plan import LoadPlan, is_packed, settled
 from .pack_state import is_training_state, pack_state
 from .saving import refuse_edited, save_packed, save_parts_packed, save_plain, save_request
@@ -52,8 +53,11 @@ class SparseQuantizer(HfQuantizer):
         self.second = second_quantizer(quantization_config)
         self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
         self.device_map: Any = None
-        if not self.pre_quantized and self.prune_to is None and quantization_config.backend is None:
-            raise RecipeError("SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5)")
+        asked = (self.prune_to, quantization_config.backend, quantization_config.keep_zeros or None)
+        if not self.pre_quantized and not any(wish is not None for wish in asked):
+            raise RecipeError(
+                "SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5), or keep_zeros=True"
+            )
 
     # -- what a second quantization has to say while the load is planned ---------------------------------------------
 
@@ -126,6 +130,8 @@ class SparseQuantizer(HfQuantizer):
             sparse = self._settle_dense(model)
         if self.prune_to is not None and not (sparse and self.prune_to == self.quantization_config.intent):
             sparsify(model, self.prune_to)
+        if self.quantization_config.keep_zeros and not sparse:
+            keep_all_zeros(model)
         if self.second is None:
             if self.quantization_config.backend is not None:
                 to_runtime(model, self.quantization_config.backend)

@@ -87,6 +87,7 @@ class Attention:
         cross_cores: names of the classes of `core` that are cross-attention.
         cross_names: last parts of the names of modules that are cross-attention.
         fusion: how the runtime can compute it in one operator; None = layer by layer.
+        heads_alike: heads differ in their weights only, so which of them are left does not matter, only how many.
     """
 
     classes: frozenset[str]
@@ -98,6 +99,7 @@ class Attention:
     cross_cores: frozenset[str] = frozenset()
     cross_names: frozenset[str] = frozenset()
     fusion: AttentionFusion | None = None
+    heads_alike: bool = False
 
     def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""

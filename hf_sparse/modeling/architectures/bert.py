@@ -43,6 +43,7 @@ BERT = Family(
             core="self",
             head_size="attention_head_size",
             resize=_resize,
+            heads_alike=True,
             cross_cores=frozenset(f"{name}CrossAttention" for name in _NAMES),
             fusion=AttentionFusion(
                 cores=frozenset(f"{name}SelfAttention" for name in _NAMES),

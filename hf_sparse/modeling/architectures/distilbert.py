@@ -39,6 +39,7 @@ DISTILBERT = Family(
             output="out_lin",
             head_size="attention_head_size",
             resize=_resize,
+            heads_alike=True,
             fusion=AttentionFusion(cores=frozenset({"DistilBertSelfAttention"}), core_has_output=True),
         ),
     ),

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_sparse import CheckpointError, SparsityCallback, SparsityConfig, compact, sparsify, summarize
-from hf_sparse.hf.quantization.convert import convert
+from hf_sparse import import_checkpoint as convert
 from tests.helpers.tiny import config as tiny_config
 from tests.helpers.training import bert, sparse_trainer
 

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import hf_sparse.formats.sharding
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse import import_checkpoint as convert
 from hf_sparse.cli.main import main
 from hf_sparse.formats.safetensors_io import load_file, read_manifest, save_file, settle_header
-from hf_sparse.hf.quantization.convert import convert
 from tests.helpers import tiny
 from tests.helpers.training import bert, sparse_trainer
 

@@ -1,0 +1,71 @@
+"""Heads and neurons that are zero as a whole: counted while converting, removed on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError
+from ...formats.manifest import Manifest
+from ...formats.model_folder import weight_files
+from ...formats.safetensors_io import read_manifest
+from ...modeling.architectures import SubBlock, known_sub_blocks
+from ...pruning.compaction import compact, living_groups
+from ..auto import load_whole
+from .checkpoint import Checkpoint
+from .report import DeadGroups, FoundPattern
+
+
+def dead_groups(checkpoint: Checkpoint, sparse: Iterable[FoundPattern]) -> DeadGroups | None:
+    """Return how many heads and neurons contribute nothing; None where no family knows the model.
+
+    One sub-block is in memory at a time, and only those with a sparse weight are read.
+    """
+    sparse_keys = {found.key for found in sparse}
+    if not sparse_keys or not checkpoint.config.get("model_type") or checkpoint.manifest is not None:
+        return None
+    try:
+        blocks = known_sub_blocks(checkpoint.model)
+    except CheckpointError:
+        return None
+    counts = {"attention": [0, 0], "feed_forward": [0, 0]}
+    for block in blocks:
+        counts[block.kind][1] += block.groups
+        keys = [checkpoint.keys_by_name.get(f"{name}.weight") for name in (*block.inputs, block.output_name)]
+        if sparse_keys.isdisjoint(keys) or not _materialize(checkpoint, block):
+            continue
+        counts[block.kind][0] += block.groups - int(living_groups(block).sum())
+        for layer in (*block.inputs.values(), block.output):
+            layer.to("meta")
+    return DeadGroups(*counts["attention"], *counts["feed_forward"]) if blocks else None
+
+
+def _materialize(checkpoint: Checkpoint, block: SubBlock) -> bool:
+    """Give the layers of a sub-block their weights; return whether the files have them all, in their shapes."""
+    for name, layer in (*block.inputs.items(), (block.output_name, block.output)):
+        for own, parameter in list(layer.named_parameters()):
+            key = checkpoint.keys_by_name.get(f"{name}.{own}")
+            if key is None or checkpoint.headers[key].shape != tuple(parameter.shape):
+                return False
+            # A copy: counting folds constants into the bias.
+            layer._parameters[own] = nn.Parameter(checkpoint.get(key).clone(), requires_grad=False)
+    return True
+
+
+def compact_folder(folder: Path) -> Manifest | None:
+    """Remove the zero heads and neurons of a model that was written, in place; return the new manifest, None if none.
+
+    Raises:
+        PatternError: if no architecture knows the model.
+    """
+    model = load_whole(str(folder))
+    before = model.num_parameters()
+    with torch.no_grad():
+        compact(model)
+    if model.num_parameters() == before:
+        return None
+    model.save_pretrained(folder)
+    return read_manifest(weight_files(folder)[0])

@@ -1,0 +1,85 @@
+"""Which heads and neurons a checkpoint of another program has lost: the sub-blocks of its model and stored shapes."""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError
+from ...formats.structure import Cut
+from ...modeling.architectures import SubBlock, known_sub_blocks
+from .checkpoint import Checkpoint
+
+
+def sub_blocks(checkpoint: Checkpoint) -> list[SubBlock]:
+    """Return the sub-blocks of the model that the config describes.
+
+    Raises:
+        CheckpointError: if hf_sparse does not know which weights form a head in it.
+    """
+    found = known_sub_blocks(checkpoint.model)
+    if not found:
+        kind = type(checkpoint.model).__name__
+        raise CheckpointError(
+            f"the checkpoint has lost heads or neurons, and hf_sparse does not know which weights form one in {kind}. "
+            "Convert it with the program that wrote it to plain zeros, or add the family (CONTRIBUTING.md)"
+        )
+    return found
+
+
+def self_attentions(checkpoint: Checkpoint) -> dict[int, SubBlock]:
+    """Return the self-attention of each layer, by the number of the layer.
+
+    Raises:
+        CheckpointError: if a number stands for two layers (of an encoder and a decoder).
+    """
+    found: dict[int, SubBlock] = {}
+    for block in sub_blocks(checkpoint):
+        numbers = [int(part) for part in block.name.split(".") if part.isdecimal()]
+        if block.kind != "attention" or block.is_cross_attention or not numbers:
+            continue
+        if numbers[-1] in found:
+            raise CheckpointError(
+                f"layer {numbers[-1]} is in both '{found[numbers[-1]].name}' and '{block.name}', so it is not known "
+                "which of the two has lost heads"
+            )
+        found[numbers[-1]] = block
+    return found
+
+
+def stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor in the files by its name in the model; None if it is missing."""
+    key = checkpoint.keys_by_name.get(name)
+    return None if key is None else checkpoint.headers[key].shape
+
+
+def groups_left(checkpoint: Checkpoint, block: SubBlock) -> int | None:
+    """Return how many heads or neurons of a sub-block are in the files; None if none of its weights are.
+
+    Raises:
+        CheckpointError: if its weights contradict each other, or are not whole heads.
+    """
+    rows = {name: stored_shape(checkpoint, f"{name}.weight") for name in block.inputs}
+    output = stored_shape(checkpoint, f"{block.output_name}.weight")
+    if output is None and not any(rows.values()):
+        return None
+    sides = {shape[0] for shape in rows.values() if shape} | ({output[1]} if output else set())
+    hidden = {shape[1] for shape in rows.values() if shape} | ({output[0]} if output else set())
+    expected = {layer.in_features for layer in block.inputs.values()} | {block.output.out_features}
+    if output is None or None in rows.values() or len(sides) != 1:
+        raise CheckpointError(f"the weights of '{block.name}' do not fit together: {rows}, output {output}")
+    if hidden != expected:
+        raise CheckpointError(
+            f"'{block.name}' is stored for {sorted(hidden)} hidden dimensions, and config.json says {sorted(expected)}"
+        )
+    (side,) = sides
+    if side % block.size or side // block.size > block.groups:
+        raise CheckpointError(f"'{block.name}' has {side} rows, which are not up to {block.groups} of {block.size}")
+    return side // block.size
+
+
+def check_cut(checkpoint: Checkpoint, block: SubBlock, cut: Cut) -> None:
+    """Raise `CheckpointError` unless the files hold as many heads of a block as a config says are left."""
+    left = groups_left(checkpoint, block)
+    if left is not None and left != cut.count:
+        raise CheckpointError(
+            f"according to config.json {cut.count} of {block.groups} heads of '{block.name}' are left, and there are "
+            f"{left} in the files"
+        )
