@@ -3,14 +3,16 @@
 hf_sparse needs none of them, and some were given up, so they get an environment of their own:
 
     python3.11 -m venv /somewhere/t4
-    /somewhere/t4/bin/pip install torch==2.13.0 transformers==4.57.6 safetensors==0.8.0
+    /somewhere/t4/bin/pip install torch==2.13.0 safetensors==0.8.0 huggingface_hub==0.36.2 numpy regex requests pyyaml
+    /somewhere/t4/bin/pip install --no-deps transformers==4.30.2 tokenizers==0.13.3
     /somewhere/t4/bin/pip install --no-deps nn_pruning==0.1.2
     /somewhere/t4/bin/python scripts/tools/make_import_fixtures.py tests/fixtures [--cofi FOLDER]
 
 FOLDER is a checkout of https://github.com/princeton-nlp/CoFiPruning (its code is run, not copied).
-`qwen2-gguf` needs the package gguf instead: `--only gguf` writes it alone, in any environment that has it.
+`qwen2-gguf` needs the package gguf instead: `--only gguf` writes it alone, in any environment that has it. Later
+versions of transformers 4 cannot compute a layer without heads.
 
-Each folder has `expected.safetensors`: `input_ids`, `attention_mask`, and the `logits` that the program computed.
+Each folder has `expected.safetensors`: `input_ids`, `attention_mask`, and the `logits` of the program.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def bert(layers: int = 3, heads: int = 12, **options: Any) -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_attention_heads": heads, "num_hidden_layers": layers, "intermediate_size": 32}
-    config = BertConfig(**{**SIZES, **sizes, **options}, num_labels=2, attn_implementation="eager")
+    config = BertConfig(**{**SIZES, **sizes, **options}, num_labels=2)
     return spread(BertForSequenceClassification(config))
 
 
@@ -74,17 +76,15 @@ def pruned_heads(root: Path) -> None:
 
     config = DistilBertConfig(
         vocab_size=40, max_position_embeddings=16, dim=32, n_heads=4, n_layers=2, hidden_dim=48, num_labels=2,
-        attn_implementation="eager",
+
     )  # fmt: skip
     model = spread(DistilBertForSequenceClassification(config))
     model.prune_heads({0: [3, 1], 1: [0]})
-    model.save_pretrained(root / "pruned-heads-distilbert")
+    model.save_pretrained(root / "pruned-heads-distilbert", safe_serialization=True)
     expected(model, root / "pruned-heads-distilbert")
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    roberta = RobertaConfig(
-        **{**SIZES, **sizes, "max_position_embeddings": 20}, num_labels=2, attn_implementation="eager"
-    )
+    roberta = RobertaConfig(**{**SIZES, **sizes, "max_position_embeddings": 20}, num_labels=2)
     model = spread(RobertaForSequenceClassification(roberta))
     model.prune_heads({1: [2, 0]})
     model.save_pretrained(root / "pruned-heads-roberta", safe_serialization=False, max_shard_size="20KB")
@@ -96,7 +96,7 @@ def tied(root: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    model = spread(BertForMaskedLM(BertConfig(**SIZES, **sizes, attn_implementation="eager")))
+    model = spread(BertForMaskedLM(BertConfig(**SIZES, **sizes)))
     model.tie_weights()
     generator = torch.Generator().manual_seed(2)
     for module in model.bert.encoder.modules():
@@ -142,6 +142,7 @@ def torch_prune(root: Path) -> None:
             prune.l1_unstructured(module, "weight", amount=0.8)
     folder = root / "torch-prune"
     folder.mkdir(exist_ok=True)
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     expected(model, folder)
@@ -158,8 +159,10 @@ def cofi(root: Path, checkout: Path) -> None:
         setattr(transformers.file_utils, name, None)
     for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
         setattr(transformers.modeling_utils, name, getattr(moved, name))
-    for name in ("scipy", "evaluation"):
-        sys.modules.setdefault(name, types.ModuleType(name))
+    for name in ("datasets", "scipy", "evaluation"):  # imported, and not needed here
+        module: Any = types.ModuleType(name)
+        module.Dataset = object
+        sys.modules.setdefault(name, module)
     sys.path.insert(0, str(checkout))
     from models.modeling_bert import CoFiBertForSequenceClassification
     from utils.cofi_utils import prune_model_with_z

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ...errors import CheckpointError
 from ...formats.manifest import Manifest
-from ...formats.model_folder import check_link, pickled_files, safetensors_files, weight_files
+from ...formats.model_folder import SINGLE, check_link, pickled_files, weight_files
 from ...formats.safetensors_io import Stored
 from ...formats.sharding import opened
 from ...formats.torch_bin import TorchTensors, read_torch_bin
@@ -52,6 +52,7 @@ class Checkpoint:
         manifest: of ours; None if another program wrote the files.
         container: "safetensors", "bin" or "GGUF".
         ties: names of tensors that share their bytes with another, with that one.
+        size: bytes of the files; None = of `files`.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Checkpoint:
         manifest: Manifest | None = None,
         container: str = "safetensors",
         ties: Mapping[str, str] | None = None,
+        size: int | None = None,
     ) -> None:
+        self.size = sum(file.stat().st_size for file in files) if size is None else size
         self.path, self.config, self.files = path, dict(config), tuple(files)
         self.manifest, self.container, self._ties = manifest, container, ties or {}
         # Only where every name has it: a model may have a part that is called so.
@@ -138,7 +141,9 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
             unpack_gguf(path, Path(folder))
             files = weight_files(Path(folder))
             with opened(files) as shards:
-                yield Checkpoint(Path(folder), _config(Path(folder)), files, shards, container="GGUF")
+                yield Checkpoint(
+                    Path(folder), _config(Path(folder)), files, shards, container="GGUF", size=path.stat().st_size
+                )
         return
     config = _config(path) if path.is_dir() else {}
     pickled = _pickled(path)
@@ -161,12 +166,9 @@ def _pickled(path: Path) -> list[Path]:
     """Return the `.bin` files of a source that has no safetensors: those are safer, and transformers prefers them."""
     if path.is_file():
         return [path] if path.suffix in (".bin", ".pt", ".pth") else []
-    if not path.is_dir() or any(path.glob("*.safetensors")):
+    if not path.is_dir() or (path / SINGLE).is_file() or any(path.glob("model-*.safetensors")):
         return []
-    files = pickled_files(path)
-    if not files:
-        safetensors_files(path)  # raises
-    return files
+    return pickled_files(path)
 
 
 def _described(config: Mapping[str, Any]) -> Manifest | None:

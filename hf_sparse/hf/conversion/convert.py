@@ -39,12 +39,12 @@ from ...utils.atomic_io import replace_file
 from ..quantization.config import METHOD, SparseConfig
 from ..quantization.pack_state import FORMATS as PROFILES
 from ..quantization.saving import staged
-from . import sources as _sources  # noqa: F401 - importing them registers them
 from .checkpoint import Checkpoint, open_checkpoint
 from .compacting import compact_folder, dead_groups
 from .download import fetched
 from .report import Conversion, FoundPattern
-from .source import Source, source_of
+from .source import Source
+from .sources import source_of
 
 SHARD_SIZE = "2GB"
 _COPIED = {".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".md"}
@@ -159,12 +159,12 @@ def _convert(checkpoint: Checkpoint, folder: Path, spec: Spec, limit: float) -> 
     if checkpoint.config:
         text = json.dumps(_config_of(source, made), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    before, after = (sum(file.stat().st_size for file in some) for some in (checkpoint.files, written))
+    size = sum(file.stat().st_size for file in written)
     entries = writing_.entries
     count = sum(entry.codec != "dense" for entry in entries.values())
     kind = source.name if checkpoint.container == "safetensors" else f"{source.name} ({checkpoint.container})"
     return Conversion(
-        kind, len(entries), count, before, after, tuple(file.name for file in written), made,
+        kind, len(entries), count, checkpoint.size, size, tuple(file.name for file in written), made,
         patterns=tuple(writing_.patterns), notes=tuple(writing_.notes()), edits=edit_lines(extra),
         dead=dead_groups(checkpoint, writing_.patterns) if not extra.get(EDITS_KEY) else None,
     )  # fmt: skip

@@ -1,17 +1,16 @@
 """What an origin of checkpoints is: how it is recognized, what its tensors are, and what its model has lost.
 
-A new origin is one file in `sources/` with a class of `Source` and `@register_source`, and one import there.
+A new origin is one file in `sources/` with a class of `Source`, and one line in its `SOURCES`.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ...errors import CheckpointError
 from ...formats.structure import EDITS_KEY, Edits
 from .checkpoint import Checkpoint
 
@@ -83,29 +82,3 @@ class Source(abc.ABC):
         """Return `extra` of the manifest of the output."""
         edits = self.edits()
         return {EDITS_KEY: edits.to_dict()} if edits else {}
-
-
-SOURCES: list[type[Source]] = []
-"""All origins, in the order in which they are tried; the last takes any checkpoint that is left."""
-
-S = TypeVar("S", bound=type[Source])
-
-
-def register_source(cls: S) -> S:
-    """Let `source_of` try a class, after those registered before."""
-    if any(other.name == cls.name for other in SOURCES):
-        raise ValueError(f"the source '{cls.name}' is registered twice")
-    SOURCES.append(cls)
-    return cls
-
-
-def source_of(checkpoint: Checkpoint) -> Source:
-    """Return the source that recognizes a checkpoint.
-
-    Raises:
-        CheckpointError: if it is of an origin that cannot be read.
-    """
-    for cls in SOURCES:
-        if cls.recognizes(checkpoint):
-            return cls(checkpoint)
-    raise CheckpointError(f"{checkpoint.path} is of no origin that is read here")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...errors import CheckpointError
 from ...formats.structure import Cut
 from ...modeling.architectures import SubBlock, known_sub_blocks
+from ...modeling.architectures.base import Attention
 from .checkpoint import Checkpoint
 
 
@@ -67,12 +70,52 @@ def groups_left(checkpoint: Checkpoint, block: SubBlock) -> int | None:
         raise CheckpointError(f"the weights of '{block.name}' do not fit together: {rows}, output {output}")
     if hidden != expected:
         raise CheckpointError(
-            f"'{block.name}' is stored for {sorted(hidden)} hidden dimensions, and config.json says {sorted(expected)}"
+            f"'{block.name}' is stored for {min(hidden)} hidden dimensions, and config.json says {min(expected)}: "
+            f"the checkpoint has lost dimensions of the residual stream. Its layer norms run over "
+            f"those that are left while heads keep the size of {min(expected)}, which no config of transformers "
+            "expresses. Import the checkpoint from before this step, with zeros in their place"
         )
     (side,) = sides
     if side % block.size or side // block.size > block.groups:
         raise CheckpointError(f"'{block.name}' has {side} rows, which are not up to {block.groups} of {block.size}")
     return side // block.size
+
+
+def cuts_by_size(checkpoint: Checkpoint, blocks: Iterable[SubBlock]) -> dict[str, Cut]:
+    """Return what is left of each sub-block that is smaller in the files than the config says.
+
+    Which heads or neurons these are the files do not say; where all are alike it does not matter.
+
+    Raises:
+        CheckpointError: if a sub-block is missing, its heads are not alike, or its hidden size is another.
+    """
+    found = {}
+    for block in blocks:
+        left = groups_left(checkpoint, block)
+        if left is None:
+            raise CheckpointError(
+                f"'{block.name}' is not in the files at all: the checkpoint has lost the whole sub-block with its "
+                "layer norm, which a model of transformers always computes, so its outputs would be wrong"
+            )
+        if left == block.groups:
+            continue
+        if isinstance(block.table, Attention) and not block.table.heads_alike:
+            raise CheckpointError(
+                f"{left} of {block.groups} heads of '{block.name}' are left, and the files do not say which; they "
+                "differ, because each has a position bias of its own"
+            )
+        found[block.name] = Cut.of(block.groups, range(left))
+    return found
+
+
+def is_uneven(checkpoint: Checkpoint, block: SubBlock) -> bool:
+    """Return whether a sub-block is stored with other sizes than the config says, or not at all in a layer that is."""
+    layers = (*block.inputs.items(), (block.output_name, block.output))
+    stored = [(stored_shape(checkpoint, f"{name}.weight"), tuple(layer.weight.shape)) for name, layer in layers]
+    if all(shape is None for shape, _ in stored):
+        layer = block.name.rpartition(".")[0]
+        return bool(layer) and any(name.startswith(f"{layer}.") for name in checkpoint.keys_by_name)
+    return any(shape != expected for shape, expected in stored)
 
 
 def check_cut(checkpoint: Checkpoint, block: SubBlock, cut: Cut) -> None:

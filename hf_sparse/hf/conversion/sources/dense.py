@@ -8,10 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source, register_source
+from ..source import PendingTensor, Source
 
 
-@register_source
 class Dense(Source):
     """The zeros of each weight decide whether it is sparse."""
 

@@ -12,10 +12,9 @@ from ....formats.codecs import decode, layout
 from ....formats.manifest import Manifest, TensorEntry
 from ...quantization.pack_state import is_training_state
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source, register_source
+from ..source import PendingTensor, Source
 
 
-@register_source
 class Packed(Source):
     """A checkpoint of ours: its targets and what it has lost stay as they are."""
 

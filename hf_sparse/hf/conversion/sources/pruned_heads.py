@@ -13,14 +13,12 @@ from ....formats.structure import Cut, Edits
 from ....utils.text import shorten
 from ....utils.validation import is_integer
 from ..checkpoint import Checkpoint
-from ..source import register_source
-from ..structure import check_cut, self_attentions
+from ..structure import check_cut, cuts_by_size, self_attentions, sub_blocks
 from .dense import Dense
 
 KEY = "pruned_heads"
 
 
-@register_source
 class PrunedHeads(Dense):
     """Heads that are not in the files."""
 
@@ -41,7 +39,9 @@ class PrunedHeads(Dense):
                 raise CheckpointError(f"`{KEY}` names head {max(gone)} of layer {layer}, which has {block.groups}")
             heads[block.name] = Cut.of(block.groups, sorted(set(range(block.groups)) - gone))
             check_cut(self.checkpoint, block, heads[block.name])
-        return Edits(heads=heads)
+        # Neurons that were removed are not in the config of transformers 4; their number is in the shapes.
+        neurons = [block for block in sub_blocks(self.checkpoint) if block.kind == "feed_forward"]
+        return Edits(heads=heads, neurons=cuts_by_size(self.checkpoint, neurons))
 
     def config(self) -> dict[str, Any]:
         return {key: value for key, value in super().config().items() if key != KEY}

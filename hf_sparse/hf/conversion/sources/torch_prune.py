@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ....errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, register_source
+from ..source import PendingTensor
 from .dense import Dense
 
 _ORIG, _MASK = "_orig", "_mask"
 
 
-@register_source
 class TorchPrune(Dense):
     """Masked weights are computed; the matrices among them are the targets."""
 
