@@ -18,6 +18,7 @@ Each folder has `expected.safetensors`: `input_ids`, `attention_mask`, and the `
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -52,40 +53,35 @@ def spread(model: Any, seed: int = 0) -> Any:
 
 def bert(layers: int = 3, heads: int = 12, **options: Any) -> Any:
     """Return a BERT for two classes."""
-    from transformers import BertConfig, BertForSequenceClassification
+    library: Any = importlib.import_module("transformers")
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_attention_heads": heads, "num_hidden_layers": layers, "intermediate_size": 32}
-    config = BertConfig(**{**SIZES, **sizes, **options}, num_labels=2)
-    return spread(BertForSequenceClassification(config))
+    config = library.BertConfig(**{**SIZES, **sizes, **options}, num_labels=2)
+    return spread(library.BertForSequenceClassification(config))
 
 
 def pruned_heads(root: Path) -> None:
     """Transformers 4: three models whose heads `prune_heads` has removed, two of them as `.bin`, one sharded."""
-    from transformers import (
-        DistilBertConfig,
-        DistilBertForSequenceClassification,
-        RobertaConfig,
-        RobertaForSequenceClassification,
-    )
+    library: Any = importlib.import_module("transformers")
 
     model = bert()
     model.prune_heads({0: [8, 4, 7], 1: list(range(12))})
     model.save_pretrained(root / "pruned-heads-bert", safe_serialization=False)
     expected(model, root / "pruned-heads-bert")
 
-    config = DistilBertConfig(
+    config = library.DistilBertConfig(
         vocab_size=40, max_position_embeddings=16, dim=32, n_heads=4, n_layers=2, hidden_dim=48, num_labels=2,
 
     )  # fmt: skip
-    model = spread(DistilBertForSequenceClassification(config))
+    model = spread(library.DistilBertForSequenceClassification(config))
     model.prune_heads({0: [3, 1], 1: [0]})
     model.save_pretrained(root / "pruned-heads-distilbert", safe_serialization=True)
     expected(model, root / "pruned-heads-distilbert")
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    roberta = RobertaConfig(**{**SIZES, **sizes, "max_position_embeddings": 20}, num_labels=2)
-    model = spread(RobertaForSequenceClassification(roberta))
+    roberta = library.RobertaConfig(**{**SIZES, **sizes, "max_position_embeddings": 20}, num_labels=2)
+    model = spread(library.RobertaForSequenceClassification(roberta))
     model.prune_heads({1: [2, 0]})
     model.save_pretrained(root / "pruned-heads-roberta", safe_serialization=False, max_shard_size="20KB")
     expected(model, root / "pruned-heads-roberta")
@@ -93,10 +89,10 @@ def pruned_heads(root: Path) -> None:
 
 def tied(root: Path) -> None:
     """Transformers 4: a masked language model whose `.bin` holds the tied weight under two names, and zeros (2:4)."""
-    from transformers import BertConfig, BertForMaskedLM
+    library: Any = importlib.import_module("transformers")
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
-    model = spread(BertForMaskedLM(BertConfig(**SIZES, **sizes)))
+    model = spread(library.BertForMaskedLM(library.BertConfig(**SIZES, **sizes)))
     model.tie_weights()
     generator = torch.Generator().manual_seed(2)
     for module in model.bert.encoder.modules():
@@ -113,7 +109,7 @@ def tied(root: Path) -> None:
 def block_pruning(root: Path) -> None:
     """nn_pruning: its own step removes the heads whose rows are zero, neurons stay as zeros."""
     sys.modules.setdefault("sklearn", types.ModuleType("sklearn"))
-    from nn_pruning.inference_model_patcher import optimize_model
+    optimize_model = importlib.import_module("nn_pruning.inference_model_patcher").optimize_model
 
     model = bert(layers=12, heads=4, hidden_size=16, intermediate_size=24)
     generator = torch.Generator().manual_seed(3)
@@ -153,7 +149,8 @@ def cofi(root: Path, checkout: Path) -> None:
     import transformers.file_utils
     import transformers.modeling_utils
     import transformers.pytorch_utils as moved
-    from transformers import BertConfig
+
+    library: Any = importlib.import_module("transformers")
 
     for name in ("hf_bucket_url", "cached_path"):  # for downloads, which are not needed
         setattr(transformers.file_utils, name, None)
@@ -164,14 +161,14 @@ def cofi(root: Path, checkout: Path) -> None:
         module.Dataset = object
         sys.modules.setdefault(name, module)
     sys.path.insert(0, str(checkout))
-    from models.modeling_bert import CoFiBertForSequenceClassification
-    from utils.cofi_utils import prune_model_with_z
+    cls = importlib.import_module("models.modeling_bert").CoFiBertForSequenceClassification
+    prune_model_with_z = importlib.import_module("utils.cofi_utils").prune_model_with_z
 
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 24}
     for name in ("cofi", "cofi-hidden"):
-        config = BertConfig(**SIZES, **sizes, num_labels=2, do_layer_distill=True)
+        config = library.BertConfig(**SIZES, **sizes, num_labels=2, do_layer_distill=True)
         config.architectures = ["CoFiBertForSequenceClassification"]
-        model = spread(CoFiBertForSequenceClassification(config))
+        model = spread(cls(config))
         generator = torch.Generator().manual_seed(4)
         heads = (torch.rand(12, 1, 4, 1, 1, generator=generator) < 0.6).float()
         heads[:, :, 0] = 1
@@ -191,13 +188,14 @@ def gguf(root: Path) -> None:
     """GGUF: a Qwen2 with Q8_0 matrices, written by gguf-py; the logits are those of the dequantized weights."""
     import gguf as package
     import numpy as np
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    library: Any = importlib.import_module("transformers")
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = Qwen2Config(
+    config = library.Qwen2Config(
         vocab_size=48, intermediate_size=64, max_position_embeddings=64, tie_word_embeddings=True, **sizes
     )
-    model = spread(Qwen2ForCausalLM(config))
+    model = spread(library.Qwen2ForCausalLM(config))
     folder = root / "qwen2-gguf"
     folder.mkdir(exist_ok=True)
     writer = package.GGUFWriter(folder / "model-q8_0.gguf", "qwen2")
@@ -216,7 +214,7 @@ def gguf(root: Path) -> None:
     for key, tensor in state.items():
         if key == "lm_head.weight":
             continue
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        name: Any = names.get_name(key, try_suffixes=(".weight", ".bias"))
         values = tensor.numpy().astype(np.float32)
         if tensor.ndim > 1 and "embed" not in key:
             blocks = package.quantize(values, package.GGMLQuantizationType.Q8_0)

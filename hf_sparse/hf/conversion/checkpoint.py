@@ -85,7 +85,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if transformers knows no such model.
         """
-        kind = self.config.get("model_type")
+        kind = str(self.config.get("model_type"))
         layers = self.config.get("num_hidden_layers", self.config.get("n_layers", 0))
         if isinstance(layers, int) and layers > max(len(self.headers), 1):
             raise CheckpointError(f"config.json asks for {layers} layers, and there are {len(self.headers)} tensors")

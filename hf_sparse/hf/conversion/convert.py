@@ -43,7 +43,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compacting import compact_folder, dead_groups
 from .download import fetched
 from .report import Conversion, FoundPattern
-from .source import Source
+from .source import PendingTensor, Source
 from .sources import source_of
 
 SHARD_SIZE = "2GB"
@@ -194,11 +194,12 @@ class _Writing:
         pending = sorted(self.source.tensors())
         taken = {tensor.key for tensor in pending}
         for tensor in tqdm(pending, desc="Converting", unit="tensor", leave=False, disable=None):
-            self._one(*tensor, taken)
+            self._one(tensor, taken)
         made = None if self.spec == "dense" else Manifest(self.entries, tuple(self.targets), extra=extra)
         return made, self.writer.finish({} if made is None else {MANIFEST_KEY: made.to_json()})
 
-    def _one(self, key: str, read: Any, packed: bool | None, target: bool, taken: set[str]) -> None:
+    def _one(self, pending: PendingTensor, taken: set[str]) -> None:
+        key, read, packed, target = pending
         tensor = read()
         if packed is None:
             tensor = self._without_negative_zeros(key, tensor)
