@@ -103,7 +103,7 @@ def test_resumed_run_ends_in_the_bits_of_the_uninterrupted_one(upstream: Path, t
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_loop_of_the_users_keeps_zeros_of_a_plain_module(optimizer: Any) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Conv1d(16, 8, 1), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Conv1d(16, 8, 1), nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight[:, :8] = 0
         model[2].weight[:4] = 0
@@ -124,7 +124,7 @@ def test_targets_name_the_layers_whatever_share_of_zeros_they_have(upstream: Pat
     model = loaded(upstream)
     keep_zeros(model, targets="*.attention.*")
     assert len(sparse_weights(model)) == 8
-    few = nn.Sequential(nn.Linear(16, 16))
+    few: Any = nn.Sequential(nn.Linear(16, 16))
     with torch.no_grad():
         few[0].weight[0, 0] = 0
     with pytest.raises(SparsityError, match="no sparse weight"):
@@ -150,7 +150,7 @@ def test_fill_takes_it_back(upstream: Path, tmp_path: Path) -> None:
 
 
 def test_zeros_that_are_not_kept_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8))
     with torch.no_grad():
         model[0].weight[:4] = 0
         model.register_parameter("experts", nn.Parameter(torch.zeros(2, 4, 4)))

@@ -88,7 +88,7 @@ def import_checkpoint(
         >>> folder = Path(tempfile.mkdtemp())
         >>> torch.save({"layer.weight": torch.eye(64)}, folder / "pytorch_model.bin")
         >>> print(hf_sparse.import_checkpoint(folder, folder / "packed").patterns[0].pattern)
-        1:32
+        element
     """
     output = Path(output)
     spec, limit = _spec(format, codec), _limit(max_shard_size)
