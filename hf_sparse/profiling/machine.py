@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 CACHE_VARIABLE = "HF_SPARSE_CACHE"
+_MIN_ELAPSED = 0.1
+"""Seconds below which ticks of 10 ms say nothing of who used a CPU."""
 
 
 def machine() -> str:
@@ -53,3 +56,32 @@ def cache_folder() -> Path:
     except RuntimeError:  # no HOME, and the user has no entry in the password database
         user = os.getuid() if hasattr(os, "getuid") else "user"
         return Path(tempfile.gettempdir()) / f"hf_sparse-{user}"
+
+
+class CpusOfOthers:
+    """Count the CPUs that other programs keep busy, from here to `stop`, as /proc/stat of Linux has it; elsewhere 0.
+
+    Example:
+        >>> CpusOfOthers().stop() >= 0.0
+        True
+    """
+
+    def __init__(self) -> None:
+        self._began, self._others = time.perf_counter(), self._seconds()
+
+    def stop(self) -> float:
+        """Return the CPUs, on average."""
+        elapsed = time.perf_counter() - self._began
+        if elapsed < _MIN_ELAPSED:
+            return 0.0
+        return max(0.0, self._seconds() - self._others) / elapsed
+
+    @staticmethod
+    def _seconds() -> float:
+        try:
+            with open("/proc/stat", encoding="ascii") as file:
+                user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, AttributeError):
+            return 0.0
+        return busy - time.process_time()

@@ -45,18 +45,20 @@ class MeasurementCache:
         self._memory: dict[str, list[float]] = {}
         self._warned = False
 
-    def get(self, key: str, measure: Callable[[], list[float]], valid: Check = bool) -> list[float]:
+    def get(self, key: str, measure: Callable[[], list[float]], valid: Check = bool, keep: Check = bool) -> list[float]:
         """Return the times of a key, measured if they are unknown.
 
         Args:
             valid: what known times have to fulfil; others are measured again.
+            keep: what measured times have to fulfil to be written into the file; others are for this process alone.
         """
         for known in (self._memory, self.read()):
             if key in known and valid(known[key]):
                 return known[key]
         times = measure()
         self._memory[key] = times
-        self.add({key: times})
+        if keep(times):
+            self.add({key: times})
         return times
 
     def read(self) -> dict[str, list[float]]:

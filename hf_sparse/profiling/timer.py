@@ -13,7 +13,6 @@ Run = Callable[[], object]
 """What is timed."""
 
 
-@torch.inference_mode()
 def interleave(
     runs: Mapping[str, Run],
     rounds: int,
@@ -22,6 +21,7 @@ def interleave(
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
+    inference: bool = True,
 ) -> dict[str, list[float]]:
     """Time several things, interleaved; each round goes in the reverse order of the last.
 
@@ -31,6 +31,7 @@ def interleave(
         min_seconds: shortest time between two looks at the clock; faster things are called several times in between.
         max_seconds: no further round begins after this time, but four are always done.
         clock: `time.thread_time` counts the time of one thread only, which other programs disturb less.
+        inference: run under `torch.inference_mode`; False for what trains, or makes parameters that train later.
 
     Returns:
         The time of one call in each round, by name. Units: seconds.
@@ -40,6 +41,18 @@ def interleave(
         >>> interleave({"a": lambda: None, "b": lambda: None}, 2, clock=lambda: next(ticks))
         {'a': [1.0, 1.0], 'b': [1.0, 1.0]}
     """
+    with torch.inference_mode(inference):
+        return _interleave(runs, rounds, warmup, min_seconds, max_seconds, clock)
+
+
+def _interleave(
+    runs: Mapping[str, Run],
+    rounds: int,
+    warmup: int,
+    min_seconds: float,
+    max_seconds: float,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
     for run in list(runs.values()) * warmup:
         run()
     calls, names = 1, list(runs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import multiprocessing
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,15 @@ from hf_sparse.runtime.autotune import Measurement, Trial
 from tests.helpers.runtime_models import Fixed
 
 SHAPE = Shape("attention", 8, 2, 4, 3, 4, 1)
+
+
+def quiet(path: Path, seconds: float) -> LatencyTable:
+    """Return a table in which a group takes this long, on a machine without other programs."""
+    return LatencyTable(path, lambda _, levels: {groups: [seconds * groups] for groups in levels}, idle)
+
+
+def idle() -> Any:
+    return SimpleNamespace(stop=lambda: 0.0)
 
 
 def unexpected() -> list[float]:
@@ -127,7 +138,7 @@ def test_auto_and_latency_budgets_go_on_without_their_file(
     path = trouble(tmp_path, monkeypatch)
     report = to_runtime(nn.Sequential(layer).eval(), table=SpeedTable(path, Fixed()), tokens=[3])
     assert report.layers[0].gains == {3: 2.0}
-    assert LatencyTable(path, lambda _, groups: 2.0 * groups).times(SHAPE).tolist() == [0.0, 2.0, 4.0]
+    assert quiet(path, 2.0).times(SHAPE).tolist() == [0.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("times", [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
@@ -140,13 +151,13 @@ def test_cached_time_of_zero_is_measured_again(times: list[float], tmp_path: Pat
     assert SpeedTable(path, Fixed()).measure(trial, lambda: None, lambda: None) == Measurement(1.0, 0.5, 2.0)
 
 
-@pytest.mark.parametrize("times", [[0.0, 0.0, 4.0], [0.0, 1.0], []])
+@pytest.mark.parametrize("times", [[0.0, 0.0, 4.0, 0.0, 0.0], [0.0, 2.0, 4.0], [0.0, 1.0], []])
 def test_cached_latency_of_zero_is_measured_again(times: list[float], tmp_path: Path) -> None:
     path = tmp_path / "latency.json"
-    LatencyTable(path, lambda _, groups: 2.0 * groups).times(SHAPE)
+    quiet(path, 2.0).times(SHAPE)
     (key,) = json.loads(path.read_text())
     path.write_text(json.dumps({key: times}))
-    assert LatencyTable(path, lambda _, groups: 3.0 * groups).times(SHAPE).tolist() == [0.0, 3.0, 6.0]
+    assert quiet(path, 3.0).times(SHAPE).tolist() == [0.0, 3.0, 6.0]
 
 
 def add(path: Path, name: str) -> None:
@@ -205,3 +216,55 @@ def test_user_without_a_home_has_a_folder_below_the_temporary_files(
 
 def test_machine_names_processor_threads_and_torch() -> None:
     assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in machine.machine()
+
+
+def noisy(levels: Any) -> dict[int, list[float]]:
+    return {groups: [1.0 * groups, 2.0 * groups, 9.0 * groups] for groups in levels}
+
+
+def test_busy_machine_is_measured_again_until_it_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calls = iter([noisy, lambda levels: {groups: [3.0 * groups] for groups in levels}])
+    table = LatencyTable(tmp_path / "latency.json", lambda _, levels: next(calls)(levels), idle)
+    assert table.times(SHAPE).tolist() == [0.0, 3.0, 6.0]
+    assert not caplog.records
+    assert list(table.cache.read().values()) == [[0.0, 3.0, 6.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "others", "message"),
+    [
+        (noisy, 0.0, "rounds differ by 267%, and other programs take 0.0 of the CPUs"),
+        (
+            lambda levels: {groups: [groups] for groups in levels},
+            1.0,
+            "rounds differ by 0%, and other programs take 1.0",
+        ),
+    ],
+)
+def test_times_of_a_busy_machine_are_not_kept_and_named(
+    rounds: Any, others: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", torch.get_num_threads)
+    path, measured = tmp_path / "latency.json", list[int]()
+
+    def clock(_: Shape, levels: Any) -> Any:
+        measured.append(1)
+        return rounds(levels)
+
+    table = LatencyTable(path, clock, lambda: SimpleNamespace(stop=lambda: others))  # type: ignore[arg-type,return-value]
+    first = table.times(SHAPE)
+    assert torch.equal(table.times(SHAPE), first), "one process has one answer"
+    assert len(measured) == 3
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+    assert not path.exists()
+    assert quiet(path, 2.0).times(SHAPE).tolist() == [0.0, 2.0, 4.0]
+
+
+def test_cpus_of_other_programs_are_counted_without_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    # Two seconds, in which this process used one and all programs together four.
+    clocks = SimpleNamespace(perf_counter=iter([0.0, 2.0]).__next__, process_time=iter([0.0, 1.0]).__next__)
+    monkeypatch.setattr(machine, "time", clocks)
+    lines = iter(["cpu 0 0 0 50 0 0 0 0 0 0", f"cpu {2 * ticks} 0 {ticks} 90 7 0 0 {ticks} 0 0"])
+    monkeypatch.setattr(machine, "open", lambda *_, **__: io.StringIO(next(lines)), raising=False)
+    assert machine.CpusOfOthers().stop() == pytest.approx(1.5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,13 @@ HEADS, NEURONS = Costs("attention", 8, 4, 2, 3), Costs("feed_forward", 8, 6, 1, 
 
 def table(times: dict[str, list[float]], path: Path) -> LatencyTable:
     """A machine on which sub-blocks of a kind take these seconds with 0, 1, 2, ... groups."""
-    return LatencyTable(path / "latency.json", clock=lambda shape, groups: times[shape.kind][groups])
+    return LatencyTable(
+        path / "latency.json", lambda shape, levels: {groups: [times[shape.kind][groups]] for groups in levels}, idle
+    )
+
+
+def idle() -> Any:
+    return SimpleNamespace(stop=lambda: 0.0)
 
 
 def test_flops_of_a_head_and_of_a_neuron_by_hand() -> None:
@@ -112,33 +120,34 @@ def test_latency_budget_removes_nothing_that_saves_no_time(tmp_path: Path) -> No
 
 
 def test_times_are_measured_once_per_shape_and_machine(tmp_path: Path) -> None:
-    asked: list[int] = []
+    asked: list[list[int]] = []
 
-    def clock(shape: Shape, groups: int) -> float:
-        asked.append(groups)
-        return float(groups)
+    def clock(shape: Shape, levels: Sequence[int]) -> dict[int, list[float]]:
+        asked.append(list(levels))
+        return {groups: [float(groups)] for groups in levels}
 
     shape = Shape("feed_forward", 8, 40, 1, 1, 4, 1)
-    first = LatencyTable(tmp_path / "deep" / "latency.json", clock).times(shape)
-    assert asked == shape.levels
+    first = LatencyTable(tmp_path / "deep" / "latency.json", clock, idle).times(shape)
+    assert asked == [shape.levels]
     assert first.tolist() == pytest.approx(list(range(41)), abs=1e-9)
-    assert torch.equal(LatencyTable(tmp_path / "deep" / "latency.json", clock).times(shape), first)
-    assert len(asked) == len(shape.levels)
+    assert torch.equal(LatencyTable(tmp_path / "deep" / "latency.json", clock, idle).times(shape), first)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{broken", '{"x": ["a"]}', '{"x": [NaN]}'])
 def test_a_damaged_cache_is_measured_again(content: str, tmp_path: Path) -> None:
     (tmp_path / "latency.json").write_text(content)
-    shape = Shape("attention", 8, 2, 4, 3, 4, 1)
-    times = LatencyTable(tmp_path / "latency.json", lambda _, groups: 2.0 * groups).times(shape)
+    times = table({"attention": [0.0, 2.0, 4.0]}, tmp_path).times(Shape("attention", 8, 2, 4, 3, 4, 1))
     assert times.tolist() == [0.0, 2.0, 4.0]
 
 
-def test_a_real_measurement_is_positive_and_nothing_takes_no_time() -> None:
-    shape = Shape("attention", 16, 4, 4, 3, 8, 2)
-    assert measure(shape, 0) == 0.0
-    assert measure(shape, 4) > 0.0
-    assert measure(Shape("feed_forward", 16, 8, 1, 2, 8, 2), 8) > 0.0
+@pytest.mark.parametrize("shape", [Shape("attention", 16, 4, 4, 3, 8, 2), Shape("feed_forward", 16, 8, 1, 2, 8, 2)])
+def test_a_real_measurement_is_positive_and_nothing_takes_no_time(shape: Shape) -> None:
+    rounds = measure(shape, shape.levels)
+    assert list(rounds) == shape.levels
+    assert rounds[0] == [0.0]
+    assert all(min(rounds[level]) > 0.0 for level in shape.levels[1:])
+    assert len({len(rounds[level]) for level in shape.levels[1:]}) == 1
 
 
 # -- on models -------------------------------------------------------------------------------------------------------
