@@ -7,7 +7,7 @@ Example:
     >>> packed = pack(weight)
     >>> torch.equal(unpack(packed), weight)
     True
-    >>> from hf_sparse.kernels.fp32_ops import linear
+    >>> from hf_sparse.kernels.functional import linear
     >>> linear(torch.tensor([[1.0, 1.0, 1.0]]), packed)
     tensor([[3., 3.]])
 """

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from .types import Packed
 
 WIDEST = 256
 """Maximum number of columns of a chunk: the index of a block in it is one byte."""
@@ -34,7 +36,7 @@ ROWS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class PackedWeight(Packed):
     """A sparse fp32 weight, made by `pack`. It is checked when it is made, so that no kernel reads out of bounds.
 
     Shapes:
@@ -46,6 +48,7 @@ class PackedWeight:
         BackendError: the tensors do not fit together.
     """
 
+    operators: ClassVar[str] = "sparse"
     values: Tensor
     columns: Tensor
     pointers: Tensor
@@ -75,11 +78,6 @@ class PackedWeight:
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """All its tensors, in the order of the operators."""
         return self.values, self.columns, self.pointers
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(part.nbytes for part in self.parts)
 
 
 def pack(weight: Tensor, rows: int = 1) -> PackedWeight:

@@ -7,12 +7,14 @@ because one instruction multiplies four bytes of inputs by four of weights. An o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
 from .fp32_layout import check_matrix
+from .types import Packed
 
 ROWS = (1, 2, 4)
 """Block heights of the kernels."""
@@ -28,7 +30,7 @@ NOTHING = 1e-30
 
 
 @dataclass(frozen=True)
-class PackedInt8:
+class PackedInt8(Packed):
     """A sparse weight in int8; made by `pack_int8`.
 
     Shapes:
@@ -42,6 +44,7 @@ class PackedInt8:
         BackendError: the tensors do not fit together.
     """
 
+    operators: ClassVar[str] = "int8"
     values: Tensor
     columns: Tensor
     pointers: Tensor
@@ -58,11 +61,6 @@ class PackedInt8:
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All its tensors, in the order of the operators."""
         return self.values, self.columns, self.pointers, self.scales, self.offsets
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(part.nbytes for part in self.parts)
 
 
 def pack_int8(weight: Tensor, rows: int = 4) -> PackedInt8:

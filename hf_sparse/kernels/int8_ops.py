@@ -1,4 +1,4 @@
-"""The sparse operators on int8 weights (`int8_linear`, `int8_ffn`, ...), and functions that call them.
+"""The sparse operators on int8 weights (`int8_linear`, `int8_ffn`, ...); `functional` has functions that call them.
 
 They are those of fp32_ops with weights in int8. What a matmul is given is rounded as it comes: each token to steps of
 its largest feature / 127. So are the input, the output of the heads, the hidden features. Sums are exact in int32;
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8_layout import NOTHING, STEPS, PackedInt8, check_int8, dense_int8, pack_int8, refusal
+from .functional import attention, attention_norm, ffn_norm, linear
+from .int8_layout import NOTHING, STEPS, check_int8, dense_int8, pack_int8, refusal
 from .library import NativeOps, library, library_status
 from .operators import WeightFormat, define_all
 from .registry import Kernel, Layout, register
-from .types import Int8Weight, Norm
-from .validation import scale_of
+from .types import Int8Weight
 
 SHORTEST = 16
 """Tokens from which the C++ attention is used."""
@@ -30,105 +30,9 @@ MANY, SHORT = 3, 20
 TILE = 64
 """Tokens of a tile in the C++."""
 
-
-def int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """Compute `activation(x @ weight.T + bias)`, inputs and weight in int8.
-
-    Shapes:
-        x: (..., in). bias: (out,). Result: (..., out).
-
-    Raises:
-        BackendError: shapes or types that do not fit, an unknown activation, or an input that needs a gradient.
-
-    Example:
-        >>> from hf_sparse.kernels import pack_int8
-        >>> int8_linear(torch.tensor([[1.0, 0.1]]), pack_int8(torch.tensor([[0.0, 2.0]])))
-        tensor([[0.2047]])
-    """
-    out: Tensor = torch.ops.hf_sparse.int8_linear(
-        x, *weight.parts, bias, weight.rows, weight.out_features, weight.in_features, activation
-    )
-    return out
-
-
-def int8_attention(
-    x: Tensor,
-    qkv: PackedInt8,
-    bias: Tensor | None,
-    heads: int,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Compute the self-attention of every head, as `ops.attention`; the input and the weight in int8.
-
-    Shapes:
-        x: (batch, length, in). mask: broadcast to (batch, 1, length, length). Result: (batch, length, out / 3).
-
-    Raises:
-        BackendError: as `ops.attention`.
-
-    Example:
-        >>> from hf_sparse.kernels import pack_int8
-        >>> x = torch.tensor([[[127.0, 1.0]]])
-        >>> int8_attention(x, pack_int8(torch.eye(2).repeat(3, 1)), None, heads=1)  # one token: its own value
-        tensor([[[127.,   1.]]])
-    """
-    out: Tensor = torch.ops.hf_sparse.int8_attention(
-        *(x, *qkv.parts, bias, mask, qkv.rows, qkv.out_features, qkv.in_features, heads),
-        scale_of(scale, qkv.out_features // 3, heads),
-    )
-    return out
-
-
-def int8_attention_norm(
-    x: Tensor,
-    qkv: PackedInt8,
-    bias: Tensor | None,
-    output: PackedInt8,
-    output_bias: Tensor | None,
-    norm: Norm,
-    heads: int,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Compute `layer_norm(x + int8_attention(x, ...) @ output.T + output_bias)`, the attention sub-block of BERT.
-
-    Shapes:
-        x: (batch, length, in). output: (in, inner), where qkv is (3 * inner, in). Result: (batch, length, in).
-
-    Raises:
-        BackendError: as `ops.attention_norm`.
-    """
-    out: Tensor = torch.ops.hf_sparse.int8_attention_norm(
-        *(x, *qkv.parts, bias, *output.parts, output_bias, *norm, mask),
-        *(qkv.rows, output.rows, output.in_features, qkv.in_features, heads),
-        scale_of(scale, output.in_features, heads),
-    )
-    return out
-
-
-def int8_ffn_norm(
-    x: Tensor,
-    up: PackedInt8,
-    up_bias: Tensor | None,
-    down: PackedInt8,
-    down_bias: Tensor | None,
-    norm: Norm,
-    activation: str = "gelu",
-) -> Tensor:
-    """Compute `layer_norm(x + activation(x @ up.T + up_bias) @ down.T + down_bias)`: BERT's feed-forward sub-block.
-
-    Shapes:
-        x: (..., in). up: (hidden, in). down: (in, hidden). Weight and bias of the norm: (in,). Result: (..., in).
-
-    Raises:
-        BackendError: as `ops.ffn_norm`.
-    """
-    out: Tensor = torch.ops.hf_sparse.int8_ffn_norm(
-        *(x, *up.parts, up_bias, *down.parts, down_bias, *norm),
-        *(up.rows, down.rows, up.out_features, up.in_features, activation),
-    )
-    return out
+int8_linear, int8_attention = linear, attention
+int8_ffn_norm, int8_attention_norm = ffn_norm, attention_norm
+"""The names of before: a function of `functional` takes a weight of either format."""
 
 
 def why_not_int8() -> str | None:

@@ -67,6 +67,7 @@ class Kernel:
         heights: block heights -> time per stored value, relative to that of height 1.
         error: largest deviation of the unpacked weight, as a fraction of the largest weight of its output row; 0 =
             the weight is kept exactly.
+        suits: weight -> the block height to try it with, or why that cannot be worth it; None = `choose_rows`.
         module: makes a layer of its own from an `nn.Linear` and the height; for kernels that are not `PackedLinear`.
     """
 
@@ -85,6 +86,7 @@ class Kernel:
     unavailable: Callable[[], str | None] = _always
     heights: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     error: float = 0.0
+    suits: Callable[[Tensor], int | str] | None = None
     module: Callable[[nn.Linear, int], nn.Module] | None = None
 
     def __post_init__(self) -> None:
@@ -131,6 +133,13 @@ class Kernel:
     def choose_rows(self, weight: Tensor) -> int:
         """Return the fastest block height for a weight: taller blocks are faster per value, but store more zeros."""
         return choose_rows(weight, self.heights)
+
+    def height_for(self, weight: Tensor) -> int | str:
+        """Return the block height to try for a weight that lies on the current device, or why it is not tried."""
+        why = self.unavailable() or self.guard(weight)
+        if why is not None:
+            return why
+        return self.choose_rows(weight) if self.suits is None else self.suits(weight)
 
 
 def choose_rows(weight: Tensor, heights: Mapping[int, float]) -> int:

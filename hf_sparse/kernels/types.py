@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
 """In the order of `Activation` in csrc/kernels.h."""
+
+
+class Packed:
+    """Base of packed weights: tensors, and the operators that multiply by them.
+
+    Attributes:
+        operators: prefix of their names ("sparse" of `sparse_linear`).
+    """
+
+    operators: ClassVar[str]
+    rows: int
+    out_features: int
+    in_features: int
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All its tensors, in the order of the operators."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(part.nbytes for part in self.parts)
 
 
 class Weight(NamedTuple):

@@ -1,10 +1,11 @@
-"""The runtime form on a GPU: 2:4 and block-sparse kernels, layer by layer, where they are faster than dense.
+"""The runtime form on a GPU: the kernels of the registry for "cuda", layer by layer, where they are faster than dense.
 
 Not yet run on a GPU: the choice for each layer, and its reason, are tested on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackendError
-from ..kernels.gpu import block_sparse, semi_structured
-from ..kernels.gpu.block_sparse import BlockSparseLinear
-from ..kernels.gpu.semi_structured import SemiStructuredLinear
+from ..kernels import KERNELS, Kernel
 from ..modeling.layer_matching import BACK, InRuntimeForm
 from .autotune import Measurement, SpeedTable, Trial, why_dense
 from .fused_parts import is_observed
@@ -25,23 +24,17 @@ from .survey import LayerDecision
 TOKENS = (128, 1024, 8192)
 """Token counts that are timed on a GPU."""
 
-SIDES = (64, 32)
-EMPTY = 0.4
-"""Fraction of zero blocks below which the block-sparse kernel is not tried."""
-
 
 @dataclasses.dataclass(frozen=True)
 class GpuCandidate:
     """A kernel that can compute a layer.
 
-    Attributes:
-        kernel: its name in the report.
-        make: makes the sparse layer.
+    Args:
+        kernel: of the registry.
         rows: rows of a block.
     """
 
-    kernel: str
-    make: Callable[[], nn.Module]
+    kernel: Kernel
     rows: int
 
 
@@ -111,23 +104,6 @@ class GpuLinear(InRuntimeForm, nn.Module):
         return destination
 
 
-def block_side(weight: Tensor) -> int | None:
-    """Return the side of the blocks in which a weight is pruned, if many of them are zero.
-
-    Example:
-        >>> weight = torch.zeros(128, 128)
-        >>> weight[:32, :64] = 1.0
-        >>> block_side(weight), block_side(torch.ones(64, 64))
-        (64, None)
-    """
-    for side in SIDES:
-        filled = nn.functional.pad(weight != 0, (0, -weight.shape[1] % side, 0, -weight.shape[0] % side))
-        blocks = filled.view(-1, side, filled.shape[1] // side, side).transpose(1, 2).flatten(2).any(2)
-        if float((~blocks).float().mean()) >= EMPTY:
-            return side
-    return None
-
-
 def is_on_gpu(model: nn.Module) -> bool:
     """Return whether all linear layers of a model are on a GPU."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.numel()]
@@ -150,8 +126,7 @@ def convert(
             shape = tuple(layer.weight.shape)
             yield LayerReport(name, shape, decision.sparsity, "dense", 0, size, size, {}, decision.reason)
             continue
-        capability = torch.cuda.get_device_capability(layer.weight.device) if torch.cuda.is_available() else None
-        replacement, report = choose(name, layer, decision.sparsity, table, tokens, keep_dense, capability)
+        replacement, report = choose(name, layer, decision.sparsity, table, tokens, keep_dense)
         if replacement is not None:
             model.set_submodule(name, replacement)
         yield report
@@ -164,28 +139,18 @@ def restore(model: nn.Module) -> None:
             model.set_submodule(name, module.restored())
 
 
-def candidates(layer: nn.Linear, capability: tuple[int, int] | None) -> tuple[list[GpuCandidate], str]:
-    """Return which kernels can compute a layer, and why the others cannot.
-
-    Args:
-        capability: of the CUDA device.
-    """
+def candidates(layer: nn.Linear) -> tuple[list[GpuCandidate], str]:
+    """Return which kernels of the registry can compute a layer, and why the others cannot."""
     weight = layer.weight.detach()
-    shape = tuple(weight.shape)
     able: list[GpuCandidate] = []
     reasons: list[str] = []
-    backend = semi_structured.default_backend(capability)
-    if why := semi_structured.refusal(shape, weight.dtype, capability, backend, weight):
-        reasons.append(why)
-    else:
-        able.append(GpuCandidate("semi_structured", lambda: SemiStructuredLinear.from_linear(layer, backend), 1))
-    side = block_side(weight)
-    if side is None:
-        reasons.append(f"fewer than {EMPTY:.0%} of its blocks of {' or '.join(map(str, SIDES))} are empty")
-    elif why := block_sparse.refusal(shape, weight.dtype, capability, side, side):
-        reasons.append(why)
-    else:
-        able.append(GpuCandidate("block_sparse", lambda: BlockSparseLinear.from_linear(layer, side, side), side))
+    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
+        for kernel in KERNELS.of_device("cuda"):
+            rows = kernel.height_for(weight)
+            if isinstance(rows, str):
+                reasons.append(rows)
+            elif kernel.module is not None:
+                able.append(GpuCandidate(kernel, rows))
     return able, "; ".join(reasons)
 
 
@@ -196,18 +161,18 @@ def choose(
     table: SpeedTable,
     tokens: Sequence[int],
     keep_dense: bool,
-    capability: tuple[int, int] | None,
 ) -> tuple[GpuLinear | None, LayerReport]:
     """Time the kernels that can compute a layer, and return the fastest layer if it is faster than dense."""
-    able, why = candidates(layer, capability)
+    able, why = candidates(layer)
     dense_bytes = layer.weight.nbytes
     best: tuple[float, GpuCandidate, nn.Module, dict[int, float]] | None = None
     speedups: dict[int, float] = {}
     for candidate in able:
-        fast = candidate.make().eval()
+        assert candidate.kernel.module is not None
+        fast = candidate.kernel.module(layer, candidate.rows).eval()
         measured = {count: _measure(layer, fast, candidate, sparsity, table, count) for count in tokens}
         speedups = {count: each.speedup for count, each in measured.items()}
-        lowest, slower = min(speedups.values()), why_dense(candidate.kernel, measured)
+        lowest, slower = min(speedups.values()), why_dense(candidate.kernel.name, measured)
         if slower is None and (best is None or lowest > best[0]):
             best = (lowest, candidate, fast, speedups)
         elif best is None and slower is not None:
@@ -217,7 +182,7 @@ def choose(
         return None, LayerReport(name, shape, sparsity, "dense", 0, dense_bytes, dense_bytes, speedups, why)
     _, candidate, fast, speedups = best
     size = sum(own.nbytes for own in fast.buffers()) + (dense_bytes if keep_dense else 0)
-    report = LayerReport(name, shape, sparsity, candidate.kernel, candidate.rows, size, dense_bytes, speedups)
+    report = LayerReport(name, shape, sparsity, candidate.kernel.name, candidate.rows, size, dense_bytes, speedups)
     return GpuLinear(fast, layer, keep_dense), report
 
 
@@ -237,6 +202,6 @@ def _measure(
 
         return run
 
-    kind = f"{candidate.kernel} {str(weight.dtype).removeprefix('torch.')}"
+    kind = f"{candidate.kernel.name} {str(weight.dtype).removeprefix('torch.')}"
     trial = Trial(kind, (tuple(weight.shape),), round(100 * sparsity), (candidate.rows,), count, device)
     return table.measure(trial, run_of(layer), run_of(fast))

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.kernels import PackedInt8, library_status, pack, pack_int8
-from hf_sparse.kernels.fp32_ops import ffn, linear
-from hf_sparse.kernels.int8_ops import int8_linear, why_not_int8
+from hf_sparse.kernels.functional import ffn, linear
+from hf_sparse.kernels.int8_ops import why_not_int8
 from hf_sparse.kernels.library import library
 
 
@@ -99,7 +99,7 @@ def measure(width: int, out: int, tokens: int, rows: int, zeros: float, options:
     if options.int8:
         short = min(rows, 4)
         rounded = pack_int8(first, short), pack_int8(second, short)
-        cases["linear"] = (cases["linear"][0], lambda: int8_linear(x, rounded[0], bias))
+        cases["linear"] = (cases["linear"][0], lambda: linear(x, rounded[0], bias))
     if out > width and not options.no_ffn:
         cases["ffn"] = (
             lambda: F.linear(F.gelu(F.linear(x, first, bias)), second, back),

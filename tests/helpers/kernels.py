@@ -1,11 +1,14 @@
-"""Kernels that a test pretends are there, or missing."""
+"""Kernels that a test pretends are there, or missing; weights, inputs and masks for operators."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
+import torch
+from torch import Tensor
 
 from hf_sparse.kernels import KERNELS
 
@@ -19,3 +22,29 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **unavailable: str | None) -> None:
     for name, reason in unavailable.items():
         kernel = dataclasses.replace(KERNELS[name], unavailable=partial(_returned, reason))
         monkeypatch.setitem(KERNELS._kernels, name, kernel)
+
+
+def sparse(out: int, width: int, zeros: float) -> Tensor:
+    """Return a weight with this fraction of zeros, one of its rows empty."""
+    weight = torch.randn(out, width) * (torch.rand(out, width) >= zeros)
+    if out > 2:
+        weight[out // 2] = 0
+    return weight
+
+
+def odd_inputs() -> Iterator[Tensor]:
+    """Yield inputs of 30 features: without a batch, with an empty one, with several dimensions, with strides."""
+    yield from (torch.randn(30), torch.randn(0, 30), torch.randn(2, 0, 30), torch.randn(2, 3, 30))
+    yield from (torch.randn(30, 50).T, torch.randn(50, 60)[::2, ::2], torch.randn(1, 30).expand(40, 30))
+
+
+def masks(length: int) -> Iterator[Tensor]:
+    """Yield attention masks for three sequences: of keys, causal, both, and as numbers that are added."""
+    keys = torch.arange(length) < torch.tensor([[length], [length - 5], [1]])
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    yield from (keys[:, None, None, :], keys[:, None, None, :].expand(3, 1, length, length))
+    yield from (causal[None, None], causal & keys[:, None, None, :])
+    yield torch.randn(3, 1, length, length)
+    yield torch.randn(1, 1, length, length).masked_fill(~causal, -torch.inf)
+    yield torch.randn(3, 1, length, length).masked_fill(~causal, torch.finfo(torch.float32).min)
+    yield torch.randn(3, 1, length, 2 * length)[..., ::2]

@@ -15,6 +15,7 @@ from hf_sparse.kernels import fp32_ops as ops
 from hf_sparse.kernels import reference as fallback
 from hf_sparse.kernels.library import Library
 from hf_sparse.kernels.types import ACTIVATIONS, Norm, Weight
+from tests.helpers.kernels import masks, odd_inputs, sparse
 
 NATIVE = library.library()
 WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
@@ -25,13 +26,6 @@ def way(request, monkeypatch):
     chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
     monkeypatch.setattr(ops, "library", lambda: chosen)
     return request.param
-
-
-def sparse(out: int, width: int, zeros: float) -> torch.Tensor:
-    weight = torch.randn(out, width) * (torch.rand(out, width) >= zeros)
-    if out > 2:
-        weight[out // 2] = 0  # an empty row
-    return weight
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -100,15 +94,7 @@ def test_long_input(way, rows):
 def test_leading_shapes_zero_batches_and_strides(way):
     weight = sparse(20, 30, 0.5)
     packed = pack(weight, 2)
-    for x in (
-        torch.randn(30),
-        torch.randn(0, 30),
-        torch.randn(2, 0, 30),
-        torch.randn(2, 3, 30),
-        torch.randn(30, 50).T,
-        torch.randn(50, 60)[::2, ::2],
-        torch.randn(1, 30).expand(40, 30),
-    ):
+    for x in odd_inputs():
         close(ops.linear(x, packed), reference(x, weight, None, "none"))
 
 
@@ -212,18 +198,7 @@ def test_attention_matches_fp64(way, rows, threads):
 def test_attention_with_a_mask(way, length):
     weight = 0.3 * sparse(3 * 2 * 8, 30, 0.5)
     packed, x = pack(weight, 4), torch.randn(3, length, 30)
-    keys = torch.arange(length) < torch.tensor([[length], [length - 5], [1]])
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    for mask in (
-        keys[:, None, None, :],
-        keys[:, None, None, :].expand(3, 1, length, length),
-        causal[None, None],
-        causal & keys[:, None, None, :],
-        torch.randn(3, 1, length, length),
-        torch.randn(1, 1, length, length).masked_fill(~causal, -torch.inf),
-        torch.randn(3, 1, length, length).masked_fill(~causal, torch.finfo(torch.float32).min),
-        torch.randn(3, 1, length, 2 * length)[..., ::2],
-    ):
+    for mask in masks(length):
         exact = mask if mask.dtype == torch.bool else mask.double()
         close(ops.attention(x, packed, None, 2, mask, 0.3), attend(x, weight, None, 2, exact, 0.3))
 

@@ -11,7 +11,8 @@ from hf_sparse.kernels import PackedInt8, pack_int8
 from hf_sparse.kernels import int8_ops as int8
 from hf_sparse.kernels import reference as fallback
 from hf_sparse.kernels.types import Int8Weight, Norm
-from tests.kernels.test_int8_ops import sparse, way, whole  # noqa: F401  `way` is a fixture
+from tests.helpers.kernels import masks, sparse
+from tests.kernels.test_int8_ops import way, whole  # noqa: F401  `way` is a fixture
 
 LENGTHS = ((0, 20), (2, 0), (1, 1), (2, 15), (1, 16), (2, 17), (3, 17), (3, 33), (2, 64), (1, 65), (4, 65), (1, 130))
 SHAPES = ((3, 16, 50), (1, 5, 33), (2, 64, 128))  # heads, size of each, features
@@ -55,17 +56,7 @@ def test_attention_is_that_of_the_same_rounded_numbers(way, threads, rows):  # n
 @pytest.mark.parametrize("length", [7, 17, 33, 70, 130])
 def test_attention_with_a_mask(way, length):  # noqa: F811
     weight, x = pack_int8(0.01 * sparse(48, 30, 0.5), 4), texts(3, length, 30)
-    keys = torch.arange(length) < torch.tensor([[length], [length - 5], [1]])
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    for mask in (
-        keys[:, None, None, :],
-        keys[:, None, None, :].expand(3, 1, length, length),
-        causal[None, None],
-        causal & keys[:, None, None, :],
-        torch.randn(3, 1, length, length),
-        torch.randn(1, 1, length, length).masked_fill(~causal, -torch.inf),
-        torch.randn(3, 1, length, 2 * length)[..., ::2],
-    ):
+    for mask in masks(length):
         close(int8.int8_attention(x, weight, None, 2, mask, 0.3), plainly(x, weight, None, 2, mask, 0.3))
 
 

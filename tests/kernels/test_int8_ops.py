@@ -13,6 +13,7 @@ from hf_sparse.kernels import pack_int8, unpack_int8
 from hf_sparse.kernels import reference as fallback
 from hf_sparse.kernels.int8_layout import ROWS
 from hf_sparse.kernels.types import ACTIVATIONS
+from tests.helpers.kernels import odd_inputs, sparse
 
 NATIVE = int8.native()
 WAYS = ["torch", *(["vnni"] if NATIVE is not None else [])]
@@ -31,13 +32,6 @@ def whole(rows: int, width: int, zeros: float) -> Tensor:
     made = torch.randint(-127, 128, (rows, width)).float() * (torch.rand(rows, width) >= zeros)
     made[:, 0] = torch.where((made != 0).any(dim=1), -127.0, 0.0)
     return made
-
-
-def sparse(out: int, width: int, zeros: float) -> Tensor:
-    weight = torch.randn(out, width) * (torch.rand(out, width) >= zeros)
-    if out > 2:
-        weight[out // 2] = 0  # an empty row
-    return weight
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -118,15 +112,7 @@ def test_feed_forward_is_its_products_one_by_one(way, rows, threads):
 def test_leading_shapes_zero_batches_and_strides(way):
     weight = sparse(20, 30, 0.5)
     packed = pack_int8(weight, 2)
-    for x in (
-        torch.randn(30),
-        torch.randn(0, 30),
-        torch.randn(2, 0, 30),
-        torch.randn(2, 3, 30),
-        torch.randn(30, 50).T,
-        torch.randn(50, 60)[::2, ::2],
-        torch.randn(1, 30).expand(40, 30),
-    ):
+    for x in odd_inputs():
         found = int8.int8_linear(x, packed)
         assert found.shape == (*x.shape[:-1], 20)
         torch.testing.assert_close(found, F.linear(x, weight), rtol=0.05, atol=0.2)

@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be a GPU of compute capability 8.0, whose kernels are the plain defaults."""
-    made = lambda layer, _: SemiStructuredLinear.from_packed(pack_semi_structured(layer.weight), layer.bias)  # noqa: E731
+    made = lambda layer, *_: SemiStructuredLinear.from_packed(pack_semi_structured(layer.weight), layer.bias)  # noqa: E731
     monkeypatch.setattr(gpu, "is_on_gpu", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))

@@ -11,39 +11,31 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BackendError, CheckpointError
-from ...formats.codecs import codec_of, layout
-from ...formats.codecs.base import as_bits, unpack_bits
-from ...formats.codecs.block import Block
-from ...formats.manifest import TensorEntry
+from ...errors import BackendError
 from ..operators import define
 from ..registry import Kernel, Layout, register
+from .block_sparse_layout import EMPTY, SIDES, TRIED, Blocks, block_side, from_codec, pack_blocks, unpack_blocks
 
-SIDES = (16, 32, 64, 128)
-"""Rows or columns of a block that the kernel takes: what a tensor core multiplies, and what fits into its registers."""
+__all__ = [
+    "SIDES",
+    "BlockSparseLinear",
+    "Blocks",
+    "block_side",
+    "block_sparse_linear",
+    "from_codec",
+    "has_triton",
+    "interprets",
+    "pack_blocks",
+    "refusal",
+    "unpack_blocks",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Blocks(NamedTuple):
-    """A weight as the blocks that are not zero.
-
-    Attributes:
-        values: `(blocks, rows, cols)`.
-        columns: int32, which column of blocks each is in; ascending within a row of blocks.
-        pointers: int32, `(rows of blocks + 1)`: where each row of blocks begins.
-    """
-
-    values: Tensor
-    columns: Tensor
-    pointers: Tensor
 
 
 def has_triton() -> bool:
@@ -79,91 +71,27 @@ def refusal(
         return f"the block kernel needs a matrix with entries, and the weight has shape {tuple(shape)}"
     if rows not in SIDES or cols not in SIDES:
         return f"the block kernel takes blocks with sides of {', '.join(map(str, SIDES))}, not {rows} x {cols}"
-    if dtype not in DTYPES:
-        return f"the block kernel multiplies fp16, bf16 and fp32, not {str(dtype).removeprefix('torch.')}"
+    if why := _of_dtype(dtype):
+        return why
     if capability is None:
         return "the block kernel needs a CUDA device, and there is none"
+    too_old = _of_capability(dtype, capability)
+    return too_old or (None if has_triton() else "Triton is not installed: pip install triton")
+
+
+def _of_dtype(dtype: torch.dtype) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    return None if dtype in DTYPES else f"the block kernel multiplies fp16, bf16 and fp32, not {name}"
+
+
+def _of_capability(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
     least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
-    if capability < least:
-        return (
-            f"the block kernel needs compute capability {least[0]}.{least[1]} in "
-            f"{str(dtype).removeprefix('torch.')}, and this device has {capability[0]}.{capability[1]}"
-        )
-    return None if has_triton() else "Triton is not installed: pip install triton"
-
-
-# -- packing ---------------------------------------------------------------------------------------------------------
-
-
-def pack_blocks(weight: Tensor, rows: int = 32, cols: int = 32) -> Blocks:
-    """Return the blocks of a weight that have a bit set, on its device.
-
-    Where a side is not a multiple of the block, the weight is padded with zeros.
-
-    Shapes: `(out, in)`.
-
-    Example:
-        >>> weight = torch.zeros(4, 4)
-        >>> weight[2, 1] = 5.0
-        >>> pack_blocks(weight, 2, 2).values.tolist(), pack_blocks(weight, 2, 2).pointers.tolist()
-        ([[[0.0, 5.0], [0.0, 0.0]]], [0, 0, 1])
-    """
-    weight = weight.detach()
-    out, into = weight.shape
-    filled = F.pad(weight, (0, -into % cols, 0, -out % rows))
-    blocks = filled.view(-1, rows, filled.shape[1] // cols, cols).transpose(1, 2).contiguous()
-    kept = (as_bits(blocks) != 0).view(*blocks.shape[:2], -1).any(-1)
-    return Blocks(blocks[kept], *_places(kept))
-
-
-def _places(kept: Tensor) -> tuple[Tensor, Tensor]:
-    columns = kept.nonzero()[:, 1].to(torch.int32)
-    return columns, F.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-
-
-def unpack_blocks(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
-    """Return the weight, bit for bit what was packed.
-
-    Args:
-        shape: of the weight.
-    """
-    values, columns, pointers = blocks
-    _, rows, cols = values.shape
-    below, beside = len(pointers) - 1, -(-shape[1] // cols)
-    filled = values.new_zeros((below, beside, rows, cols))
-    filled[_rows(pointers, len(columns)), columns.long()] = values
-    return filled.transpose(1, 2).reshape(below * rows, beside * cols)[: shape[0], : shape[1]].contiguous()
-
-
-def _rows(pointers: Tensor, count: int) -> Tensor:
-    lengths = (pointers[1:] - pointers[:-1]).long()
-    return torch.arange(len(lengths), device=pointers.device).repeat_interleave(lengths, output_size=count)
-
-
-def from_codec(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Blocks | None:
-    """Return a stored weight as blocks without making the dense one.
-
-    Its checksum is of the dense tensor, and so is not verified here.
-
-    Args:
-        entry: of the manifest.
-        parts: as stored, by suffix, on the CPU.
-
-    Returns:
-        None if it is not stored as blocks of the sides that the kernel takes.
-
-    Raises:
-        CheckpointError: if the parts contradict the entry.
-    """
-    codec = codec_of(entry)
-    if not isinstance(codec, Block) or not {codec.rows, codec.cols} <= set(SIDES) or len(entry.shape) != 2:
+    if capability >= least:
         return None
-    layout(entry)
-    below, beside = codec.grid(entry.shape)
-    kept = torch.from_numpy(unpack_bits(parts["_blocks"].numpy(), below * beside, "the block bitmap"))
-    if int(kept.sum()) != entry.options["kept"]:
-        raise CheckpointError(f"the bitmap keeps {int(kept.sum())} blocks, and there are {entry.options['kept']}")
-    return Blocks(parts[""].view(-1, codec.rows, codec.cols), *_places(kept.view(below, beside)))
+    return (
+        f"the block kernel needs compute capability {least[0]}.{least[1]} in {str(dtype).removeprefix('torch.')}, and "
+        f"this device has {capability[0]}.{capability[1]}"
+    )
 
 
 # -- the operator and the layer --------------------------------------------------------------------------------------
@@ -302,6 +230,18 @@ def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
+def _guard(weight: Tensor) -> str | None:
+    capability = _capability()
+    if not all(weight.shape):
+        return "it has no entries"
+    return _of_dtype(weight.dtype) or (None if capability is None else _of_capability(weight.dtype, capability))
+
+
+def _suits(weight: Tensor) -> int | str:
+    side = block_side(weight)
+    return side or f"fewer than {EMPTY:.0%} of its blocks of {' or '.join(map(str, TRIED))} are empty"
+
+
 register(
     Kernel(
         name="block_sparse",
@@ -310,7 +250,8 @@ register(
         op=_matmul,
         dtypes=DTYPES,
         device="cuda",
-        guard=lambda weight: None if all(weight.shape) else "it has no entries",
+        guard=_guard,
+        suits=_suits,
         unavailable=lambda: refusal((64, 64), torch.float16, _capability(), 32, 32),
         heights=dict.fromkeys(SIDES, 1.0),  # blocks are squares
         module=lambda layer, rows: BlockSparseLinear.from_linear(layer, rows, rows),

@@ -265,12 +265,18 @@ def _matmul(
     return y.view(*x.shape[:-1], out_features)
 
 
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 def _guard(weight: Tensor) -> str | None:
-    return of_shape(tuple(weight.shape), weight.dtype, "cutlass") or of_weight(weight)
+    capability = _capability()
+    backend = "cutlass" if capability is None else default_backend(capability)
+    return _of_dtype(weight.dtype, backend) or of_shape(tuple(weight.shape), weight.dtype, backend) or of_weight(weight)
 
 
 def _unavailable() -> str | None:
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    capability = _capability()
     return _of_machine(capability, default_backend(capability))
 
 
