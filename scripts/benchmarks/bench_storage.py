@@ -40,6 +40,8 @@ from torch import Tensor
 from hf_sparse.formats.codecs import decode, encode
 from hf_sparse.formats.manifest import TensorEntry
 from hf_sparse.formats.safetensors_io import save_file
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
@@ -94,24 +96,17 @@ def weights(kind: str, layers: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def in_turns(
+def timed(
     actions: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[list[float]]:
-    """Return the seconds of each action in each round; the order turns from round to round."""
-    times: list[list[float]] = [[] for _ in actions]
-    for turn in range(-1, rounds):  # the first round warms up
-        order = list(enumerate(actions))
-        for place, action in order if turn % 2 else order[::-1]:
-            start = clock()
-            action()
-            if turn >= 0:
-                times[place].append(clock() - start)
-    return times
+    """Return the seconds of each action in each round, interleaved."""
+    runs = {str(number): action for number, action in enumerate(actions)}
+    return list(interleave(runs, rounds, warmup=1, clock=clock, inference=False).values())
 
 
 def spread(values: list[float]) -> str:
     """Return the median and the quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = quartiles(values)
     return f"{middle:6.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -190,7 +185,7 @@ def decoding(args: argparse.Namespace, folder: Path) -> None:
             tensors = weights(kind, 1, dtype).values()
             gigabytes = sum(tensor.nbytes for tensor in tensors) / 1e9
             profiles = [[encode(tensor, codec) for tensor in tensors] for codec in ("auto", "smallest")]
-            times = in_turns([partial(decode_all, packed) for packed in profiles], args.rounds, time.process_time)
+            times = timed([partial(decode_all, packed) for packed in profiles], args.rounds, time.process_time)
             speeds = [[gigabytes / seconds for seconds in column] for column in times]
             ours, smallest = map(spread, speeds)
             used = " ".join(sorted({entry.codec for entry, _ in profiles[0]}))
@@ -207,7 +202,7 @@ def encoding(args: argparse.Namespace, folder: Path) -> None:
         for kind in KINDS:
             tensors = weights(kind, args.layers, dtype)
             actions = [partial(save_dense, tensors, folder / "dense"), partial(save_file, tensors, folder / "packed")]
-            print(f"{named(dtype):<9}{kind:<12}{ratio(in_turns(actions, args.rounds), ENCODED)}")
+            print(f"{named(dtype):<9}{kind:<12}{ratio(timed(actions, args.rounds), ENCODED)}")
     print("Whole model, save_pretrained, packed against that of a model that was never sparse")
     for dtype in (torch.float32, torch.float16):
         plain, sparse = bert(args.layers, dtype), pruned(bert(args.layers, dtype))
@@ -216,7 +211,7 @@ def encoding(args: argparse.Namespace, folder: Path) -> None:
                 partial(plain.save_pretrained, folder / "plain-model"),
                 partial(sparse.save_pretrained, folder / "saved-model", format=profile),
             ]
-            print(f"{named(dtype):<9}90 % {profile:<9}{ratio(in_turns(actions, args.rounds), ENCODED)}")
+            print(f"{named(dtype):<9}90 % {profile:<9}{ratio(timed(actions, args.rounds), ENCODED)}")
     print()
 
 
@@ -228,9 +223,9 @@ def named(dtype: torch.dtype) -> str:
 def ratio(times: Sequence[list[float]], limit: float) -> str:
     """Return how many times as long the second of two took, its spread, the limit, and the seconds."""
     first, second = times
-    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    factors = ratios({"first": first, "second": second}, "second", "first")
     seconds = f"seconds {spread(first)} and {spread(second)}"
-    return f"{spread(ratios)}   {against(statistics.median(ratios), limit):<16} {seconds}"
+    return f"{spread(factors)}   {against(statistics.median(factors), limit):<16} {seconds}"
 
 
 def bert(layers: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -267,7 +262,7 @@ def loading(args: argparse.Namespace, folder: Path) -> None:
     for cache, limit in (("warm", LOADED), ("cold", 1.0)):
         for what, action in (("loaded", load), ("loaded and read", load_and_read)):
             actions = [partial(with_cache, cache, action, folder / "models" / profile) for profile in PROFILES]
-            columns = in_turns(actions, args.rounds, LOADING.read)
+            columns = timed(actions, args.rounds, LOADING.read)
             for profile, column in zip(PROFILES[1:], columns[1:], strict=True):
                 print(f"{cache:<5}{what:<16}{profile:<9}{ratio([columns[0], column], limit)}")
     print("Pages of the files in memory, warm and after dropping (0 % is cold; a disk may have a cache of its own)")
@@ -352,8 +347,7 @@ def main() -> None:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}; known: {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    print(f"torch {torch.__version__}, 1 thread, {cpu}\n")
+    print(f"{machine()}\n")
     with tempfile.TemporaryDirectory() as folder:
         for part in args.parts or PARTS:
             PARTS[part](args, Path(folder))

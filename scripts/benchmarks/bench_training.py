@@ -3,7 +3,7 @@
     python scripts/benchmarks/bench_training.py --model-shape minilm-l6 --methods movement magnitude --rounds 10
 
 Weights and data are random; the loop is the real `Trainer.train`, with its data loader, optimizer and clipping. In each
-round every variant trains a fresh model for some steps, in an order that turns from round to round, and its mean time
+round every variant trains a fresh model for some steps, in the reverse order of the round before, and its mean time
 per step (masks need not be renewed at every step, so a median would hide them) is divided by the plain Trainer's of the
 same round. What else the machine does then falls on both. The figure to quote is the median ratio with its quartiles.
 
@@ -17,14 +17,13 @@ import argparse
 import gc
 import json
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,8 @@ from transformers import (
 )
 
 from hf_sparse import SparsityCallback, SparsityConfig
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 SHAPES: dict[str, dict[str, Any]] = {
     "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -139,27 +140,31 @@ def run(variant: str, options: argparse.Namespace, folder: str) -> float:
     return (clock.ends[-1] - clock.ends[options.warmup - 1]) / options.steps
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """Return first quartile, median and third quartile."""
-    return [values[0]] * 3 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")
+class Meter:
+    """A clock that goes on by the time per step of each run, and stands still while a model is made and warms up."""
+
+    def __init__(self, options: argparse.Namespace, folder: str) -> None:
+        self.options, self.folder, self.total = options, folder, 0.0
+
+    def read(self) -> float:
+        """Return the sum of all runs so far, in seconds per step."""
+        return self.total
+
+    def run(self, variant: str) -> None:
+        """Train one variant."""
+        seconds = run(variant, self.options, self.folder)
+        self.total += seconds
+        if not self.options.json:
+            print(f"{variant} {1e3 * seconds:.0f} ms", flush=True)
 
 
-def summary(variant: str, rounds: list[dict[str, float]], memory: dict[str, float | None]) -> dict[str, Any]:
+def summary(variant: str, seconds: dict[str, list[float]], memory: dict[str, float | None]) -> dict[str, Any]:
     """Return the figures of one variant over all rounds."""
     return {
-        "milliseconds_per_step": quartiles([1e3 * result[variant] for result in rounds]),
-        "ratio_to_plain": quartiles([result[variant] / result[PLAIN] for result in rounds]),
+        "milliseconds_per_step": list(quartiles([1e3 * each for each in seconds[variant]])),
+        "ratio_to_plain": list(quartiles(ratios(seconds, variant, PLAIN))),
         "peak_memory_mib": memory.get(variant),
     }
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def parse() -> argparse.Namespace:
@@ -191,7 +196,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     variants = [PLAIN, *options.methods]
-    rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         if options.peak_of is not None:
             run(options.peak_of, options, folder)
@@ -199,24 +203,17 @@ def main() -> None:
             return
         memory = {} if options.no_memory else {variant: memory_of(variant) for variant in variants}
         run(PLAIN, options, folder)  # the first run of a process pays for what the others share
-        for number in range(options.rounds):
-            turn = number % len(variants)
-            order = variants[turn:] + variants[:turn]
-            results = {
-                variant: run(variant, options, folder) for variant in (order if number % 2 == 0 else order[::-1])
-            }
-            rounds.append(results)
-            if not options.json:
-                times = ", ".join(f"{variant} {1e3 * results[variant]:.0f} ms" for variant in variants)
-                print(f"round {number + 1}/{options.rounds}: {times}", flush=True)
+        meter = Meter(options, folder)
+        runs = {variant: partial(meter.run, variant) for variant in variants}
+        seconds = interleave(runs, options.rounds, warmup=0, clock=meter.read, inference=False)
     report = {
-        "cpu": processor(),
+        "machine": machine(),
         "threads": options.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         **{key: getattr(options, key) for key in ("model_shape", "batch", "length", "sparsity", "rounds", "steps")},
-        "variants": {variant: summary(variant, rounds, memory) for variant in variants},
+        "variants": {variant: summary(variant, seconds, memory) for variant in variants},
     }
     if options.json:
         print(json.dumps(report, indent=2))
@@ -224,8 +221,7 @@ def main() -> None:
     print(
         f"\n{options.model_shape}, batch {options.batch} x {options.length} tokens, {report['dtype']}, "
         f"{options.sparsity:.0%} sparse, {options.rounds} rounds of {options.steps} steps\n"
-        f"{report['cpu']}, {options.threads} thread(s), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n"
+        f"{report['machine']}, transformers {transformers.__version__}\n"
     )
     head = f"{'':14}{'ms per step':>12}{'quartiles':>18}{'ratio to plain':>16}{'quartiles':>16}{'peak MiB':>10}"
     print(f"{head}{'to plain':>10}")
