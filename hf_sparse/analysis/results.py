@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +87,7 @@ class Result:
         speed: measured by `hf-sparse bench` (`Comparison.to_dict`); None = not measured.
         settings: the recipe, without the folders of a machine; None = it was made without a recipe, see `note`.
         note: further remarks.
+        baseline: name of the dense run that it is compared with; None = see `dense_baseline`.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Result:
     speed: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] | None = None
     note: str | None = None
+    baseline: str | None = None
 
     @classmethod
     def from_dict(cls, data: Any) -> Result:
@@ -146,15 +147,23 @@ class Result:
         return self.name, self.seed
 
 
-def dense_twin(results: Sequence[Result], result: Result) -> list[Result]:
-    """Return the dense baseline of a result, one for each seed.
+def dense_baseline(results: Sequence[Result], result: Result) -> list[Result]:
+    """Return the dense runs that a result is compared with, one for each seed: of the same task and model.
 
-    It has the same task and model and, if there is such a run, the same initial model and number of steps.
+    The first of these that there is: the runs that the result names (`Result.baseline`); those that began alike (from
+    the initial model, or after a dense run) and took as many steps; those from the initial model with as many steps;
+    those from the initial model with the most steps.
     """
     dense = [r for r in results if (r.task, r.model, r.sparsity) == (result.task, result.model, 0.0)]
-    alike = Method("dense", after_dense=result.how.after_dense)
-    fits = [r for r in dense if r.how == alike and r.steps == result.steps]
-    return fits or [r for r in dense if re.fullmatch(rf"{re.escape(result.task)}-dense(-l\d+)?", r.name)]
+    named = [r for r in dense if r.name == result.baseline]
+    alike = [
+        r for r in dense if (r.how, r.steps) == (Method("dense", after_dense=result.how.after_dense), result.steps)
+    ]
+    plain = [r for r in dense if r.how == Method("dense")]
+    most = max((r.steps or 0 for r in plain), default=0)
+    return (
+        named or alike or [r for r in plain if r.steps == result.steps] or [r for r in plain if (r.steps or 0) == most]
+    )
 
 
 def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:

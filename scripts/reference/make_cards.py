@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hf_sparse.analysis.results import Result, by_name, dense_twin
+from hf_sparse.analysis.results import Result, by_name, dense_baseline
 from hf_sparse.hf.hub.model_card import CardFacts, card_text
 from hf_sparse.profiling.speed_record import Speed
 from hf_sparse.utils.strict_yaml import dump_yaml
@@ -37,7 +37,7 @@ def cards() -> dict[str, str]:
     results = reference_results()
     out = {"template.md": card_text(CardFacts("name of the model"))}
     for name, runs in by_name(results).items():
-        out[f"{name}.md"] = card_text(_facts(runs, dense_twin(results, runs[0])))
+        out[f"{name}.md"] = card_text(_facts(runs, dense_baseline(results, runs[0])))
     return out
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hf_sparse.analysis.pareto import plot
-from hf_sparse.analysis.results import Result, by_name, common_machine, dense_twin, of_one_machine
+from hf_sparse.analysis.results import Result, by_name, common_machine, dense_baseline, of_one_machine
 from hf_sparse.analysis.runs import runs_of
 from hf_sparse.errors import RecipeError
 from hf_sparse.profiling.speed_record import Speed, verdict
@@ -135,7 +135,7 @@ def result_table(groups: Mapping[str, Sequence[Result]], results: Sequence[Resul
             rows.append((name, "-", "0", *[NOT_MEASURED] * len(metrics), "-", "-", "-"))
             continue
         first = runs[0]
-        dense = _dense(first, dense_twin(results, first))
+        dense = _dense(first, dense_baseline(results, first))
         sizes = [size for run in runs if (size := run.compact_bytes or run.bytes)]
         megabytes = f"{statistics.mean(sizes) / 1e6:.1f}" if sizes else "not recorded"
         speed = _speed(runs, results) if first.sparsity else "-"

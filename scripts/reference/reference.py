@@ -55,6 +55,7 @@ class Entry:
     teacher: str | None = None
     hidden: bool = False
     after: str | None = None
+    baseline: str | None = None
     own_model: bool = True
 
     @property

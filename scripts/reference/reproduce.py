@@ -116,6 +116,7 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         compact_bytes=None if small is None else sum(small.files.values()),
         settings=_short(settings),
         note=f"starts from the model of {entry.after}" if entry.after else None,
+        baseline=entry.baseline,
     )
 
 

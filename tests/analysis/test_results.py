@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from hf_sparse import RecipeError
-from hf_sparse.analysis.results import Result, add_results, dense_twin, read_results
+from hf_sparse.analysis.results import Result, add_results, dense_baseline, read_results
 
 FACTS: dict[str, Any] = {
     "name": "sst2-magnitude-90", "task": "sst2", "model": "m", "method": "magnitude", "sparsity": 0.9, "seed": 0,
@@ -85,7 +86,7 @@ def test_result_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> N
     assert read_results(path) == [Result.from_dict(FACTS)]
 
 
-def test_dense_twin_began_alike_and_took_as_many_steps_or_is_the_usual_dense_run() -> None:
+def test_dense_baseline_is_the_named_run_or_began_alike_or_took_the_most_steps() -> None:
     def made(name: str, model: str, steps: int, method: str = "dense", sparsity: float = 0.0) -> Result:
         return Result(name, "rte", model, method, sparsity, 0, {"accuracy": 0.5}, steps=steps)
 
@@ -96,11 +97,17 @@ def test_dense_twin_began_alike_and_took_as_many_steps_or_is_the_usual_dense_run
         made("rte-dense-l6-after-dense-700-steps", "l6", 700, "dense, after dense"),
     ]
 
-    def twins(model: str, steps: int, method: str) -> list[str]:
-        return [run.name for run in dense_twin(dense, made("rte-x", model, steps, method, 0.9))]
+    def baselines(model: str, steps: int, method: str) -> list[str]:
+        return [run.name for run in dense_baseline(dense, made("rte-x", model, steps, method, 0.9))]
 
-    assert twins("l3", 1400, "magnitude") == ["rte-dense"]
-    assert twins("l6", 700, "magnitude") == ["rte-dense-l6-700-steps"]
-    assert twins("l6", 700, "magnitude, after dense") == ["rte-dense-l6-after-dense-700-steps"]
-    assert twins("l6", 5600, "magnitude") == ["rte-dense-l6"]
-    assert twins("t5", 1400, "magnitude") == []
+    assert baselines("l3", 1400, "magnitude") == ["rte-dense"]
+    assert baselines("l6", 700, "magnitude") == ["rte-dense-l6-700-steps"]
+    assert baselines("l6", 700, "magnitude, after dense") == ["rte-dense-l6-after-dense-700-steps"]
+    assert baselines("l6", 5600, "magnitude") == ["rte-dense-l6"]
+    assert baselines("l3", 1400, "magnitude, after dense") == ["rte-dense"]
+    assert baselines("t5", 1400, "magnitude") == []
+    named = dataclasses.replace(made("rte-x", "l6", 700, "magnitude", 0.9), baseline="rte-dense-l6")
+    assert [run.name for run in dense_baseline(dense, named)] == ["rte-dense-l6"]
+    gone = dataclasses.replace(named, baseline="rte-dense-of-another-file")
+    assert [run.name for run in dense_baseline(dense, gone)] == ["rte-dense-l6-700-steps"]
+    assert Result.from_dict(json.loads(json.dumps(named.to_dict()))) == named
