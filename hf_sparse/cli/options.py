@@ -11,6 +11,27 @@ from ..utils import atomic_io
 from ..utils.text import shorten
 
 
+def add_folder(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the folder of a saved model, under a name."""
+    parser.add_argument(name, metavar="DIR", help="folder of a saved model")
+
+
+def add_model(parser: argparse.ArgumentParser, output: str | None = None) -> None:
+    """Add a model, saved or on the Hub, and --output if the verb writes another.
+
+    Args:
+        output: what --output is, as in "folder for the pruned model".
+    """
+    parser.add_argument("model", metavar="DIR", help="folder or Hub name")
+    if output is not None:
+        parser.add_argument("--output", required=True, metavar="DIR", help=output)
+
+
+def add_against(parser: argparse.ArgumentParser, purpose: str = "dense baseline") -> None:
+    """Add --against, the dense baseline."""
+    parser.add_argument("--against", metavar="DENSE_DIR", help=purpose)
+
+
 def add_revision(parser: argparse.ArgumentParser) -> None:
     """Add --revision of a model on the Hub."""
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (main)")

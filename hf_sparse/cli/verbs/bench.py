@@ -9,7 +9,7 @@ from pathlib import Path
 from ...errors import RecipeError
 from ...profiling.speed_record import SPEED
 from ...runtime import backends
-from ..options import add_revision, given, write_text
+from ..options import add_against, add_model, add_revision, given, write_text
 from ..verb import VERBS, Verb
 
 
@@ -21,8 +21,8 @@ class Bench(Verb):
     example = "sparse --batch 8 --length 64 --save"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", metavar="DIR", help="folder or Hub name")
-        parser.add_argument("--against", metavar="DENSE", help="dense baseline (the same weights, dense)")
+        add_model(parser)
+        add_against(parser, "dense baseline (the same weights, dense)")
         parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (as configured)")
         parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (1)")
         parser.add_argument("--length", type=int, default=128, metavar="N", help="sequence length (128)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..options import add_against, add_folder
 from ..verb import VERBS, Verb
 
 
@@ -15,8 +16,8 @@ class Card(Verb):
     example = "sparse --against dense --license apache-2.0"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("folder", metavar="DIR", help="folder of a saved model")
-        parser.add_argument("--against", metavar="DENSE_DIR", help="folder of the dense run, for its metrics")
+        add_folder(parser, "folder")
+        add_against(parser, "folder of the dense run, for its metrics")
         parser.add_argument("--license", metavar="ID", help="license of the model, as in apache-2.0")
         parser.add_argument("--force", action="store_true", help="overwrite a card that was written by hand")
 

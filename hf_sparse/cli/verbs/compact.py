@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import add_revision, separate_output
+from ..options import add_model, add_revision, separate_output
 from ..verb import VERBS, Verb
 
 
@@ -16,8 +16,7 @@ class Compact(Verb):
     example = "sparse --output small"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", help="folder or Hub name")
-        parser.add_argument("--output", required=True, metavar="DIR", help="folder for the smaller model")
+        add_model(parser, "folder for the smaller model")
         add_revision(parser)
 
     def run(self, options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import add_revision, given
+from ..options import add_model, add_revision, given
 from ..verb import VERBS, Verb
 
 
@@ -16,7 +16,7 @@ class Export(Verb):
     example = "sparse --to onnx --output onnx"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", metavar="DIR", help="folder or Hub name")
+        add_model(parser)
         parser.add_argument("--to", required=True, metavar="RUNTIME", help="onnx, openvino, executorch or torch")
         parser.add_argument("--output", metavar="DIR", help="output folder (DIR/RUNTIME)")
         parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..data_options import add_data, data_section
-from ..options import add_revision, given, separate_output, spec
+from ..options import add_model, add_revision, given, separate_output, spec
 from ..verb import VERBS, Verb
 
 GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude")
@@ -20,8 +20,7 @@ class Prune(Verb):
     example = "models/bert --sparsity 0.5 --output sparse"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", help="folder or Hub name")
-        parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pruned model")
+        add_model(parser, "folder for the pruned model")
         parser.add_argument(
             "--sparsity", type=float, metavar="S", help="fraction of weights that are pruned, as in 0.5"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import given
+from ..options import add_folder, given
 from ..verb import VERBS, Verb
 
 
@@ -16,7 +16,7 @@ class Push(Verb):
     example = "sparse user/bert-sparse --private"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("folder", metavar="DIR", help="folder of a saved model")
+        add_folder(parser, "folder")
         parser.add_argument("repo", metavar="REPO", help="user/name; created if it does not exist")
         parser.add_argument(
             "--private", action="store_true", default=None, help="make the repository private if it is new"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..data_options import add_data, data_section
+from ..options import add_against, add_folder
 from ..verb import VERBS, Verb
 
 
@@ -17,8 +18,8 @@ class Report(Verb):
     example = "sparse --against dense --data dev.jsonl --html report.html"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("model", metavar="DIR", help="folder of a saved model")
-        parser.add_argument("--against", metavar="DENSE_DIR", help="dense baseline")
+        add_folder(parser, "model")
+        add_against(parser)
         parser.add_argument("--html", metavar="FILE", help="output file (DIR/report.html)")
         parser.add_argument("--bench", metavar="FILE", help="output of `bench --json` (DIR/speed.json, if it exists)")
         add_data(

@@ -10,6 +10,9 @@ from ..data_options import add_data, data_section
 from ..options import add_json, add_revision
 from ..verb import VERBS, Verb
 
+DEFAULT_TOTAL = 0.8
+"""Total sparsity that groups are suggested for, if the measured levels go as far."""
+
 
 @VERBS.register("sensitivity")
 class Sensitivity(Verb):
@@ -23,7 +26,10 @@ class Sensitivity(Verb):
         add_data(parser, "examples to measure on", required=True, samples=256, batch=True)
         parser.add_argument("--levels", default="0.5,0.7,0.9", metavar="S,S,...", help="sparsities (0.5,0.7,0.9)")
         parser.add_argument(
-            "--sparsity", type=float, default=0.8, metavar="S", help="total sparsity to suggest groups for (0.8)"
+            "--sparsity",
+            type=float,
+            metavar="S",
+            help="total sparsity to suggest groups for (0.8, or the highest level)",
         )
         parser.add_argument("--plot", metavar="FILE", help="write loss over sparsity: png, pdf or svg")
         add_json(parser)
@@ -40,17 +46,18 @@ class Sensitivity(Verb):
             raise RecipeError(
                 f"--levels must be numbers separated by commas, as in 0.5,0.9, got {options.levels!r}"
             ) from error
-        check_total(options.sparsity, levels)  # now, not when all is measured
+        sparsity = min(DEFAULT_TOTAL, max(levels)) if options.sparsity is None else options.sparsity
+        check_total(sparsity, levels)  # now, not when all is measured
         if options.plot is not None:
             check_picture(options.plot)
         result = sensitivity(options.model, data_section(options), levels, options.batch, options.revision)
         if not options.json:
             print(result)
-        groups = result.allocations(options.sparsity)
+        groups = result.allocations(sparsity)
         if options.json:
             print(json.dumps({**result.to_dict(), "groups": groups}, indent=2))
         else:
             for way, suggested in groups.items():
-                print(f"\n# {way}, {options.sparsity:g} in total\n{as_recipe(suggested)}", end="")
+                print(f"\n# {way}, {sparsity:g} in total\n{as_recipe(suggested)}", end="")
         if options.plot is not None:
             result.plot(options.plot)
