@@ -95,7 +95,7 @@ metric, freeze, sparsity, distillation, training, seed.
         check_keys(data, [field.name for field in dataclasses.fields(cls)], "the recipe")
         for key in ("model", "data"):
             if data.get(key) is None:
-                raise RecipeError(f"the recipe has no '{key}' section")
+                raise RecipeError(f"`{key}` is missing: the recipe needs a section of that name")
         model = {"name": data["model"]} if isinstance(data["model"], str) else data["model"]
         seed = data.get("seed", 0)
         check_integer("seed", seed, f"[0, {2**32})")
@@ -179,7 +179,7 @@ metric, freeze, sparsity, distillation, training, seed.
         try:
             return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
         except (TypeError, ValueError, ImportError) as error:
-            raise RecipeError(f"the training section is refused by transformers: {error}") from error
+            raise RecipeError(f"`training` must be arguments that transformers accepts: {error}") from error
 
 
 def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -204,9 +204,11 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
     _check_mapping(training, "the training section")
     check_keys(training, [field.name for field in dataclasses.fields(arguments)], "the training section")
     if "seed" in training:
-        raise RecipeError("training.seed: the seed stands at the top of the recipe, as in `seed: 0`")
+        raise RecipeError("`training.seed` must be left out: the seed stands at the top of the recipe, as in `seed: 0`")
     if "hub_token" in training:
-        raise RecipeError("training.hub_token: a recipe is saved and shared; log in with `hf auth login` instead")
+        raise RecipeError(
+            "`training.hub_token` must be left out: a recipe is saved and shared. Log in with `hf auth login`"
+        )
     if "output_dir" in training:
         check_text("training.output_dir", training["output_dir"])
     hints = typing.get_type_hints(arguments)
@@ -250,7 +252,7 @@ def _section(cls: type[Any], data: Any, where: str) -> Any:
     check_keys(data, [field.name for field in dataclasses.fields(cls)], where)
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in data:
-            raise RecipeError(f"{where} has no '{field.name}'")
+            raise RecipeError(f"`{field.name}` is missing in {where}")
     return cls(**data)
 
 
@@ -266,8 +268,8 @@ def _locate_file(name: str, folder: Path, key: str) -> str:
     path = _locate(name, folder)
     if path is None or not os.path.isfile(path):
         raise RecipeError(
-            f"data.{key}: no file {name} in the working directory {os.getcwd()} or in the recipe's folder "
-            f"{folder.resolve()}"
+            f"`data.{key}` must be a file, and there is no {name} in the working directory {os.getcwd()} or in the "
+            f"folder of the recipe, {folder.resolve()}"
         )
     return path
 

@@ -53,7 +53,10 @@ class ModelSection:
         if self.num_labels is not None:
             check_positive_int("model.num_labels", self.num_labels)
         if self.task == "seq2seq" and self.num_labels is not None:
-            raise RecipeError("model.num_labels is for classes and numbers, but model.task seq2seq generates text")
+            raise RecipeError(
+                f"`model.num_labels` must be left out for `model.task` 'seq2seq', which generates text, got "
+                f"{self.num_labels}"
+            )
         if self.revision is not None:
             check_text("model.revision", self.revision)
 
@@ -111,10 +114,13 @@ class DataSection:
     def _check_source(self) -> None:
         if self.name is None:
             if self.config is not None:
-                raise RecipeError("data.config belongs to a dataset on the Hub, but data.name is missing")
+                raise RecipeError(
+                    f"`data.config` must be left out for local files, got {shorten(self.config)}. For a dataset on the "
+                    "Hub, give `data.name` too"
+                )
             for key in ("train", "validation"):
                 if getattr(self, key) is None:
-                    raise RecipeError(f"data.{key} is missing: give a file, or a dataset on the Hub with data.name")
+                    raise RecipeError(f"`data.{key}` is missing: give a file, or a dataset on the Hub with `data.name`")
         for key in ("train", "validation") if self.name is not None else ():
             split = getattr(self, key)
             if split is not None and Path(split).suffix.lower() in FORMATS:
@@ -124,8 +130,8 @@ class DataSection:
                 )
         if self.train == self.validation and self.train is not None:
             raise RecipeError(
-                f"data.train and data.validation are both {self.train!r}, so the metric would be measured on the "
-                "examples trained on; give another file or split for validation"
+                f"`data.validation` must be another file or split than `data.train`, got {shorten(self.train)} for "
+                "both: the metric would be measured on the training examples"
             )
 
     @property

@@ -33,6 +33,7 @@ from ..errors import CheckpointError, RecipeError
 from ..hf.trainer.checkpoint import check_unused, remove_trained, trained_files
 from ..hf.trainer.run_record import STATE, changes, listing, read_record
 from ..registry import check_keys
+from ..utils.text import shorten
 from ..utils.validation import check_bool, check_text
 from .data import load_examples
 from .identity import OF_THE_MODEL, SECTION, recipe_facts
@@ -79,7 +80,7 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     data = read_recipe(path, overrides)
     parts = data.pop("stages")
     if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
-        raise RecipeError(f"stages is a list of partial recipes, not {parts!r}")
+        raise RecipeError(f"`stages` must be a list of partial recipes, got {shorten(parts)}")
     root = _mapping(data, "training").get("output_dir", os.path.join("runs", Path(path).stem))
     check_text("training.output_dir", root)
     builder = _Builder(data, root, Path(path).parent, len(parts) - 1)
@@ -87,11 +88,16 @@ def load_stages(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     for index, part in enumerate(parts):
         name = part.get("name", f"stage{index + 1}")
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise RecipeError(f"stage {index + 1}: name is the name of a folder, not {name!r}")
+            raise RecipeError(f"stage {index + 1}: `name` must be the name of a folder, got {shorten(name)}")
         if name == "self":
-            raise RecipeError(f"stage {index + 1}: 'self' as a teacher is the model before pruning; name it otherwise")
+            raise RecipeError(
+                f"stage {index + 1}: `name` must not be 'self', which as a teacher is the model before pruning"
+            )
         if name in [stage.name for stage in stages]:
-            raise RecipeError(f"stage {index + 1} has the name '{name}' of an earlier one, and would overwrite it")
+            raise RecipeError(
+                f"stage {index + 1}: `name` must differ from those of earlier stages, got '{name}' again: it would "
+                "overwrite that stage"
+            )
         try:
             builder.add(part, name)
         except RecipeError as error:
@@ -151,13 +157,17 @@ class _Builder:
         check_keys(part, [*_OWN, *(field.name for field in dataclasses.fields(Recipe))], "the stage")
         check_bool("compact", part.get("compact", False))
         if part.get("compact") and not self.stages:
-            raise RecipeError("compact: the first stage has no stage before it whose model could be compacted")
+            raise RecipeError("`compact` must be left out of the first stage, which has no model before it to compact")
         if "output_dir" in _mapping(part, "training"):
             raise RecipeError(
-                "training.output_dir is that of the whole recipe; a stage writes into the folder of its name"
+                "`training.output_dir` must be left out of a stage, which writes into the folder of its name: it is "
+                "that of the whole recipe"
             )
         if self.stages and {"name", "revision"} & set(_mapping(part, "model")):
-            raise RecipeError("model.name is given, but a stage starts from the model of the stage before")
+            raise RecipeError(
+                "`model.name` and `model.revision` must be left out of a later stage, which starts from the model of "
+                "the one before"
+            )
 
     def _merged(self, part: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return the shared recipe with what a stage changes, and its output folder."""

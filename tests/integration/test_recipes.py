@@ -204,7 +204,10 @@ def test_encoder_decoder_is_pruned_while_it_learns_to_write(recipe, tmp_path):
         ({"sparsity": {"sparsity": 0.5, "targets": "*.quarry"}}, r"'\*\.quarry' matches no linear layer"),
         ({"sparsity": {"sparsity": 0.5, "pattern": {"name": "block", "rows": 5, "cols": 5}}}, "block"),
         ({"sparsity": {"sparsity": 0.5, "schedule": {"name": "cubic", "every": 500}}}, "every 500 steps"),
-        ({"training": {**TRAINING, "eval_strategy": "sometimes"}}, "refused by transformers"),
+        (
+            {"training": {**TRAINING, "eval_strategy": "sometimes"}},
+            "`training` must be arguments that transformers accepts",
+        ),
     ],
 )
 def test_recipe_that_does_not_fit_is_refused_before_training(recipe, tmp_path, sections, reason):
