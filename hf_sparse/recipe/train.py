@@ -197,7 +197,8 @@ def _is_finished(checkpoint: str) -> bool:
 def _method(recipe: Recipe, changes: Mapping[str, str]) -> list[TrainerCallback]:
     """Return the callback that prunes or distils, if any."""
     if recipe.sparsity is not None:
-        allow = [key for key in changes if key.startswith("sparsity.")]
+        # The data of a recipe are in its own record, whole.
+        allow = ["data", *(key for key in changes if key.startswith("sparsity."))]
         return [SparsityCallback(recipe.sparsity, distillation=recipe.distillation, allow=allow)]
     return [] if recipe.distillation is None else [DistillationCallback(recipe.distillation)]
 

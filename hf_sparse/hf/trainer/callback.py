@@ -26,6 +26,7 @@ from ...pruning.group import warn_of_freed_zeros
 from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
 from ..hub.push import guard_trainer
+from .data_record import data_facts
 from .fsdp import check_fsdp
 from .log_first import LogsFirst
 from .loss_hook import LossTerms
@@ -64,12 +65,12 @@ class SparsityCallback(LogsFirst):
         distillation: a `DistillationConfig` or a mapping with its keys.
         check_masks_every: optimizer steps between two checks that all processes hold the same masks; 0 = never.
         allow: keys of `config` that may differ from those of the checkpoint that training is resumed from, as in
-            `["sparsity", "schedule"]`. Any other difference is an error.
+            `["sparsity", "schedule"]`, and "data" for the training data. Any other difference is an error.
 
     Raises:
         RecipeError: before the first step, if the config does not fit the model, the training arguments or the number
             of steps.
-        CheckpointError: before a resume, if the checkpoint was made with another config.
+        CheckpointError: before a resume, if the checkpoint was made with another config or other training data.
 
     Example:
         >>> from hf_sparse import SparsityCallback, SparsityConfig
@@ -95,6 +96,7 @@ class SparsityCallback(LogsFirst):
         self.phase = Phase.NEW
         self._teacher = teacher if isinstance(teacher, nn.Module) else None
         self._terms: LossTerms | None = None
+        self._data: dict[str, Any] = {}
         self._resumed_at = 0.0
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -114,6 +116,12 @@ class SparsityCallback(LogsFirst):
 
     def before_optimizer(self, trainer: Trainer) -> None:
         """Put the masks on a model that is new since (`model_init`, or a callback added later)."""
+        callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, SparsityCallback)]
+        if len(callbacks) > 1:
+            raise RecipeError(
+                f"a Trainer takes one SparsityCallback, got {len(callbacks)}. For layers of different sparsity, give "
+                "one callback a config with several groups: SparsityConfig(groups=[...])"
+            )
         if self.phase is Phase.REPLACED:
             raise RecipeError(
                 "the masks of this SparsityCallback were taken off its model, by detach() or by a later Trainer with a "
@@ -125,6 +133,7 @@ class SparsityCallback(LogsFirst):
                 "make a new Trainer with a new SparsityCallback"
             )
         self._attach(trainer.model, trainer.args)
+        self._data = data_facts(trainer.train_dataset)
         if trainer.is_deepspeed_enabled:
             raise RecipeError(
                 "SparsityCallback does not work with DeepSpeed (ZeRO-1, 2 or 3): its engine flattens and divides the "
@@ -209,7 +218,7 @@ class SparsityCallback(LogsFirst):
             check_best_model(pruner, args, state)
         assert self._terms is not None
         self._terms.count_batches(args)
-        self._resumed_at = record_sparsity(state, resolved(self.config))
+        self._resumed_at = record_sparsity(state, resolved(self.config), self._data)
         pruner.progress = self._progress(state)
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)

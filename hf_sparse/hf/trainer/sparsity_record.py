@@ -1,4 +1,7 @@
-"""The sparsity config in a training checkpoint: what a resume compares, and how far the schedule was."""
+"""The sparsity config and the training data in a training checkpoint: what a resume compares.
+
+Also how far the schedule was.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from transformers import Trainer, TrainerState
 from transformers.utils import logging
 
 from ...errors import CheckpointError
+from .data_record import data_facts
 from .run_record import check_resume, flatten, read_record, recorded_in, write_record
 
 logger = logging.get_logger(__name__)
@@ -18,7 +22,7 @@ SECTION = "sparsity"
 
 
 def check_sparsity_record(trainer: Trainer, folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> None:
-    """Compare the config of a checkpoint with that of a callback.
+    """Compare the config and the data of a checkpoint with those of a callback and its Trainer.
 
     Args:
         config: as `resolved` returns it.
@@ -41,15 +45,20 @@ def check_sparsity_record(trainer: Trainer, folder: Path, config: Mapping[str, A
             "older hf_sparse. To prune the model that it holds, load it with from_pretrained and train without "
             "resume_from_checkpoint; to resume all the same: SparsityCallback(..., allow=['sparsity'])"
         )
-    old, new = ({"sparsity": facts} for facts in (recorded.get("config"), config))
+    data = data_facts(trainer.train_dataset)
+    old = {"sparsity": recorded.get("config"), "data": recorded.get("data", data)}  # of an older hf_sparse
+    new = {"sparsity": config, "data": data}
     check_resume(folder, flatten(old), flatten(new), allow, "SparsityCallback(..., allow=['{}'])")
 
 
-def record_sparsity(state: TrainerState, config: Mapping[str, Any]) -> float:
+def record_sparsity(state: TrainerState, config: Mapping[str, Any], data: Mapping[str, Any]) -> float:
     """Record a config in the state of a Trainer, and return the progress that a resumed run starts from.
 
     A run that is resumed with more steps is less far along its schedule than its masks are. The schedule then holds
     where it was, so that no zero is lost.
+
+    Args:
+        data: facts of the training data.
     """
     recorded = recorded_in(state, SECTION)
     steps, before = recorded.get("max_steps"), 0.0
@@ -62,5 +71,7 @@ def record_sparsity(state: TrainerState, config: Mapping[str, Any]) -> float:
                 f"would go back from {before:.0%} to {now:.0%} of the training and prune less. Masks stay at "
                 f"{before:.0%} until the longer run gets there, so the sparsity does not fall"
             )
-    write_record(state, SECTION, {"config": config, "max_steps": state.max_steps, "progress": before})
+    write_record(
+        state, SECTION, {"config": config, "data": dict(data), "max_steps": state.max_steps, "progress": before}
+    )
     return before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer
 
 from hf_sparse import CheckpointError, RecipeError, SparsityCallback, SparsityConfig, last_checkpoint, summarize
+from hf_sparse.hf.trainer.data_record import data_facts
 from hf_sparse.hf.trainer.run_record import check_resume
 from tests.helpers.training import RAMP, Rows, arguments, bert, sparse_trainer
 
@@ -70,6 +73,56 @@ def test_changes_that_are_allowed_by_name_are_accepted_and_no_others(trained: Pa
     assert summarize(resume("groups.0.sparsity", "end")).sparsity == pytest.approx(0.8, abs=1e-3)
     with pytest.raises(RecipeError, match="allow: 'schedul' is not a key of this run; did you mean"):
         resume("schedul")
+
+
+def texts(count: int = 64, **columns: list[str]) -> Dataset:
+    ids = Rows(count).ids
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 2).tolist(), **columns})
+
+
+@pytest.mark.parametrize(
+    ("changed", "listed"),
+    [
+        (lambda: texts(60), r"data\.examples: 64 -> 60"),
+        (
+            lambda: texts(note=["x"] * 64),
+            r"data\.columns: \['input_ids', 'labels'\] -> \['input_ids', 'labels', 'note'\]",
+        ),
+        (lambda: texts().shuffle(seed=1), r"data\.content: \w+ -> \w+"),
+        (lambda: Rows(60), r"data\.columns: .* -> not set.*data\.examples: 64 -> 60"),
+    ],
+)
+def test_resume_with_other_data_is_an_error_unless_it_is_allowed(changed: Any, listed: str, tmp_path: Path) -> None:
+    def trainer(data: Any, *allow: str) -> Any:
+        callback = SparsityCallback(SparsityConfig(**BASE), allow=allow)
+        return Trainer(bert(), arguments(tmp_path, **STEPS), train_dataset=data, callbacks=[callback])
+
+    trainer(texts()).train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=rf"was made by a run that differs.*{listed}"):
+        trainer(changed()).train(resume_from_checkpoint=checkpoint)
+    trainer(texts()).train(resume_from_checkpoint=checkpoint)
+    trainer(changed(), "data").train(resume_from_checkpoint=checkpoint)
+
+
+def test_checkpoint_of_an_older_version_has_no_data_to_compare(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"]["hf_sparse"]["sparsity"].pop("data") == {"examples": 64}
+    path.write_text(json.dumps(state))
+    trainer = sparse_trainer(tmp_path / "out", SparsityConfig(**BASE), **STEPS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 8
+
+
+def test_facts_of_data_do_not_depend_on_transforms_or_the_time_and_cost_few_examples() -> None:
+    data = texts(1000)
+    assert data_facts(data) == data_facts(texts(1000).with_transform(lambda batch: {"x": [object()]}))
+    assert data_facts(data)["content"] != data_facts(data.shuffle(seed=1))["content"]
+    assert data_facts(Dataset.from_dict({"a": []})) == {"examples": 0, "columns": ["a"], "content": data_facts(
+        Dataset.from_dict({"b": []}))["content"]}  # fmt: skip
+    assert data_facts(iter([1])) == data_facts(None) == {}
 
 
 def test_what_masks_depend_on_cannot_be_changed_even_if_allowed() -> None:
@@ -168,6 +221,13 @@ def test_trainer_made_twice_on_one_model_trains_with_the_second(tmp_path: Path) 
     assert summarize(model).sparsity == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(RecipeError, match="a later Trainer with a SparsityCallback"):
         first.train()
+
+
+def test_two_callbacks_of_one_trainer_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    trainer = sparse_trainer(tmp_path, SparsityConfig(**BASE), callbacks=[SparsityCallback({"sparsity": 0.5})])
+    with pytest.raises(RecipeError, match=r"takes one SparsityCallback, got 2\. .*SparsityConfig\(groups=\[\.\.\.\]\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_training_that_was_interrupted_starts_over_with_a_warning(
