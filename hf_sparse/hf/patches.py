@@ -97,6 +97,20 @@ PATCHES: tuple[Patch, ...] = (
         "`register_quantization_config` puts a class on that list, or reads `get_loading_attributes` of any class",
     ),
     Patch(
+        "AutoHfQuantizer.merge_quantization_configs",
+        "wrap",
+        "it warns that the `quantization_config` of the caller is ignored, and of ours nothing is",
+        "none filed",
+        "it does not warn where `get_loading_attributes` has all of the config",
+    ),
+    Patch(
+        "PreTrainedModel.save_pretrained",
+        "wrap",
+        "a model that was made around a compacted part has no quantizer, and would save what nothing can load",
+        "none filed",
+        "a model is notified when one of its parts is replaced",
+    ),
+    Patch(
         "torch.nn.Module.register_module",
         "on_registration",
         "PEFT has no event when it wraps a layer or a model; the wrapper is given `merge` and the like below",
@@ -167,7 +181,7 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         return wrapper(original, *args, **kwargs)
 
     wrapped.hf_sparse_original = original  # type: ignore[attr-defined]
-    static = isinstance(vars(owner).get(name), staticmethod)
+    static = isinstance(vars(owner).get(name), (staticmethod, classmethod))  # the original of these is bound already
     setattr(owner, name, staticmethod(wrapped) if static else wrapped)
 
 

@@ -8,7 +8,8 @@ the list be gone one day, transformers warns that it uses the config of the chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import BitsAndBytesConfig
@@ -154,4 +155,14 @@ def _bitsandbytes(config: BitsAndBytesConfig | Mapping[str, Any] | None) -> Bits
     )
 
 
+def merge_configs(original: Callable[..., Any], stored: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `AutoHfQuantizer.merge_quantization_configs`: without its warning where a `SparseConfig` is given."""
+    if not isinstance(given, SparseConfig):
+        return original(stored, given, *args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return original(stored, given, *args, **kwargs)
+
+
 patches.append(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", SparseConfig)
+patches.wrap(auto.AutoHfQuantizer, "merge_quantization_configs", merge_configs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
 from ...modeling.integration import ModelIntegration, integration_of
+from ...pruning.compaction import edits_of
 from ...pruning.group import joined
+from .. import patches
 from .config import SparseConfig
 from .parts import sparse_parts
 from .quantizer import SparseQuantizer
@@ -79,6 +82,26 @@ def _prepare(model: Any, intent: SparsityConfig | None) -> None:
     model.config.quantization_config = config
     save_packed(model)
 
+
+def save_around(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap `PreTrainedModel.save_pretrained`: a model that was made around a compacted part is saved packed too.
+
+    Raises:
+        RecipeError: if it is quantized, so that nothing could load what it saves.
+    """
+    if "save_pretrained" in vars(model) or not edits_of(model):
+        return original(model, *args, **kwargs)
+    present = getattr(model, "hf_quantizer", None)
+    if present is not None and not isinstance(present, SparseQuantizer):
+        raise RecipeError(
+            f"the model is quantized ({present.quantization_config.quant_method}) and has a compacted part, whose "
+            "sizes config.json cannot express, so nothing could load what is saved. Save it without quantization"
+        )
+    _prepare(model, _earlier(model))
+    return model.save_pretrained(*args, **kwargs)
+
+
+patches.wrap(PreTrainedModel, "save_pretrained", save_around)
 
 _ANY_MODULE, _TRANSFORMERS_MODEL = AnyModule(), TransformersModel()
 integration_of.register(nn.Module, lambda model: _ANY_MODULE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BertPreTrainedModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextModel,
@@ -25,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_sparse import CheckpointError, SparsityCallback, SparsityConfig, compact, sparsify, summarize
+from hf_sparse import CheckpointError, RecipeError, SparsityCallback, SparsityConfig, compact, sparsify, summarize
 from hf_sparse import import_checkpoint as convert
 from tests.helpers.tiny import config as tiny_config
 from tests.helpers.training import bert, sparse_trainer
@@ -217,3 +219,41 @@ def test_part_of_a_compacted_model_loads(tmp_path: Path) -> None:
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
     loaded.bert.save_pretrained(tmp_path / "part of the loaded")
     assert_same(AutoModel.from_pretrained(tmp_path / "part of the loaded"), model.bert)
+
+
+class Pair(BertPreTrainedModel):
+    """A model of the user around an encoder that lies two modules down."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.towers = torch.nn.ModuleDict({"left": BertModel(config)})
+        self.post_init()
+
+
+def test_model_that_was_made_around_a_compacted_part_loads(tmp_path: Path) -> None:
+    model = compacted()
+    model.save_pretrained(tmp_path / "whole")
+    for name, config in (
+        ("plain", tiny_config(num_labels=2)),
+        ("stored", BertConfig.from_pretrained(tmp_path / "whole")),
+    ):
+        around: Any = BertForSequenceClassification(config)
+        around.bert = model.bert
+        around.save_pretrained(tmp_path / name)
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / name)
+        assert_same(loaded, around)
+        assert summarize(loaded).sparsity == summarize(model).sparsity
+    pair: Any = Pair(tiny_config())
+    pair.towers["left"] = model.bert
+    pair.save_pretrained(tmp_path / "pair")
+    assert_same(Pair.from_pretrained(tmp_path / "pair"), pair)
+    with pytest.raises(RecipeError, match="a compacted model cannot be saved dense"):
+        pair.save_pretrained(tmp_path / "dense", format="dense")
+
+
+def test_quantized_model_around_a_compacted_part_is_refused(tmp_path: Path) -> None:
+    around: Any = BertForSequenceClassification(tiny_config(num_labels=2))
+    around.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
+    around.bert = compacted().bert
+    with pytest.raises(RecipeError, match=r"is quantized \(bitsandbytes\) and has a compacted part"):
+        around.save_pretrained(tmp_path / "out")

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertModel,
+    BitsAndBytesConfig,
     Trainer,
 )
 from transformers.distributed import DistributedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
 from hf_sparse.runtime import is_runtime
@@ -229,6 +232,19 @@ def test_sparse_config_that_asks_for_what_is_there_changes_nothing(asked: dict[s
     model, expected = load(packed, quantization_config=SparseConfig(**asked)), load(packed)
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_config_of_the_caller_is_used_without_a_warning_that_it_is_ignored(packed: Path) -> None:
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        assert is_runtime(load(packed, quantization_config=SparseConfig(backend="csr")))
+        assert [str(each.message) for each in raised if "quantization_config" in str(each.message)] == []
+        # transformers has the same words for a method of others, and means them.
+        stored, given = BitsAndBytesConfig(load_in_8bit=True), BitsAndBytesConfig(load_in_8bit=True)
+        AutoHfQuantizer.merge_quantization_configs(stored, given)
+        assert [str(each.message)[:11] for each in raised if "quantization_config" in str(each.message)] == [
+            "You passed "
+        ]
 
 
 def test_sparse_config_that_asks_for_less_than_is_there_is_an_error(packed: Path) -> None:
