@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..errors import SparsityError
 from ..formats.codecs.base import pack_bits, unpack_bits
-from ..modeling.model_state import KEPT, SPARSE_WEIGHTS, UPDATE
+from ..modeling.model_state import KEPT, SPARSE_WEIGHTS, UPDATE, check_model
 from ..modeling.zero_preservation import keeps_zeros
 from . import patches
 
@@ -56,11 +57,25 @@ def merged_update(model: nn.Module) -> MergedUpdate:
     Args:
         model: what `merge_and_unload` returned, or the model of PEFT between `merge_adapter` and `unmerge_adapter`.
 
+    Raises:
+        SparsityError: if no adapters are merged into sparse weights of the model.
+
     Example:
         >>> from hf_sparse.hf.peft import merged_update
         >>> # model = peft_model.merge_and_unload()
         >>> # merged_update(model).lost_fraction
     """
+    check_model(model)
+    update = _update_of(model)
+    if not update.layers:
+        raise SparsityError(
+            f"no adapters are merged into sparse weights of this {type(model).__name__}, so there is no update to "
+            "report. Call merge_and_unload() or merge_adapter() first"
+        )
+    return update
+
+
+def _update_of(model: nn.Module) -> MergedUpdate:
     found = {name: u for name, module in model.named_modules() if (u := UPDATE.get(module)) is not None}
     return MergedUpdate(
         norm=sum(norm for norm, _ in found.values()) ** 0.5,
@@ -115,7 +130,7 @@ def _merge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     finally:
         update = base.weight.detach() - before
         norm, lost = (float(part.float().square().sum()) for part in (update, update[~kept]))
-        if norm:
+        if norm or getattr(layer, "merged", False):
             earlier = UPDATE.get(base) or (0.0, 0.0)
             UPDATE.set(base, (earlier[0] + norm, earlier[1] + lost))
         base.weight.data.masked_fill_(~kept, 0)
@@ -134,14 +149,14 @@ def _unmerge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _merge_and_unload(tuner: Any, *args: Any, **kwargs: Any) -> Any:
     _warn_of_quantized(tuner.model)
     model = type(tuner).merge_and_unload(tuner, *args, **kwargs)
-    _log(merged_update(model))
+    _log(_update_of(model))
     return model
 
 
 def _merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
     _warn_of_quantized(tuner.model)
     result = type(tuner).merge_adapter(tuner, *args, **kwargs)
-    _log(merged_update(tuner.model))
+    _log(_update_of(tuner.model))
     return result
 
 

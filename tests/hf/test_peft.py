@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_sparse import RecipeError, SparseConfig, SparsityConfig, sparsify, summarize
+from hf_sparse import RecipeError, SparseConfig, SparsityConfig, SparsityError, sparsify, summarize
 from hf_sparse.hf.peft import merged_update
 from tests.helpers.training import Rows, arguments, bert
 
@@ -113,7 +113,8 @@ def test_merging_and_unmerging_comes_back_to_the_sparse_model(name: str, folders
         wrapped.merge_adapter()
         assert summarize(wrapped).nonzeros <= sum(int((weight != 0).sum()) for weight in before.values())
         wrapped.unmerge_adapter()
-        assert merged_update(wrapped).norm == 0.0
+        with pytest.raises(SparsityError, match="no adapters are merged into sparse weights"):
+            merged_update(wrapped)
     torch.testing.assert_close(wrapped(input_ids=ids).logits, expected)
     for key, weight in targets(wrapped.unload()).items():
         assert torch.equal(weight == 0, before[key] == 0), key
@@ -173,7 +174,9 @@ def test_copies_merge_themselves(how: str, folders: tuple[Path, Path]) -> None:
     merged = twin.merge_and_unload()
     assert all(torch.all(weight[before[key] == 0] == 0) for key, weight in targets(merged).items())
     assert torch.equal(wrapped.base_model.model.get_submodule(LAYER).weight, before[f"{LAYER}.weight"])
-    assert merged_update(wrapped).norm == 0.0
+    assert merged_update(merged).norm > 0.0
+    with pytest.raises(SparsityError, match="no adapters are merged"):
+        merged_update(wrapped)
 
 
 # -- what it cost ----------------------------------------------------------------------------------------------------
@@ -198,9 +201,14 @@ def test_lost_update_is_logged_and_reported(folders: tuple[Path, Path], caplog: 
     assert caplog.text.count("merged adapters") == 1
 
 
-def test_model_without_merged_adapters_lost_nothing() -> None:
-    update = merged_update(torch.nn.Sequential())
-    assert (update.norm, update.lost, update.lost_fraction, update.layers) == (0.0, 0.0, 0.0, {})
+def test_there_is_no_update_to_report_before_adapters_are_merged(folders: tuple[Path, Path]) -> None:
+    # An adapter that was not trained adds nothing, and is merged all the same.
+    wrapped = peft.get_peft_model(load(folders[0]), copy.deepcopy(ADAPTERS["lora"]))
+    for model in (wrapped, torch.nn.Sequential()):
+        with pytest.raises(SparsityError, match=r"Call merge_and_unload\(\) or merge_adapter\(\) first"):
+            merged_update(model)
+    update = merged_update(wrapped.merge_and_unload())
+    assert (update.norm, update.lost, update.lost_fraction, len(update.layers)) == (0.0, 0.0, 0.0, 8)
 
 
 def test_merging_into_a_quantized_model_warns(folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:

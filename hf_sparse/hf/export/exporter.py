@@ -152,7 +152,8 @@ def export_model(
         opset: version of the ONNX operators.
 
     Raises:
-        BackendError: if a package is missing, the model cannot be traced, or the outputs differ. Nothing is written.
+        BackendError: if a package is missing, the model cannot be traced, the exporter writes another opset than the
+            requested one, or the outputs differ. Nothing is written.
         RecipeError: if the target is unknown, the model takes no text, is still masked, or a size does not fit.
     """
     target = require(to)
@@ -169,6 +170,7 @@ def export_model(
         try:
             exported = getattr(exporters, target.exporter)().export(model, dict(inputs), config)
             _strip(exported, to)
+            _check_opset(exported, opset)
             exported.to(**target.runner)
             compared = sizes.compared(bounded=target.bounded)
             difference, allowed = compare_outputs(model, exported, compared)
@@ -234,6 +236,17 @@ def compare_outputs(model: PreTrainedModel, exported: Any, compared: list[Sizes]
             if difference * allowed >= largest * limit:  # the one closest to its tolerance
                 largest, allowed = difference, limit
     return largest, allowed
+
+
+def _check_opset(exported: ExportedModel, opset: int | None) -> None:
+    """Raise `BackendError` if the graph is not in the requested opset: torch's exporter prints why, and goes on."""
+    for component in exported.components.values() if opset is not None else ():
+        written = component.program.opset_imports.get("")
+        if written != opset:
+            raise BackendError(
+                f"opset {opset} was requested, but torch {torch.__version__} can export this model to opset {written} "
+                f"only. Nothing was written: request {written}, or leave the opset out"
+            )
 
 
 def _strip(exported: ExportedModel, to: str) -> None:

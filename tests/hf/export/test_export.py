@@ -423,6 +423,14 @@ def test_version_of_operators_reaches_the_file(tmp_path, monkeypatch):
     assert hf_sparse.__version__
 
 
+def test_opset_that_the_exporter_cannot_write_is_an_error(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(BackendError, match=r"opset 1 was requested, but torch .* to opset \d\d only\. Nothing was"):
+        export_model(uneven_bert(), "onnx", tmp_path / "out", opset=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_has_the_difference_with_the_limit_of_its_own_output():
     """The outputs have limits of their own: 1e-4 of the largest number in each."""
     outputs = {"logits": torch.full((2, 2), 100.0), "state": torch.zeros(2, 2)}
