@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 # Before transformers is imported anywhere: it reads these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> Iterator[None]:
+    """Take back what a compiled Trainer leaves: accelerate has one state for the whole process, and compiles the next.
+
+    Accelerator objects share `AcceleratorState`, which keeps the `dynamo_plugin` of the first of them, and a later
+    Trainer without torch_compile is given that state.
+    """
+    yield
+    accelerate: Any = sys.modules.get("accelerate.state")
+    state = {} if accelerate is None else accelerate.AcceleratorState._shared_state
+    if "dynamo_plugin" in state and state["dynamo_plugin"].backend.value != "NO":
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -55,7 +55,10 @@ class ModuleNames:
         try:
             re.compile(self.value)
         except re.error as error:
-            raise RecipeError(f"{shorten(self.value)} is not a regular expression: {error}") from None
+            raise RecipeError(
+                f"{shorten(self.value)} is not a regular expression: {error}. Shell globs go under `targets` and "
+                "`exclude`"
+            ) from None
 
     @classmethod
     def of(cls, value: Any, key: str) -> ModuleNames | None:
@@ -105,3 +108,22 @@ def matches(name: str, pattern: NamePattern) -> bool:
     if isinstance(pattern, ModuleNames):
         return pattern.matches(name)
     return fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)
+
+
+def entries(patterns: Iterable[NamePattern], key: str) -> Iterator[tuple[NamePattern, str]]:
+    """Yield each glob, regular expression or name of a list, which has to match something, and its name in a message.
+
+    Args:
+        key: "targets" or "exclude".
+
+    Example:
+        >>> [said for _, said in entries(("*.query", ModuleNames(("key", "value"))), "targets")]
+        ["`targets` '*.query'", "`target_modules` 'key'", "`target_modules` 'value'"]
+    """
+    for pattern in patterns:
+        if not isinstance(pattern, ModuleNames):
+            yield pattern, f"`{key}` '{pattern}'"
+            continue
+        for name in (pattern.value,) if isinstance(pattern.value, str) else pattern.value:
+            single = pattern if isinstance(pattern.value, str) else ModuleNames((name,))
+            yield single, f"`{key.removesuffix('s')}_modules` '{name}'"

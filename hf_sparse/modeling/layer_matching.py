@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config.module_names import ModuleNames, NamePattern, matches
+from ..config.module_names import ALL_LINEAR, ModuleNames, NamePattern, entries, matches
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
 from .blocks import block_coverage, block_prefixes
@@ -93,8 +93,9 @@ def match_layers(
         exclude: the same, of layers to leave out.
 
     Raises:
-        RecipeError: if no layer is left, or a glob matches none, with the reason and what could have matched; if
-            the model has adapters, which would be pruned too, and restored when they are merged.
+        RecipeError: if no layer is left, or a glob or a name of a list matches none, with the reason and
+            what could have matched; if the model has adapters, which would be pruned too, and restored when they are
+            merged.
         BackendError: if the model is in runtime form.
     """
     refuse_runtime(model, "pruning")
@@ -106,15 +107,15 @@ def match_layers(
             "on then, or merge them first: merge_and_unload()"
         )
     layers = block_layers(model) if targets is None else {}
-    for glob in targets or ():
+    for glob, stated in entries(targets or (), "targets"):
         among = _outside_head(model, every) if isinstance(glob, ModuleNames) and glob.is_all_linear else every
         matched = {name: module for name, module in among.items() if matches(name, glob)}
         if not matched:
-            raise RecipeError(f"`targets` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
+            raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
         layers.update(matched)
-    for glob in exclude:
+    for glob, stated in entries(exclude, "exclude"):
         if not any(matches(name, glob) for name in every):
-            raise RecipeError(f"`exclude` '{glob}' matches no linear layer of the model. {_why(model, every, glob)}")
+            raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
     layers = {name: module for name, module in layers.items() if not any(matches(name, glob) for glob in exclude)}
     if not layers:
         requested = "the default targets" if targets is None else f"`targets` {list(map(str, targets))}"
@@ -162,17 +163,27 @@ def _why(model: nn.Module, layers: dict[str, MatrixLayer], glob: NamePattern) ->
     parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, str(glob))]
     if parameters:
         return f"It matches the parameter '{parameters[0]}', and only weights of {known_kinds()} are supported"
-    return _nearest(layers, str(glob)) + (_could_match(layers) or _unsupported(model))
+    return _nearest(layers, glob) + (_could_match(layers) or _unsupported(model))
 
 
-def _nearest(layers: dict[str, MatrixLayer], glob: str) -> str:
+def _nearest(layers: dict[str, MatrixLayer], glob: NamePattern) -> str:
+    """Name the spellings that are nearest to a glob, or to what PEFT would call target modules."""
+    requested, hint, start = str(glob), "", "*."
+    if isinstance(glob, ModuleNames):
+        start = ""
+        if isinstance(glob.value, str):
+            if difflib.get_close_matches(requested.lower(), [ALL_LINEAR], cutoff=0.8):
+                return f"Did you mean '{ALL_LINEAR}'? "
+            hint = "A string is a regular expression over whole names; a list has names, or ends of names. "
     spellings: dict[str, None] = {}
     for name in layers:
         parts = kind_of_name(name).split(".")
-        spellings.update(dict.fromkeys(".".join(["*", *parts[start:]]) for start in range(1, len(parts))))
-        spellings.update(dict.fromkeys((name, ".".join(parts))))
-    nearest = difflib.get_close_matches(glob, spellings, n=3)
-    return f"Did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+        ends = [".".join(parts[cut:]) for cut in range(1, len(parts))]
+        spellings.update(dict.fromkeys(f"{start}{end}" for end in ends if start or "*" not in end))
+        spellings.update(dict.fromkeys((name, ".".join(parts)) if start else (name,)))
+    nearest = difflib.get_close_matches(requested, spellings, n=3)
+    shown = [f"['{each}']" if hint else f"'{each}'" for each in nearest]
+    return f"Did you mean {' or '.join(shown)}? {hint}" if nearest else hint
 
 
 def _has_matrix(module: nn.Module) -> bool:

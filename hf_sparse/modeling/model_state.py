@@ -23,6 +23,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from ..errors import RecipeError
+from ..utils.text import shorten
+
 T = TypeVar("T")
 
 
@@ -64,6 +67,18 @@ KEPT: Attribute[Tensor] = Attribute("hf_sparse_kept")
 UPDATE: Attribute[tuple[float, float]] = Attribute("hf_sparse_update")
 DECODE: Attribute[Any] = Attribute("hf_sparse_decode")
 RUNTIME_FROZEN: Attribute[dict[str, nn.Parameter]] = Attribute("hf_sparse_runtime_frozen")
+
+
+def check_model(model: object) -> None:
+    """Raise `RecipeError` for what is not a module: a name or a folder, a config, a class.
+
+    Example:
+        >>> check_model("bert-base-uncased")
+        Traceback (most recent call last):
+        hf_sparse.errors.RecipeError: `model` must be a torch.nn.Module, got 'bert-base-uncased'
+    """
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"`model` must be a torch.nn.Module, got {shorten(model)}")
 
 
 def sparse_weights(model: nn.Module, aliases: bool = False) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ or optimizer step. The optimizer hooks are installed with the first guard and re
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +29,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import RecipeError, SparsityError
 from .masked_values import mask_values, mask_values_
-from .model_state import ZERO_GUARD
+from .model_state import DECODE, ZERO_GUARD
+
+logger = logging.getLogger(__name__)
 
 
 def keep_zeros(layers: Iterable[nn.Module]) -> None:
@@ -45,7 +48,7 @@ def keep_zeros(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         guard: _Guard | None = ZERO_GUARD.get(layer)
         if guard is None:
-            guard = _Guard(layer)
+            guard = _Guard(layer, _count(layer))
             ZERO_GUARD.set(layer, guard)
             layer.register_forward_pre_hook(_arm)
         weight = _weight(layer)
@@ -71,6 +74,34 @@ def keeps_zeros(layer: nn.Module) -> bool:
     return ZERO_GUARD.get(layer) is not None
 
 
+def warn_of_lost_zeros(model: nn.Module) -> None:
+    """Warn, once for all of them, of guarded weights with more nonzeros than when they were pruned or loaded.
+
+    Nothing puts zeros back after something that is not an optimizer step has written to a weight: `weight.data.add_`,
+    `load_state_dict` of a dense model.
+    """
+    lost = {}
+    for name, layer in model.named_modules():
+        guard: _Guard | None = ZERO_GUARD.get(layer)
+        now = None if guard is None or guard.count is None else _count(layer)
+        if guard is not None and guard.count is not None and now is not None and now > guard.count:
+            lost[f"{name}.weight"] = now - guard.count
+    if lost:
+        logger.warning(
+            f"{sum(lost.values())} zeros of {len(lost)} sparse weights (first: {next(iter(lost))}) were overwritten "
+            "since the model was pruned or loaded, by something that is not an optimizer, and are saved as they are "
+            "now. Prune again to restore the sparsity, or call hf_sparse.fill(model) before such a change"
+        )
+
+
+def _count(layer: nn.Module) -> int | None:
+    """Return the nonzeros of the weight of a layer; None where it is not in memory, lazy, or sharded."""
+    weight = _weight(layer)
+    if weight is None or weight.is_meta or DECODE.get(weight) is not None or isinstance(weight, DTensor):
+        return None
+    return int(torch.count_nonzero(weight.detach()))
+
+
 def is_guard(hook: object) -> bool:
     """Return whether a forward hook is the one that keeps zeros."""
     return hook is _arm
@@ -80,12 +111,14 @@ class _Guard:
     """The guard of one layer, held by the layer itself.
 
     Attributes:
+        count: nonzeros of the weight when it was guarded; None where it had no values to count.
         covered: an optimizer step with the hooks of this module around it has trained the weight.
         nonzeros: of the weight at the last backward pass before that.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, count: int | None) -> None:
         self._layer = weakref.ref(layer)
+        self.count = count
         self._handle: RemovableHandle | None = None
         self._armed: int | None = None
         self.covered = False
@@ -95,10 +128,10 @@ class _Guard:
 
     # A copy of the layer has a guard of its own, which knows that copy.
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self._layer()}
+        return {"layer": self._layer(), "count": self.count}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layer"])  # type: ignore[misc]
+        self.__init__(state["layer"], state.get("count"))  # type: ignore[misc]
 
     def is_armed(self, weight: Tensor) -> bool:
         """Return whether the gradient hook is on this very parameter; not on one that has replaced it."""

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import SparsityError
-from ..modeling.model_state import sparse_weights, unmark_sparse_weights
+from ..modeling.model_state import check_model, sparse_weights, unmark_sparse_weights
 from ..modeling.zero_preservation import free_zeros
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,6 +37,7 @@ def fill(model: M) -> M:
 
     Source: Lagunas et al. 2021, "Block Pruning For Faster Transformers", section 4.3 ("hybrid filled").
     """
+    check_model(model)
     names = sparse_weights(model)
     if not names:
         raise SparsityError("the model holds no weights at zero, so there is nothing to fill; prune it first")

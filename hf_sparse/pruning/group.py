@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ from .selection import Selection, Uniform, kept_count
 from .unit import Member, Unit, find_units
 
 logger = logging.getLogger(__name__)
+
+ROUNDING = 0.01
+"""How far the sparsity that whole groups allow may be from the requested one without a warning."""
 
 
 @dataclasses.dataclass
@@ -234,6 +238,25 @@ def warn_of_freed_zeros(groups: Sequence[PruningGroup]) -> None:
             "from now on: the new masks begin with other weights than those. To go on from them, use scorer "
             "'magnitude' and pattern 'element', and let the schedule begin where they are, as initial=0.9 for 90 %"
         )
+
+
+def warn_of_rounding(groups: Sequence[PruningGroup]) -> None:
+    """Warn where the groups of a pattern are so few that the masks will be at another sparsity than the requested."""
+    for group in groups:
+        sizes = [unit.groups for unit in group.units]
+        if group.config.sparsity is None or min(sizes) * ROUNDING >= 1:
+            continue
+        selection = copy.copy(group.selection)  # which keeps its threshold
+        kept = selection.select([torch.arange(size, dtype=torch.float32) for size in sizes], group.sparsity)
+        reached = 1 - sum(int(mask.sum()) for mask in kept) / sum(sizes)
+        if abs(reached - group.sparsity) > ROUNDING:
+            few = str(min(sizes)) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+            logger.warning(
+                f"sparsity {group.sparsity:g} was requested, and the masks will be at {reached:.4g}: pattern "
+                f"{group.pattern} keeps a whole number of groups, at least one, and there are {few} in each of "
+                f"{len(sizes)} places. A finer pattern rounds less"
+                + ("; selection 'global' rounds once for all of them" if isinstance(selection, Uniform) else "")
+            )
 
 
 def check_disjoint(groups: Sequence[PruningGroup]) -> None:

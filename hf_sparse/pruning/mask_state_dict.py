@@ -38,6 +38,7 @@ def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:
         RecipeError: as `check_free`.
     """
     check_free(module, where)
+    masked.order = tuple(module._parameters)
     parametrize.register_parametrization(module, "weight", masked)
     masked.hooks = (  # type: ignore[assignment]
         module.register_state_dict_post_hook(_plain_keys),
@@ -74,6 +75,10 @@ def bake_mask(module: nn.Module) -> None:
     members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, members)
     parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    # torch puts the weight behind the bias, but the state of an optimizer knows parameters by their place.
+    for name in masked.order:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
 
 
 _INNER = "parametrizations.weight."

@@ -133,6 +133,7 @@ class MaskedWeight(nn.Module):
         self.shared = dict(shared or {})
         self.gathered: Tensor | None = None
         self.watching = False
+        self.order: tuple[str, ...] = ()  # of the parameters of the module, before the mask
         self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
         self.sealed = False  # the zeros are permanent, and nothing continues
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))

@@ -13,11 +13,13 @@ from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError, SparsityError
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import warn_of_missed
-from ..modeling.model_state import mark_sparse_weights
+from ..modeling.model_state import check_model, mark_sparse_weights
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
+from ..utils.text import shorten
+from ..utils.validation import check_integer, is_number
 from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
-from .group import bind_group, check_disjoint, check_shards
+from .group import bind_group, check_disjoint, check_shards, warn_of_rounding
 from .masked_weight import hidden
 from .patterns import Structure
 from .score_warmup import warm_up
@@ -60,6 +62,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, config: SparsityConfig | Mapping[str, Any]) -> None:
+        check_model(model)
         self.model = model
         self.config = SparsityConfig.of(config)
         self.groups = [bind_group(model, group) for group in self.config.groups]
@@ -116,6 +119,7 @@ class Pruner:
         mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
         if any(group.config.target_names is None and not isinstance(group.pattern, Structure) for group in self.groups):
             warn_of_missed(self.model, names)
+        warn_of_rounding(self.groups)
         integration_of(self.model).after_attach(self.model, self.config)
 
     @torch.no_grad()
@@ -148,12 +152,16 @@ class Pruner:
             step: optimizer steps done; with it, groups whose schedule has `every: n` are renewed every n steps only.
 
         Raises:
-            RecipeError: if progress is not in [0, 1] (a step number, a percentage).
+            RecipeError: if progress is not a number in [0, 1] (a step number, a percentage).
             SparsityError: before `attach`, or if there are NaN among the scores.
         """
         self._must_be_attached()
-        if not 0.0 <= progress <= 1.0:
-            raise RecipeError(f"`progress` must be in [0, 1], the fraction of training done, got {progress}")
+        if not is_number(progress) or not 0.0 <= progress <= 1.0:
+            raise RecipeError(
+                f"`progress` must be a number in [0, 1], the fraction of training done, got {shorten(progress)}"
+            )
+        if step is not None:
+            check_integer("step", step, "[0, inf)")
         self.progress = progress
         self._presence.check()
         self._optimizers.check([scores for group in self.groups for scores in group.scores])

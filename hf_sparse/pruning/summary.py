@@ -14,7 +14,7 @@ from ..errors import SparsityError
 from ..modeling.blocks import block_coverage
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import NEGLIGIBLE, block_layers
-from ..modeling.model_state import SPARSE_WEIGHTS, sparse_weights
+from ..modeling.model_state import SPARSE_WEIGHTS, check_model, sparse_weights
 from .masked_weight import MaskedWeight
 
 
@@ -135,6 +135,7 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         >>> summarize(model).sparsity
         0.75
     """
+    check_model(model)
     parameters_of = model
     if names is None:
         # A wrapper (DDP, an adapter of PEFT) may hand attributes on, but the names are those inside it.

@@ -12,6 +12,7 @@ from ..kernels import KERNELS, Kernel, library_status
 from ..modeling.architectures import known_sub_blocks
 from ..modeling.class_swap import restore
 from ..modeling.layer_matching import InRuntimeForm
+from ..modeling.model_state import check_model
 from ..profiling.machine import machine
 from . import fused_ffn, gpu, lm_head
 from .autotune import SpeedTable
@@ -84,6 +85,7 @@ def to_runtime(
         'csr'
         >>> hf_sparse.to_dense_runtime(model)
     """
+    check_model(model)
     status = library_status()
     _check_arguments(backend, tokens)
     if backend == "auto" and gpu.is_on_gpu(model):
@@ -116,14 +118,11 @@ def to_runtime(
 def to_dense_runtime(model: nn.Module) -> None:
     """Restore a model from its runtime form: plain `nn.Linear` with the weights it had, bit for bit, that can train.
 
-    Raises:
-        BackendError: if it is not in runtime form.
+    A model of which nothing is packed (`to_runtime` found dense faster everywhere) stays as it is.
     """
-    if not is_runtime(model):
-        raise BackendError(
-            f"to_dense_runtime got a {type(model).__name__} that is not in runtime form: none of its layers is packed"
-        )
-    _restore(model)
+    check_model(model)
+    if is_runtime(model):
+        _restore(model)
 
 
 def is_runtime(model: nn.Module) -> bool:

@@ -29,7 +29,6 @@ def by_peft(model: Any, **names: Any) -> set[str]:
         {"target_modules": r".*\.layer\.0\..*(query|key)"},
         {"target_modules": ["dense"], "exclude_modules": ["output.dense"]},
         {"target_modules": r".*\.dense", "exclude_modules": r".*pooler.*"},
-        {"target_modules": ["query", "nothing_like_this"]},
     ],
     ids=str,
 )
@@ -80,6 +79,30 @@ def test_two_spellings_of_the_target_at_once_are_refused() -> None:
 def test_names_that_match_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match="matches no linear layer"):
         sparsify(bert(), SparsityConfig(sparsity=0.5, target_modules=["quarry"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["query", "qurey"]}, r"`target_modules` 'qurey' matches no .* Did you mean 'query'"),
+        ({"target_modules": ["*.query"]}, r"`target_modules` '\*\.query' matches no .* Did you mean 'query'"),
+        ({"target_modules": "all_linear"}, r"`target_modules` 'all_linear' matches no .* Did you mean 'all-linear'\?"),
+        ({"target_modules": "All-Lineer"}, r"Did you mean 'all-linear'\?"),
+        (
+            {"target_modules": "query"},
+            r"`target_modules` 'query' matches no .* Did you mean \['query'\].* A string is a regular expression over",
+        ),
+        ({"target_modules": "*.query"}, r"'\*\.query' is not a regular expression: .*globs go under `targets`"),
+        ({"exclude_modules": ["query", "valeu"]}, r"`exclude_modules` 'valeu' matches no .* Did you mean 'value'"),
+        ({"targets": ["*query*", "*qurey*"]}, r"`targets` '\*qurey\*' matches no linear layer"),
+        ({"pattern": "head", "target_modules": ["query", "qurey"]}, r"`target_modules` 'qurey' matches no attention"),
+    ],
+    ids=str,
+)
+def test_each_name_of_a_list_has_to_match_and_a_typo_names_the_nearest(options: dict[str, Any], message: str) -> None:
+    # PEFT adapts the layers of the other names without a word; here they would be the only ones that are pruned.
+    with pytest.raises(RecipeError, match=message):
+        sparsify(bert(), SparsityConfig(sparsity=0.5, **options))
 
 
 def test_suffix_is_a_whole_part_of_a_name() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from torch import nn
 
+import hf_sparse
+from hf_sparse import RecipeError, SparsityConfig
 from hf_sparse.modeling import model_state
 from hf_sparse.modeling.model_state import (
     Attribute,
@@ -53,3 +57,20 @@ def test_table_lists_every_attribute() -> None:
     names = [value.name for value in vars(model_state).values() if isinstance(value, Attribute)]
     assert len(names) == len(set(names)) == 7
     assert all(f"| `{name}` |" in (model_state.__doc__ or "") for name in names)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: hf_sparse.sparsify(model, SparsityConfig(sparsity=0.5)),
+        lambda model: hf_sparse.sparsify(model, SparsityConfig(sparsity=0.5, pattern="head")),
+        lambda model: hf_sparse.Pruner(model, SparsityConfig(sparsity=0.5)),
+        lambda model: hf_sparse.head_importance(model, []),
+        *(hf_sparse.summarize, hf_sparse.compact, hf_sparse.fill, hf_sparse.merged_update),
+        *(hf_sparse.to_runtime, hf_sparse.to_dense_runtime),
+    ],
+)
+def test_what_is_not_a_model_is_refused_by_name(call: Callable[[Any], Any]) -> None:
+    for model in ("bert-base-uncased", nn.Linear, None):
+        with pytest.raises(RecipeError, match=r"`model` must be a torch\.nn\.Module, got ('bert|<class|None)"):
+            call(model)

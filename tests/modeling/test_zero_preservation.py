@@ -230,3 +230,30 @@ def test_pruning_further_is_not_held_back_by_the_zeros(packed: Path, tmp_path: P
     sparse_trainer(tmp_path, config, model).train()
     # Weights that were zero in the file have trained: half of all are kept now, not a tenth.
     assert summarize(model).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_zeros_that_something_else_than_an_optimizer_filled_are_named_at_save(
+    loaded: bool, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(packed) if loaded else sparsify(
+        bert(), SparsityConfig(sparsity=0.9)
+    )  # fmt: skip
+    twin = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "as it was")
+    fine_tune(model, tmp_path / "runs")
+    model.save_pretrained(tmp_path / "trained")
+    assert "overwritten" not in caplog.text
+    name = "bert.encoder.layer.0.output.dense.weight"
+    zeros = int((model.get_parameter(name) == 0).sum())
+    for each in (model, twin):
+        with torch.no_grad():
+            each.get_parameter(name).add_(1e-3)
+        caplog.clear()
+        for format in ("packed", "dense"):  # noqa: A001  the word that save_pretrained has
+            each.save_pretrained(tmp_path / "written", format=format)
+            assert f"{zeros} zeros of 1 sparse weights (first: {name}) were overwritten" in caplog.text
+    sparsify(model, SparsityConfig(sparsity=0.9))
+    caplog.clear()
+    model.save_pretrained(tmp_path / "again")
+    assert "overwritten" not in caplog.text

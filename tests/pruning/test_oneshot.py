@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import BertForSequenceClassification
 
-from hf_sparse import RecipeError, SparsityConfig, SparsityError, compact, sparsify, summarize
+from hf_sparse import Pruner, RecipeError, SparsityConfig, SparsityError, compact, sparsify, summarize
 from hf_sparse.modeling.model_state import sparse_weights
 from hf_sparse.modeling.zero_preservation import keeps_zeros
+from hf_sparse.pruning.mask_state_dict import bake_mask
 from tests.helpers.layers import one_layer, two_layers
 from tests.helpers.training import bert
 
@@ -24,10 +29,86 @@ def test_sparsify_keeps_the_largest_weights_and_hands_back_the_same_model() -> N
     assert type(model[0]) is nn.Linear
 
 
+def test_order_of_parameters_stays(tmp_path: Path) -> None:
+    # The state of an optimizer knows parameters by their place alone.
+    model = bert()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    sparsify(model, SparsityConfig(sparsity=0.5))
+    assert [name for name, _ in model.named_parameters()] == names
+    sparsify(model, SparsityConfig(sparsity=0.5, pattern="head+neuron"))
+    assert [name for name, _ in model.named_parameters()] == names
+    compact(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert [*model.state_dict()] == [*bert().state_dict()]
+    model.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert [name for name, _ in loaded.named_parameters()] == names
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss.backward()
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.step()
+    other = torch.optim.AdamW(loaded.parameters(), lr=1e-3)
+    other.load_state_dict(optimizer.state_dict())
+    loaded(torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss.backward()
+    other.step()
+    shapes = {name: other.state[own]["exp_avg"].shape for name, own in loaded.named_parameters()}
+    assert shapes == {name: own.shape for name, own in loaded.named_parameters()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_order_of_parameters_of_a_layer_stays(bias: bool) -> None:
+    layer: Any = nn.Linear(4, 4, bias=bias)
+    layer.register_parameter("more", nn.Parameter(torch.zeros(1)))
+    model = nn.Sequential(layer)
+    names = [name for name, _ in model.named_parameters()]
+    pruner = Pruner(model, SparsityConfig(targets="*", sparsity=0.5)).attach()
+    pruner.detach()
+    assert [name for name, _ in model.named_parameters()] == names
+    pruner.attach().step(1.0)
+    twin = copy.deepcopy(model)
+    pruner.bake()
+    assert [name for name, _ in model.named_parameters()] == names
+    bake_mask(twin[0])
+    assert [name for name, _ in twin.named_parameters()] == names
+
+
 def test_sparsify_goes_to_the_final_sparsity_whatever_the_schedule() -> None:
     model = two_layers()
     sparsify(model, SparsityConfig(targets="*", sparsity=0.75, schedule={"name": "cubic", "begin": 0.9, "end": 1.0}))
     assert [weight.nonzeros for weight in summarize(model).weights] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pattern": "head", "sparsity": 0.1},
+            r"sparsity 0\.1 was requested.* at 0\.25: pattern head .* 4 in each of 2",
+        ),
+        (
+            {"pattern": "head", "sparsity": 0.9},
+            r"sparsity 0\.9 was requested.* at 0\.75: .*; selection 'global' rounds",
+        ),
+        (
+            {"pattern": "head", "sparsity": 0.9, "selection": "global"},
+            r"at 0\.875: .* 4 in each of 2 places\. A finer .* less$",
+        ),
+        ({"pattern": "layer", "sparsity": 0.1}, r"sparsity 0\.1 was requested, .* at 0\.25: .* 1 in each of 4 places"),
+        ({"pattern": "head", "sparsity": 0.75}, None),
+        ({"sparsity": 0.123}, None),
+        ({"pattern": "2:4"}, None),
+    ],
+    ids=str,
+)
+def test_sparsity_that_whole_groups_do_not_allow_is_named_once(
+    options: dict[str, Any], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert()
+    sparsify(model, SparsityConfig(**options))
+    said = [record.getMessage() for record in caplog.records if "was requested" in record.getMessage()]
+    assert len(said) == (message is not None)
+    if message is not None:
+        assert re.search(message, said[0]), said[0]
 
 
 def test_sparsify_keeps_the_type_of_the_weights() -> None:

@@ -275,10 +275,18 @@ def test_pruner_keeps_its_masks_between_renewals() -> None:
     assert counts == [128, 128, 128, 128, 80, 80, 80, 80, 32, 32, 32]
 
 
-@pytest.mark.parametrize("progress", [-0.1, 1.1, 50, math.nan])
-def test_pruner_refuses_progress_that_is_no_fraction(progress: float) -> None:
-    with pytest.raises(RecipeError, match=r"`progress` must be in \[0, 1\], the fraction of training done, got "):
+@pytest.mark.parametrize("progress", [-0.1, 1.1, 50, math.nan, "0.5", None])
+def test_pruner_refuses_progress_that_is_no_fraction(progress: Any) -> None:
+    with pytest.raises(
+        RecipeError, match=r"`progress` must be a number in \[0, 1\], the fraction of training done, got "
+    ):
         attached(two_layers(), sparsity=0.5).step(progress)
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, "1"])
+def test_pruner_refuses_a_step_that_is_no_number_of_steps(step: Any) -> None:
+    with pytest.raises(RecipeError, match=r"`step` must be an integer in \[0, inf\), got "):
+        attached(two_layers(), sparsity=0.5).step(0.5, step)
 
 
 @pytest.mark.parametrize("verb", ["observe", "penalty", "finish", "bake", "logs"])

@@ -609,9 +609,15 @@ def test_pruning_and_cutting_a_runtime_model_names_the_way_back(change: Any, som
     compact(model)
 
 
-def test_way_back_needs_a_way_there() -> None:
-    with pytest.raises(BackendError, match="not in runtime form"):
-        to_dense_runtime(sparse("bert"))
+def test_restoring_a_model_of_which_nothing_is_packed_changes_nothing(tmp_path: Any) -> None:
+    model = sparse("bert")
+    before = [(name, id(own), own.requires_grad) for name, own in model.named_parameters()]
+    slower = {"sparse_linear": 2.0, "sparse_attention": 2.0, "sparse_ffn": 2.0, "csr": 2.0}
+    report = to_runtime(model, table=table(tmp_path, **slower))
+    assert not report.sparse
+    to_dense_runtime(model)
+    to_dense_runtime(model)
+    assert [(name, id(own), own.requires_grad) for name, own in model.named_parameters()] == before
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ...errors import RecipeError
 from ...formats.safetensors_io import settle_header, writing
 from ...modeling.model_state import EDITS
+from ...modeling.zero_preservation import warn_of_lost_zeros
 from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
 from .. import patches
@@ -97,6 +98,8 @@ def _save_pretrained(
         refuse_edited(self, "saved dense")
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", Path(save_directory).name)
+    if is_main_process:
+        warn_of_lost_zeros(self)
     save = type(self).save_pretrained
     with staged(save_directory, is_main_process) as directory:
         if format != "dense":

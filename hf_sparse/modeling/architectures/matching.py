@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ...config.module_names import NamePattern, matches
+from ...config.module_names import NamePattern, entries, matches
 from ...errors import PatternError, RecipeError
 from ...utils.text import kind_of_name
 from ..layer_matching import refuse_runtime
+from ..model_state import check_model
 from ..ownership import count_owners
 from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
 
@@ -46,6 +47,7 @@ def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
         PatternError: if no family knows any module of the model.
         BackendError: if the model is in runtime form.
     """
+    check_model(model)
     refuse_runtime(model, wanted)
     found = known_sub_blocks(model)
     if not found:
@@ -75,15 +77,15 @@ def match_sub_blocks(
 
     Raises:
         PatternError: if no family knows the model.
-        RecipeError: if nothing is left, or a glob matches nothing.
+        RecipeError: if nothing is left, or a glob or a name of a list matches nothing.
     """
     # One that compaction has left without a head or a neuron has none to remove.
     every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
     listed = f"{wanted} could match: {', '.join(dict.fromkeys(kind_of_name(block.name) for block in every))}."
     for key, globs in (("targets", targets or ()), ("exclude", exclude)):
-        for glob in globs:
+        for glob, stated in entries(globs, key):
             if not any(_matches(block, glob) for block in every):
-                raise RecipeError(f"{key} '{glob}' matches no {' or '.join(kinds)} of the model. {listed}")
+                raise RecipeError(f"{stated} matches no {' or '.join(kinds)} of the model. {listed}")
     chosen = [
         block
         for block in every

@@ -90,10 +90,10 @@ def test_targets_are_globs_over_sub_blocks_and_their_layers(
 
 def test_glob_that_matches_nothing_lists_what_could_match() -> None:
     with pytest.raises(
-        RecipeError, match=r"targets '\*\.ffn' matches no feed_forward .* could match: encoder\.layer\.\*"
+        RecipeError, match=r"`targets` '\*\.ffn' matches no feed_forward .* could match: encoder\.layer\.\*"
     ):
         match_sub_blocks(structures.build("bert").bert, NEURON, ["*.ffn"], (), "pattern neuron")
-    with pytest.raises(RecipeError, match=r"exclude 'x' matches no attention"):
+    with pytest.raises(RecipeError, match=r"`exclude` 'x' matches no attention"):
         match_sub_blocks(structures.build("bert").bert, HEAD, None, ["x"], "pattern head")
     with pytest.raises(RecipeError, match="together leave no attention"):
         match_sub_blocks(structures.build("bert").bert, HEAD, None, ["*"], "pattern head")
@@ -148,7 +148,7 @@ def test_sub_block_that_has_lost_everything_is_left_out() -> None:
     model = structures.build("bert")
     structures.remove_others(model, {"bert.encoder.layer.0.attention": []})
     compact(model)
-    with pytest.raises(RecipeError, match=r"targets '\*\.layer\.0\.\*' matches no attention"):
+    with pytest.raises(RecipeError, match=r"`targets` '\*\.layer\.0\.\*' matches no attention"):
         sparsify(model, SparsityConfig(pattern="head", sparsity=0.5, targets="*.layer.0.*"))
     sparsify(model, SparsityConfig(pattern="head", sparsity=0.5))
     first, second = compact(model).heads.values()
