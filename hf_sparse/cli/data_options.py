@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 def add_data(
-    parser: argparse.ArgumentParser, purpose: str, *, required: bool, samples: int | None, batch: bool = False
+    parser: argparse.ArgumentParser,
+    purpose: str,
+    *,
+    required: bool,
+    samples: int | None,
+    batch: bool = False,
+    plain: bool = False,
 ) -> None:
     """Add --data, --text, --label, --samples, --length and, if asked, --batch.
 
@@ -22,10 +28,10 @@ def add_data(
         required: whether --data must be given.
         samples: number of examples by default; None = all.
         batch: whether the verb has a batch size.
+        plain: whether a plain text is taken too, in sequences; then the defaults of --samples and --length depend.
     """
-    parser.add_argument(
-        "--data", required=required, metavar="FILE", help=f"{purpose}: json, jsonl, csv, tsv or parquet"
-    )
+    files = "json, jsonl, csv, tsv or parquet" + (", or plain text" if plain else "")
+    parser.add_argument("--data", required=required, metavar="FILE", help=f"{purpose}: {files}")
     parser.add_argument(
         "--text",
         action="append",
@@ -35,13 +41,17 @@ def add_data(
     parser.add_argument(
         "--label", metavar="COLUMN", help="column with the label or target text (that of the recipe, else label)"
     )
-    default = "all" if samples is None else samples
-    parser.add_argument("--samples", type=int, default=samples, metavar="N", help=f"number of examples ({default})")
+    default = (512 if plain else "all") if samples is None else samples
+    of_texts = "; of sequences of text 128" if plain else ""
+    parser.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help=f"number of examples ({default}{of_texts})"
+    )
     parser.add_argument(
         "--length",
         type=int,
         metavar="N",
-        help="tokens per example, longer ones are truncated (that of the recipe, else 128)",
+        help="tokens per example, longer ones are truncated (that of the recipe, else 128"
+        + ("; per sequence of text 2048)" if plain else ")"),
     )
     if batch:
         parser.add_argument("--batch", type=int, default=16, metavar="N", help="examples per batch (16)")

@@ -85,6 +85,13 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
+def is_causal(model: Any) -> bool:
+    """Return whether a model of transformers predicts the next token of a text, and has no encoder before it."""
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        return False
+    return model.get_output_embeddings() is not None
+
+
 def most_tokens(model: nn.Module) -> int | None:
     """Return how many tokens a model was made for; None where its config does not say.
 

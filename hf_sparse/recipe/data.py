@@ -93,6 +93,16 @@ def load_split(section: DataSection, split: str) -> Dataset:
     return _columns(_read(section, split), section, split)
 
 
+def read_rows(path: str, columns: Sequence[str]) -> Dataset:
+    """Read columns of text of a local file, with nothing missing.
+
+    Raises:
+        RecipeError: for a file that cannot be read, a missing column, or a text that is missing.
+    """
+    section = DataSection(train=path, validation="none", text=list(columns), label=f"not {columns[0]}")
+    return _texts(_read(section, "train"), section, "train", section.text_columns)
+
+
 def _read(section: DataSection, split: str) -> Dataset:
     given = getattr(section, split)
     try:
@@ -117,14 +127,20 @@ def _read(section: DataSection, split: str) -> Dataset:
 
 def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
     """Return the examples and "labels" only, at most the asked number, with nothing missing."""
-    wanted = [*section.text_columns, section.label]
+    return _texts(dataset, section, split, (*section.text_columns, section.label)).rename_column(
+        section.label, "labels"
+    )
+
+
+def _texts(dataset: Dataset, section: DataSection, split: str, wanted: Sequence[str]) -> Dataset:
+    """Return these columns only, at most the asked number of rows, with nothing missing."""
     for column in wanted:
         if column not in dataset.column_names:
             known = ", ".join(dataset.column_names)
             raise RecipeError(
                 f"data.{split} has no column '{column}'{nearest(column, dataset.column_names)} Its columns: {known}."
             )
-    dataset = dataset.select_columns(wanted)
+    dataset = dataset.select_columns(list(wanted))
     limit = getattr(section, f"{split}_samples")
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=SUBSET_SEED).select(range(limit))
@@ -139,7 +155,7 @@ def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
     for column in section.text_columns:
         if not isinstance(dataset[0][column], str):
             raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is not text")
-    return dataset.rename_column(section.label, "labels")
+    return dataset
 
 
 def _classes(train: Dataset) -> tuple[list[Any], tuple[str, ...]]:

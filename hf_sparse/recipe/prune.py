@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.sparsity import SparsityConfig
+from ..config.sparsity import SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
-from ..hf.auto import load_tokenizer, load_whole
+from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
@@ -24,8 +28,67 @@ from ..utils.atomic_io import read_json, replace_file, write_text
 from .data import load_split
 from .data_loader import LabelledBatches
 from .sections import DataSection
+from .texts import Bos, TokenStream, calibration_batches, read_text
 
 logger = logging.getLogger(__name__)
+
+SEQUENCES, SEQUENCE_LENGTH = 128, 2048
+"""Of text that is calibrated with, by default; shorter where the model takes fewer tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    """Sequences of a text, for scorers that look at the inputs of the layers of a causal language model.
+
+    Args:
+        path: of a plain text, or of a file of examples.
+        column: of the latter.
+        samples: sequences, from random places.
+        length: tokens of a sequence; None = 2048, or what the model takes.
+        seed: of the places.
+        bos: see `TokenStream.of`.
+    """
+
+    path: str
+    column: str = "text"
+    samples: int = SEQUENCES
+    length: int | None = None
+    seed: int = 0
+    bos: Bos = "auto"
+
+    def batches(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+        """Return the sequences as keyword arguments of a model.
+
+        Raises:
+            RecipeError: if the text is too short, or a sequence too long for the model.
+        """
+        length = self.length or min(SEQUENCE_LENGTH, most_tokens(model) or SEQUENCE_LENGTH)
+        check_length(length, model, tokenizer)
+        stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos)
+        logger.info("%d sequences of %d tokens, %s", self.samples, length, stream.begins)
+        return calibration_batches(stream, self.samples, length, self.seed, model.device)
+
+
+def looks_at_inputs(config: GroupConfig) -> bool:
+    """Return whether a group looks at the inputs of layers, for which a text without labels is enough."""
+    selection = None if config.selection is None else SELECTIONS.build(config.selection)
+    wants = SCORERS.build(config.scorer).source == "inputs" or (selection is not None and selection.needs_inputs)
+    return wants or config.reconstruction is not None
+
+
+@contextlib.contextmanager
+def computing_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Turn weights of 16 bits into float32 on the CPU, where they are slow and inexact, and back at the end."""
+    stored = {}
+    if model.device.type == "cpu":
+        stored = {n: p.dtype for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    for name, parameter in model.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.float()
+    yield
+    for name, parameter in model.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.to(stored[name])
 
 
 def prune(
@@ -35,6 +98,7 @@ def prune(
     revision: str = "main",
     section: DataSection | None = None,
     batch: int = 16,
+    text: CalibrationText | None = None,
 ) -> Summary:
     """Load a model, prune it, and save it packed with its tokenizer.
 
@@ -43,19 +107,25 @@ def prune(
         group: the keys of one group, see `GroupConfig`.
         output: folder that is written.
         revision: branch, tag or commit on the Hub.
-        section: whose training examples are shown to scorers that look at data (gradient, taylor, head_importance).
+        section: whose training examples are shown to scorers that look at data (gradient, taylor, head_importance;
+            wanda and sparsegpt where the model is not a causal language model).
         batch: examples at once.
+        text: shown to scorers that look at the inputs of layers, where the model is a causal language model.
 
     Raises:
         RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
     """
     config = SparsityConfig(**group)
     model = load_whole(name, revision)
-    batches = None
-    if section is not None:
-        rows = load_split(section, "train")
-        batches = tqdm(LabelledBatches(model, load_tokenizer(name, revision), rows, section, batch), desc="Looking")
-    sparsify(model, config, batches)
+    by_blocks = looks_at_inputs(config.groups[0])
+    batches: Any = None
+    with computing_in_float32(model) if by_blocks else contextlib.nullcontext():
+        if text is not None and by_blocks and is_causal(model):
+            batches = text.batches(model, load_tokenizer(name, revision))
+        elif section is not None:
+            rows = load_split(section, "train")
+            batches = tqdm(LabelledBatches(model, load_tokenizer(name, revision), rows, section, batch), desc="Looking")
+        sparsify(model, config, batches)
     _save(model, name, output, revision)
     return summarize(model)
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     BertForMaskedLM,
@@ -16,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -159,3 +166,32 @@ def token_batches(count: int = 3, size: int = 2, length: int = 12) -> list[dict[
     """Return batches of random tokens below 50."""
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(1, 50, (size, length), generator=generator)} for _ in range(count)]
+
+
+WORDS = [f"w{number}" for number in range(47)]
+
+
+def save_llama(folder: Path, bos: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Write a decoder with random weights, and a tokenizer of words that begins a text with `<s>` or does not."""
+    model: Any = llama(**options)
+    model.to(dtype).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106  no password
+    backend.pre_tokenizer = WhitespaceSplit()
+    if bos:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = dict(zip(("unk_token", "bos_token", "eos_token"), ("<unk>", "<s>", "</s>"), strict=True))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **special)
+    made.save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, words: int = 400, seed: int = 0) -> Path:
+    """Write a text of words, some of which follow others more often."""
+    draw = random.Random(seed)  # noqa: S311  no secrets
+    text, last = [], 0
+    for _ in range(words):
+        last = (last * 3 + draw.randrange(4)) % len(WORDS)
+        text.append(WORDS[last])
+    path.write_text(" ".join(text), encoding="utf-8")
+    return path

@@ -10,6 +10,7 @@ from .doctor import Doctor
 from .export import Export
 from .head_importance import HeadImportance
 from .inspect import Inspect
+from .perplexity import Perplexity
 from .prune import Prune
 from .push import Push
 from .report import Report
@@ -19,5 +20,5 @@ from .train import Train
 
 __all__ = [
     "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Export", "HeadImportance", "Inspect",
-    "Prune", "Push", "Report", "Run", "Sensitivity", "Train",
+    "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train",
 ]  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..data_options import add_data, data_section
 from ..options import add_model, add_revision, given, separate_output, spec
 from ..verb import VERBS, Verb
 
-GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude")
+GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude", "reconstruction")
 """Options that are keys of the sparsity section."""
+EXAMPLES = 512
 
 
 @VERBS.register("prune")
@@ -26,18 +28,33 @@ class Prune(Verb):
         )
         parser.add_argument("--scorer", type=spec, help="importance of a weight (magnitude)")
         parser.add_argument("--pattern", type=spec, help='weights pruned together (element); "2:4" needs no --sparsity')
-        parser.add_argument("--selection", type=spec, help="which weights compete (uniform, global, threshold)")
+        parser.add_argument("--selection", type=spec, help="which weights compete (uniform, per_row, global, owl, ...)")
+        parser.add_argument("--reconstruction", type=spec, help="how the kept weights make up for the others (cg)")
         parser.add_argument("--targets", action="append", metavar="GLOB", help="names of layers; may be repeated")
         parser.add_argument("--exclude", action="append", metavar="GLOB", help="layers kept dense; may be repeated")
         add_revision(parser)
-        purpose = "examples for the scorers gradient, taylor and head_importance"
-        add_data(parser, purpose, required=False, samples=512, batch=True)
+        purpose = "examples for the scorers wanda, sparsegpt, gradient, taylor and head_importance"
+        add_data(parser, purpose, required=False, samples=None, batch=True, plain=True)
+        parser.add_argument("--seed", type=int, default=0, help="of the places where sequences of text begin (0)")
+        parser.add_argument(
+            "--bos", choices=("auto", "always", "never"), default="auto", help="BOS before each sequence of text (auto)"
+        )
 
     def run(self, options: argparse.Namespace) -> None:
-        from ...recipe.prune import prune
+        from ...recipe.prune import SEQUENCES, CalibrationText, prune
 
         group = {key: value for key, value in given(options, *GROUP).items() if value is not None}
         output = separate_output(options.model, options.output)
-        section = data_section(options) if options.data is not None else None
-        summary = prune(options.model, group, output, options.revision, section, options.batch)
+        section = text = None
+        if options.data is not None:
+            named: dict[str, Any] = {"column": options.text[0]} if options.text else {}
+            text = CalibrationText(
+                options.data,
+                samples=SEQUENCES if options.samples is None else options.samples,
+                **given(options, "length", "seed", "bos"),
+                **named,
+            )
+            options.samples = EXAMPLES if options.samples is None else options.samples
+            section = data_section(options)
+        summary = prune(options.model, group, output, options.revision, section, options.batch, text)
         print(f"{summary}\n\nSaved in {output}")

@@ -43,7 +43,8 @@ def test_conv1d_is_pruned_in_training_as_linear_is(pattern: Any, scorer: str) ->
             optimizer.zero_grad()
             pruner.step((step + 1) / 3)
         pruner.finish()
-        layer: Any = pruner.bake()[0]
+        baked: Any = pruner.bake()
+        layer = baked[0]
         masks.append(layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach())
     assert torch.equal(masks[0] != 0, masks[1] != 0)
     torch.testing.assert_close(*masks)
