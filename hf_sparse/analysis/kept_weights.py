@@ -50,9 +50,9 @@ def kept_groups(model: PreTrainedModel) -> list[KeptGroups]:
 def _fractions(block: SubBlock) -> Tensor:
     if not block.groups:
         return torch.zeros(0)
-    parts = [layer.weight.detach().view(block.groups, -1) for layer in block.inputs.values()]
-    parts.append(block.output.weight.detach().T.reshape(block.groups, -1))
-    return torch.cat(parts, 1).ne(0).float().mean(1)
+    # KV heads that several heads read belong to none of them.
+    own = [part for part in (*block.parts, block.exit) if not part.shared]
+    return torch.cat([part.weights().flatten(1) for part in own], 1).ne(0).float().mean(1)
 
 
 def weight_sections(model: PreTrainedModel, dense: PreTrainedModel | None) -> list[html.Section]:

@@ -1,4 +1,6 @@
-"""Fact: which heads and neurons a model has lost, so that it can be built without them. (`manifest` lists the tensors.)
+"""Fact: which heads, neurons and experts a model has lost, so that it can be built without them.
+
+`manifest` lists the tensors.
 
 Like the manifest this is untrusted input: `from_dict` accepts exactly what FORMAT.md describes.
 """
@@ -16,14 +18,14 @@ import numpy as np
 from ..errors import CheckpointError
 from ..utils.text import shorten
 
-KINDS = {"attention": "heads", "feed_forward": "neurons"}
-"""The key of FORMAT.md for each kind of sub-block."""
+KINDS = {"attention": "heads", "feed_forward": "neurons", "experts": "experts"}
+"""The key of FORMAT.md for each kind of sub-block, and field of `Edits`."""
 
 EDITS_KEY = "edits"
-"""Key in `extra` of a manifest for the heads and neurons that were removed."""
+"""Key in `extra` of a manifest for the heads, neurons and experts that were removed."""
 
 MAX_GROUPS = 2**24
-"""More heads or neurons in one sub-block are a mistake or an attack."""
+"""More heads, neurons or experts in one sub-block are a mistake or an attack."""
 
 _NAME = re.compile(r"[\w.-]{1,500}", re.ASCII)
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
@@ -95,11 +97,12 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """List the sub-blocks of a model that have lost heads or neurons. Falsy if there are none.
+    """List the sub-blocks of a model that have lost heads, neurons or experts. Falsy if there are none.
 
     Args:
         heads: by name of the attention.
         neurons: by name of the feed-forward sub-block.
+        experts: by name of the mixture of experts.
 
     Example:
         >>> edits = Edits({"layer.0.attention": Cut.of(4, (1, 2))})
@@ -109,12 +112,13 @@ class Edits:
 
     heads: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
     neurons: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
+    experts: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.heads or self.neurons)
+        return bool(self.heads or self.neurons or self.experts)
 
     def __iter__(self) -> Iterator[tuple[str, str, Cut]]:
-        """Yield kind ("heads" or "neurons"), name and cut."""
+        """Yield kind ("heads", "neurons" or "experts"), name and cut."""
         for kind in KINDS.values():
             for name, cut in getattr(self, kind).items():
                 yield kind, name, cut

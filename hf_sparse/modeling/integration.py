@@ -6,6 +6,7 @@ transformers; for all other models the one below does nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -27,6 +28,26 @@ class ModelIntegration:
 
     def after_keep_zeros(self, model: nn.Module) -> None:
         """Prepare a model for saving whose zeros are kept, and that no pruning here has made sparse."""
+
+    def rebuilt(self, model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | None:
+        """Return a model of the same class without values (meta device), with a changed config; None = it has none.
+
+        Args:
+            changes: keys of the config and their new values.
+        """
+        return None
+
+    def without_layers(self, model: nn.Module, kept: Sequence[int], count: int) -> Mapping[str, Any] | None:
+        """Return keys of the config and their values for a model with fewer layers; None = it has no config.
+
+        Args:
+            kept: numbers of the layers that stay.
+            count: how many there are.
+        """
+        return None
+
+    def change_config(self, model: nn.Module, changes: Mapping[str, Any]) -> None:
+        """Change the config of a model that has become another."""
 
     def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
         """Return the values of a weight on the meta device that is stored elsewhere, or None."""

@@ -7,9 +7,12 @@ this one knows torch alone.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor, nn
+
+from .class_swap import Swapped, swap_class
 
 MatrixLayer: TypeAlias = nn.Linear
 """Static type of a layer of any kind. Only `weight` and `bias` are common to all: sizes come from `matrix_shape`."""
@@ -91,3 +94,27 @@ def matrix_shape(layer: MatrixLayer) -> tuple[int, int]:
 def oriented(layer: nn.Module, values: Tensor) -> Tensor:
     """Return a tensor of the shape of a weight as `(out, in)`, a view; and, applied to that, as it is stored."""
     return values.t() if is_transposed(layer) else values
+
+
+def output_axis(layer: nn.Module) -> int:
+    """Return the dimension of the stored weight that has the outputs."""
+    return 1 if is_transposed(layer) else 0
+
+
+def set_matrix_shape(layer: nn.Module, outputs: int, inputs: int) -> None:
+    """Let a layer state the sizes that its weight has now; a `Conv1D` without inputs gives its bias."""
+    module: Any = layer
+    if isinstance(layer, nn.Linear):
+        module.out_features, module.in_features = outputs, inputs
+        return
+    module.nf, module.nx = outputs, inputs  # of `Conv1D`
+    if not inputs:
+        swap_class(layer, NoInputs)
+
+
+class NoInputs(Swapped):
+    """A `Conv1D` without inputs, which its plain class cannot compute."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Return the bias for each position."""
+        return torch.zeros((*x.shape[:-1], self.nf), dtype=x.dtype, device=x.device) + self.bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, SparsityError
 from ..formats.structure import KINDS, Cut, Edits
-from ..modeling.architectures import SubBlock, find_sub_blocks, known_sub_blocks
-from ..modeling.architectures.base import Attention, FeedForward
+from ..modeling.architectures import ExpertBlock, SubBlock, find_sub_blocks, known_experts, known_sub_blocks
+from ..modeling.architectures.base import Attention, FeedForward, Heads
+from ..modeling.architectures.parts import remove_lines, taken
 from ..modeling.integration import integration_of
+from ..modeling.layer_kinds import matrix_shape, oriented, output_axis, set_matrix_shape
 from ..modeling.model_state import EDITS
+from .even_cuts import Cuts, Cuttable, move_to_config, unmark_dense
 from .masked_weight import masked_weight
 
 
@@ -49,9 +53,10 @@ def compact(model: nn.Module) -> Edits:
     """Remove every head and neuron whose weights are zero from a model, in place, and return what is left of it.
 
     The model computes the same as before, up to the order of additions. A head goes if its output columns are zero, or
-    its value rows with their biases. A neuron goes if its output column is zero, or what comes to it is always 0; one
-    whose rows alone are zero is a constant, which is added to the bias of the next layer. A sub-block that has lost all
-    of its heads or neurons gives the bias of its last layer and costs nothing.
+    its value rows with their biases; with grouped queries a KV head goes with the last head that reads it. A neuron
+    goes if its output column is zero, or what comes to it is always 0; one whose rows alone are zero is a constant,
+    which is added to the bias of the next layer. A sub-block that has lost all of its heads or neurons gives the bias
+    of its last layer and costs nothing.
 
     What is left is smaller matrices, not zeros: it is faster on every device. The layers get new parameters, so make
     the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
@@ -59,8 +64,12 @@ def compact(model: nn.Module) -> Edits:
     Args:
         model: of a family that `hf_sparse.modeling.architectures` knows; pruned and baked.
 
+    Where all sub-blocks have lost the same number, and the config of the family has a key for it, the config is changed
+    instead: the model is then a smaller one of its class, which any tool loads, and later calls count from there.
+
     Returns:
-        All that was removed since the model was made, with the numbers that heads and neurons had then.
+        All that the model has lost now, with the numbers that heads and neurons had in the model that its `config`
+        described before.
 
     Raises:
         PatternError: if no architecture knows the model.
@@ -83,21 +92,30 @@ def compact(model: nn.Module) -> Edits:
                 raise SparsityError(f"'{name}' still has a mask. End the pruning first: Pruner.bake()")
             if layer.weight.is_meta:
                 raise SparsityError(f"'{name}' is not in memory (meta device). Load the whole model into memory first")
-    edits = edits_of(model)
-    parts: dict[str, dict[str, Cut]] = {kind: dict(getattr(edits, kind)) for kind in KINDS.values()}
+    cuts: Cuts = {kind: dict(getattr(edits_of(model), kind)) for kind in KINDS.values()}
+    anything = False
     for block in blocks:
         living = living_groups(block)
         if bool(living.all()):
             continue
-        cuts = parts[KINDS[block.kind]]
+        own = cuts[KINDS[block.kind]]
         kept = living.nonzero().flatten().tolist()
-        cuts[block.name] = cuts.get(block.name, Cut.of(block.groups)).then(kept)
-        _cut(block, kept, cuts[block.name])
-    edits = Edits(**parts)
-    if edits:
-        remember_edits(model, edits)
-        integration_of(model).after_compact(model)
+        own[block.name] = own.get(block.name, Cut.of(block.groups)).then(kept)
+        cut_block(block, kept, own[block.name])
+        anything = True
+    edits = Edits(**cuts)
+    if anything:
+        settle_edits(model, cuts)
     return edits
+
+
+def settle_edits(model: nn.Module, cuts: Cuts) -> None:
+    """Let a model that has become smaller remember what its config cannot express, and be saved with it."""
+    edits = Edits(**move_to_config(model, cuts))
+    remember_edits(model, edits)
+    if not edits:
+        unmark_dense(model)
+    integration_of(model).after_compact(model)
 
 
 @torch.no_grad()
@@ -109,32 +127,32 @@ def living_groups(block: SubBlock) -> Tensor:
     return _living_heads(block) if block.kind == "attention" else _living_neurons(block)
 
 
-def _groups(block: SubBlock, lines: Tensor) -> Tensor:
-    """Turn a flag for each row or column into one for each group: whether any is set."""
-    return lines.view(block.groups, block.size).any(1)
-
-
 def _has_columns(block: SubBlock) -> Tensor:
-    return _groups(block, (block.output.weight != 0).any(0))
+    """Return which heads or neurons the output layer reads."""
+    return (block.exit.weights() != 0).flatten(1).any(1)
 
 
 def _living_heads(block: SubBlock) -> Tensor:
-    *_, value = block.inputs.values()
-    rows = (value.weight != 0).any(1)
-    if value.bias is not None:
-        rows = rows | (value.bias != 0)
-    return _has_columns(block) & _groups(block, rows)
+    value = block.parts[-1]
+    living = (value.weights() != 0).flatten(1).any(1)
+    biases = value.biases()
+    if biases is not None:
+        living |= (biases != 0).any(1)
+    if block.is_grouped:
+        living = living[torch.tensor(block.kv_of, device=living.device)]
+    return _has_columns(block) & living
 
 
 def _living_neurons(block: SubBlock) -> Tensor:
     """Return which neurons are needed, once the constants that others contribute are in the bias of the next layer."""
     table, output = block.table, block.output
     assert isinstance(table, FeedForward)
-    dead, constant = ~_has_columns(block), torch.ones_like(output.weight[0], dtype=torch.bool)
-    product = torch.ones_like(output.weight[0])
-    for index, layer in enumerate(block.inputs.values()):
-        no_rows = (layer.weight == 0).all(1)
-        value = torch.zeros_like(product) if layer.bias is None else layer.bias.detach()
+    columns = oriented(output, output.weight.detach())
+    dead, constant = ~_has_columns(block), torch.ones_like(columns[0], dtype=torch.bool)
+    product = torch.ones_like(columns[0])
+    for index, part in enumerate(block.parts):
+        no_rows, biases = (part.weights() == 0).flatten(1).all(1), part.biases()
+        value = torch.zeros_like(product) if biases is None else biases.flatten()
         value = table.act(block.module, value) if index == 0 else value
         dead |= no_rows & (value == 0)
         constant &= no_rows
@@ -142,29 +160,37 @@ def _living_neurons(block: SubBlock) -> Tensor:
     constant &= ~dead
     if output.bias is not None and bool(constant.any()):
         # In double precision: the sum of many constants is rounded once.
-        added = output.weight[:, constant].double() @ product[constant].double()
+        added = columns[:, constant].double() @ product[constant].double()
         output.bias.copy_(output.bias.double() + added)
         dead |= constant
     return ~dead
 
 
-def _cut(block: SubBlock, kept: Sequence[int], cut: Cut) -> None:
+def cut_block(block: SubBlock, kept: Sequence[int], cut: Cut) -> None:
     """Keep the groups with these numbers, counted now; `cut` has them as they were at first."""
+    readers = Counter(block.kv_of[head] for head in kept) if block.heads_per_kv else Counter()
     if isinstance(block.table, Attention):
-        block.table.resize(block.core, cut.kept, cut.before)
-    lines = (torch.tensor(kept, dtype=torch.long)[:, None] * block.size + torch.arange(block.size)).flatten()
+        per_kv = tuple(readers[kv] for kv in sorted(readers))
+        block.table.resize(block.core, Heads(cut.kept, cut.before, per_kv))
+    elif block.table.width in vars(block.module):
+        setattr(block.module, block.table.width, len(kept))
     for layer in block.inputs.values():
-        layer.weight = _taken(layer.weight, lines, 0)
-        layer.bias = None if layer.bias is None else _taken(layer.bias, lines, 0)
-        layer.out_features = len(lines)
-    block.output.weight = _taken(block.output.weight, lines, 1)
-    block.output.in_features = len(lines)
+        lines = [part.lines(sorted(readers) if part.shared else kept) for part in block.parts if part.layer is layer]
+        joined = torch.cat([each.flatten() for each in lines]).sort().values
+        remove_lines(layer, output_axis(layer), joined)
+        set_matrix_shape(layer, len(joined), matrix_shape(layer)[1])
+    columns = block.exit.lines(kept).flatten()
+    remove_lines(block.output, block.exit.axis, columns)
+    set_matrix_shape(block.output, matrix_shape(block.output)[0], len(columns))
 
 
-def _taken(parameter: Tensor, lines: Tensor, axis: int) -> nn.Parameter:
-    taken = parameter.detach().index_select(axis, lines.to(parameter.device))
-    # What is empty has nothing to train; DDP would wait for its gradient.
-    return nn.Parameter(taken, requires_grad=parameter.requires_grad and taken.numel() > 0)
+def cut_experts(block: ExpertBlock, kept: Sequence[int]) -> None:
+    """Keep the experts with these numbers, and their rows of the router."""
+    numbers, table = torch.tensor(list(kept), dtype=torch.long), block.table
+    for module, names in ((block.router, ("weight",)), (block.experts, table.parameters)):
+        for name in names:
+            setattr(module, name, taken(module.get_parameter(name), numbers, 0))
+        setattr(module, table.count, len(kept))
 
 
 def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
@@ -177,7 +203,8 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
     Raises:
         CheckpointError: if the edits do not fit the model.
     """
-    blocks = {(KINDS[block.kind], block.name): block for block in known_sub_blocks(model)}
+    every: list[Cuttable] = [*known_sub_blocks(model), *known_experts(model)]
+    blocks = {(KINDS[block.kind], block.name): block for block in every}
     modules = {name for name, _ in model.named_modules()}
     parts: dict[str, dict[str, Cut]] = {kind: {} for kind in KINDS.values()}
     for kind, name, cut in edits:
@@ -197,5 +224,8 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
                 f"has {block.groups}"
             )
         parts[kind][match] = cut
-        _cut(block, cut.kept, cut)
+        if isinstance(block, ExpertBlock):
+            cut_experts(block, cut.kept)
+        else:
+            cut_block(block, cut.kept, cut)
     remember_edits(model, Edits(**parts))

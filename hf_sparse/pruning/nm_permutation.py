@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..modeling.architectures import SubBlock, find_sub_blocks
+from ..modeling.layer_kinds import matrix_shape, oriented
 from .masked_weight import check_free
 
 ROUNDS = 100
@@ -48,7 +49,8 @@ def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = RO
     """Reorder neurons, and the values within heads, so that n:m patterns keep more; the model computes the same.
 
     Call it before masks are attached, and on every process of a training (it draws from a generator of its own).
-    A layer whose inputs, or heads, are not a multiple of m is left as it is, and is not in the report.
+    A layer whose inputs, or heads, are not a multiple of m is left as it is, and is not in the report; so is the output
+    layer of an attention with grouped queries, in which several heads share their values.
 
     Args:
         model: of a family that `architectures` knows; changed in place.
@@ -73,9 +75,9 @@ def permute_for_nm(model: nn.Module, n: int = 2, m: int = 4, *, rounds: int = RO
     report = []
     for block in blocks:
         segments = 1 if block.kind == "feed_forward" else block.groups
-        if block.output.in_features // segments % m:
+        if matrix_shape(block.output)[1] // segments % m or block.is_grouped:  # heads that share their values
             continue
-        size = block.output.weight.detach().abs().float()
+        size = oriented(block.output, block.output.weight.detach()).abs().float()
         before = _kept(size, n, m)
         order = best_order(size, n, m, segments, rounds)
         _apply(block, order)
@@ -90,13 +92,12 @@ def _kept(size: Tensor, n: int, m: int) -> float:
 
 
 def _apply(block: SubBlock, order: Tensor) -> None:
-    block.output.weight.copy_(block.output.weight[:, order])
     # Of an attention only the values meet the output; query and key meet each other.
-    layers = list(block.inputs.values())
-    for layer in layers if block.kind == "feed_forward" else layers[-1:]:
-        layer.weight.copy_(layer.weight[order])
-        if layer.bias is not None:
-            layer.bias.copy_(layer.bias[order])
+    for part in (block.exit, *(block.parts if block.kind == "feed_forward" else block.parts[-1:])):
+        layer, lines = part.layer, part.lines().flatten().to(order.device)
+        layer.weight.index_copy_(part.axis, lines, layer.weight.index_select(part.axis, lines[order]))
+        if part is not block.exit and layer.bias is not None:
+            layer.bias.index_copy_(0, lines, layer.bias.index_select(0, lines[order]))
 
 
 def best_order(size: Tensor, n: int, m: int, segments: int = 1, rounds: int = ROUNDS) -> Tensor:

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from ..config.module_names import NamePattern
 from ..errors import SparsityError
-from ..modeling.architectures import match_sub_blocks
+from ..modeling.architectures import SubBlock, match_sub_blocks
 from ..modeling.layer_kinds import MatrixLayer, is_transposed, oriented, stored_shape
 from ..modeling.layer_matching import match_layers
 from .mask_state_dict import attach_mask, bake_mask
 from .masked_weight import MaskedWeight, hidden, placed_as
-from .patterns import Pattern, Structure, Transposed
+from .patterns import AssignedLines, Pattern, Structure, Transposed
 from .state_fields import StateField
 
 
@@ -29,7 +29,7 @@ class Member:
         layer_name: name of its layer in the model.
         module: the layer.
         pattern: which entries of the weight, as it is stored, belong to a group.
-        has_bias: whether the bias of the layer belongs to the groups too, one entry with each row.
+        has_bias: whether the bias of the layer belongs to the groups too, one entry with each output.
         mask: on the weight, while it is attached.
         gradient: of the loss of this optimizer step with respect to the masked weight, dense, while the scorer looks
             at it.
@@ -112,7 +112,20 @@ class Unit:
             return self.pattern.pool(elements[0])
         sums = [m.pattern.pool(tensor.float(), "sum") for m, tensor in zip(self.members, elements, strict=True)]
         total = torch.stack(sums).sum(0)
+        if any(isinstance(member.pattern, AssignedLines) for member in self.members):
+            return total / self.entries(total.device)
         return total * (total.numel() / sum(member.masked.mask.numel() for member in self.members))
+
+    def entries(self, device: torch.device | None = None) -> Tensor:
+        """Return how many entries each group has in all members."""
+        counts = []
+        for member in self.members:
+            shape, pattern = stored_shape(member.module), member.pattern
+            if isinstance(pattern, AssignedLines):
+                counts.append(pattern.entries(shape, torch.device("cpu")))
+            else:
+                counts.append(torch.full((self.groups,), math.prod(shape) // self.groups))
+        return torch.stack(counts).sum(0).to(device)
 
     def kept(self) -> Tensor:
         """Return which groups are kept, one bool per group."""
@@ -222,20 +235,11 @@ def find_units(
     """
     if isinstance(pattern, Structure):
         blocks = match_sub_blocks(model, pattern.kinds, targets, exclude, f"pattern {pattern}")
-        return [
-            Unit(
-                [
-                    _member(block.output_name, block.output, pattern.part(1, block.size)),
-                    *(_member(name, layer, pattern.part(0, block.size), True) for name, layer in block.inputs.items()),
-                ],
-                block.kind,
-            )
-            for block in blocks
-        ]
+        return [Unit(_members(block, pattern), block.kind) for block in blocks]
     layers = match_layers(model, targets, exclude)
     for name, layer in layers.items():
         as_stored(pattern, layer).check(tuple(layer.weight.shape), f"{name}.weight")
-    return [Unit([_member(name, layer, pattern)]) for name, layer in layers.items()]
+    return [Unit([Member(name, layer, as_stored(pattern, layer))]) for name, layer in layers.items()]
 
 
 def as_stored(pattern: Pattern, layer: MatrixLayer) -> Pattern:
@@ -243,5 +247,13 @@ def as_stored(pattern: Pattern, layer: MatrixLayer) -> Pattern:
     return Transposed(pattern) if is_transposed(layer) else pattern
 
 
-def _member(name: str, layer: MatrixLayer, pattern: Pattern, has_bias: bool = False) -> Member:
-    return Member(name, layer, as_stored(pattern, layer), has_bias)
+def _members(block: SubBlock, pattern: Structure) -> list[Member]:
+    """Return the weights of a sub-block that have lines of a group, the one that the groups leave by first."""
+    exit_pattern = pattern.divide(block, [block.exit])
+    assert exit_pattern is not None
+    members = [Member(block.output_name, block.output, exit_pattern)]
+    for name, layer in block.inputs.items():
+        divided = pattern.divide(block, [part for part in block.parts if part.layer is layer])
+        if divided is not None:
+            members.append(Member(name, layer, divided, True))
+    return members

@@ -158,7 +158,7 @@ class Candidates:
     def _attention(self, block: SubBlock) -> PackCandidate | None:
         """Return query, key and value as one matmul, if they have the same input."""
         names = tuple(block.inputs)
-        if block.is_cross_attention or not all(name in self.layers for name in names):
+        if len(names) < 3 or block.is_cross_attention or not all(name in self.layers for name in names):
             return None
         layers = tuple(self.layers[name] for name in names)
         if len({layer.bias is None for layer in layers}) > 1 or any_observed(layers):

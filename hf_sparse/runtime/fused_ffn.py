@@ -119,6 +119,8 @@ def is_fusible(block: SubBlock) -> bool:
     table = block.table
     if not isinstance(table, FeedForward) or table.fusion is None or isinstance(block.module, Swapped):
         return False
+    if not block.is_plain:
+        return False
     if not all(block.is_own(module) for module in (block.module, *containers(block))):
         return False
     inner = table.fusion.inner_dropout

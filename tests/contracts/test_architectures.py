@@ -14,9 +14,11 @@ from torch import Tensor
 from hf_sparse import compact, to_runtime
 from hf_sparse.kernels import LibraryStatus
 from hf_sparse.modeling.architectures import FAMILIES, Family, known_sub_blocks
-from tests.helpers import structures, tiny_encoder
+from tests.helpers import decoders, structures, tiny_encoder
 from tests.helpers.architecture_contract import blocks_of, check_family, load_example
 from tests.helpers.contributing import example as read_example
+
+NAMES = (*structures.FAMILIES, *decoders.FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,8 @@ def outputs(name: str) -> Any:
     ids = torch.randint(5, structures.VOCABULARY, (2, 18), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
+    if name in decoders.FAMILIES:
+        mask = mask.flip(1)  # padded on the left
     decoder = {"decoder_input_ids": ids[:, :7]} if "t5" in name else {}
 
     def run(model: Any) -> Tensor:
@@ -48,13 +52,17 @@ def outputs(name: str) -> Any:
     return run
 
 
-@pytest.mark.parametrize("name", structures.FAMILIES)
+def build(name: str) -> Any:
+    return decoders.build(name) if name in decoders.FAMILIES else structures.build(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_family_keeps_its_promises(name: str) -> None:
-    check_family(family_of(structures.build(name)), lambda: structures.build(name), outputs(name))
+    check_family(family_of(build(name)), lambda: build(name), outputs(name))
 
 
 def test_every_registered_family_is_tested() -> None:
-    tested = {family_of(structures.build(name)).name for name in structures.FAMILIES}
+    tested = {family_of(build(name)).name for name in NAMES}
     assert tested == set(FAMILIES)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_sparse import PatternError, Pruner, SparsityConfig, summarize
 from hf_sparse.config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
+from hf_sparse.pruning.patterns import AssignedLines, Lines
 from hf_sparse.pruning.selection import Owl
 from hf_sparse.pruning.selection.budget import Budget, Costs
 
@@ -86,7 +87,8 @@ def test_every_scorer_works_with_every_pattern(scorer: str, pattern: str) -> Non
 @pytest.mark.parametrize(
     "made",
     [PATTERNS.build(spec(name)) for name in PATTERNS if not PATTERNS[name].structural]
-    + [PATTERNS.build(name).part(axis, 8) for name in PATTERNS if PATTERNS[name].structural for axis in (0, 1)],
+    + [Lines(axis, size) for size in (0, 8) for axis in (0, 1)]
+    + [AssignedLines(axis, 8, tuple(range(8)) * (SHAPE[axis] // 8)) for axis in (0, 1)],
     ids=str,
 )
 def test_every_pattern_pools_and_expands_consistently(made: Any) -> None:

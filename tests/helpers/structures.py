@@ -26,7 +26,8 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from hf_sparse.modeling.architectures import SubBlock, find_sub_blocks
+from hf_sparse.modeling.architectures import Part, SubBlock, find_sub_blocks
+from hf_sparse.modeling.layer_kinds import output_axis
 
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
@@ -118,20 +119,25 @@ def choose(model: nn.Module, seed: int = 0) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def remove_others(model: nn.Module, chosen: dict[str, list[int]]) -> None:
-    """Zero all that belongs to heads and neurons that do not survive; sub-blocks that are not chosen from stay."""
+    """Zero all that belongs to heads and neurons that do not survive; sub-blocks that are not chosen from stay.
+
+    A KV head that several heads read is zero if none of them survives.
+    """
     for block in find_sub_blocks(model, "a test"):
         if block.name in chosen:
-            lines = dead_lines(block, chosen[block.name])
-            block.output.weight[:, lines] = 0.0
-            for layer in block.inputs.values():
-                layer.weight[lines] = 0.0
-                if layer.bias is not None:
-                    layer.bias[lines] = 0.0
+            survivors = chosen[block.name]
+            read = sorted({block.kv_of[head] for head in survivors}) if block.is_grouped else survivors
+            _zero(block.exit, survivors)
+            for part in block.parts:
+                _zero(part, read if part.shared else survivors)
 
 
-def dead_lines(block: SubBlock, survivors: list[int]) -> list[int]:
-    dead = [group for group in range(block.groups) if group not in survivors]
-    return [group * block.size + line for group in dead for line in range(block.size)]
+def _zero(part: Part, survivors: list[int]) -> None:
+    lines = part.lines([each for each in range(part.count) if each not in survivors]).flatten()
+    weight = part.layer.weight if part.axis == 0 else part.layer.weight.t()
+    weight[lines] = 0.0
+    if part.axis == output_axis(part.layer) and part.layer.bias is not None:
+        part.layer.bias[lines] = 0.0
 
 
 def live_lines(block: SubBlock, survivors: list[int]) -> list[int]:

@@ -8,6 +8,7 @@ from ...errors import CheckpointError
 from ...formats.structure import Cut
 from ...modeling.architectures import SubBlock, known_sub_blocks
 from ...modeling.architectures.base import Attention
+from ...modeling.layer_kinds import matrix_shape, output_axis
 from .checkpoint import Checkpoint
 
 
@@ -63,9 +64,19 @@ def groups_left(checkpoint: Checkpoint, block: SubBlock) -> int | None:
     output = stored_shape(checkpoint, f"{block.output_name}.weight")
     if output is None and not any(rows.values()):
         return None
-    sides = {shape[0] for shape in rows.values() if shape} | ({output[1]} if output else set())
-    hidden = {shape[1] for shape in rows.values() if shape} | ({output[0]} if output else set())
-    expected = {layer.in_features for layer in block.inputs.values()} | {block.output.out_features}
+    if block.is_grouped:
+        raise CheckpointError(
+            f"'{block.name}' is stored with other sizes than config.json says: {rows}, output {output}. Several of its "
+            "heads read one KV head, and the files do not say which heads are left"
+        )
+    axes = {name: output_axis(layer) for name, layer in block.inputs.items()}
+    # A fused projection has several lines for each line of the output layer.
+    parts = {name: sum(part.name == name for part in block.parts) for name in rows}
+    sides = {shape[axes[name]] / parts[name] for name, shape in rows.items() if shape}
+    hidden = {shape[1 - axes[name]] for name, shape in rows.items() if shape}
+    if output is not None:
+        sides, hidden = sides | {output[block.exit.axis]}, hidden | {output[1 - block.exit.axis]}
+    expected = {matrix_shape(layer)[1] for layer in block.inputs.values()} | {matrix_shape(block.output)[0]}
     if output is None or None in rows.values() or len(sides) != 1:
         raise CheckpointError(f"the weights of '{block.name}' do not fit together: {rows}, output {output}")
     if hidden != expected:
@@ -75,7 +86,7 @@ def groups_left(checkpoint: Checkpoint, block: SubBlock) -> int | None:
             f"those that are left while heads keep the size of {min(expected)}, which no config of transformers "
             "expresses. Import the checkpoint from before this step, with zeros in their place"
         )
-    (side,) = sides
+    side = output[block.exit.axis]
     if side % block.size or side // block.size > block.groups:
         raise CheckpointError(f"'{block.name}' has {side} rows, which are not up to {block.groups} of {block.size}")
     return side // block.size

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -12,13 +15,21 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
 from ...modeling.integration import ModelIntegration, integration_of
+from ...modeling.model_state import sparse_weights
 from ...pruning.compaction import edits_of
 from ...pruning.group import joined
 from .. import patches
 from .config import SparseConfig
 from .parts import sparse_parts
 from .quantizer import SparseQuantizer
-from .saving import save_packed, save_parts_packed
+from .saving import save_packed, save_parts_packed, save_plain
+
+_LAYER_NUMBERS = ("mlp_only_layers",)
+"""Keys of configs with the numbers of some layers."""
+_FIRST_LAYERS = ("max_window_layers", "first_k_dense_replace")
+"""Keys of configs with the number of layers at the beginning that are different."""
+
+logger = logging.getLogger(__name__)
 
 
 class AnyModule(ModelIntegration):
@@ -56,13 +67,57 @@ class TransformersModel(AnyModule):
         _prepare(model, config if earlier is None else joined(model, earlier, config))
 
     def after_compact(self, model: nn.Module) -> None:
-        """As `after_attach`; what was requested of the model is known from the pruning, if that was here."""
+        """As `after_attach`; what was requested of the model is known from the pruning, if that was here.
+
+        A model that has neither zeros nor edits left is a plain one, and is saved as such.
+        """
+        if not edits_of(model) and not sparse_weights(model):
+            if isinstance(present := getattr(model, "hf_quantizer", None), SparseQuantizer):
+                save_plain(cast(PreTrainedModel, model))
+                present.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            return
         _prepare(model, _earlier(model))
         save_parts_packed(cast(PreTrainedModel, model))
 
     def after_keep_zeros(self, model: nn.Module) -> None:
         """As `after_compact`."""
         self.after_compact(model)
+
+    def rebuilt(self, model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | None:
+        config = copy.deepcopy(cast(PreTrainedModel, model).config)
+        _set(config, changes)
+        values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        try:
+            # As it would be read from config.json, which verifies more than setting an attribute.
+            changed = type(config).from_dict(values)
+            with torch.device("meta"):
+                return cast(Any, type(model))(changed)
+        except Exception as error:  # noqa: BLE001 - every family has errors of its own for what it cannot be
+            logger.info(f"{type(model).__name__} cannot be built with {dict(changes)}: {error}")
+            return None
+
+    def without_layers(self, model: nn.Module, kept: Sequence[int], count: int) -> Mapping[str, Any] | None:
+        config = cast(PreTrainedModel, model).config.get_text_config()
+        if getattr(config, "num_hidden_layers", None) != count:
+            return None
+        changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+        for key, value in config.to_dict().items():
+            if key in _LAYER_NUMBERS and isinstance(value, list):
+                changes[key] = [kept.index(index) for index in value if index in kept]
+            elif key in _FIRST_LAYERS and isinstance(value, int):
+                changes[key] = sum(index < value for index in kept)
+            elif isinstance(value, list) and len(value) == count:
+                changes[key] = [value[index] for index in kept]
+        return changes
+
+    def change_config(self, model: nn.Module, changes: Mapping[str, Any]) -> None:
+        _set(cast(PreTrainedModel, model).config, changes)
+
+
+def _set(config: Any, changes: Mapping[str, Any]) -> None:
+    inner = config.get_text_config()
+    for key, value in changes.items():
+        setattr(inner, key, value)
 
 
 def _earlier(model: nn.Module) -> SparsityConfig | None:

@@ -6,14 +6,17 @@ Modules are found by the names of their classes and the layers inside them, so t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..class_swap import plain_class_of
+from ..layer_kinds import is_matrix_layer, matrix_shape
+from ..model_state import HEADS_PER_KV
+from .experts import Experts
 from .fusion import AttentionFusion, FeedForwardFusion
+from .parts import Layout, Part, exit_part, input_parts
 
 Kind = Literal["attention", "feed_forward"]
 
@@ -22,34 +25,86 @@ Kind = Literal["attention", "feed_forward"]
 class SubBlock:
     """An attention or a feed-forward sub-block of one model: some input layers, and the output layer after them.
 
-    A group is `size` consecutive rows of every input layer and the columns of the output layer that read them: a head,
-    or (size 1) a neuron of the intermediate dimension.
+    A group is a head, or a neuron of the intermediate dimension: lines of the input layers, and the columns of the
+    output layer that read them. With grouped queries several heads read one KV head.
 
     Attributes:
         kind: "attention" or "feed_forward".
         name: of the module in the model; recipes and manifests use it.
-        inputs: query, key and value, or the first layers of the feed-forward part (two if gated), by full name.
-        output: the layer after them.
-        size: rows per group.
+        parts: query, key and value, or the first layers of the feed-forward part (two if gated), in this order.
+        exit: the columns of the layer after them.
         table: what describes it.
         module: the module that the table matched.
         package: of the classes that the table describes, see `Family`.
+        heads_per_kv: number of heads that read each KV head, in the order of the heads; empty for neurons.
     """
 
     kind: Kind
     name: str
-    inputs: dict[str, nn.Linear]
-    output_name: str
-    output: nn.Linear
-    size: int
+    parts: tuple[Part, ...]
+    exit: Part
     table: Attention | FeedForward
     module: nn.Module
     package: str = ""
+    heads_per_kv: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The input layers by full name, each once."""
+        return {part.name: part.layer for part in self.parts}
+
+    @property
+    def output_name(self) -> str:
+        """Full name of the output layer."""
+        return self.exit.name
+
+    @property
+    def output(self) -> Any:
+        """The output layer."""
+        return self.exit.layer
+
+    @property
+    def size(self) -> int:
+        """Columns of each group in the output layer."""
+        return self.exit.size
 
     @property
     def groups(self) -> int:
         """Number of heads or neurons that it has now."""
-        return self.output.in_features // self.size
+        return self.exit.count
+
+    @property
+    def kv_of(self) -> tuple[int, ...]:
+        """Which KV head each head reads."""
+        return tuple(kv for kv, heads in enumerate(self.heads_per_kv) for _ in range(heads))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether several heads read one KV head (grouped queries)."""
+        return any(part.shared for part in self.parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers are `nn.Linear` and each input layer is one part with a line for each column."""
+        layers = [*self.inputs.values(), self.output]
+        same = all(part.count * part.size == self.groups * self.size for part in self.parts)
+        return len(layers) == len(self.parts) + 1 and same and all(isinstance(layer, nn.Linear) for layer in layers)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Full names of the layers that get smaller."""
+        return [*self.inputs, self.output_name]
+
+    @property
+    def config_values(self) -> dict[str, int] | None:
+        """Keys of the config, and what they would have to be for this sub-block; None if they cannot express it."""
+        table = self.table
+        if isinstance(table, FeedForward):
+            return {table.key: self.groups} if table.key is not None and self.groups else None
+        if table.keys is None or len(set(self.heads_per_kv)) != 1:
+            return None
+        keys = table.keys
+        return {keys.heads: self.groups, keys.kv_heads: len(self.heads_per_kv), keys.size: self.size}
 
     @property
     def core(self) -> nn.Module:
@@ -73,44 +128,97 @@ class SubBlock:
 
 
 @dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads that an attention keeps.
+
+    Attributes:
+        kept: their numbers in the model that `config.json` describes.
+        before: how many there were.
+        per_kv: of those that stay, how many read each KV head that stays.
+    """
+
+    kept: tuple[int, ...]
+    before: int
+    per_kv: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadKeys:
+    """Keys of a config that hold the numbers of heads of all its attentions.
+
+    Args:
+        heads: key with the number of heads.
+        kv_heads: key with the number of KV heads.
+        size: key with the width of a head, which is no longer the hidden size divided by the heads.
+    """
+
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    size: str = "head_dim"
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """Name the parts of an attention.
 
     Args:
         classes: names of the classes of the module.
-        inputs: paths below it of query, key and value, in this order.
+        inputs: paths below it of query, key and value, in this order; the same path for parts of a fused projection.
         output: path of the output layer.
         head_size: attribute of `core` with the width of a head.
-        resize: called with the core, the heads that stay (their indices in the original model) and the original number
-            of heads, before the layers are made smaller.
+        resize: called with the core and the heads that stay, before the layers are made smaller.
         core: path of the module with the attributes; "" = the module itself.
         cross_cores: names of the classes of `core` that are cross-attention.
         cross_names: last parts of the names of modules that are cross-attention.
         fusion: how the runtime can compute it in one operator; None = layer by layer.
         heads_alike: heads differ in their weights only, so which of them are left does not matter, only how many.
+        layout: of a fused projection.
+        absent: attributes that tell a class of the same name, which is not meant, from this one.
+        keys: of the config, where it can express that all attentions lose equally many heads; None = it cannot.
     """
 
     classes: frozenset[str]
     inputs: tuple[str, str, str]
     output: str
     head_size: str
-    resize: Callable[[nn.Module, Sequence[int], int], None]
+    resize: Callable[[nn.Module, Heads], None]
     core: str = ""
     cross_cores: frozenset[str] = frozenset()
     cross_names: frozenset[str] = frozenset()
     fusion: AttentionFusion | None = None
     heads_alike: bool = False
+    layout: Layout = "sections"
+    absent: tuple[str, ...] = ()
+    keys: HeadKeys | None = None
 
     def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
-        inputs = _layers(name, module, self.classes, (*self.inputs, self.output))
-        if inputs is None:
+        layers = _layers(name, module, self.classes, (*self.inputs, self.output))
+        if layers is None or any(hasattr(module, attribute) for attribute in self.absent):
             return None
-        (output_name, output) = inputs.popitem()
-        size = getattr(module.get_submodule(self.core), self.head_size, None)
-        if not isinstance(size, int) or size < 1 or output.in_features % size:
+        *inputs, output = layers
+        core = module.get_submodule(self.core)
+        size = getattr(core, self.head_size, None)
+        leaving = exit_part(*output, size) if isinstance(size, int) and size > 0 else None
+        if leaving is None or not isinstance(size, int):
             return None
-        return SubBlock("attention", name, inputs, output_name, output, size, self, module, package)
+        heads = leaving.count
+        kv_heads = self._kv_heads(inputs, heads, size)
+        per_kv = HEADS_PER_KV.get(core)
+        if per_kv is None:
+            per_kv = (heads // kv_heads,) * kv_heads if kv_heads else ()
+        shared = kv_heads != heads or per_kv != (1,) * heads
+        parts = input_parts(inputs, (heads, kv_heads, kv_heads), size, self.layout, (False, shared, shared))
+        if parts is None or len(per_kv) != kv_heads or sum(per_kv) != heads:
+            return None
+        return SubBlock("attention", name, parts, leaving, self, module, package, per_kv)
+
+    def _kv_heads(self, inputs: Sequence[tuple[str, Any]], heads: int, size: int) -> int:
+        _, (_, key), (_, value) = inputs
+        outputs = matrix_shape(key)[0] // size
+        if key is not value:
+            return outputs
+        return heads if self.layout == "interleaved" else (outputs - heads) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +227,15 @@ class FeedForward:
 
     Args:
         classes: names of the classes of the module.
-        inputs: paths below it of the first layers; of a gated one, the one under the activation first.
+        inputs: paths below it of the first layers; of a gated one, the one under the activation first. The same path
+            twice for a fused projection of both.
         output: path of the second layer.
         activation: path of the function between them, an attribute.
         name: what is added to the name of the module, where it holds more than this sub-block.
         marks: attributes that tell the class from others of the same name.
         fusion: how the runtime can compute it in one operator; None = layer by layer.
+        key: of the config, with the number of neurons of all feed-forward sub-blocks; None = it cannot express that.
+        width: attribute of the module with the number of neurons, where it has one.
     """
 
     classes: frozenset[str]
@@ -134,14 +245,22 @@ class FeedForward:
     name: str = ""
     marks: tuple[str, ...] = ()
     fusion: FeedForwardFusion | None = None
+    key: str | None = None
+    width: str = "intermediate_size"
 
     def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
-        inputs = _layers(name, module, self.classes, (*self.inputs, self.output))
-        if inputs is None or not all(hasattr(module, mark) for mark in self.marks):
+        layers = _layers(name, module, self.classes, (*self.inputs, self.output))
+        if layers is None or not all(hasattr(module, mark) for mark in self.marks):
             return None
-        (output_name, output) = inputs.popitem()
-        return SubBlock("feed_forward", _join(name, self.name), inputs, output_name, output, 1, self, module, package)
+        *inputs, output = layers
+        leaving = exit_part(*output, 1)
+        assert leaving is not None
+        number = len(inputs)
+        parts = input_parts(inputs, (leaving.count,) * number, 1, "sections", (False,) * number)
+        if parts is None:
+            return None
+        return SubBlock("feed_forward", _join(name, self.name), parts, leaving, self, module, package)
 
     def function(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the activation of a module."""
@@ -168,6 +287,7 @@ class Family:
     name: str
     attentions: tuple[Attention, ...]
     feed_forwards: tuple[FeedForward, ...]
+    experts: tuple[Experts, ...] = ()
     package: str = "transformers.models."
 
 
@@ -191,51 +311,19 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _layers(name: str, module: nn.Module, classes: frozenset[str], paths: Sequence[str]) -> dict[str, nn.Linear] | None:
-    """Return the layers at these paths by full name, or None if the module is of another class or built otherwise."""
+def _layers(
+    name: str, module: nn.Module, classes: frozenset[str], paths: Sequence[str]
+) -> list[tuple[str, Any]] | None:
+    """Return full name and layer of each path, or None if the module is of another class or built otherwise."""
     if not any(base.__name__ in classes for base in type(module).__mro__):
         return None
-    found: dict[str, nn.Linear] = {}
+    found = []
     for path in paths:
         try:
             layer = module.get_submodule(path)
         except AttributeError:
             return None
-        if not isinstance(layer, nn.Linear):
+        if not is_matrix_layer(layer):
             return None
-        found[_join(name, path)] = layer
-    width = list(found.values())[-1].in_features
-    fits = all(layer.out_features == width for layer in list(found.values())[:-1])
-    return found if fits else None
-
-
-def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among the keyword arguments of an attention, or None.
-
-    transformers calls it `cache` from 5.24 on, and `past_key_values` before.
-    """
-    return next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
-
-
-def fill_cache(module: Any, cache: Any, hidden: Tensor, memory: Tensor | None) -> None:
-    """Write empty keys and values of an attention without heads into the cache of a generation.
-
-    Masks and positions are computed from the length of a cache, often that of its first layer.
-
-    Args:
-        module: with the `layer_idx` of the attention.
-        cache: of transformers, or None.
-        hidden: input of the attention.
-        memory: input of key and value of a cross-attention; None for self-attention.
-    """
-    if cache is None:
-        return
-    index, source = module.layer_idx, hidden if memory is None else memory
-    if hasattr(cache, "is_updated"):  # of an encoder-decoder model: two caches in one
-        if memory is not None and cache.is_updated.get(index):
-            return
-        if memory is not None:
-            cache.is_updated[index] = True
-        cache = cache.self_attention_cache if memory is None else cache.cross_attention_cache
-    nothing = torch.zeros((source.shape[0], 1, source.shape[1], 1), dtype=source.dtype, device=source.device)
-    cache.update(nothing, nothing, index)
+        found.append((_join(name, path), layer))
+    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..class_swap import Swapped, swap_class
-from .base import Attention, Family, FeedForward, cache_of, fill_cache, register_family
+from .base import Attention, Family, FeedForward, Heads, register_family
+from .caches import cache_of, fill_cache
 from .fusion import AttentionFusion, FeedForwardFusion, ResidualNorm
 
 _NAMES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
@@ -23,8 +23,9 @@ class Headless(Swapped):
         return hidden_states[..., :0], None
 
 
-def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
+def _resize(core: nn.Module, heads: Heads) -> None:
     module: Any = core
+    kept = heads.kept
     module.num_attention_heads = len(kept)
     module.all_head_size = len(kept) * module.attention_head_size
     if not kept:

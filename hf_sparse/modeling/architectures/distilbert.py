@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..class_swap import Swapped, swap_class
-from .base import Attention, Family, FeedForward, register_family
+from .base import Attention, Family, FeedForward, Heads, register_family
 from .fusion import AttentionFusion, FeedForwardFusion
 
 
@@ -22,8 +21,9 @@ class Headless(Swapped):
         return self.out_lin(hidden_states[..., :0]), None
 
 
-def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
+def _resize(core: nn.Module, heads: Heads) -> None:
     module: Any = core
+    kept = heads.kept
     module.n_heads = len(kept)
     module.dim = len(kept) * module.attention_head_size
     if not kept:

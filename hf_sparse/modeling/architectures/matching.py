@@ -13,6 +13,7 @@ from ..layer_matching import refuse_runtime
 from ..model_state import check_model
 from ..ownership import count_owners
 from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
+from .experts import ExpertBlock
 
 
 def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
@@ -35,6 +36,13 @@ def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
         for block in found
         if all(owners[id(own)] == 1 for layer in (*block.inputs.values(), block.output) for own in layer.parameters())
     ]
+
+
+def known_experts(model: nn.Module) -> list[ExpertBlock]:
+    """Return the mixtures of experts that a family describes, in the order of the model."""
+    tables = [table for family in FAMILIES.values() for table in family.experts]
+    found = [table.find(name, module) for name, module in model.named_modules() for table in tables]
+    return [block for block in found if block is not None]
 
 
 def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:

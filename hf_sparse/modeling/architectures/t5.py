@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..class_swap import Swapped, swap_class
-from .base import Attention, Family, FeedForward, cache_of, fill_cache, register_family
+from .base import Attention, Family, FeedForward, Heads, register_family
+from .caches import cache_of, fill_cache
 from .fusion import FeedForwardFusion
 
 
@@ -87,11 +88,12 @@ def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-def _resize(core: nn.Module, kept: Sequence[int], before: int) -> None:
+def _resize(core: nn.Module, heads: Heads) -> None:
     module: Any = core
+    kept = heads.kept
     module.n_heads = len(kept)
     module.inner_dim = len(kept) * module.key_value_proj_dim
-    module.all_heads, module.runs = before, _runs(kept)
+    module.all_heads, module.runs = heads.before, _runs(kept)
     swap_class(core, Uneven)
 
 

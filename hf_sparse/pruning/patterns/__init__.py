@@ -5,16 +5,19 @@ from .block import Block
 from .element import Element
 from .nm import NM
 from .row_column import Column, Row
-from .structured import Head, HeadNeuron, Layer, Lines, Neuron, Structure
+from .structured import AssignedLines, Head, HeadNeuron, KVHead, KVHeadNeuron, Layer, Lines, Neuron, Structure
 from .transposed import Transposed
 
 __all__ = [
     "NM",
+    "AssignedLines",
     "Block",
     "Column",
     "Element",
     "Head",
     "HeadNeuron",
+    "KVHead",
+    "KVHeadNeuron",
     "Layer",
     "Lines",
     "Neuron",

@@ -7,12 +7,15 @@ removed from the model afterwards (`hf_sparse.compact`), which makes it smaller 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ...config.sparsity import PATTERNS
 from ...errors import PatternError
+from ...modeling.architectures import Kind, Part, SubBlock
 from ..selection import Global, Selection
 from .base import Pattern, Reduce, Shape
 
@@ -51,27 +54,104 @@ class Lines(Pattern):
         return (lines[:, None] if self.axis == 0 else lines[None, :]).expand(shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class AssignedLines(Pattern):
+    """Groups of any rows or columns: parts of a fused projection, or heads that read one KV head.
+
+    Args:
+        axis: dimension of the weight that has the lines.
+        groups: number of groups.
+        owners: the group of each line; -1 = of none, and never masked.
+
+    Example:
+        >>> import torch
+        >>> pattern = AssignedLines(axis=0, groups=2, owners=(0, 1, -1, 0))
+        >>> pattern.pool(torch.tensor([[1.0], [3.0], [9.0], [2.0]]), "sum").tolist()
+        [3.0, 3.0]
+        >>> pattern.expand(torch.tensor([False, True]), (4, 1)).flatten().tolist()
+        [False, True, True, False]
+    """
+
+    axis: int
+    groups: int
+    owners: tuple[int, ...]
+    name: ClassVar[str] = "lines"
+
+    def groups_shape(self, shape: Shape) -> Shape:
+        return (self.groups,)
+
+    def _owners(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.owners, device=device)
+
+    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
+        sums = scores.sum(1 - self.axis)
+        # One more group, for what belongs to none.
+        owners = self._owners(scores.device)
+        totals = sums.new_zeros(self.groups + 1).index_add_(0, owners % (self.groups + 1), sums)[:-1]
+        return totals / self.entries(tuple(scores.shape), scores.device) if reduce == "mean" else totals
+
+    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
+        lines = torch.cat([kept, kept.new_ones(1)])[self._owners(kept.device)]
+        return (lines[:, None] if self.axis == 0 else lines[None, :]).expand(shape)
+
+    def entries(self, shape: Shape, device: torch.device) -> Tensor:
+        """Return how many entries of a weight of this shape each group has."""
+        owners = self._owners(device)
+        counts = torch.bincount(owners % (self.groups + 1), minlength=self.groups + 1)[:-1]
+        return counts * shape[1 - self.axis]
+
+
 class Structure(Pattern):
     """Base of the patterns that need an architecture.
 
     Attributes:
         kinds: the sub-blocks that have such groups.
+        unit: what a group is: a head or a neuron ("own"), a KV head with all heads that read it ("kv_head"), or all of
+            a sub-block ("all").
     """
 
-    kinds: ClassVar[tuple[Literal["attention", "feed_forward"], ...]]
+    kinds: ClassVar[tuple[Kind, ...]]
+    unit: ClassVar[Literal["own", "kv_head", "all"]] = "own"
     structural = True
 
     def __str__(self) -> str:
         return self.name
 
-    def part(self, axis: int, size: int) -> Lines:
-        """Return how one weight of a sub-block is divided.
+    def groups(self, block: SubBlock) -> int:
+        """Return how many groups a sub-block has."""
+        return {"own": block.groups, "kv_head": len(block.heads_per_kv) or block.groups, "all": 1}[self.unit]
+
+    def owners(self, block: SubBlock, part: Part) -> Sequence[int] | None:
+        """Return the group of each head or neuron of a part; None if they belong to none."""
+        if self.unit == "all":
+            return (0,) * part.count
+        if self.unit == "kv_head" and block.is_grouped:
+            return range(part.count) if part.shared else block.kv_of
+        return None if part.shared else range(part.count)
+
+    def divide(self, block: SubBlock, parts: Sequence[Part]) -> Pattern | None:
+        """Return how the weight of one layer of a sub-block is divided.
 
         Args:
-            axis: 0 for the layers that go in, 1 for the one that goes out.
-            size: rows of a head, 1 for neurons.
+            parts: those that the layer holds.
+
+        Returns:
+            None if nothing of the layer belongs to a group: keys and values that several heads read.
         """
-        return Lines(axis, size)
+        owned = [(part, self.owners(block, part)) for part in parts]
+        if all(owners is None for _, owners in owned):
+            return None
+        (first, *others), axis = parts, parts[0].axis
+        if not others and first.covers_layer:
+            if self.unit == "all":
+                return Lines(axis, 0)
+            if owned[0][1] == range(self.groups(block)):
+                return Lines(axis, first.size)
+        lines = torch.full((first.layer.weight.shape[axis],), -1)
+        for part, owners in owned:
+            if owners is not None:
+                lines[part.lines()] = torch.tensor(list(owners))[:, None]
+        return AssignedLines(axis, self.groups(block), tuple(lines.tolist()))
 
     def check(self, shape: Shape, where: str) -> None:
         super().check(shape, where)
@@ -86,10 +166,35 @@ class Structure(Pattern):
 class Head(Structure):
     """Attention heads: rows of query, key and value with their biases, and the columns of the output layer.
 
+    With grouped queries a head is a query head: key and value, which several heads read, leave with the last of them.
+
     Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?".
     """
 
     kinds = ("attention",)
+
+
+@PATTERNS.register("kv_head")
+@dataclasses.dataclass(frozen=True)
+class KVHead(Structure):
+    """KV heads, each with all query heads that read it (grouped queries); elsewhere the same as heads.
+
+    What is removed makes the cache of a generation smaller, which single query heads do not.
+
+    Source: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2.
+    """
+
+    kinds = ("attention",)
+    unit = "kv_head"
+
+
+@PATTERNS.register("kv_head+neuron")
+@dataclasses.dataclass(frozen=True)
+class KVHeadNeuron(Structure):
+    """KV heads of all attentions and neurons of all feed-forward parts, which share one selection."""
+
+    kinds = ("attention", "feed_forward")
+    unit = "kv_head"
 
 
 @PATTERNS.register("neuron")
@@ -121,8 +226,7 @@ class Layer(Structure):
 
     kinds = ("attention", "feed_forward")
 
+    unit = "all"
+
     def own_selection(self) -> Selection:
         return Global()
-
-    def part(self, axis: int, size: int) -> Lines:
-        return Lines(axis, 0)

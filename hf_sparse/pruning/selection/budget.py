@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config.sparsity import SELECTIONS
 from ...errors import PatternError, SparsityError
+from ...modeling.layer_kinds import matrix_shape
 from ...profiling.latency_table import LatencyTable, Shape
 from ...utils.validation import check_number, check_one_of, check_positive_int
 from .base import Selection
@@ -32,6 +33,8 @@ class Costs:
         groups: heads or neurons; 1 for a whole sub-block.
         size: rows of each group in every input layer.
         inputs: number of input layers.
+        entries: weights of one group, where the input layers do not have `size` rows for each (a KV head that several
+            heads read); None = they do.
     """
 
     kind: Literal["attention", "feed_forward"]
@@ -39,13 +42,14 @@ class Costs:
     groups: int
     size: int
     inputs: int
+    entries: float | None = None
 
     @property
-    def parameters(self) -> int:
+    def parameters(self) -> float:
         """Weights of one group."""
-        return (self.inputs + 1) * self.width * self.size
+        return self.entries if self.entries is not None else (self.inputs + 1) * self.width * self.size
 
-    def flops(self, length: int) -> int:
+    def flops(self, length: int) -> float:
         """Floating-point operations of one group for one token of an example of this length."""
         # Two for each weight; an attention also compares each token with all others, and mixes their values.
         return 2 * self.parameters + (4 * length * self.size if self.kind == "attention" else 0)
@@ -109,9 +113,16 @@ class Budget(Selection):
             )
         costs = []
         for unit in units:
-            output = unit.module
-            size = output.in_features // unit.groups
-            costs.append(Costs(unit.kind, output.out_features, unit.groups, size, len(unit.members) - 1))
+            width, inner = matrix_shape(unit.module)
+            size, each = inner // unit.groups, int(unit.entries().sum()) / unit.groups
+            inputs = round(each / (width * size)) - 1
+            regular = each == (inputs + 1) * width * size
+            if not regular and self.of == "latency":
+                raise PatternError(
+                    f"selection 'budget' of latency times attentions in which each head has a KV head of its own, but "
+                    f"in '{unit.name}' several heads read one. Use of: flops or of: parameters there"
+                )
+            costs.append(Costs(unit.kind, width, unit.groups, size, inputs, None if regular else each))
         self.prepare(costs)
 
     def prepare(self, costs: Sequence[Costs], table: LatencyTable | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM
 
 from hf_sparse import PatternError, RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.formats.structure import Cut
@@ -99,15 +99,15 @@ def test_glob_that_matches_nothing_lists_what_could_match() -> None:
         match_sub_blocks(structures.build("bert").bert, HEAD, None, ["*"], "pattern head")
 
 
-def gpt2() -> Any:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+def bloom() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2))
 
 
 @pytest.mark.parametrize("pattern", ["head", "neuron", "layer"])
 def test_model_that_no_family_knows_is_an_error_that_says_how_to_add_one(pattern: str) -> None:
-    model = gpt2()
+    model = bloom()
     message = (
-        r"does not know that of GPT2LMHeadModel.*BERT.*DistilBERT.*T5.*one file in hf_sparse/modeling/architectures"
+        r"does not know that of BloomForCausalLM.*BERT.*DistilBERT.*T5.*one file in hf_sparse/modeling/architectures"
     )
     with pytest.raises(PatternError, match=message):
         sparsify(model, SparsityConfig(pattern=pattern, sparsity=0.5))
