@@ -17,6 +17,8 @@ from .hf.trainer.callback import SparsityCallback
 from .hf.trainer.checkpoint import last_checkpoint
 from .hf.trainer.distillation_callback import DistillationCallback
 from .pruning.compaction import compact
+from .pruning.depth import drop_layers, layer_importance, prune_layers
+from .pruning.experts import drop_experts, expert_saliency, prune_experts
 from .pruning.fill import fill
 from .pruning.head_importance import head_importance
 from .pruning.keep_zeros import keep_zeros
@@ -50,12 +52,18 @@ __all__ = [
     "SparsityError",
     "Summary",
     "compact",
+    "drop_experts",
+    "drop_layers",
+    "expert_saliency",
     "fill",
     "head_importance",
     "import_checkpoint",
     "keep_zeros",
     "last_checkpoint",
+    "layer_importance",
     "merged_update",
+    "prune_experts",
+    "prune_layers",
     "sparsify",
     "summarize",
     "to_dense_runtime",

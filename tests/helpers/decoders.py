@@ -73,7 +73,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma3": _gemma3,
     "phi3": _sized("Phi3", sliding_window=5),
     "mixtral": _sized("Mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen2-moe": _sized("Qwen2Moe", num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=12),
+    "qwen2-moe": _sized(
+        "Qwen2Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=12
+    ),
     "qwen3-moe": _sized("Qwen3Moe", num_experts=4, moe_intermediate_size=8, num_experts_per_tok=2, mlp_only_layers=[0]),
     "gpt-neox": _neox,
     "gpt2": _gpt2,
