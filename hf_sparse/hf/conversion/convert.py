@@ -34,8 +34,10 @@ from ...formats.safetensors_io import MANIFEST_KEY, writing
 from ...formats.sharding import ShardWriter
 from ...formats.structure import EDITS_KEY, Edits
 from ...formats.zero_patterns import find_pattern, looks_sparse
+from ...pruning.compaction import apply_edits
 from ...registry import Spec
 from ...utils.atomic_io import replace_file
+from ..per_layer_config import expressed_in_config
 from ..quantization.config import METHOD, SparseConfig
 from ..quantization.pack_state import FORMATS as PROFILES
 from ..quantization.saving import staged
@@ -149,15 +151,13 @@ def _convert(checkpoint: Checkpoint, folder: Path, spec: Spec, limit: float) -> 
     """Write the weight files of a checkpoint, and its config if it has one, into an empty folder."""
     source = source_of(checkpoint)
     extra = source.extra()
+    config = source.config()
     if spec == "dense" and extra.get(EDITS_KEY):
-        raise RecipeError(
-            "a compacted model cannot be written dense: its layers differ in size, which config.json cannot express, "
-            "so no tool could load it. Convert it to 'packed' or 'smallest'"
-        )
+        config = _dense_config(checkpoint, config, Edits.from_dict(extra[EDITS_KEY]))
     writing_ = _Writing(source, ShardWriter(folder, limit), spec)
     made, written = writing_.all(extra)
     if checkpoint.config:
-        text = json.dumps(_config_of(source, made), indent=2, sort_keys=True)
+        text = json.dumps(_config_of(source, config, made), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in written)
     entries = writing_.entries
@@ -240,9 +240,27 @@ def edit_lines(extra: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}: {cut.count} of {cut.before} {kind}" for kind, name, cut in edits)
 
 
-def _config_of(source: Source, manifest: Manifest | None) -> dict[str, Any]:
+def _dense_config(checkpoint: Checkpoint, config: dict[str, Any], edits: Edits) -> dict[str, Any]:
+    """Return a config that expresses what a compacted model has lost.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    if config.get("model_type"):
+        model = checkpoint.model
+        apply_edits(model, edits, model.base_model_prefix)
+        expressed = expressed_in_config(model)
+        if expressed is not None:
+            return {**expressed.to_dict(), "architectures": config.get("architectures")}
+    raise RecipeError(
+        "a compacted model cannot be written dense: its layers differ in size, which config.json cannot express, "
+        "so no tool could load it. Convert it to 'packed' or 'smallest'"
+    )
+
+
+def _config_of(source: Source, config: dict[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """Return a config that says how the weights are stored now; what was asked of the model stays."""
-    out = source.config()
+    out = dict(config)
     if manifest is not None:
         stated = source.checkpoint.config.get("quantization_config") or {}
         intent = stated.get("intent") if stated.get("quant_method") == METHOD else None

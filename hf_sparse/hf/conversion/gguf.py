@@ -1,7 +1,8 @@
 """GGUF files: unpacked by transformers itself, then read like any other checkpoint.
 
-Peak memory: the whole model in float32, 4 bytes for each parameter, and once more while it is written to a temporary
-folder on the disk. Weights come out as the quantization of the file rounded them.
+Peak memory: the whole model in float32, 4 bytes for each parameter, and a third more (measured by
+scripts/benchmarks/bench_import.py); as much again on the disk, in a temporary folder. Weights come out as the
+quantization of the file rounded them.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
 from .. import patches
 from ..hub.push import push_model
+from ..per_layer_config import expressed_in_config
 from .pack_state import FORMATS, dense_state
 from .state_dict import hook_load, unhook_load
 
@@ -90,12 +91,16 @@ def _save_pretrained(
             tool reads.
 
     Raises:
-        RecipeError: for another format, or "dense" for a compacted model, which no other tool could load.
+        RecipeError: for another format, or "dense" for a compacted model whose layers differ in size, unless its family
+            reads `per_layer_config`: no other tool could load it.
     """
     if format not in FORMATS:
         raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")
-    if format == "dense":
-        refuse_edited(self, "saved dense")
+    config = None
+    if format == "dense" and edits_of(self):
+        config = expressed_in_config(self)
+        if config is None:
+            refuse_edited(self, "saved dense")
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", Path(save_directory).name)
     if is_main_process:
@@ -110,7 +115,7 @@ def _save_pretrained(
             finally:
                 _REQUEST.reset(token)
         else:
-            with _unmarked(self):
+            with _unmarked(self, config):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)
 
 
@@ -124,13 +129,20 @@ def refuse_edited(model: PreTrainedModel, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _unmarked(model: PreTrainedModel) -> Iterator[None]:
-    """Make the model look like one that was never sparse, for transformers."""
-    quantizer, config = model.hf_quantizer, model.config.quantization_config
+def _unmarked(model: PreTrainedModel, other: Any = None) -> Iterator[None]:
+    """Make the model look like one that was never sparse, for transformers.
+
+    Args:
+        other: a config that expresses what a compacted model has lost; None = its own.
+    """
+    whole, quantizer, config = model.config, model.hf_quantizer, model.config.quantization_config
     del model.hf_quantizer, model.config.quantization_config
+    if other is not None:
+        model.config = other
     try:
         yield
     finally:
+        model.config = whole
         model.hf_quantizer, model.config.quantization_config = quantizer, config
 
 
