@@ -55,7 +55,7 @@ def uneven() -> Any:
         "num_hidden_layers": 2,
         "intermediate_size": 32,
     }
-    return UnevenModel(UnevenConfig(**sizes, attn_implementation="eager")).eval()
+    return UnevenModel(UnevenConfig(**sizes)).eval()
 
 
 def remove_neurons(model: nn.Module, counts: list[int]) -> None:

@@ -69,7 +69,7 @@ def test_two_processes_keep_the_zeros_of_plain_dense_files_over_a_resume(tmp_pat
 # -- MiniLM from SST-2 to RTE ------------------------------------------------------------------------------------------
 
 
-def recipe(task: str, model: Path, output: Path, **changes: Any) -> Recipe:
+def recipe(task: str, start: Path, output: Path, **changes: Any) -> Recipe:
     text = {"sst2": "sentence", "rte": ["sentence1", "sentence2"]}[task]
     data = {"train": str(DATA[task] / "train.jsonl"), "validation": str(DATA[task] / "validation.jsonl"), "text": text}
     training = {
@@ -78,7 +78,7 @@ def recipe(task: str, model: Path, output: Path, **changes: Any) -> Recipe:
     }  # fmt: skip
     return Recipe.from_dict(
         {
-            "model": {"name": str(model), **changes.pop("model", {})},
+            "model": {"name": str(start), **changes.pop("model", {})},
             "data": {**data, "max_length": 48, "train_samples": 400, "validation_samples": 32},
             "freeze": ["*embeddings*"],
             "training": {**training, **changes.pop("training", {})},
