@@ -10,6 +10,7 @@ from .errors import BackendError, CheckpointError, ConfigError, HubError, Patter
 from .formats.structure import Edits
 from .hf import layer_kinds as _layer_kinds  # registers the layers of transformers that are not nn.Linear
 from .hf.conversion.convert import import_checkpoint
+from .hf.large.checkpoint import sparsify_checkpoint
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
@@ -65,6 +66,7 @@ __all__ = [
     "prune_experts",
     "prune_layers",
     "sparsify",
+    "sparsify_checkpoint",
     "summarize",
     "to_dense_runtime",
     "to_runtime",

@@ -46,6 +46,7 @@ PUBLIC = [
     "prune_experts",
     "prune_layers",
     "sparsify",
+    "sparsify_checkpoint",
     "summarize",
     "to_dense_runtime",
     "to_runtime",

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def import_checkpoint(
         element
     """
     output = Path(output)
-    spec, limit = _spec(format, codec), _limit(max_shard_size)
+    spec, limit = _spec(format, codec), shard_limit(max_shard_size)
     source = fetched(source, revision)
     if output.exists() and os.path.samefile(source, output):
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
@@ -105,7 +105,7 @@ def import_checkpoint(
         with staged(output, writes=True) as staging:
             folder = Path(staging)
             done = _convert(checkpoint, folder, spec, limit)
-            left = _copy_small(checkpoint, folder)
+            left = copy_small(checkpoint.path, checkpoint.files, folder)
             if compact:
                 done = _compacted(done, folder)
     return dataclasses.replace(done, left=left)
@@ -137,7 +137,12 @@ def _spec(profile: str, codec: Spec | None) -> Spec:
     return codec
 
 
-def _limit(size: int | str) -> int:
+def shard_limit(size: int | str) -> int:
+    """Return the bytes of a shard.
+
+    Raises:
+        RecipeError: for anything but a number of bytes, or a text as in "2GB".
+    """
     try:
         limit = convert_file_size_to_int(size)
     except ValueError:
@@ -281,11 +286,10 @@ def _compacted(done: Conversion, folder: Path) -> Conversion:
     )  # fmt: skip
 
 
-def _copy_small(checkpoint: Checkpoint, folder: Path) -> tuple[str, ...]:
+def copy_small(source: Path, files: Sequence[Path], folder: Path) -> tuple[str, ...]:
     """Copy tokenizer, documents and other small files; return the names of those that were not copied."""
     left = []
-    weights = {file.name for file in checkpoint.files}
-    source = checkpoint.path
+    weights = {file.name for file in files}
     for path in sorted(path for path in source.iterdir() if path.is_file() and path.name not in weights):
         if (folder / path.name).exists() or path.name.endswith(".index.json"):
             continue

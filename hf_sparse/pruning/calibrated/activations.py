@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,11 +21,11 @@ class Activations:
     Args:
         count: number of batches.
         folder: for one file a batch; None = in memory.
+        device: of what `get` returns, while memory is that of the CPU; None = tensors stay where they are.
     """
 
-    def __init__(self, count: int, folder: Path | None = None) -> None:
-        self.count = count
-        self.folder = folder
+    def __init__(self, count: int, folder: Path | None = None, device: torch.device | None = None) -> None:
+        self.count, self.folder, self.device = count, folder, device
         self._held: list[Tensor | None] = [None] * count
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -41,16 +42,16 @@ class Activations:
                 found = load_file(path)
             if list(found) != [_KEY]:
                 raise CheckpointError(f"{path} must hold '{_KEY}', got {sorted(found)}")
-            return found[_KEY]
+            return found[_KEY] if self.device is None else found[_KEY].to(self.device)
         held = self._held[index]
         if held is None:
             raise CheckpointError(f"there are no hidden states of batch {index}")
-        return held
+        return held if self.device is None else held.to(self.device)
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep those of a batch."""
         if self.folder is None:
-            self._held[index] = hidden.detach()
+            self._held[index] = hidden.detach() if self.device is None else hidden.detach().cpu()
             return
         path = self._path(index)
         with writing(path), replace_file(path) as temporary:

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...modeling.layer_kinds import MatrixLayer, oriented
 from .statistics import InputObserver
 from .tasks import inside, observe
-from .walk import Walk
+from .walk import Steps
 
 
-def outlier_shares(walk: Walk, layers: Mapping[str, MatrixLayer], outlier: float) -> dict[str, float]:
+def outlier_shares(walk: Steps, layers: Mapping[str, MatrixLayer], outlier: float) -> dict[str, float]:
     """Return the share of `|W_ij| ‖x_j‖₂` above `outlier` times their mean over the block, by layer; nothing changes.
 
     Args:

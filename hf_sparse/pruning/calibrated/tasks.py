@@ -13,7 +13,7 @@ from ...errors import SparsityError
 from ...modeling.layer_kinds import MatrixLayer, oriented
 from ..group import PruningGroup
 from ..patterns import Transposed
-from ..scorers import Choice, InputScorer
+from ..scorers import Choice, InputScorer, Scorer
 from ..unit import Member
 from .reconstruction import Reconstruction
 from .statistics import InputObserver, InputStatistics, UnsharedInputError, compute_type
@@ -96,11 +96,21 @@ class Task:
         return LayerUpdate(self.member.layer_name, zeros / max(1, new.numel()), change, error)
 
 
+class EntryScores(InputScorer):
+    """A scorer that looks at one weight alone, when its block is reached."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+
+    def prune(self, weight: Tensor, inputs: InputStatistics, choice: Choice) -> tuple[Tensor, Tensor]:
+        return weight, choice(self._scorer.element_scores(weight))
+
+
 def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dict[str, Task]:
     """Return the tasks of all layers, by name.
 
     Args:
-        masks: of the weights whose scorer does not look at inputs, by name of the layer.
+        masks: of weights that are chosen before, by name of the layer; the others when their block is reached.
     """
     tasks = {}
     for group in groups:
@@ -109,10 +119,11 @@ def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dic
         for index, unit in enumerate(group.units):
             for member in unit.members:
                 scorer, choice = None, None
-                if isinstance(group.scorer, InputScorer):
+                if member.layer_name not in masks:
                     pattern = member.pattern.inner if isinstance(member.pattern, Transposed) else member.pattern
                     sparsity = group.selection.sparsity_of(index, group.sparsity)
-                    scorer, choice = group.scorer, Choice(pattern, group.selection, sparsity)
+                    scorer = group.scorer if isinstance(group.scorer, InputScorer) else EntryScores(group.scorer)
+                    choice = Choice(pattern, group.selection, sparsity)
                 name = member.layer_name
                 tasks[name] = Task(member, scorer, choice, masks.get(name), reconstruction)
     return tasks

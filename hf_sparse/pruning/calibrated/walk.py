@@ -47,6 +47,13 @@ class Step(Protocol):
         """Run the block once more, as it is now, for the inputs of the next one."""
 
 
+class Steps(Protocol):
+    """What goes through blocks."""
+
+    def steps(self) -> Iterator[Step]:
+        """Yield each block; the one before must have been advanced over."""
+
+
 class ChainStep:
     """A block that runs alone.
 
@@ -76,7 +83,9 @@ class Chain:
         recording: of their calls.
         batches: that were recorded.
         spill: folder for hidden states; None = they stay in memory.
-        done: how many blocks have been advanced over before, by a process whose folder this is.
+        done: how many blocks have been advanced over before, by a process whose folder this is. If their outputs are
+            not there (any more), the chain begins at its first block.
+        device: of the blocks, where hidden states are on the CPU between them; None = they stay where they are.
     """
 
     def __init__(
@@ -87,22 +96,26 @@ class Chain:
         batches: Sequence[Batch],
         spill: Path | None = None,
         done: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.names, self.blocks, self.recording, self.batches = list(names), list(blocks), recording, batches
-        self.spill, self.done = spill, done
-        self.activations = Activations(len(batches), self._folder(done))
-        if not (done and self.activations.complete):
+        self.spill, self.device = spill, device
+        self.activations = self._before(done)
+        self.done = done if done and self.activations.complete else 0
+        if not self.done:
+            self.activations = self._before(0)
             for index, hidden in enumerate(recording.hidden):
                 self.activations.put(index, hidden)
         recording.hidden.clear()
 
-    def _folder(self, done: int) -> Path | None:
-        return None if self.spill is None else self.spill / f"before-{done:04}"
+    def _before(self, done: int) -> Activations:
+        folder = None if self.spill is None else self.spill / f"before-{done:04}"
+        return Activations(len(self.batches), folder, self.device)
 
     def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
         """Replace what goes into a block by what comes out of it. A folder of files is left for `drop_before`."""
         before, self.done = self.activations, self.done + 1
-        self.activations = Activations(len(self.batches), self._folder(self.done))
+        self.activations = self._before(self.done)
         for index, call in enumerate(calls):
             self.activations.put(index, call.run(block, before.get(index)))
             before.drop(index)
@@ -110,7 +123,7 @@ class Chain:
     def drop_before(self) -> None:
         """Remove the files of what went into the block before."""
         if self.done and self.spill is not None:
-            Activations(len(self.batches), self._folder(self.done - 1)).clear()
+            self._before(self.done - 1).clear()
 
 
 class ReplayStep:

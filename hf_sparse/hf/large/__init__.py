@@ -1,0 +1,1 @@
+"""Pruning checkpoints that do not fit into memory: one block at a time."""

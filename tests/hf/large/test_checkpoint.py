@@ -1,0 +1,174 @@
+"""A checkpoint pruned block by block is what the whole model pruned in memory is, also after it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import hf_sparse
+from hf_sparse import CheckpointError, RecipeError, SparsityConfig, sparsify, sparsify_checkpoint
+from hf_sparse.formats.inspection import inspect
+from tests.helpers import oneshot
+
+BATCHES = oneshot.token_batches()
+GROUPS: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"scorer": "sparsegpt", "sparsity": 0.5},
+    "wanda 2:4": {"scorer": "wanda", "pattern": "2:4"},
+    "magnitude": {"scorer": "magnitude", "sparsity": 0.5, "reconstruction": "cg"},
+    "owl": {"scorer": "wanda", "sparsity": 0.6, "selection": "owl"},
+}
+
+
+def shards(folder: Path, model: Any) -> Path:
+    """Write a model in several files."""
+    model.save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return shards(tmp_path / "source", oneshot.llama().float())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.mark.parametrize("spill", [False, True], ids=["memory", "spilled"])
+@pytest.mark.parametrize("group", list(GROUPS))
+def test_checkpoint_is_pruned_as_the_model_in_memory_is(source: Path, tmp_path: Path, group: str, spill: bool) -> None:
+    expected: Any = AutoModelForCausalLM.from_pretrained(source)
+    sparsify(expected, SparsityConfig(**GROUPS[group]), BATCHES)
+    manifest = sparsify_checkpoint(source, tmp_path / "out", GROUPS[group], BATCHES, spill=spill, max_shard_size="30KB")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for key, weight in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+    assert len(manifest.targets) == 21
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+    assert loaded.config.quantization_config.intent == SparsityConfig(**GROUPS[group])
+    sparse = [tensor for tensor in inspect(tmp_path / "out").tensors if tensor.nonzeros < 0.7 * tensor.parameters]
+    assert len(sparse) == 21
+
+
+@pytest.mark.parametrize("build", [oneshot.gemma, oneshot.gpt2, oneshot.bert], ids=["gemma", "gpt2", "bert"])
+def test_other_families(tmp_path: Path, build: Callable[[], Any]) -> None:
+    model = build().float()
+    model.save_pretrained(tmp_path / "source")
+    sparsify(model, SparsityConfig(scorer="sparsegpt", sparsity=0.5), BATCHES)
+    sparsify_checkpoint(tmp_path / "source", tmp_path / "out", {"scorer": "sparsegpt", "sparsity": 0.5}, BATCHES)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    for key, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+
+
+def test_experts_are_kept_as_they_are_stored(tmp_path: Path) -> None:
+    """They are merged in memory, and only the layers beside them are pruned."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    sparsify(model, SparsityConfig(scorer="wanda", sparsity=0.5, targets="*self_attn*"), BATCHES)
+    group = {"scorer": "wanda", "sparsity": 0.5, "targets": "*self_attn*"}
+    sparsify_checkpoint(tmp_path / "source", tmp_path / "out", group, BATCHES)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "out")
+    for key, weight in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], weight, rtol=0, atol=0)
+
+
+def test_weights_keep_the_type_of_the_checkpoint(tmp_path: Path) -> None:
+    shards(tmp_path / "source", oneshot.llama(hidden_size=64).bfloat16())
+    sparsify_checkpoint(tmp_path / "source", tmp_path / "out", {"scorer": "sparsegpt", "sparsity": 0.5}, BATCHES)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {weight.dtype for weight in loaded.state_dict().values()} == {torch.bfloat16}
+    assert float((loaded.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, {root!r})
+    import hf_sparse
+    from tests.helpers import oneshot
+    left = [{layers}]
+    def on_layer(update):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    hf_sparse.sparsify_checkpoint(
+        {source!r}, {out!r}, {group!r}, oneshot.token_batches(), spill={spill}, on_layer=on_layer
+    )
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize(
+    ("layers", "spill"),
+    [
+        pytest.param(3, False, marks=pytest.mark.slow),
+        (11, False),
+        (11, True),
+        pytest.param(20, True, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_run_goes_on_to_the_same_bits(source: Path, tmp_path: Path, layers: int, spill: bool) -> None:
+    group, out = GROUPS["owl"] if layers == 20 else GROUPS["sparsegpt"], tmp_path / "out"
+    root = str(Path(hf_sparse.__file__).parents[1])
+    program = KILLED.format(root=root, layers=layers, source=str(source), out=str(out), group=group, spill=spill)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env={**os.environ, "PYTHONPATH": root})
+    assert killed.returncode == -signal.SIGKILL
+    assert not list(out.glob("*.safetensors"))
+    assert len(list((out / ".pruning" / "blocks").iterdir())) == (layers - 1) // 7  # at most one block is lost
+    updates: list[str] = []
+    sparsify_checkpoint(source, out, group, BATCHES, spill=spill, on_layer=lambda update: updates.append(update.name))
+    assert len(updates) == 21 - (layers - 1) // 7 * 7
+    sparsify_checkpoint(source, tmp_path / "whole", group, BATCHES)
+    assert files(out) == files(tmp_path / "whole")
+
+
+class StopRunError(Exception):
+    """Stands for Ctrl-C."""
+
+
+def interrupt(*_: object) -> None:
+    raise StopRunError
+
+
+def test_another_run_in_the_same_folder_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(StopRunError):
+        sparsify_checkpoint(source, tmp_path / "out", GROUPS["sparsegpt"], BATCHES, on_layer=interrupt)
+    with pytest.raises(CheckpointError, match="holds the finished blocks of an interrupted run with another config"):
+        sparsify_checkpoint(source, tmp_path / "out", GROUPS["owl"], BATCHES)
+    with pytest.raises(CheckpointError, match="another batches"):
+        sparsify_checkpoint(source, tmp_path / "out", GROUPS["sparsegpt"], BATCHES[:2])
+
+
+def test_requests_that_cannot_be_met_one_block_at_a_time_are_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def refused(kind: type[Exception], match: str, folder: Path = source, **group: Any) -> None:
+        with pytest.raises(kind, match=match):
+            sparsify_checkpoint(folder, out, {"sparsity": 0.5, **group}, BATCHES)
+        assert not out.exists()
+
+    refused(RecipeError, "compares weights of different blocks", selection="global")
+    refused(RecipeError, "needs the whole model", scorer="taylor")
+    refused(RecipeError, "not in one list of blocks", scorer="wanda", targets="*")
+    sparsify_checkpoint(source, tmp_path / "packed", GROUPS["sparsegpt"], BATCHES)
+    refused(CheckpointError, "is packed: write it dense first", tmp_path / "packed", scorer="wanda")
+    with pytest.raises(RecipeError, match="is the source itself"):
+        sparsify_checkpoint(source, source, GROUPS["sparsegpt"], BATCHES)
+    sorted(source.glob("*.safetensors"))[1].unlink()
+    refused(CheckpointError, "is missing|not complete|no such file", scorer="wanda")
