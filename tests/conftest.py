@@ -37,10 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def compiled() -> Iterator[None]:
-    """Take back what a compiled Trainer leaves: accelerate has one state for the whole process, and compiles the next.
+    """Take back what a compiled Trainer leaves: a later `Accelerator()` in this process would compile its model too.
 
-    Accelerator objects share `AcceleratorState`, which keeps the `dynamo_plugin` of the first of them, and a later
-    Trainer without torch_compile is given that state.
+    All Accelerators share `AcceleratorState`, which keeps the `dynamo_plugin` of the first. A Trainer is not affected:
+    `TrainingArguments` resets that state.
     """
     yield
     accelerate: Any = sys.modules.get("accelerate.state")
