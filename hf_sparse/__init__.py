@@ -30,7 +30,11 @@ from .runtime import LayerReport, RuntimeReport, to_dense_runtime, to_runtime
 
 _install()
 
+# The same under other names: those of the field, and those that Hugging Face users expect.
 HfSparseConfig = SparseConfig
+SparsitySummary = Summary
+unfreeze_zeros = fill
+prepare_for_inference, restore_dense = to_runtime, to_dense_runtime
 
 __all__ = [
     "BackendError",
@@ -51,6 +55,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityConfig",
     "SparsityError",
+    "SparsitySummary",
     "Summary",
     "compact",
     "drop_experts",
@@ -63,11 +68,14 @@ __all__ = [
     "last_checkpoint",
     "layer_importance",
     "merged_update",
+    "prepare_for_inference",
     "prune_experts",
     "prune_layers",
+    "restore_dense",
     "sparsify",
     "sparsify_checkpoint",
     "summarize",
     "to_dense_runtime",
     "to_runtime",
+    "unfreeze_zeros",
 ]

@@ -322,6 +322,10 @@ class Pruner:
                     out[f"penalty{tail}"] = float(group.scorer.penalty(group.scores))
         return {"sparsity": zeros / total, **out}
 
+    # The same methods under the names that torch and accelerate have for such things.
+    verify_sparsity, finalize, calibrate = finish, bake, measure
+    param_groups, score_param_groups, accumulate_gradients = parameter_groups, score_groups, observe
+
     def _must_be_attached(self) -> None:
         if not self.attached:
             raise SparsityError("this Pruner has no masks on its model: call attach() first (bake() takes them off)")

@@ -31,6 +31,7 @@ PUBLIC = [
     "SparsityCallback",
     "SparsityConfig",
     "SparsityError",
+    "SparsitySummary",
     "Summary",
     "compact",
     "drop_experts",
@@ -43,17 +44,40 @@ PUBLIC = [
     "last_checkpoint",
     "layer_importance",
     "merged_update",
+    "prepare_for_inference",
     "prune_experts",
     "prune_layers",
+    "restore_dense",
     "sparsify",
     "sparsify_checkpoint",
     "summarize",
     "to_dense_runtime",
     "to_runtime",
+    "unfreeze_zeros",
 ]
 
 
-ALIASES = {"HfSparseConfig": "SparseConfig", "ConfigError": "RecipeError"}
+ALIASES = {
+    "HfSparseConfig": "SparseConfig",
+    "ConfigError": "RecipeError",
+    "SparsitySummary": "Summary",
+    "unfreeze_zeros": "fill",
+    "prepare_for_inference": "to_runtime",
+    "restore_dense": "to_dense_runtime",
+}
+METHODS = {
+    "verify_sparsity": "finish",
+    "finalize": "bake",
+    "calibrate": "measure",
+    "param_groups": "parameter_groups",
+    "score_param_groups": "score_groups",
+    "accumulate_gradients": "observe",
+}
+
+
+@pytest.mark.parametrize(("alias", "name"), METHODS.items())
+def test_method_of_the_pruner_has_another_name(alias: str, name: str) -> None:
+    assert getattr(hf_sparse.Pruner, alias) is getattr(hf_sparse.Pruner, name)
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
