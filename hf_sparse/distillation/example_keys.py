@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 _NEVER = -100  # label of a position that is not trained, everywhere in transformers
+PER_EXAMPLE = ("logits", "sentence_embedding")
+"""Outputs that have one entry for each example, where they have no positions."""
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -55,7 +57,7 @@ class Examples:
 
         Shapes: output `(batch, ...)`; returns `(batch, length)`, bool.
         """
-        if name == "logits" and output.ndim < 3:
+        if name in PER_EXAMPLE and output.ndim < 3:
             return None
         return self.targets if self.writes else self._of_texts(output)
 

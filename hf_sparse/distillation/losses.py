@@ -1,4 +1,4 @@
-"""Distillation losses: soft targets, hidden states, attention maps. Plain functions of tensors."""
+"""Distillation losses: soft targets, hidden states, attention maps, embeddings. Plain functions of tensors."""
 
 from __future__ import annotations
 
@@ -144,6 +144,54 @@ def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None)
         return _mean_over(squares.mean(-1), valid, None)
     keys = valid.sum(-1, keepdim=True).clamp(min=1)
     return _mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return `1 - cos(s, t)`, averaged over the embeddings; of lengths it says nothing.
+
+    Args:
+        student, teacher: embeddings of the same sentences.
+
+    Shapes: `(batch, size)`; returns a scalar.
+
+    Raises:
+        SparsityError: if teacher and student have different shapes.
+
+    Example:
+        >>> float(cosine_distance(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])))
+        0.5
+    """
+    _same_shape(student, teacher, "embeddings")
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+
+
+def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared difference of the cosine similarities of all pairs in a batch, averaged over the pairs.
+
+    Student and teacher may have embeddings of different sizes: only who is near whom is compared. Each embedding with
+    itself does not count.
+
+    Args:
+        student, teacher: embeddings of the same sentences, at least two.
+
+    Shapes: `(batch, size)`; returns a scalar, 0 for a single sentence.
+
+    Raises:
+        SparsityError: if teacher and student have embedded different numbers of sentences.
+
+    Example:
+        >>> near, far = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> float(similarity_mse(near, far))
+        1.0
+
+    Source: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", equation 4, with cosines.
+    """
+    if len(student) != len(teacher):
+        raise SparsityError(f"the teacher has embedded {len(teacher)} sentences and the student {len(student)}")
+    s, t = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    squares = (s @ s.T - t @ t.T).square()
+    pairs = len(s) * (len(s) - 1)
+    return (squares.sum() - squares.diagonal().sum()) / max(pairs, 1)
 
 
 def _mean_over(values: Tensor, valid: Tensor | None, count: Tensor | int | None) -> Tensor:

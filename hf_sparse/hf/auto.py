@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from ..errors import RecipeError, SparsityError
 from ..formats.model_folder import check_index
+
+_DROPOUT = re.compile(r"(dropout|pdrop|dropout_prob|dropout_rate)$")
 
 
 def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
@@ -46,6 +49,23 @@ def load(factory: Any, name: str, revision: str = "main", **options: Any) -> Pre
     with _readable(name):
         model: PreTrainedModel = factory.from_pretrained(name, revision=revision, **options)
         return model
+
+
+def dropout_options(name: str, revision: str, probability: float) -> dict[str, float]:
+    """Return options for `from_pretrained` that give every dropout in a model's config one probability.
+
+    Args:
+        name: folder or Hub name.
+
+    Raises:
+        RecipeError: if the config cannot be read, or names no dropout.
+    """
+    with _readable(name):
+        config = AutoConfig.from_pretrained(name, revision=revision).to_dict()
+    named = [key for key, value in config.items() if _DROPOUT.search(key) and isinstance(value, (int, float))]
+    if not named:
+        raise RecipeError(f"`model.dropout` was given, but the config of '{name}' has no dropout; leave it out")
+    return dict.fromkeys(named, probability)
 
 
 @contextlib.contextmanager

@@ -135,6 +135,13 @@ PATCHES: tuple[Patch, ...] = (
         "none filed",
         "as `save_pretrained`",
     ),
+    Patch(
+        "BaseModel._create_model_card",
+        "wrap",
+        "sentence-transformers writes the cards of its models itself, and knows nothing of zeros",
+        "none filed",
+        "a module of sentence-transformers can add a section to the card",
+    ),
     Patch("Trainer.push_to_hub", "put", _PUSH, "none filed", "TrainingArguments can say which files are pushed"),
     Patch(
         "Trainer._push_from_checkpoint", "put", _PUSH, "none filed", "TrainingArguments can say which files are pushed"
@@ -148,6 +155,20 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "Trainer._load_from_checkpoint", "put", "the masks of a wrapped model are loaded after it", "none filed", _LOADS
+    ),
+    Patch(
+        "PreTrainedModel.forward",
+        "put",
+        "a model of sentence-transformers calls `forward` of the transformer in it, which no hook of torch sees",
+        "none filed",
+        "its Transformer module calls the model, or returns attention maps and hidden states on request",
+    ),
+    Patch(
+        "Trainer.compute_loss",
+        "put",
+        "Trainers of sentence-transformers compute their loss from embeddings, outside of the model that is taught",
+        "none filed",
+        "TrainerCallback has an event between the loss and its backward pass",
     ),
     Patch(
         "Trainer.get_batch_samples",

@@ -90,7 +90,21 @@ def load_split(section: DataSection, split: str) -> Dataset:
     Raises:
         RecipeError: for a file or dataset that cannot be read, a missing column, or a missing text or label.
     """
-    return _columns(_read(section, split), section, split)
+    return read_columns(section, split, section.text_columns, section.label)
+
+
+def read_columns(section: DataSection, split: str, texts: Sequence[str], label: str | None) -> Dataset:
+    """Read some columns of one split, with the label renamed to "labels".
+
+    Args:
+        split: "train", "validation" or "reference".
+        texts: columns with text.
+        label: None = without one.
+
+    Raises:
+        RecipeError: for a file or dataset that cannot be read, a missing column, or a missing text or label.
+    """
+    return _columns(_read(section, split), section, split, texts, label)
 
 
 def read_rows(path: str, columns: Sequence[str]) -> Dataset:
@@ -100,7 +114,7 @@ def read_rows(path: str, columns: Sequence[str]) -> Dataset:
         RecipeError: for a file that cannot be read, a missing column, or a text that is missing.
     """
     section = DataSection(train=path, validation="none", text=list(columns), label=f"not {columns[0]}")
-    return _texts(_read(section, "train"), section, "train", section.text_columns)
+    return read_columns(section, "train", section.text_columns, None)
 
 
 def _read(section: DataSection, split: str) -> Dataset:
@@ -125,23 +139,17 @@ def _read(section: DataSection, split: str) -> Dataset:
         ) from error
 
 
-def _columns(dataset: Dataset, section: DataSection, split: str) -> Dataset:
+def _columns(dataset: Dataset, section: DataSection, split: str, texts: Sequence[str], label: str | None) -> Dataset:
     """Return the examples and "labels" only, at most the asked number, with nothing missing."""
-    return _texts(dataset, section, split, (*section.text_columns, section.label)).rename_column(
-        section.label, "labels"
-    )
-
-
-def _texts(dataset: Dataset, section: DataSection, split: str, wanted: Sequence[str]) -> Dataset:
-    """Return these columns only, at most the asked number of rows, with nothing missing."""
+    wanted = [*texts, *([] if label is None else [label])]
     for column in wanted:
         if column not in dataset.column_names:
             known = ", ".join(dataset.column_names)
             raise RecipeError(
                 f"data.{split} has no column '{column}'{nearest(column, dataset.column_names)} Its columns: {known}."
             )
-    dataset = dataset.select_columns(list(wanted))
-    limit = getattr(section, f"{split}_samples")
+    dataset = dataset.select_columns(wanted)
+    limit = getattr(section, f"{split}_samples", None)
     if limit is not None and limit < len(dataset):
         dataset = dataset.shuffle(seed=SUBSET_SEED).select(range(limit))
     if len(dataset) == 0:
@@ -152,10 +160,10 @@ def _texts(dataset: Dataset, section: DataSection, split: str, wanted: Sequence[
             raise RecipeError(
                 f"data.{split}: column '{column}' is empty in {len(missing)} rows, first in row {missing[0]}"
             )
-    for column in section.text_columns:
+    for column in texts:
         if not isinstance(dataset[0][column], str):
             raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is not text")
-    return dataset
+    return dataset if label is None else dataset.rename_column(label, "labels")
 
 
 def _classes(train: Dataset) -> tuple[list[Any], tuple[str, ...]]:

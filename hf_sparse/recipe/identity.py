@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..hf.trainer.run_record import flatten, names, recorded_in, write_record
 from ..hf.trainer.teacher_cache import tokenizer_fingerprint, weights_fingerprint
-from .data import LabelledExamples
 from .recipe import Recipe
+from .task import Examples
 
 SECTION = "run"
 """Section of the run record in a checkpoint."""
@@ -35,8 +36,8 @@ WITHOUT_EFFECT = (
 
 def run_facts(
     recipe: Recipe,
-    examples: LabelledExamples,
-    model: PreTrainedModel,
+    examples: Examples,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     processes: int,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run_facts(
     }
 
 
-def recipe_facts(recipe: Recipe, examples: LabelledExamples) -> dict[str, Any]:
+def recipe_facts(recipe: Recipe, examples: Examples) -> dict[str, Any]:
     """Return what a recipe and its data add to `run_facts`."""
     sections = recipe.to_dict()
     training = {k: v for k, v in sections["training"].items() if not k.startswith(WITHOUT_EFFECT)}

@@ -37,8 +37,8 @@ from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, override, read_yaml
 from ..utils.text import shorten
 from ..utils.validation import check_bool, check_integer, check_number, check_text
-from .metrics import DEFAULT, check_metrics
-from .sections import TASKS, DataSection, ModelSection
+from . import tasks as _tasks  # fills the registry  # noqa: F401
+from .sections import DataSection, ModelSection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +99,23 @@ metric, freeze, sparsity, distillation, training, seed.
         model = {"name": data["model"]} if isinstance(data["model"], str) else data["model"]
         seed = data.get("seed", 0)
         check_integer("seed", seed, f"[0, {2**32})")
-        section = _section(ModelSection, model, "the model section")
+        section: ModelSection = _section(ModelSection, model, "the model section")
         if section.keep_zeros and data.get("sparsity") is not None:
             raise RecipeError(
                 "model.keep_zeros trains the model with the zeros that it has, and the sparsity section prunes it: "
                 "give one of the two"
             )
+        examples: DataSection = _section(DataSection, data["data"], "the data section")
+        task = section.kind
+        task.check_data(examples)
         return cls(
             model=section,
-            data=_section(DataSection, data["data"], "the data section"),
-            metric=check_metrics(_words(data.get("metric", DEFAULT[section.predicts]), "metric")),
+            data=examples,
+            metric=task.check_metrics(_words(data.get("metric", task.default_metric(section)), "metric")),
             freeze=_words(data.get("freeze") or (), "freeze"),
             sparsity=None if data.get("sparsity") is None else SparsityConfig.from_dict(data["sparsity"]),
             distillation=_distillation(data.get("distillation"), data.get("sparsity")),
-            training=check_training(data.get("training") or {}, TASKS[section.task]),
+            training=check_training(data.get("training") or {}, task.arguments()),
             seed=seed,
         )
 
@@ -132,8 +135,9 @@ metric, freeze, sparsity, distillation, training, seed.
         """Return the recipe with absolute paths, looked for in the working directory first, then in `folder`."""
         data = self.data
         if data.name is None:
-            train, validation = (_locate_file(getattr(data, key), folder, key) for key in ("train", "validation"))
-            data = dataclasses.replace(data, train=train, validation=validation)
+            given = {key: getattr(data, key) for key in ("train", "validation", "reference")}
+            paths = {key: _locate_file(name, folder, key) for key, name in given.items() if name is not None}
+            data = dataclasses.replace(data, **paths)
         name = _locate(self.model.name, folder) or self.model.name
         taught = self.distillation
         if taught is not None and taught.teacher != "self":
@@ -147,7 +151,7 @@ metric, freeze, sparsity, distillation, training, seed.
         """Return plain YAML types with every value written out, also those left at their default."""
         return {
             "model": dataclasses.asdict(self.model),
-            "data": {**dataclasses.asdict(self.data), "text": _one_or_list(self.data.text_columns)},
+            "data": {**dataclasses.asdict(self.data), **_columns(self.data)},
             "metric": _one_or_list(self.metric),
             "freeze": list(self.freeze),
             "sparsity": None if self.sparsity is None else resolved(self.sparsity),
@@ -174,10 +178,9 @@ metric, freeze, sparsity, distillation, training, seed.
             # True, as transformers has it, makes every data loader warn where there is no accelerator.
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
-        if self.model.predicts == "text":
-            defaults["predict_with_generate"] = True  # the metrics are of generated text, not of next tokens
+        task = self.model.kind
         try:
-            return TASKS[self.model.task](seed=self.seed, **{**defaults, **self.training})
+            return task.arguments()(seed=self.seed, **{**defaults, **task.default_arguments(), **self.training})
         except (TypeError, ValueError, ImportError) as error:
             raise RecipeError(f"`training` must be arguments that transformers accepts: {error}") from error
 
@@ -279,6 +282,15 @@ def _words(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(words, Sequence) or not all(isinstance(word, str) and word for word in words):
         raise RecipeError(f"`{where}` must be a string or a list of strings, got {shorten(value)}")
     return tuple(words)
+
+
+def _columns(section: DataSection) -> dict[str, Any]:
+    """Return the names of the columns in plain YAML types."""
+    named = section.validation_text
+    return {
+        "text": _one_or_list(section.text_columns),
+        "validation_text": None if named is None else _one_or_list(section.validation_columns),
+    }
 
 
 def _one_or_list(words: Sequence[str]) -> str | list[str]:

@@ -15,8 +15,8 @@ from .._version import __version__
 from ..formats.inspection import Inspection
 from ..hf.trainer.evaluation import measured
 from ..pruning.summary import Summary
-from .data import LabelledExamples
 from .recipe import Recipe
+from .task import Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunResult:
 
 
 def report_text(
-    recipe: Recipe, examples: LabelledExamples, result: RunResult, files: Inspection, changes: Sequence[str] = ()
+    recipe: Recipe, examples: Examples, result: RunResult, files: Inspection, changes: Sequence[str] = ()
 ) -> str:
     """Return the report of a run as Markdown.
 

@@ -6,18 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
-
 from ..errors import RecipeError
 from ..utils.text import shorten
-from ..utils.validation import check_bool, check_one_of, check_positive_int, check_text
+from ..utils.validation import check_bool, check_number, check_one_of, check_positive_int, check_text
 from .metrics import Predicts
+from .task import TASKS, Task
 
-TASKS: dict[str, type[TrainingArguments]] = {
-    "sequence-classification": TrainingArguments,
-    "seq2seq": Seq2SeqTrainingArguments,
-}
-"""What a model can be fine-tuned for, and the arguments of its Trainer."""
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 """Suffixes of files with examples, and the loaders of `datasets` that read them."""
 
@@ -28,12 +22,15 @@ class ModelSection:
 
     Args:
         name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
-        task: "sequence-classification", or "seq2seq" for encoder-decoders such as T5, which generate text.
+        task: "sequence-classification"; "seq2seq" for encoder-decoders such as T5, which generate text; "embedding" for
+            a SentenceTransformer, which needs no labels; "reranking" for a CrossEncoder.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
         fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
         keep_zeros: keep the zeros of a dense model with zeros, see `hf_sparse.keep_zeros`; a packed one keeps them
             anyway.
+        dropout: in place of every dropout of the model's config; None = as it is. 0 where a copy of the model teaches
+            it: the teacher has none.
     """
 
     name: str
@@ -42,6 +39,7 @@ class ModelSection:
     revision: str | None = None
     fill: bool = False
     keep_zeros: bool = False
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         check_text("model.name", self.name)
@@ -52,20 +50,22 @@ class ModelSection:
         check_one_of("model.task", self.task, TASKS)
         if self.num_labels is not None:
             check_positive_int("model.num_labels", self.num_labels)
-        if self.task == "seq2seq" and self.num_labels is not None:
-            raise RecipeError(
-                f"`model.num_labels` must be left out for `model.task` 'seq2seq', which generates text, got "
-                f"{self.num_labels}"
-            )
+        if self.dropout is not None:
+            check_number("model.dropout", self.dropout, "[0, 1)")
         if self.revision is not None:
             check_text("model.revision", self.revision)
+        self.kind.check_model(self)
+
+    @property
+    def kind(self) -> Task:
+        """Return the task."""
+        task: Task = TASKS.build(self.task)
+        return task
 
     @property
     def predicts(self) -> Predicts:
         """Return what comes out of the model: a class, one number (regression), or text."""
-        if self.task == "seq2seq":
-            return "text"
-        return "number" if self.num_labels == 1 else "class"
+        return self.kind.predicts(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,12 @@ class DataSection:
         name: dataset on the Hub; None for local files.
         config: configuration of that dataset ("sst2" of "glue").
         text: column with the text, or two columns for pairs.
-        label: column with the label: integers, strings, fractions for regression, or the target text.
+        label: column with the label: integers, strings, fractions for regression, or the target text. Training examples
+            of task "embedding" need none.
+        validation_text: the same as `text` for the validation examples of embeddings and rerankers; None = `text`.
+        reference: for the metric knn_accuracy of embeddings, labelled texts in the columns of the validation examples.
+        candidates: for ranked metrics (ndcg@10), documents of other queries that are drawn beside those of a query; None
+            = all.
         max_length: tokens kept of each example.
         max_target_length: tokens kept of a target sequence; None = `max_length`.
         train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.
@@ -90,25 +95,28 @@ class DataSection:
     config: str | None = None
     text: str | Sequence[str] = "text"
     label: str = "label"
+    validation_text: str | Sequence[str] | None = None
+    reference: str | None = None
+    candidates: int | None = None
     max_length: int = 128
     max_target_length: int | None = None
     train_samples: int | None = None
     validation_samples: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("train", "validation", "name", "config"):
+        for key in ("train", "validation", "name", "config", "reference"):
             if getattr(self, key) is not None:
                 check_text(f"data.{key}", getattr(self, key))
         check_text("data.label", self.label)
-        columns = self.text_columns
-        if len(columns) not in (1, 2) or not all(isinstance(column, str) and column for column in columns):
-            raise RecipeError(f"`data.text` must be a column name or a list of two, got {shorten(self.text)}")
+        for key, columns in (("text", self.text_columns), ("validation_text", self.validation_columns)):
+            if len(columns) not in (1, 2) or not all(isinstance(column, str) and column for column in columns):
+                raise RecipeError(
+                    f"`data.{key}` must be a column name or a list of two, got {shorten(getattr(self, key))}"
+                )
         check_positive_int("data.max_length", self.max_length)
-        for key in ("max_target_length", "train_samples", "validation_samples"):
+        for key in ("max_target_length", "train_samples", "validation_samples", "candidates"):
             if getattr(self, key) is not None:
                 check_positive_int(f"data.{key}", getattr(self, key))
-        if self.label in columns:
-            raise RecipeError(f"`data.label` must be another column than `data.text`, got '{self.label}' for both")
         self._check_source()
 
     def _check_source(self) -> None:
@@ -138,3 +146,9 @@ class DataSection:
     def text_columns(self) -> tuple[str, ...]:
         """Return the one or two columns that make one input."""
         return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+
+    @property
+    def validation_columns(self) -> tuple[str, ...]:
+        """Return the one or two columns of the validation examples."""
+        given = self.validation_text
+        return self.text_columns if given is None else (given,) if isinstance(given, str) else tuple(given)

@@ -35,7 +35,6 @@ from ..hf.trainer.run_record import STATE, changes, listing, read_record
 from ..registry import check_keys
 from ..utils.text import shorten
 from ..utils.validation import check_bool, check_text
-from .data import load_examples
 from .identity import OF_THE_MODEL, SECTION, recipe_facts
 from .prune import compact_saved
 from .recipe import Recipe, read_recipe
@@ -250,7 +249,7 @@ def is_finished(stage: Stage) -> bool:
     if not (stage.output / "report.md").is_file() or not (stage.output / STATE).is_file():
         return False
     recorded = (read_record(stage.output, SECTION) or {}).get("facts")
-    facts = recipe_facts(stage.recipe, load_examples(stage.recipe.data, stage.recipe.model.predicts))
+    facts = recipe_facts(stage.recipe, stage.recipe.model.kind.load_examples(stage.recipe))
     if not isinstance(recorded, Mapping):
         raise CheckpointError(
             f"stage '{stage.name}' in {stage.output} was run by an older hf_sparse, which did not record what it ran. "

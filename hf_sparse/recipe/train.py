@@ -11,25 +11,12 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import CheckpointError, RecipeError
 from ..formats.inspection import inspect
-from ..hf.auto import check_length, load, load_tokenizer
-from ..hf.hub.model_card import card_text, facts_of, forget, write_card
+from ..hf.hub.model_card import forget
 from ..hf.hub.push import guard_trainer
 from ..hf.trainer.callback import SparsityCallback
 from ..hf.trainer.checkpoint import check_unused, last_checkpoint, remove_trained, trained_files
@@ -41,13 +28,11 @@ from ..pruning.keep_zeros import keep_zeros
 from ..pruning.summary import summarize
 from ..utils.atomic_io import read_json, write_text
 from ..utils.validation import is_integer
-from .data import LabelledExamples, load_examples
 from .identity import SECTION, RunRecord, run_facts
-from .metrics import build_metrics
 from .recipe import Recipe
 from .report import RunResult, report_text
-from .sections import ModelSection
 from .step_timer import StepTimer
+from .task import Setup
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +75,10 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     output = Path(arguments.output_dir or ".")
     if not resume and not overwrite:
         check_unused(output)
-    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-    compute_metrics = build_metrics(recipe.metric, recipe.model.predicts, tokenizer)
-    examples = load_examples(recipe.data, recipe.model.predicts)
+    task = recipe.model.kind
+    examples = task.load_examples(recipe)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
-    model = load_model(recipe.model, examples)
-    check_length(recipe.data.max_length, model, tokenizer)
+    model, tokenizer = task.load_model(recipe, examples)
     facts = run_facts(recipe, examples, model, tokenizer, arguments.world_size)
     if recipe.model.fill:
         fill(model)
@@ -104,18 +87,10 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     freeze(model, recipe.freeze)
 
     checkpoint, changes = _checkpoint(arguments, facts, resume, allow)
-    train, validation = examples.tokenized(tokenizer, recipe.data.max_length, recipe.data.max_target_length)
     timer, record = StepTimer(), RunRecord(facts, changes)
-    trainer = (Seq2SeqTrainer if recipe.model.predicts == "text" else Trainer)(
-        model=model,
-        args=arguments,
-        data_collator=collator_for(recipe, tokenizer, model),
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        callbacks=[timer, *_method(recipe, changes), record],  # the record last: it reads the optimizer of the others
-    )
+    # The record last: it reads the optimizer of the others.
+    callbacks = [timer, *_method(recipe, changes), record]
+    trainer = task.trainer(Setup(recipe, arguments, model, tokenizer, examples, callbacks))
     guard_trainer(trainer)  # also where nothing is pruned
     guard_checkpoints(trainer)
     if trainer.is_world_process_zero():
@@ -137,7 +112,7 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
         report = report_text(recipe, examples, result, inspect(output), record.history)
         write_text(output / "report.md", report)  # its presence marks the run as finished
         try:
-            write_card(output, card_text(facts_of(output)))
+            task.write_card(output)
         except RecipeError as error:
             logger.warning("the model card was not written: %s", error)
     if arguments.push_to_hub:
@@ -201,39 +176,6 @@ def _method(recipe: Recipe, changes: Mapping[str, str]) -> list[TrainerCallback]
         allow = ["data", *(key for key in changes if key.startswith("sparsity."))]
         return [SparsityCallback(recipe.sparsity, distillation=recipe.distillation, allow=allow)]
     return [] if recipe.distillation is None else [DistillationCallback(recipe.distillation)]
-
-
-def collator_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
-    """Return what makes padded batches of tokenized examples."""
-    if recipe.model.predicts == "text":
-        return DataCollatorForSeq2Seq(tokenizer, model)
-    return DataCollatorWithPadding(tokenizer)
-
-
-def load_model(section: ModelSection, examples: LabelledExamples) -> PreTrainedModel:
-    """Load a pretrained model that generates text, or one with a head for the classes of the data or for one number.
-
-    Raises:
-        RecipeError: if it cannot be loaded, or is to have another number of classes than the data.
-        CheckpointError: if it is packed, and corrupt.
-    """
-    factory: Any = AutoModelForSequenceClassification
-    head: dict[str, Any] = {}
-    if section.predicts == "text":
-        factory = AutoModelForSeq2SeqLM
-    elif section.predicts == "number":
-        head = {"num_labels": 1, "problem_type": "regression"}
-    else:
-        if section.num_labels not in (None, len(examples.names)):
-            raise RecipeError(
-                f"model.num_labels is {section.num_labels}, but the training examples have {len(examples.names)} "
-                f"classes: {', '.join(examples.names)}"
-            )
-        head = {
-            "id2label": dict(enumerate(examples.names)),
-            "label2id": {name: i for i, name in enumerate(examples.names)},
-        }
-    return load(factory, section.name, section.revision or "main", **head)
 
 
 def freeze(model: nn.Module, globs: Sequence[str]) -> None:

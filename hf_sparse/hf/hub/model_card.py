@@ -268,6 +268,15 @@ def _values(facts: CardFacts) -> dict[str, Any]:
     }
 
 
+def section_tables(facts: CardFacts) -> list[tuple[str, str]]:
+    """Return title and Markdown of the tables of a card that are about sparsity."""
+    values = _values(facts)
+    shown = {"Metrics": "metrics", "Zeros": "sparsity", "Size": "size", "Speed": "speed"}
+    note = [("Compaction", values["note"])] if values["note"] else []
+    recipe = [("Recipe", values["recipe"])] if facts.recipe else []
+    return [*note, *((title, values[key]) for title, key in shown.items()), *recipe]
+
+
 def _ends(facts: CardFacts) -> list[str]:
     """Return the suffixes of the class name that name a task, such as `ForSequenceClassification`."""
     return [end for end in TASKS if (facts.architecture or "").endswith(end)]

@@ -38,6 +38,13 @@ PUSHED = re.compile(
     r"|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)|recipe\.yaml|README\.md|LICENSE(\.txt|\.md)?"
 )
 """Names of the files that belong to a model."""
+OF_SENTENCES = re.compile(r"modules\.json|(config_)?sentence_(transformers|bert_config)\.json|router_config\.json")
+"""Those that sentence-transformers adds beside them."""
+MODULE = re.compile(r"\d{1,2}_\w{1,60}", re.ASCII)
+OF_MODULES = re.compile(
+    r"config\.json|model\.safetensors|(tokenizer(_config)?|vocab|special_tokens_map)\.json|vocab\.txt"
+)
+"""Folders of its modules, and the files in them."""
 
 TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 """The error of the HTTP library that the client is built on, which is not the same in all its versions."""
@@ -139,11 +146,11 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise CheckpointError(f"folder {folder} has no config.json: it holds weights, but no model")
     files: dict[str, Path | bytes] = {}
-    for path in sorted(path for path in folder.iterdir() if PUSHED.fullmatch(path.name)):
+    for path in sorted(_pushed(folder)):
         check_link(path)
         with reading(path):
             require_regular(path)
-        files[path.name] = path
+        files[path.relative_to(folder).as_posix()] = path
     if not any(name.endswith(".safetensors") for name in files):
         raise CheckpointError(f"folder {folder} has no weights with a name that is pushed, such as model.safetensors")
     if any(".safetensors.index." in name for name in files):
@@ -153,6 +160,19 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
     if CARD not in files and "config.json" in files:
         files[CARD] = card_text(facts_of(folder)).encode()
     return files
+
+
+def _pushed(folder: Path) -> Iterator[Path]:
+    """Yield the files of a model, and of the modules of sentence-transformers where it has any."""
+    yield from (path for path in folder.iterdir() if PUSHED.fullmatch(path.name))
+    if not (folder / "modules.json").is_file():
+        return
+    yield from (path for path in folder.iterdir() if OF_SENTENCES.fullmatch(path.name))
+    for module in folder.iterdir():
+        if MODULE.fullmatch(module.name):
+            check_link(module)
+            if module.is_dir():
+                yield from (path for path in module.iterdir() if OF_MODULES.fullmatch(path.name))
 
 
 def _explained(error: BaseException) -> str:

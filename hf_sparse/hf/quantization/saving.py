@@ -22,6 +22,7 @@ from ...pruning.compaction import edits_of
 from ...utils.atomic_io import replace_files
 from .. import patches
 from ..hub.push import push_model
+from ..hub.sentence_card import watch_cards
 from ..per_layer_config import expressed_in_config
 from .pack_state import FORMATS, dense_state
 from .state_dict import hook_load, unhook_load
@@ -105,6 +106,7 @@ def _save_pretrained(
         kwargs.setdefault("repo_id", Path(save_directory).name)
     if is_main_process:
         warn_of_lost_zeros(self)
+    watch_cards()  # a model of sentence-transformers around this one writes its card next
     save = type(self).save_pretrained
     with staged(save_directory, is_main_process) as directory:
         if format != "dense":

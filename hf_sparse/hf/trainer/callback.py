@@ -25,6 +25,7 @@ from ...errors import RecipeError, SparsityError
 from ...pruning.group import warn_of_freed_zeros
 from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
+from ..embedding.wrapper import is_wrapper
 from ..hub.push import guard_trainer
 from .data_record import data_facts
 from .fsdp import check_fsdp
@@ -36,6 +37,7 @@ from .resume import guard_checkpoints
 from .schedule_check import check_best_model, check_schedule
 from .sparsity_record import check_sparsity_record, record_sparsity
 from .teacher import check_cache, make_distiller
+from .wrapper_loss import WrapperLossTerms
 
 logger = logging.get_logger(__name__)
 
@@ -149,6 +151,7 @@ class SparsityCallback(LogsFirst):
         guard_checkpoints(trainer)
         assert self._terms is not None
         self._terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
+        self._terms.follow(trainer)
         if self._terms.distiller is not None:
             check_cache(self._terms.distiller, trainer)
 
@@ -177,7 +180,7 @@ class SparsityCallback(LogsFirst):
         take_over(model)
         # The teacher first: "self" is a copy of the model without masks.
         distiller = make_distiller(model, self.distillation, self._teacher) if self.distillation else None
-        terms = LossTerms(model, pruner, distiller)
+        terms = (WrapperLossTerms if is_wrapper(model) else LossTerms)(model, pruner, distiller)
         warn_of_freed_zeros(pruner.groups)
         try:
             smoothing = args.label_smoothing_factor

@@ -10,9 +10,11 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from ...config.distillation import DistillationConfig
 from ...errors import RecipeError
+from ..embedding.wrapper import is_wrapper
 from .log_first import LogsFirst
 from .loss_hook import LossTerms
 from .teacher import check_cache, make_distiller
+from .wrapper_loss import WrapperLossTerms
 
 
 class DistillationCallback(LogsFirst):
@@ -48,13 +50,15 @@ class DistillationCallback(LogsFirst):
         model: Any = trainer.model
         if model is self._model:
             return
-        terms = LossTerms(model, None, make_distiller(model, self.config, self._teacher))
+        kind = WrapperLossTerms if is_wrapper(model) else LossTerms
+        terms = kind(model, None, make_distiller(model, self.config, self._teacher))
         smoothing = trainer.args.label_smoothing_factor
         try:
             terms.refuse_if(smoothing, f"label_smoothing_factor={smoothing} replaces the model's own loss")
             terms.refuse_if(trainer.compute_loss_func is not None, "compute_loss_func replaces the model's own loss")
             assert terms.distiller is not None
             check_cache(terms.distiller, trainer)
+            terms.follow(trainer)
         except Exception:
             terms.remove()
             raise

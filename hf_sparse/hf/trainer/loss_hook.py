@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ...distillation.distiller import Distiller
 from ...errors import RecipeError
@@ -38,9 +38,15 @@ class LossTerms:
         self._reached: bool | None = None
         self._hooks: list[Any] = []
         if self.any:
-            self._hooks.append(model.register_forward_hook(self._add, with_kwargs=True))
-        if distiller is not None and distiller.wanted():
+            self._hook(model)
+
+    def _hook(self, model: nn.Module) -> None:
+        self._hooks.append(model.register_forward_hook(self._add, with_kwargs=True))
+        if self.distiller is not None and self.distiller.wanted():
             self._hooks.append(model.register_forward_pre_hook(self._ask_for_more, with_kwargs=True))
+
+    def follow(self, trainer: Trainer) -> None:
+        """Learn which Trainer trains the model; its loss is that of the model."""
 
     @property
     def any(self) -> bool:
@@ -95,34 +101,47 @@ class LossTerms:
             return outputs
         # The Trainer then sums the losses of the accumulated batches (and processes) instead of averaging them.
         share = 1.0 / self.batches if kwargs.get("num_items_in_batch") is not None else 1.0
-        loss = self._loss_of(outputs)
+        loss = self._task_loss(outputs)
         if self.distiller is not None:
-            taught = self._taught(outputs, args, kwargs, share)
-            loss = self.distiller.config.task_weight * loss + taught.to(loss)
+            taught = self._taught_loss(outputs, args, kwargs, share)
+            loss = taught if loss is None else self.distiller.config.task_weight * loss + taught.to(loss)
+        assert loss is not None
         if self._penalized is not None:
             loss = loss + share * self._penalized.penalty().to(loss)
-        if self._reached is None and loss.requires_grad:
-            self._reached = False
-            loss.register_hook(self._note)
+        self._watch(loss)
         if isinstance(outputs, dict):
             outputs["loss"] = loss
             return outputs
         return (loss, *outputs[1:])
 
-    def _taught(self, outputs: Any, args: Any, kwargs: dict[str, Any], share: float) -> Tensor:
+    def _watch(self, loss: Tensor) -> None:
+        """Note whether a backward pass goes through the loss."""
+        if self._reached is None and loss.requires_grad:
+            self._reached = False
+            loss.register_hook(self._note)
+
+    def _taught_loss(self, outputs: Any, args: Any, kwargs: dict[str, Any], share: float) -> Tensor:
         assert self.distiller is not None
         self.refuse_if(not isinstance(outputs, dict), "the model returns a tuple, whose parts have no names")
-        teacher = self.distiller.teacher
-        if isinstance(teacher, nn.Module):
-            device, own = self._loss_of(outputs).device, next(teacher.parameters(), None)
-            if own is not None and own.device != device:
-                teacher.to(device)
+        self._move_teacher(next(value.device for value in outputs.values() if isinstance(value, Tensor)))
         return self.distiller.loss(outputs, args, kwargs, share)
 
-    def _loss_of(self, outputs: Any) -> Tensor:
+    def _move_teacher(self, device: torch.device) -> None:
+        teacher = None if self.distiller is None else self.distiller.teacher
+        if isinstance(teacher, nn.Module):
+            own = next(teacher.parameters(), None)
+            if own is not None and own.device != device:
+                teacher.to(device)
+
+    def _task_loss(self, outputs: Any) -> Tensor | None:
+        """Return the loss that the model has computed; None where there is none and none is asked for."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else None
+        if loss is None and self.distiller is not None and not self.distiller.config.task_weight:
+            return None
         if not isinstance(loss, Tensor) or loss.ndim:
-            raise self._lost("the model returned no loss (are there labels in the batch?)")
+            raise self._lost(
+                "the model returned no loss (are there labels in the batch? Without any, set task_weight: 0)"
+            )
         return loss
 
     def _note(self, gradient: Tensor) -> None:

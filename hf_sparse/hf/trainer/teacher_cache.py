@@ -1,4 +1,4 @@
-"""Cached teacher logits of every training example: run the teacher once, then train without it as often as you like."""
+"""Cached teacher logits or embeddings of every training example: run the teacher once, train often without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ...distillation.distiller import Distiller
-from ...distillation.example_keys import Examples
+from ...distillation.example_keys import PER_EXAMPLE, Examples
+from ...distillation.terms.base import EMBEDDING
 from ...errors import CheckpointError, SparsityError
 from ...formats.safetensors_io import reading
 from ...utils.atomic_io import read_json, require_regular, write_text
@@ -30,7 +31,7 @@ VERSION = 2
 """2 has a checksum for each example."""
 
 STORED = {"fp32": "float32", "fp16": "float16"}
-LOGITS = ("logits", "start_logits", "end_logits")
+LOGITS = ("logits", "start_logits", "end_logits", EMBEDDING)
 _ROWS, _FACTS = "logits.arrow", "teacher_cache.json"
 _BATCH = 32
 
@@ -139,7 +140,7 @@ class TeacherCache:
         return {name: torch.from_numpy(value.astype(np.float32)).view(shapes[name]) for name, value in values.items()}
 
     def _batched(self, name: str, rows: Sequence[Tensor], examples: Examples) -> Tensor:
-        if name == "logits" and rows[0].ndim < 2:
+        if name in PER_EXAMPLE and rows[0].ndim < 2:
             return torch.stack(list(rows))
         mask = examples.targets if examples.writes else examples.inputs.get("attention_mask")
         if mask is None:  # nothing is padded
@@ -288,6 +289,7 @@ def batches_of(
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a number for the weights of a model, on whatever device they are."""
     digest = hashlib.blake2b(digest_size=16)
+    model = getattr(model, "wrapped", model)  # `NamedOutputs`
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):

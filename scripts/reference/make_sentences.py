@@ -1,0 +1,110 @@
+"""Write the unlabelled sentences that the embedding recipes train on, and none that they are measured on.
+
+    python scripts/reference/make_sentences.py --data DATA --output out/sentences
+
+DATA has the folders sst2, mrpc, stsb, rte, bbc-news and e2e-nlg with `train.jsonl` (and the validation files of stsb,
+bbc-news and mrpc, whose sentences are left out). Two sentences are the same if they differ in case, spaces and
+punctuation only. Writes `sentences.jsonl` (column "text"), and `held_out.jsonl` with every sentence that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_sparse.utils.atomic_io import write_text
+
+TRAIN: dict[str, tuple[str, ...]] = {
+    "sst2": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "stsb": ("sentence1", "sentence2"),
+    "rte": ("sentence1", "sentence2"),
+    "bbc-news": ("text",),
+    "e2e-nlg": ("target",),
+}
+"""Columns of `train.jsonl` with text."""
+MEASURED: dict[str, tuple[str, ...]] = {
+    "stsb": ("sentence1", "sentence2"),
+    "bbc-news": ("text",),
+    "mrpc": ("sentence1", "sentence2"),
+}
+"""Columns of `validation.jsonl` that some recipe or benchmark measures."""
+SHORTEST = 3
+"""Words of a sentence; shorter ones say too little."""
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
+
+
+def key(sentence: str) -> str:
+    """Return what two sentences share that differ in case, spaces and punctuation only.
+
+    Example:
+        >>> key("A man is  playing.") == key("a Man is playing")
+        True
+    """
+    return " ".join(re.findall(r"\w+", sentence.casefold()))
+
+
+def sentences_of(text: str) -> list[str]:
+    """Split a text into sentences.
+
+    Example:
+        >>> sentences_of("It rose 2.5 percent. Shares fell.")
+        ['It rose 2.5 percent.', 'Shares fell.']
+    """
+    return [part.strip() for part in _END.split(text) if part.strip()]
+
+
+def texts(data: Path, split: str, columns: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """Yield every text of the named columns of a split."""
+    for name, wanted in columns.items():
+        with (data / name / f"{split}.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                yield from (row[column] for column in wanted)
+
+
+def held_out(data: Path) -> list[str]:
+    """Return every text that is measured, whole and cut into sentences."""
+    found: dict[str, None] = {}
+    for text in texts(data, "validation", MEASURED):
+        found.update(dict.fromkeys([text, *sentences_of(text)]))
+    return list(found)
+
+
+def training_sentences(data: Path, measured: set[str], passage: int = 4) -> list[str]:
+    """Return the sentences of the training files, and of each text with several the first few together.
+
+    Args:
+        data: folder with the datasets.
+        measured: keys of the sentences to leave out.
+        passage: sentences of the passage that is kept of a longer text, so that long inputs are seen too.
+    """
+    found: dict[str, str] = {}
+    for text in texts(data, "train", TRAIN):
+        parts = [part for part in sentences_of(text) if key(part) not in measured]
+        several = [" ".join(parts[:passage])] if len(parts) > 1 else []
+        for sentence in [*parts, *several]:
+            name = key(sentence)
+            if name not in measured and len(name.split()) >= SHORTEST:
+                found.setdefault(name, sentence)
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    measured = held_out(options.data)
+    sentences = training_sentences(options.data, {key(sentence) for sentence in measured})
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, found in (("sentences", sentences), ("held_out", measured)):
+        write_text(options.output / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in found))
+        print(f"{len(found)} in {options.output / name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()
