@@ -16,7 +16,7 @@ from .task import Setup
 
 
 def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32") -> int:
-    """Write the logits or embeddings of a recipe's teacher for every training example, and return how many examples there are.
+    """Write logits or embeddings of a recipe's teacher for every training example, and return how many there are.
 
     Train with them by `distillation: {cache: OUTPUT, ...}` in the same recipe.
 

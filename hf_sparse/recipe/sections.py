@@ -82,8 +82,8 @@ class DataSection:
             of task "embedding" need none.
         validation_text: the same as `text` for the validation examples of embeddings and rerankers; None = `text`.
         reference: for the metric knn_accuracy of embeddings, labelled texts in the columns of the validation examples.
-        candidates: for ranked metrics (ndcg@10), documents of other queries that are drawn beside those of a query; None
-            = all.
+        candidates: for ranked metrics (ndcg@10), documents of other queries that are drawn beside those of a query;
+            None = all.
         max_length: tokens kept of each example.
         max_target_length: tokens kept of a target sequence; None = `max_length`.
         train_samples, validation_samples: None = all; else a random subset of that size, the same for every seed.

@@ -94,6 +94,7 @@ def training_sentences(data: Path, measured: set[str], passage: int = 4) -> list
 
 
 def main() -> None:
+    """Write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

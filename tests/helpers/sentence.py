@@ -30,7 +30,8 @@ def save_body(folder: Path, head: bool = False) -> Path:
     from transformers import BertForSequenceClassification, BertModel
 
     torch.manual_seed(0)
-    config = tiny.config(num_labels=1, **NO_DROPOUT) if head else tiny.config(**NO_DROPOUT)
+    # Weights large enough that sentences differ.
+    config = tiny.config(initializer_range=0.3, num_labels=1 if head else 2, **NO_DROPOUT)
     (BertForSequenceClassification(config) if head else BertModel(config)).save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder

@@ -1,4 +1,4 @@
-"""SparsityCallback in Trainers of other libraries: pruning works, and distillation is refused with its reason."""
+"""SparsityCallback in Trainers of other libraries. (Teachers in those of sentence-transformers: tests/hf/embedding.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, SparsityError, summarize
+from hf_sparse import SparsityCallback, SparsityConfig, SparsityError, summarize
 from tests.helpers import tiny
 
 CONFIG = SparsityConfig(sparsity=0.5, scorer="movement", schedule={"name": "linear", "begin": 0.0, "end": 0.5})
@@ -80,10 +80,3 @@ def test_sentence_transformer_trainer_prunes(tmp_path: Path) -> None:
     before = trainer.model.encode(["the film is great"])
     trainer.model.save_pretrained(str(tmp_path / "out"))
     assert (type(trainer.model)(str(tmp_path / "out"), device="cpu").encode(["the film is great"]) == before).all()
-
-
-def test_sentence_transformer_trainer_refuses_a_teacher_before_step_one(tmp_path: Path) -> None:
-    trainer = sentence_trainer(tmp_path, teacher="self")
-    with pytest.raises(RecipeError, match="distillation adds a term to the loss, but the model returned no loss"):
-        trainer.train()
-    assert trainer.state.global_step == 0
