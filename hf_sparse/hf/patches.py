@@ -1,4 +1,4 @@
-"""All that hf_sparse replaces in transformers, accelerate, huggingface_hub and PEFT, in one table.
+"""All that hf_sparse replaces in transformers, accelerate, PEFT and sentence-transformers, in one table.
 
 No other module assigns to a class, a module or an object of these libraries (a test looks). It calls `wrap`, `put`,
 `append` or `on_registration` here with its function, and `PATCHES` has the row that says why. Each function passes what
@@ -6,7 +6,7 @@ it does not know through to the original, so a process that imports hf_sparse an
 
 | function | changes | from when |
 |---|---|---|
-| `wrap` | a function of a class or a module, once per process | `import hf_sparse` |
+| `wrap` | a function of a class or a module, once per process | `import hf_sparse`; sentence-transformers: a save |
 | `append` | a tuple of a module, once per process | `import hf_sparse` |
 | `on_registration` | nothing of a library: torch calls it for each sub-module that a module gets | `import hf_sparse` |
 | `put`, `take` | a method of one object | the object is sparse, or trains with a callback of hf_sparse |
@@ -166,7 +166,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "Trainer.compute_loss",
         "put",
-        "Trainers of sentence-transformers compute their loss from embeddings, outside of the model that is taught",
+        "Trainers of sentence-transformers compute their loss from embeddings, outside of the model that is distilled",
         "none filed",
         "TrainerCallback has an event between the loss and its backward pass",
     ),

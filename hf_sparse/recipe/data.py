@@ -98,7 +98,7 @@ def read_columns(section: DataSection, split: str, texts: Sequence[str], label: 
 
     Args:
         split: "train", "validation" or "reference".
-        texts: columns with text.
+        sentences: columns with text.
         label: None = without one.
 
     Raises:

@@ -91,9 +91,9 @@ def knn_accuracy(similarity: Array, classes: Array, truth: Array, neighbours: in
     Args:
         similarity: of each text to each example.
         classes: of the examples.
-        truth: classes of the texts.
+        truth: classes of the sentences.
 
-    Shapes: similarity `(texts, examples)`.
+    Shapes: similarity `(sentences, examples)`.
 
     Example:
         >>> knn_accuracy(np.array([[0.9, 0.8, 0.1]]), np.array(["a", "a", "b"]), np.array(["a"]), 3)

@@ -136,7 +136,9 @@ metric, freeze, sparsity, distillation, training, seed.
         data = self.data
         if data.name is None:
             given = {key: getattr(data, key) for key in ("train", "validation", "reference")}
-            paths = {key: _locate_file(name, folder, key) for key, name in given.items() if name is not None}
+            paths: dict[str, Any] = {
+                key: _locate_file(name, folder, key) for key, name in given.items() if name is not None
+            }
             data = dataclasses.replace(data, **paths)
         name = _locate(self.model.name, folder) or self.model.name
         taught = self.distillation

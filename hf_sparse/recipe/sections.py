@@ -81,7 +81,7 @@ class DataSection:
         label: column with the label: integers, strings, fractions for regression, or the target text. Training examples
             of task "embedding" need none.
         validation_text: the same as `text` for the validation examples of embeddings and rerankers; None = `text`.
-        reference: for the metric knn_accuracy of embeddings, labelled texts in the columns of the validation examples.
+        reference: for the metric knn_accuracy of embeddings, labelled sentences in the columns of the validation examples.
         candidates: for ranked metrics (ndcg@10), documents of other queries that are drawn beside those of a query;
             None = all.
         max_length: tokens kept of each example.
@@ -95,13 +95,13 @@ class DataSection:
     config: str | None = None
     text: str | Sequence[str] = "text"
     label: str = "label"
-    validation_text: str | Sequence[str] | None = None
-    reference: str | None = None
-    candidates: int | None = None
     max_length: int = 128
     max_target_length: int | None = None
     train_samples: int | None = None
     validation_samples: int | None = None
+    validation_text: str | Sequence[str] | None = None
+    reference: str | None = None
+    candidates: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("train", "validation", "name", "config", "reference"):
@@ -117,6 +117,8 @@ class DataSection:
         for key in ("max_target_length", "train_samples", "validation_samples", "candidates"):
             if getattr(self, key) is not None:
                 check_positive_int(f"data.{key}", getattr(self, key))
+        if self.label in self.text_columns:
+            raise RecipeError(f"`data.label` must be another column than `data.text`, got '{self.label}' for both")
         self._check_source()
 
     def _check_source(self) -> None:

@@ -1,4 +1,4 @@
-"""Data of embeddings and rerankers: sentences without labels, pairs with a score, texts with a class."""
+"""Data of embeddings and rerankers: sentences without labels, pairs with a score, sentences with a class."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class SentenceExamples:
     """What embeddings and rerankers are trained and measured on.
 
     Args:
-        train: texts, and for a reranker "label".
-        validation: the texts that are measured, and "labels".
-        reference: labelled texts whose neighbours are asked for a class, with the column "text".
+        train: sentences, and for a reranker "label".
+        validation: the sentences that are measured, and "labels".
+        reference: labelled sentences whose neighbours are requested for a class, with the column "text".
         text_columns: of the validation examples.
         names: empty; there are no classes.
     """
@@ -57,8 +57,8 @@ def load_sentences(section: DataSection, metrics: Sequence[str], labelled: bool)
         )
     if KNN in metrics and (pairs or len(columns) != 1 or section.reference is None):
         raise RecipeError(
-            f"metric {KNN} is measured on single texts with classes, by itself: give data.validation_text one column, "
-            "and data.reference the file of labelled texts whose neighbours are counted"
+            f"metric {KNN} is measured on single sentences with classes, by itself: give data.validation_text one column, "
+            "and data.reference the file of labelled sentences whose neighbours are counted"
         )
     train = read_columns(section, "train", section.text_columns, section.label if labelled else None)
     validation = read_columns(section, "validation", columns, section.label)
@@ -90,7 +90,7 @@ class Queries:
     """Queries with the documents that are ranked for them.
 
     Args:
-        queries: texts.
+        queries: sentences.
         documents: for each query, the candidates.
         relevance: of each candidate.
     """

@@ -13,7 +13,7 @@ from .sentence_data import SentenceExamples, as_class, queries_of
 Encode = Callable[[list[str]], Any]
 """Makes one embedding for each text."""
 Score = Callable[[list[tuple[str, str]]], Any]
-"""Makes one score for each pair of texts."""
+"""Makes one score for each pair of sentences."""
 
 
 def embedding_metrics(
@@ -45,9 +45,9 @@ def embedding_metrics(
     if KNN in metrics:
         assert examples.reference is not None
         column = columns[0]
-        reference, texts = (unit(encode(list(data[column]))) for data in (examples.reference, rows))
+        reference, asked = (unit(encode(list(data[column]))) for data in (examples.reference, rows))
         classes, truth = as_class(examples.reference["labels"]), as_class(rows["labels"])
-        found[KNN] = knn_accuracy(texts @ reference.T, classes, truth)
+        found[KNN] = knn_accuracy(asked @ reference.T, classes, truth)
     return {name: found[name] for name in metrics}
 
 

@@ -81,8 +81,6 @@ class Task:
         for key in ("validation_text", "reference", "candidates"):
             if getattr(section, key) is not None:
                 raise RecipeError(f"data.{key} is for the tasks embedding and reranking, got model.task {self.name}")
-        if section.label in section.text_columns:
-            raise RecipeError(f"`data.label` must be another column than `data.text`, got '{section.label}' for both")
 
     def predicts(self, section: Any) -> Predicts:
         """Return what comes out of the model of a `ModelSection`."""

@@ -167,12 +167,12 @@ def test_what_has_no_row_is_refused_and_stays() -> None:
     with pytest.raises(KeyError, match="no row for train"):
         patches.wrap(PreTrainedModel, "train", lambda original, *args: None)
     model = nn.Linear(1, 1)
-    with pytest.raises(KeyError, match="no row for forward"):
-        patches.put(model, "forward", lambda x: x)
+    with pytest.raises(KeyError, match="no row for extra_repr"):
+        patches.put(model, "extra_repr", lambda: "")
     with pytest.raises(KeyError, match="no row for __all__"):
         patches.append(transformers.trainer, "__all__", 1)
     assert Trainer.evaluate is original
-    assert "forward" not in vars(model)
+    assert "extra_repr" not in vars(model)
 
 
 def test_wrapped_once_and_static_stays_static(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,5 +229,7 @@ for (owner, name), value in sorted(before.items(), key=lambda item: item[0]):
 def test_import_changes_what_the_table_lists_and_nothing_else() -> None:
     code = f"LIBRARIES = {sorted(LIBRARIES)!r}\n{COMPARE}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    expected = {patch.what for patch in patches.PATCHES if patch.how in ("wrap", "append")}
+    # sentence-transformers is not imported for us: its class is wrapped when a model of it is saved.
+    later = {"BaseModel._create_model_card"}
+    expected = {patch.what for patch in patches.PATCHES if patch.how in ("wrap", "append")} - later
     assert set(done.stdout.split()) == expected

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from ...distillation.terms.base import EMBEDDING
 from ...errors import RecipeError
-from ..embedding.wrapper import EMBEDDING
 
 logger = logging.get_logger(__name__)
 MODULES = "modules.json"

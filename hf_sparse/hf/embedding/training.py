@@ -40,7 +40,7 @@ def training_arguments(kind: str) -> type[TrainingArguments]:
 
 
 def trainer_of(kind: str, max_length: int, **options: Any) -> Any:
-    """Return the Trainer for a kind of model, which cuts training texts at a length.
+    """Return the Trainer for a kind of model, which cuts training sentences at a length.
 
     Args:
         max_length: in tokens; the model is measured, and saved, with its own.
@@ -85,10 +85,10 @@ def length_batches(
     generator: torch.Generator | None = None,
     seed: int = 0,
 ) -> Any:
-    """Return a batch sampler of texts of like lengths, in another order in each epoch.
+    """Return a batch sampler of sentences of like lengths, in another order in each epoch.
 
     Args:
-        dataset: with texts in all columns but the label.
+        dataset: with sentences in all columns but the label.
         generator: draws the order, and is set anew in each epoch.
     """
     base = importlib.import_module("sentence_transformers.base.sampler").DefaultBatchSampler
@@ -104,7 +104,7 @@ def length_batches(
                 self.generator.manual_seed(self.seed + self.epoch)
             yield from by_length(lengths, batch_size, drop_last, self.generator)
 
-    order = torch.utils.data.SequentialSampler(dataset)  # type: ignore[arg-type]
+    order = torch.utils.data.SequentialSampler(dataset)
     return LengthBatches(
         order,
         batch_size=batch_size,

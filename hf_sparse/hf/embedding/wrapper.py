@@ -50,7 +50,7 @@ def features_of(trainer: Any, model: nn.Module, inputs: Mapping[str, Any]) -> li
     """
     options = {key: inputs[key] for key in ("prompt", "task") if key in inputs}
     columns, _ = trainer.collect_features({k: v for k, v in inputs.items() if k not in (*options, "dataset_name")})
-    if columns and isinstance(columns[0], list):  # texts: the loss of a CrossEncoder tokenizes them
+    if columns and isinstance(columns[0], list):  # sentences: the loss of a CrossEncoder tokenizes them
         wrapper: Any = model
         tokens = wrapper.preprocess(list(zip(*columns, strict=True)), **options)
         columns = [{key: _moved(value, wrapper.device) for key, value in tokens.items()}]

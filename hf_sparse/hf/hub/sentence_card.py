@@ -62,7 +62,8 @@ def add_section(folder: str | Path, kind: str) -> None:
 def with_section(text: str, facts: CardFacts, kind: str) -> str:
     """Return a card with the section at its end, and with our tags among its own."""
     card = ModelCard(text, ignore_metadata_errors=True)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+    metadata: Any = card.data
+    metadata.tags = list(dict.fromkeys([*(metadata.get("tags") or []), *TAGS]))
     tables = "\n\n".join(f"### {title}\n\n{body}" for title, body in section_tables(facts))
     loading = (
         f"```python\nimport hf_sparse  # first: it registers the format with transformers\n"

@@ -134,7 +134,7 @@ class LossTerms:
                 teacher.to(device)
 
     def _task_loss(self, outputs: Any) -> Tensor | None:
-        """Return the loss that the model has computed; None where there is none and none is asked for."""
+        """Return the loss that the model has computed; None where there is none and none is requested."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else None
         if loss is None and self.distiller is not None and not self.distiller.config.task_weight:
             return None

@@ -61,8 +61,9 @@ def make_distiller(student: nn.Module, config: DistillationConfig, teacher: nn.M
 
 def _pools(student: nn.Module, teacher: nn.Module, weights: Mapping[str, float]) -> tuple[Pooling, Pooling] | None:
     """Return what makes embeddings of the outputs of two models without a head, where any are compared."""
-    plain = isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel)
-    if not plain or not any(TERMS[name].embeds for name in weights):
+    if not isinstance(student, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
+        return None
+    if not any(TERMS[name].embeds for name in weights):
         return None
     ours = Pooling.of(student)
     return ours, ours if teacher.config._name_or_path == student.config._name_or_path else Pooling.of(teacher)
@@ -125,7 +126,7 @@ def _loaded_wrapper(config: DistillationConfig, student: nn.Module) -> nn.Module
     teacher = load_sentence_transformer(
         config.teacher, type(student).__name__, revision=config.revision, device="cpu", model_kwargs=options
     )
-    inner = inner_model(teacher)
+    inner: Any = inner_model(teacher)
     if not gives_embeddings(teacher) and type(inner).__name__ not in (inner.config.architectures or ()):
         raise RecipeError(
             f"distillation: teacher '{config.teacher}' was not saved as {type(inner).__name__}, so its head would be "

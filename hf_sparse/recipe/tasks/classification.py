@@ -1,4 +1,4 @@
-"""Classes of a text or a pair of texts, or one number (regression)."""
+"""Classes of a text or a pair of sentences, or one number (regression)."""
 
 from __future__ import annotations
 

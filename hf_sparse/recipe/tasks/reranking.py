@@ -1,4 +1,4 @@
-"""Rerankers: a score for a pair of texts."""
+"""Rerankers: a score for a pair of sentences."""
 
 from __future__ import annotations
 
