@@ -81,7 +81,7 @@ class DataSection:
         label: column with the label: integers, strings, fractions for regression, or the target text. Training examples
             of task "embedding" need none.
         validation_text: the same as `text` for the validation examples of embeddings and rerankers; None = `text`.
-        reference: for the metric knn_accuracy of embeddings, labelled sentences in the columns of the validation examples.
+        reference: for the metric knn_accuracy of embeddings, labelled sentences in columns as the validation examples.
         candidates: for ranked metrics (ndcg@10), documents of other queries that are drawn beside those of a query;
             None = all.
         max_length: tokens kept of each example.

@@ -57,8 +57,8 @@ def load_sentences(section: DataSection, metrics: Sequence[str], labelled: bool)
         )
     if KNN in metrics and (pairs or len(columns) != 1 or section.reference is None):
         raise RecipeError(
-            f"metric {KNN} is measured on single sentences with classes, by itself: give data.validation_text one column, "
-            "and data.reference the file of labelled sentences whose neighbours are counted"
+            f"metric {KNN} is measured on single sentences with classes, by itself: give data.validation_text one "
+            "column, and data.reference the file of labelled sentences whose neighbours are counted"
         )
     train = read_columns(section, "train", section.text_columns, section.label if labelled else None)
     validation = read_columns(section, "validation", columns, section.label)

@@ -40,4 +40,10 @@ class SequenceClassification(LabelledTask):
                 "id2label": dict(enumerate(examples.names)),
                 "label2id": {name: i for i, name in enumerate(examples.names)},
             }
-        return load(AutoModelForSequenceClassification, section.name, section.revision or "main", **head)
+        return load(
+            AutoModelForSequenceClassification,
+            section.name,
+            section.revision or "main",
+            **head,
+            **self.options(section),
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
-from ...hf.auto import check_length, load_tokenizer
+from ...hf.auto import check_length, dropout_options, load_tokenizer
 from ...hf.hub.model_card import card_text, facts_of, write_card
 from ...hf.trainer.teacher_cache import batches_of
 from ..data import LabelledExamples, load_examples
@@ -30,6 +30,11 @@ class LabelledTask(Task):
 
     def load_examples(self, recipe: Any) -> LabelledExamples:
         return load_examples(recipe.data, self.predicts(recipe.model))
+
+    def options(self, section: Any) -> dict[str, Any]:
+        """Return options for `from_pretrained` that the model section says."""
+        name, revision = section.name, section.revision or "main"
+        return {} if section.dropout is None else dropout_options(name, revision, section.dropout)
 
     def load_head(self, section: Any, examples: LabelledExamples) -> Any:
         """Load the model with its head."""

@@ -53,7 +53,7 @@ class SentenceTask(Task):
     def check_data(self, section: Any) -> None:
         if section.label in section.validation_columns:
             raise RecipeError(
-                f"`data.label` must be another column than the sentences of the validation examples, got '{section.label}'"
+                f"`data.label` must be another column than `data.validation_text`, got '{section.label}' for both"
             )
 
     def load_examples(self, recipe: Any) -> SentenceExamples:

@@ -44,7 +44,7 @@ class Seq2Seq(LabelledTask):
         return "text"
 
     def load_head(self, section: Any, examples: LabelledExamples) -> Any:
-        return load(AutoModelForSeq2SeqLM, section.name, section.revision or "main")
+        return load(AutoModelForSeq2SeqLM, section.name, section.revision or "main", **self.options(section))
 
     def collator(self, setup: Setup) -> Any:
         return DataCollatorForSeq2Seq(setup.tokenizer, setup.model)
