@@ -27,6 +27,7 @@ from .pruning.oneshot import sparsify
 from .pruning.pruner import Pruner
 from .pruning.summary import Summary, summarize
 from .runtime import LayerReport, RuntimeReport, to_dense_runtime, to_runtime
+from .vocabulary import VocabularyReport, trim_vocabulary
 
 _install()
 
@@ -57,6 +58,7 @@ __all__ = [
     "SparsityError",
     "SparsitySummary",
     "Summary",
+    "VocabularyReport",
     "compact",
     "drop_experts",
     "drop_layers",
@@ -77,5 +79,6 @@ __all__ = [
     "summarize",
     "to_dense_runtime",
     "to_runtime",
+    "trim_vocabulary",
     "unfreeze_zeros",
 ]

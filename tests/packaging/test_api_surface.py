@@ -33,6 +33,7 @@ PUBLIC = [
     "SparsityError",
     "SparsitySummary",
     "Summary",
+    "VocabularyReport",
     "compact",
     "drop_experts",
     "drop_layers",
@@ -53,6 +54,7 @@ PUBLIC = [
     "summarize",
     "to_dense_runtime",
     "to_runtime",
+    "trim_vocabulary",
     "unfreeze_zeros",
 ]
 

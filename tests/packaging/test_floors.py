@@ -17,7 +17,7 @@ FLOORS = [
     {"registry", "utils"},
     {"config"},
     {"formats", "profiling", "modeling", "reporting"},
-    {"pruning", "distillation", "kernels"},
+    {"pruning", "distillation", "kernels", "vocabulary"},
     {"runtime"},
     {"hf"},
     {"recipe"},
