@@ -172,5 +172,5 @@ def _report(
         removed=tuple((names.get(token, str(token)), int(counts.tokens[token])) for token in removed),
         curve=choice.curve,
         held_out=held,
-        caveat=file.kind.caveat(),
+        caveat=file.kind.caveat(set(file.added.values())),
     )

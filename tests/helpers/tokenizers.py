@@ -101,8 +101,9 @@ KINDS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
 
 
 def tokens_of(tokenizer: Any, sequence: str) -> list[str]:
-    """Return the tokens of a sequence, without special ones around it."""
-    return list(tokenizer.backend_tokenizer.encode(sequence, add_special_tokens=False).tokens)
+    """Return the tokens of a sequence, without special ones around it, by their ids: Unigram spells unknown ones out."""
+    backend = tokenizer.backend_tokenizer
+    return [backend.id_to_token(token) for token in backend.encode(sequence, add_special_tokens=False).ids]
 
 
 def is_covered(tokens: Sequence[str], vocab: dict[str, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 from ...registry import Registry
@@ -55,8 +55,12 @@ class TokenizerKind(abc.ABC):
             new_id: takes an id, returns the new one or None. It keeps the order.
         """
 
-    def caveat(self) -> str | None:
-        """Return what the promise above does not cover for this very vocabulary; None = nothing."""
+    def caveat(self, special: Collection[int]) -> str | None:
+        """Return what the promise above does not cover for this very vocabulary; None = nothing.
+
+        Args:
+            special: added tokens, which are found in a sequence before this kind sees it.
+        """
         return None
 
     def known(self, tokens: Iterable[str | None]) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .base import JSON, KINDS, TokenizerKind
@@ -34,14 +34,13 @@ class WordPiece(TokenizerKind):
     def trimmed(self, new_id: Callable[[int], int | None]) -> JSON:
         return {**self.model, "vocab": self.trimmed_ids(new_id)}
 
-    def caveat(self) -> str | None:
+    def caveat(self, special: Collection[int]) -> str | None:
         """Name the characters that have no token of their own: the words in which they get lost are not the same."""
-        special = self.known([self.model["unk_token"]])
         inside: set[tuple[str, bool]] = set()
         alone: set[tuple[str, bool]] = set()
         for text, token in self.ids.items():
             body, continues = self._body(text)
-            if token not in special:
+            if token not in special and text != self.model["unk_token"]:
                 found = {(character, continues or index > 0) for index, character in enumerate(body)}
                 (alone if len(body) == 1 else inside).update(found)
         lost = {character for character, continues in inside - alone if continues}
