@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,24 +120,56 @@ def read_rows(path: str, columns: Sequence[str]) -> Dataset:
 
 def _read(section: DataSection, split: str) -> Dataset:
     given = getattr(section, split)
-    try:
-        if section.name is not None:
-            return datasets.load_dataset(section.name, section.config, split=given or split)
-        suffix = Path(given).suffix.lower()
-        if suffix not in FORMATS:
-            raise RecipeError(f"`data.{split}` must be a file with suffix {', '.join(FORMATS)}, got {given}")
-        options = {"sep": "\t"} if suffix == ".tsv" else {}
+    if section.name is None:
+        return _read_file(given, f"data.{split}")
+    with _readable(f"data.{split}", f"{given or split} of {section.name}"):
+        return datasets.load_dataset(section.name, section.config, split=given or split)
+
+
+def _read_file(path: str, where: str) -> Dataset:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise RecipeError(f"`{where}` must be a file with suffix {', '.join(FORMATS)}, got {path}")
+    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    with _readable(where, f"{path} of local data"):
         # A name is that of one file, also where it would match others as a pattern.
-        return datasets.load_dataset(FORMATS[suffix], data_files=glob.escape(given), split="train", **options)
-    except RecipeError:
-        raise
+        return datasets.load_dataset(FORMATS[suffix], data_files=glob.escape(path), split="train", **options)
+
+
+@contextlib.contextmanager
+def _readable(where: str, source: str) -> Iterator[None]:
+    """Turn what datasets raises for a file that cannot be read into a `RecipeError`."""
+    try:
+        yield
     except StopIteration as error:  # how datasets takes an empty file of JSON
-        raise RecipeError(f"data.{split} has no rows") from error
+        raise RecipeError(f"{where} has no rows") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
+        raise RecipeError(f"{where}: cannot read {source}: {error.__cause__ or error}") from error
+
+
+def read_column(path: str, column: str = "text") -> list[str]:
+    """Read sequences without labels: the lines of a text file that are not empty, or a column of any other.
+
+    Raises:
+        RecipeError: for a file that cannot be read, has no such column, or holds anything but strings there.
+    """
+    if Path(path).suffix.lower() in ("", ".txt"):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read the corpus {path}: {error}") from error
+        return [line for line in lines if line.strip()]
+    dataset = _read_file(path, "--data")
+    if column not in dataset.column_names:
+        known = ", ".join(dataset.column_names)
         raise RecipeError(
-            f"data.{split}: cannot read {given or split} of {section.name or 'local data'}: {cause}"
-        ) from error
+            f"{path} has no column '{column}'{nearest(column, dataset.column_names)} Its columns: {known}."
+        )
+    found = [value for value in dataset[column] if value is not None]
+    if not all(isinstance(value, str) for value in found):
+        wrong = next(value for value in found if not isinstance(value, str))
+        raise RecipeError(f"{path}: column '{column}' holds {wrong!r:.80}, which is not text")
+    return found
 
 
 def _columns(dataset: Dataset, section: DataSection, split: str, texts: Sequence[str], label: str | None) -> Dataset:

@@ -65,6 +65,7 @@ def recipe_facts(recipe: Recipe, examples: Examples) -> dict[str, Any]:
         "fill": recipe.model.fill,
         "keep_zeros": recipe.model.keep_zeros or None,
         "metric": sections["metric"],
+        "vocabulary": sections["vocabulary"],
         "freeze": sections["freeze"],
         "sparsity": sections["sparsity"],
         "distillation": _distillation(sections["distillation"]),

@@ -25,6 +25,7 @@ from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
 from ..pruning.summary import Summary, summarize
 from ..utils.atomic_io import read_json, replace_file, write_text
+from ..vocabulary import carry_report
 from .data import load_split
 from .data_loader import LabelledBatches
 from .sections import DataSection
@@ -160,7 +161,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
     return "\n".join([*left, f"{before:,} parameters before, {after:,} after ({after / before:.1%})"])
 
 
-def _forget_run(folder: Path) -> None:
+def forget_run(folder: Path) -> None:
     """Let no record of a model that was there before pass for one of the model that is there now."""
     forget(folder)
     (folder / "trainer_state.json").unlink(missing_ok=True)
@@ -182,7 +183,8 @@ def _carry_over(source: Path, output: Path) -> None:
 
 def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
     model.save_pretrained(output)
-    _forget_run(Path(output))
+    forget_run(Path(output))
+    carry_report(name, output)
     try:
         load_tokenizer(name, revision).save_pretrained(output)
     except RecipeError as error:

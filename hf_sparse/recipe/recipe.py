@@ -4,6 +4,7 @@
 model: {name: bert-base-uncased}                            # a folder or a Hub name
 data: {train: train.jsonl, validation: dev.jsonl, text: sentence, label: label, max_length: 64}
 metric: accuracy
+vocabulary: {coverage: 0.9999}                              # left out or null: the whole one
 freeze: ["*embeddings*"]                                    # shell globs over parameter names
 sparsity: {sparsity: 0.9, scorer: movement}                 # left out or null: dense fine-tuning
 distillation: {teacher: self, temperature: 2.0}             # left out or null: no teacher
@@ -23,7 +24,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from transformers import TrainingArguments
@@ -37,6 +38,7 @@ from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, override, read_yaml
 from ..utils.text import shorten
 from ..utils.validation import check_bool, check_integer, check_number, check_text
+from ..vocabulary import Criteria
 from . import tasks as _tasks  # fills the registry  # noqa: F401
 from .sections import DataSection, ModelSection
 
@@ -49,6 +51,7 @@ class Recipe:
         model: `ModelSection`.
         data: `DataSection`.
         metric: names, see `hf_sparse.recipe.metrics`.
+        vocabulary: `hf_sparse.vocabulary.Criteria`; tokens that the training examples do not need are removed first.
         freeze: shell globs over parameter names that are not trained.
         sparsity: `SparsityConfig`; None fine-tunes dense.
         distillation: `DistillationConfig`; None learns from the labels alone.
@@ -68,12 +71,13 @@ class Recipe:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: the recipe has no key 'date'; did you mean 'data'? Known keys: model, data, \
-metric, freeze, sparsity, distillation, training, seed.
+metric, vocabulary, freeze, sparsity, distillation, training, seed.
     """
 
     model: ModelSection
     data: DataSection
     metric: tuple[str, ...] = ("accuracy",)
+    vocabulary: Criteria | None = None
     freeze: tuple[str, ...] = ()
     sparsity: SparsityConfig | None = None
     distillation: DistillationConfig | None = None
@@ -112,6 +116,7 @@ metric, freeze, sparsity, distillation, training, seed.
             model=section,
             data=examples,
             metric=task.check_metrics(_words(data.get("metric", task.default_metric(section)), "metric")),
+            vocabulary=_vocabulary(data.get("vocabulary")),
             freeze=_words(data.get("freeze") or (), "freeze"),
             sparsity=None if data.get("sparsity") is None else SparsityConfig.from_dict(data["sparsity"]),
             distillation=_distillation(data.get("distillation"), data.get("sparsity")),
@@ -155,6 +160,7 @@ metric, freeze, sparsity, distillation, training, seed.
             "model": dataclasses.asdict(self.model),
             "data": {**dataclasses.asdict(self.data), **_columns(self.data)},
             "metric": _one_or_list(self.metric),
+            "vocabulary": None if self.vocabulary is None else self.vocabulary.to_dict(),
             "freeze": list(self.freeze),
             "sparsity": None if self.sparsity is None else resolved(self.sparsity),
             "distillation": None if self.distillation is None else _spelled_distillation(self.distillation),
@@ -234,6 +240,10 @@ def _check_kind(value: Any, hint: Any, where: str) -> None:
         check_integer(where, value)
     elif allowed == {float} and not isinstance(value, float):  # `max_grad_norm` may be infinite
         check_number(where, value)
+
+
+def _vocabulary(section: Any) -> Criteria | None:
+    return None if section is None else cast(Criteria, _section(Criteria, section, "the vocabulary section"))
 
 
 def _distillation(section: Any, sparsity: Any) -> DistillationConfig | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..errors import CheckpointError, RecipeError
@@ -28,11 +28,12 @@ from ..pruning.keep_zeros import keep_zeros
 from ..pruning.summary import summarize
 from ..utils.atomic_io import read_json, write_text
 from ..utils.validation import is_integer
+from ..vocabulary import Criteria, VocabularyReport, carry_report, trim_vocabulary
 from .identity import SECTION, RunRecord, run_facts
 from .recipe import Recipe
 from .report import RunResult, report_text
 from .step_timer import StepTimer
-from .task import Setup
+from .task import Examples, Setup
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
     model, tokenizer = task.load_model(recipe, examples)
     facts = run_facts(recipe, examples, model, tokenizer, arguments.world_size)
+    trimmed = None if recipe.vocabulary is None else trim(recipe.vocabulary, model, tokenizer, examples)
     if recipe.model.fill:
         fill(model)
     if recipe.model.keep_zeros:
@@ -109,6 +111,10 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     trainer.save_metrics("eval", metrics)
     result = RunResult(output, metrics, summarize(model), timer.median)
     if trainer.is_world_process_zero():
+        if trimmed is not None:
+            trimmed.save(output)
+        else:
+            carry_report(recipe.model.name, output)
         report = report_text(recipe, examples, result, inspect(output), record.history)
         write_text(output / "report.md", report)  # its presence marks the run as finished
         try:
@@ -118,6 +124,23 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def trim(
+    criteria: Criteria, model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Examples
+) -> VocabularyReport:
+    """Remove the tokens that the training examples do not need; validation examples are measured.
+
+    Raises:
+        RecipeError: as `hf_sparse.trim_vocabulary`.
+    """
+    train, validation = (
+        [value for row in split for value in row.values() if isinstance(value, str)]
+        for split in (examples.train, examples.validation)
+    )
+    report = trim_vocabulary(model, tokenizer, train, held_out=validation, **criteria.to_dict())
+    logger.info("vocabulary: %s of %s tokens kept", f"{report.tokens_after:,}", f"{report.tokens:,}")
+    return report
 
 
 def check_flags(resume: bool, overwrite: bool, allow: Sequence[str]) -> None:

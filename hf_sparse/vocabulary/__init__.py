@@ -1,6 +1,7 @@
 """Vocabularies: remove the tokens that a domain does not need from a tokenizer and from the model that reads it."""
 
-from .report import VocabularyReport, read_report
+from .choice import Criteria
+from .report import VocabularyReport, carry_report, read_report
 from .trim import trim_vocabulary
 
-__all__ = ["VocabularyReport", "read_report", "trim_vocabulary"]
+__all__ = ["Criteria", "VocabularyReport", "carry_report", "read_report", "trim_vocabulary"]

@@ -59,6 +59,15 @@ class Criteria:
             if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
                 raise RecipeError(f"`{name}` must be a list, got {shorten(getattr(self, name))}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments that are not at their default, in plain JSON types."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return {
+            field.name: plain[field.name]
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
 
 class KeptTokens:
     """A growing set of tokens, always with the tokens that they need.
@@ -124,9 +133,8 @@ def choose(
         rows: of the embeddings. Tokens behind them, which the model cannot read, stay as they are.
     """
     kept, reasons = KeptTokens(kind), {}
-    behind = [token for token in range(rows, len(counts))]
     groups: dict[str, Iterable[int]] = {
-        "special and added tokens": sorted({*special, *behind}),
+        "special and added tokens": sorted({*special, *range(rows, len(counts))}),
         "bytes and the unknown token": sorted(kind.required()),
         "single characters": sorted(kind.characters()) if criteria.keep_characters else (),
         "requested by name or script": sorted(requested),
@@ -204,8 +212,8 @@ def requested_ids(ids: Mapping[str, int], keep: Iterable[str | int], size: int) 
             close = [known for known in ids if known.lower().strip("\u2581\u0120#") == token.lower().strip()]
             close = close or [known for known in ids if known[:2] == token[:2]][:2000]
             raise RecipeError(
-                f"`keep` must list tokens of the vocabulary, got {shorten(token)}{nearest(token, close)} Words that are "
-                "no tokens belong into the corpus"
+                f"`keep` must list tokens of the vocabulary, got {shorten(token)}{nearest(token, close)} Words that "
+                "are not tokens belong in the corpus"
             )
         else:
             raise RecipeError(f"`keep` must list tokens or ids below {size}, got {shorten(token)}")

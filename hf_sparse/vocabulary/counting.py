@@ -1,8 +1,8 @@
 """How often each token occurs in a corpus.
 
-Tokenizing 100 MB takes minutes, and a corpus has far fewer different words than words. Where a tokenizer treats the words
-of a sequence independently, each different one is tokenized once. Whether it does is found out by comparing both ways on
-the first sequences; if they differ, all is tokenized as it is.
+Tokenizing 100 MB takes minutes, and a corpus has far fewer different words than words. Where a tokenizer treats the
+words of a sequence independently, each different one is tokenized once. Whether it does is found out by comparing both
+ways on the first sequences; if they differ, all is tokenized as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ def batches(corpus: Iterable[str], name: str = "texts") -> Iterator[list[str]]:
         raise RecipeError(f"`{name}` must be a list of strings, got one string: {shorten(corpus)}")
     batch: list[str] = []
     size = 0
-    length = len(corpus) if hasattr(corpus, "__len__") else None
+    length = len(corpus) if isinstance(corpus, Sized) else None
     with tqdm(total=length, desc=f"Tokenizing {name}", unit=" sequences", unit_scale=True, delay=1.0) as bar:
         for index, sequence in enumerate(corpus):
             if not isinstance(sequence, str):
@@ -176,7 +176,7 @@ def _words(batch: Sequence[str]) -> list[str]:
     """Split sequences at single spaces between other characters, which are borders for a pre-tokenizer or are not.
 
     Returns:
-        Words, those at the start of a sequence with `_HEAD` in front; spaces that are no borders are `_SPACE`.
+        Words, those at the start of a sequence with `_HEAD` in front; spaces that do not count as borders are `_SPACE`.
     """
     joined = _HEAD + f"{_END}{_HEAD}".join(batch) + _END
     joined = _RUN.sub(lambda run: run[0].replace(" ", _SPACE), joined)

@@ -68,7 +68,9 @@ def measure(
     total = dict.fromkeys([field.name for field in dataclasses.fields(HeldOut)], 0)
     with plain(before), plain(after):
         for batch in batches(corpus, "held_out"):
-            both = [[e.ids for e in side.encode_batch_fast(batch, add_special_tokens=False)] for side in (before, after)]
+            both = [
+                [e.ids for e in side.encode_batch_fast(batch, add_special_tokens=False)] for side in (before, after)
+            ]
             total["examples"] += len(batch)
             total["words"] += sum(len(sequence.split()) for sequence in batch)
             for old, new in zip(*both, strict=True):

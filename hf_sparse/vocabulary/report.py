@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError
-from ..reporting.plotting import new_figure, write_figure
 from ..utils.atomic_io import read_json, write_text
 from ..utils.markdown import plain, table
 from ..utils.text import format_bytes, shorten
@@ -123,6 +122,8 @@ class VocabularyReport:
             BackendError: without matplotlib.
             RecipeError: for a suffix that matplotlib cannot write, or a path that cannot be written.
         """
+        from ..reporting.plotting import new_figure, write_figure  # only here: hf_sparse itself draws nothing
+
         figure = new_figure(6, 4)
         axes = figure.subplots()
         points = [(1 - coverage, self.size_at(tokens) / 1e6) for coverage, tokens in self.curve]
@@ -162,7 +163,9 @@ class VocabularyReport:
             held_out = HeldOut(**{name: _checked(held_out, name, is_integer) for name in names})
         return cls(
             **values,
-            reasons=dict(_pairs({"reasons": list(_checked(data, "reasons", _is_mapping).items())}, "reasons", _is_text)),
+            reasons=dict(
+                _pairs({"reasons": list(_checked(data, "reasons", _is_mapping).items())}, "reasons", _is_text)
+            ),
             removed=_pairs(data, "removed", _is_text),
             curve=_pairs(data, "curve", is_number),
             held_out=held_out,
@@ -181,6 +184,19 @@ def read_report(folder: str | os.PathLike[str]) -> VocabularyReport | None:
     """
     data = read_json(Path(folder) / REPORT)
     return None if data is None else VocabularyReport.from_dict(data)
+
+
+def carry_report(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Copy the report of a model to the folder of one that was made from it; where there is none, remove a stale one.
+
+    Raises:
+        CheckpointError: if the file is not a report.
+    """
+    report = read_report(source) if Path(source).is_dir() else None
+    if report is not None:
+        report.save(output)
+    else:
+        (Path(output) / REPORT).unlink(missing_ok=True)
 
 
 def _held_out_lines(held: HeldOut) -> list[tuple[str, str]]:

@@ -56,7 +56,7 @@ class Tables:
             tensor.data = _rows(tensor, tokens, -1)
             tensor.grad = None
         for module in self.modules.values():
-            height = int(module.weight.shape[0])  # type: ignore[union-attr, index]
+            height = int(module.weight.shape[0])  # type: ignore[index]
             name = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
             setattr(module, name, height)
         self.rows = sum(token < self.rows for token in tokens)
@@ -90,11 +90,11 @@ def find_tables(model: nn.Module) -> Tables:
                 f"the model has two vocabularies: '{next(iter(tables))}' has {rows} rows and '{name}' "
                 f"{layer.num_embeddings}. Trim the vocabularies of its parts one by one"
             )
-    for name, layer in heads.items():
-        if not isinstance(layer, nn.Linear | nn.Embedding) or layer.weight.shape[0] != rows:
-            shape = tuple(layer.weight.shape) if isinstance(getattr(layer, "weight", None), Tensor) else "no weight"
+    for name, head in heads.items():
+        if not isinstance(head, nn.Linear | nn.Embedding) or head.weight.shape[0] != rows:
+            shape = tuple(weight.shape) if isinstance(weight := getattr(head, "weight", None), Tensor) else "no weight"
             raise RecipeError(
-                f"the output layer '{name}' is a {type(layer).__name__} ({shape}), and not a linear layer with an "
+                f"the output layer '{name}' is a {type(head).__name__} ({shape}), and not a linear layer with an "
                 f"output for each of the {rows} tokens"
             )
     found: dict[str, nn.Module] = {**tables, **per_layer, **heads}

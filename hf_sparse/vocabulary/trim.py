@@ -45,14 +45,14 @@ def trim_vocabulary(
         coverage: fraction of the tokens in `texts` that stay as they are, in (0, 1]; None = all that occur.
         min_count: keep tokens that occur at least this often, in place of a coverage.
         keep: further tokens, as in `tokenizer.get_vocab()`, or their ids.
-        scripts: Unicode scripts, such as "Latin" or "Han": tokens written in them alone stay, whether they occur or not.
+        scripts: Unicode scripts, such as "Latin" or "Han": tokens written in them alone stay, also unseen ones.
         held_out: other sequences, on which fertility and coverage are measured.
         keep_characters: False also removes single characters that are not needed. They become bytes, and where the
             tokenizer has none, the unknown token.
         pad_to_multiple_of: keep more of the most frequent tokens, until the rows are a multiple of this.
 
     Returns:
-        What was removed and saved, and what it does to held-out sequences.
+        The report: sizes, coverage, and what changes for held-out sequences.
 
     Raises:
         RecipeError: for nothing to choose by, values out of range, and models and tokenizers that cannot be trimmed.
@@ -74,7 +74,7 @@ def trim_vocabulary(
         ['red', 't', '##w', '##o']
         >>> len(tokenizer) == model.config.vocab_size == report.tokens_after < report.tokens
         True
-    """
+    """  # words: ok
     criteria = Criteria(coverage, min_count, keep, scripts, keep_characters, pad_to_multiple_of)
     file, tables = read_tokenizer(tokenizer), find_tables(model)
     ids, backend = file.ids, tokenizer.backend_tokenizer
@@ -130,14 +130,16 @@ def _check_ids(after: Any, ids: dict[str, int], numbers: dict[int, int]) -> None
 
 def _check_chosen_by(counts: TokenCounts, criteria: Criteria) -> None:
     if not counts.examples and not criteria.keep and not criteria.scripts:
-        raise RecipeError("there is nothing to choose tokens by: give sequences as `texts`, or `keep`, or `scripts`")
+        raise RecipeError("there is nothing to choose tokens by: give a corpus, or `keep`, or `scripts`")
     if not counts.total and (criteria.coverage is not None or criteria.min_count is not None):
-        raise RecipeError("`coverage` and `min_count` need a corpus with tokens: `texts` has none")
+        raise RecipeError("`coverage` and `min_count` need a corpus that has tokens")
 
 
 def _heights(configs: Iterable[Any], tables: Tables) -> set[int]:
     """Return the sizes of vocabularies that the configs state."""
-    stated = {getattr(config, name, None) for config in configs for name in ("vocab_size", "vocab_size_per_layer_input")}
+    stated = {
+        getattr(config, name, None) for config in configs for name in ("vocab_size", "vocab_size_per_layer_input")
+    }
     if tables.rows not in stated:
         raise RecipeError(f"no config of the model states the {tables.rows} rows of its embeddings as its vocab_size")
     return {height for height in stated if height is not None}
@@ -163,7 +165,7 @@ def _report(
         kind=file.kind.name,
         tokens=len(names),
         tokens_after=len(kept & names.keys()),
-        **{key: value for key, value in vars(before).items()},
+        **vars(before),
         **{f"{key}_after": value for key, value in vars(after).items()},
         examples=counts.examples,
         corpus_tokens=counts.total,

@@ -8,13 +8,14 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+UNKNOWN = "[UNK]"
+SPECIAL = ["[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]
 CORPUS = (
     "the quick brown fox jumps over the lazy dog",
     "a fox and a dog were walking over the brown hills, quickly walked",
     "12 dogs; 37 foxes! jumping (twice) over walls",
     "d\u00e9j\u00e0 vu na\u00efve caf\u00e9 \u00fcber stra\u00dfe",
-    "\u041c\u043e\u0441\u043a\u0432\u0430 \u0438 \u041c\u043e\u0441\u043a\u043e\u0432\u0441\u043a\u0438\u0435 \u0441\u043e\u0431\u0430\u043a\u0438",
+    "\u041c\u043e\u0441\u043a\u0432\u0430 \u0438 \u043c\u043e\u0441\u043a\u0432\u0438\u0447",
     "\u6f22\u5b57 \u4eee\u540d \u6f22\u8a9e",
 )
 TEMPLATE = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
@@ -29,7 +30,7 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 def word_piece(corpus: Iterable[str] = CORPUS, size: int = 300) -> PreTrainedTokenizerFast:
     """Return a tokenizer as BERT has it, cased."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
@@ -55,7 +56,7 @@ def byte_bpe(corpus: Iterable[str] = CORPUS, size: int = 420) -> PreTrainedToken
 
 def byte_fallback_bpe(corpus: Iterable[str] = CORPUS, size: int = 520) -> PreTrainedTokenizerFast:
     """Return a tokenizer as Gemma has it: BPE of characters, bytes for the others, no borders between words."""
-    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="[UNK]"))
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
     backend.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -68,7 +69,7 @@ def byte_fallback_bpe(corpus: Iterable[str] = CORPUS, size: int = 520) -> PreTra
 
 def suffix_bpe(corpus: Iterable[str] = CORPUS, size: int = 200) -> PreTrainedTokenizerFast:
     """Return a tokenizer as CLIP has it: the last character of a word is another symbol."""
-    backend = Tokenizer(models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"))
+    backend = Tokenizer(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.BPEDecoder()
     trainer = trainers.BpeTrainer(
@@ -84,9 +85,7 @@ def unigram(corpus: Iterable[str] = CORPUS, size: int = 160) -> PreTrainedTokeni
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=SPECIAL, unk_token=UNKNOWN, show_progress=False)
     backend.train_from_iterator(corpus, trainer)
     return _wrapped(backend)
 
@@ -101,7 +100,7 @@ KINDS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
 
 
 def tokens_of(tokenizer: Any, sequence: str) -> list[str]:
-    """Return the tokens of a sequence, without special ones around it, by their ids: Unigram spells unknown ones out."""
+    """Return the tokens of a sequence by their ids: Unigram spells unknown ones out."""
     backend = tokenizer.backend_tokenizer
     return [backend.id_to_token(token) for token in backend.encode(sequence, add_special_tokens=False).ids]
 

@@ -47,7 +47,8 @@ def test_covered_sequences_are_tokenized_as_before(
     )
     vocab = tokenizer.get_vocab()
     assert set(vocab) <= set(whole.get_vocab())
-    assert sorted(vocab.values()) == list(range(len(vocab))) and report.tokens_after == len(vocab)
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert report.tokens_after == len(vocab)
     assert report.coverage >= coverage - 1e-9
     for sequence in (*training, *corpus, *others):
         before, after = tokens_of(whole, sequence), tokens_of(tokenizer, sequence)

@@ -17,8 +17,9 @@ from .report import Report
 from .run import Run
 from .sensitivity import Sensitivity
 from .train import Train
+from .trim_vocab import TrimVocab
 
 __all__ = [
     "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Export", "HeadImportance", "Inspect",
-    "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train",
+    "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train", "TrimVocab",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,10 +15,10 @@ Pair = tuple[str, str]
 class BPE(TokenizerKind):
     """Merge the pair of the lowest rank, again and again.
 
-    A token is made by merges, and a merge that it needs is kept with both of its parts, down to the characters. No merge
-    of a word crosses the borders of its final tokens, so inside one of them the merges are those of that token alone:
-    replaying it tells the last merge, whose parts are tokens that are needed (`parts`). Merges of removed tokens are
-    removed; those that are left keep their order, so each step takes the same pair as before.
+    A token is made by merges, and a merge that it needs is kept with both of its parts, down to the characters. No
+    merge of a word crosses the borders of its final tokens, so inside one of them the merges are those of that token
+    alone: replaying it tells the last merge, whose parts are tokens that are needed (`parts`). Merges of removed tokens
+    are removed; those that are left keep their order, so each step takes the same pair as before.
 
     Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2.
     """
@@ -61,7 +62,7 @@ class BPE(TokenizerKind):
         return {**self.model, "vocab": kept, "merges": merges}
 
     def _joined(self, pair: Pair) -> str:
-        return pair[0] + pair[1].removeprefix(self.prefix)
+        return pair[0] + (pair[1].removeprefix(self.prefix) if self.prefix else pair[1])
 
     def _symbols(self, text: str) -> list[str]:
         """Return what merging a token begins with: its characters, with the marks of the tokenizer."""
@@ -78,7 +79,7 @@ class BPE(TokenizerKind):
         """Return the last merge by which a token is made; None if merging its characters does not make it."""
         symbols, ranks, none = self._symbols(text), self._ranks, len(self.merges)
         while len(symbols) > 2:
-            found = [ranks.get(pair, none) for pair in zip(symbols, symbols[1:], strict=False)]
+            found = [ranks.get(pair, none) for pair in itertools.pairwise(symbols)]
             rank = min(found)
             if rank == none:
                 return None

@@ -48,8 +48,8 @@ class WordPiece(TokenizerKind):
             return None
         listed = ", ".join(repr(character) for character in sorted(lost)[:5])
         return (
-            f"{len(lost)} characters ({listed}{', ...' if len(lost) > 5 else ''}) have no '{self.prefix}' token of their "
-            "own: words that became unknown because of them may become pieces of other tokens"
+            f"{len(lost)} characters ({listed}{', ...' if len(lost) > 5 else ''}) have no '{self.prefix}' token of "
+            "their own: words that became unknown because of them may become pieces of other tokens"
         )
 
     def _body(self, text: str) -> tuple[str, bool]:
