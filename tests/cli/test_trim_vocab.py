@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,12 @@ print(tuple(logits.shape), len(tokenizer), "hf_sparse" in sys.modules, float(log
 def saved(tmp_path: Path) -> Path:
     """Write a tiny model with its tokenizer, and a corpus beside it."""
     tokenizer = word_piece()
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     torch.manual_seed(0)
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -37,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> int:
+def run(folder: Path, *arguments: object) -> int:
     """Run the verb on the model of the fixture."""
     return main(["trim-vocab", str(folder / "model"), "--output", str(folder / "small"), *map(str, arguments)])
 
@@ -69,7 +75,16 @@ def test_json_plot_and_columns(saved: Path, capsys: pytest.CaptureFixture[str]) 
     pytest.importorskip("matplotlib")
     rows = [json.dumps({"sentence": line}) for line in (*LINES, *CORPUS)]
     (saved / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    options = ("--text", "sentence", "--min-count", "2", "--held-out", saved / "corpus.txt", "--keep", "jumps")
+    options: tuple[object, ...] = (
+        "--text",
+        "sentence",
+        "--min-count",
+        "2",
+        "--held-out",
+        saved / "corpus.txt",
+        "--keep",
+        "jumps",
+    )
     options += ("--drop-characters", "--pad-to-multiple-of", "8", "--json", "--plot", saved / "size.png")
     assert run(saved, "--data", saved / "rows.jsonl", *options) == 0
     printed = json.loads(capsys.readouterr().out)
