@@ -19,6 +19,9 @@ from tests.helpers.architecture_contract import blocks_of, check_family, load_ex
 from tests.helpers.contributing import example as read_example
 
 NAMES = (*structures.FAMILIES, *decoders.FAMILIES)
+SLOW = ("mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma", "gemma2", "mixtral", "qwen3-moe")
+"""Each has a family that is tested with another of its models."""
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def build(name: str) -> Any:
     return decoders.build(name) if name in decoders.FAMILIES else structures.build(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_family_keeps_its_promises(name: str) -> None:
     check_family(family_of(build(name)), lambda: build(name), outputs(name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -81,6 +82,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gpt2": _gpt2,
     "opt": _opt,
 }
+ALIKE = ("mistral", "qwen2", "granite", "smollm3", "gemma")
+"""Families whose modules compute as those of others here do: in slow tests."""
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FAMILIES]
 MOE = ("mixtral", "qwen2-moe", "qwen3-moe")
 GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 

@@ -53,7 +53,7 @@ def skipping(model: Any, dropped: list[int]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", decoders.FAMILIES)
+@pytest.mark.parametrize("family", decoders.EACH)
 def test_model_without_layers_is_the_one_that_skips_them(family: str, tmp_path: Path) -> None:
     model = build(family)
     reference = skipping(model, [0, 2])

@@ -116,7 +116,7 @@ class Budget(Selection):
             width, inner = matrix_shape(unit.module)
             size, each = inner // unit.groups, int(unit.entries().sum()) / unit.groups
             inputs = round(each / (width * size)) - 1
-            regular = each == (inputs + 1) * width * size
+            regular = each == (inputs + 1) * width * size and (unit.kind != "attention" or inputs == 3)
             if not regular and self.of == "latency":
                 raise PatternError(
                     f"selection 'budget' of latency times attentions in which each head has a KV head of its own, but "

@@ -26,6 +26,10 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     "beam": {"num_beams": 3},
     "beam-static": {"num_beams": 2, "cache_implementation": "static"},
 }
+HOWS = [
+    how if how in ("dynamic-cache", "static-cache", "beam") else pytest.param(how, marks=pytest.mark.slow)
+    for how in GENERATIONS
+]
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
@@ -64,8 +68,8 @@ def generate(model: Any, **how: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", decoders.FAMILIES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family", decoders.EACH)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_compacted_decoder_has_the_logits_of_the_masked_one(family: str, implementation: str, seed: int) -> None:
     masked, small, chosen = pair(family, seed, attn_implementation=implementation)
     for block in find_sub_blocks(small, "a test"):
@@ -73,8 +77,8 @@ def test_compacted_decoder_has_the_logits_of_the_masked_one(family: str, impleme
     torch.testing.assert_close(logits(small), logits(masked), **CLOSE)
 
 
-@pytest.mark.parametrize("how", GENERATIONS)
-@pytest.mark.parametrize("family", decoders.FAMILIES)
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("family", decoders.EACH)
 def test_compacted_decoder_generates_what_the_masked_one_does(family: str, how: str) -> None:
     masked, small, _ = pair(family, seed=len(how) % 3)
     assert generate(small, **GENERATIONS[how]) == generate(masked, **GENERATIONS[how])
@@ -88,7 +92,7 @@ def test_eager_attention_generates_what_the_masked_one_does(family: str) -> None
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("family", decoders.FAMILIES)
+@pytest.mark.parametrize("family", decoders.EACH)
 def test_decoder_that_lost_whole_sub_blocks_generates_what_the_masked_one_does(
     family: str, implementation: str
 ) -> None:
@@ -106,7 +110,7 @@ def test_decoder_that_lost_whole_sub_blocks_generates_what_the_masked_one_does(
         assert generate(small, **how) == generate(masked, **how)
 
 
-@pytest.mark.parametrize("family", decoders.FAMILIES)
+@pytest.mark.parametrize("family", decoders.EACH)
 def test_uneven_decoder_is_saved_and_loaded_after_two_rounds(family: str, tmp_path: Path) -> None:
     model = decoders.build(family)
     attentions, neurons = ([b.name for b in find_sub_blocks(model, "a test") if b.kind == kind] for kind in KINDS)

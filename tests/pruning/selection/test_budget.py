@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, SparsityError, sparsify
-from hf_sparse.config.sparsity import SCHEDULES
+from hf_sparse.config.sparsity import PATTERNS, SCHEDULES
 from hf_sparse.profiling.latency_table import LatencyTable, Shape, measure
 from hf_sparse.pruning.selection.budget import Budget, Costs
+from hf_sparse.pruning.unit import find_units
+from tests.helpers import decoders
 from tests.helpers.structures import FAMILIES
 from tests.helpers.training import RAMP, sparse_trainer
 
@@ -213,3 +215,28 @@ def test_scores_of_other_units_are_an_error() -> None:
     budget.prepare([NEURONS])
     with pytest.raises(SparsityError, match="knows 1 units, and was given the scores of 2"):
         budget.select([torch.zeros(6), torch.zeros(6)], 1.0)
+
+
+# -- layers that are divided in another way --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(("pattern", "expected"), [("kv_head", 384), ("head", 128)])
+def test_heads_that_share_key_and_value_cost_what_leaves_with_them(family: str, pattern: str, expected: int) -> None:
+    model = decoders.build(family)
+    budget = Budget(of="parameters", remaining=0.5)
+    units = find_units(model, PATTERNS.build(pattern), None, ())
+    budget.prepare_units(units, PATTERNS.build(pattern))
+    # Two queries of 4 x 16 weights, key, value and the columns of two heads; or one query and the columns of one head.
+    assert {cost.parameters for cost in budget._costs} == {expected}
+    with pytest.raises(PatternError, match="several heads read one"):
+        Budget(of="latency", remaining=0.5).prepare_units(units, PATTERNS.build(pattern))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox", "opt"])
+def test_fused_and_transposed_layers_cost_what_separate_ones_do(family: str) -> None:
+    model = decoders.build(family)
+    pattern = PATTERNS.build("head+neuron")
+    budget = Budget(of="flops", remaining=0.5)
+    budget.prepare_units(find_units(model, pattern, None, ()), pattern)
+    assert set(budget._costs) == {Costs("attention", 16, 4, 4, 3), Costs("feed_forward", 16, 12, 1, 1)}
