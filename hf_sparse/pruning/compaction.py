@@ -225,6 +225,11 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
             )
         parts[kind][match] = cut
         if isinstance(block, ExpertBlock):
+            if cut.count < block.top_k:
+                raise CheckpointError(
+                    f"according to the checkpoint {cut.count} experts of '{match}' are left, and each token needs "
+                    f"{block.top_k}"
+                )
             cut_experts(block, cut.kept)
         else:
             cut_block(block, cut.kept, cut)

@@ -12,10 +12,16 @@ from transformers import (
     BertForSequenceClassification,
     CamembertConfig,
     CamembertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     MT5Config,
     MT5ForConditionalGeneration,
     RobertaConfig,
@@ -70,18 +76,43 @@ def _distilbert(**options: Any) -> Any:
     return DistilBertForSequenceClassification(config)
 
 
+def _modernbert(**options: Any) -> Any:
+    sizes = {key: value for key, value in SIZES.items() if "prob" not in key}
+    sizes |= {"layer_types": ["full_attention", "sliding_attention"], "local_attention": 6, "pad_token_id": 0}
+    sizes |= {"attention_bias": True, "mlp_bias": True, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}
+    return ModernBertForSequenceClassification(ModernBertConfig(**{**sizes, "eos_token_id": 2, **options}))
+
+
+DEBERTA: dict[str, Any] = {
+    "relative_attention": True,
+    "position_buckets": 4,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "pooler_dropout": 0.0,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+}
+
 FAMILIES: dict[str, Callable[..., Any]] = {
     "bert": _bert_like(BertConfig, BertForSequenceClassification),
     "roberta": _bert_like(RobertaConfig, RobertaForSequenceClassification),
     "xlm-roberta": _bert_like(XLMRobertaConfig, XLMRobertaForSequenceClassification),
     "camembert": _bert_like(CamembertConfig, CamembertForSequenceClassification),
     "electra": _bert_like(ElectraConfig, ElectraForSequenceClassification),
+    "deberta-v3": lambda **options: _bert_like(DebertaV2Config, DebertaV2ForSequenceClassification)(
+        **DEBERTA | options
+    ),
     "distilbert": _distilbert,
+    "modernbert": _modernbert,
+    "mpnet": _bert_like(MPNetConfig, MPNetForSequenceClassification),
     "t5": _t5_like(T5Config, T5ForConditionalGeneration),
     "t5-gated": _t5_like(T5Config, T5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
     "mt5": _t5_like(MT5Config, MT5ForConditionalGeneration, feed_forward_proj="gated-gelu"),
 }
 MAIN = ("bert", "t5", "t5-gated")
+EAGER = ("deberta-v3", "mpnet")
+"""Families that transformers computes eagerly alone."""
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
@@ -140,5 +171,14 @@ def _zero(part: Part, survivors: list[int]) -> None:
         part.layer.bias[lines] = 0.0
 
 
-def live_lines(block: SubBlock, survivors: list[int]) -> list[int]:
-    return [group * block.size + line for group in survivors for line in range(block.size)]
+def live_lines(block: SubBlock, survivors: list[int]) -> dict[str, tuple[list[int], int]]:
+    """Return for each parameter of a sub-block the lines of it that stay, and their dimension."""
+    read = sorted({block.kv_of[head] for head in survivors}) if block.is_grouped else survivors
+    found: dict[str, tuple[list[int], int]] = {}
+    for part in (*block.parts, block.exit):
+        lines = part.lines(read if part.shared else survivors).flatten().tolist()
+        earlier, _ = found.get(f"{part.name}.weight", ([], 0))  # of a fused projection
+        found[f"{part.name}.weight"] = (sorted([*earlier, *lines]), part.axis)
+        if part is not block.exit:
+            found[f"{part.name}.bias"] = (found[f"{part.name}.weight"][0], 0)
+    return found

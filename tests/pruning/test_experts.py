@@ -13,9 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hf_sparse import PatternError, RecipeError, SparsityError, drop_experts, expert_saliency, prune_experts
+from hf_sparse import (
+    CheckpointError,
+    Edits,
+    PatternError,
+    RecipeError,
+    SparsityError,
+    drop_experts,
+    expert_saliency,
+    prune_experts,
+)
+from hf_sparse.formats.structure import Cut
 from hf_sparse.modeling.architectures import known_experts
-from hf_sparse.pruning.compaction import edits_of
+from hf_sparse.pruning.compaction import apply_edits, edits_of
 from tests.helpers import decoders
 from tests.modeling.architectures.test_decoders import CLOSE, generate, logits
 
@@ -169,3 +179,11 @@ def test_model_without_experts_or_data_is_an_error() -> None:
         expert_saliency(decoders.build("llama"), [decoders.batch()])
     with pytest.raises(SparsityError, match="there was no batch"):
         expert_saliency(decoders.build("mixtral"), [])
+
+
+def test_edits_with_fewer_experts_than_a_token_needs_are_refused() -> None:
+    edits = Edits(experts={"model.layers.0.mlp": Cut.of(4, (1,))})
+    with pytest.raises(CheckpointError, match=r"1 experts of 'model\.layers\.0\.mlp' are left, and each token needs 2"):
+        apply_edits(decoders.build("mixtral"), edits)
+    with pytest.raises(CheckpointError, match="which had 8, but with this config"):
+        apply_edits(decoders.build("mixtral"), Edits(experts={"model.layers.0.mlp": Cut.of(8, (1, 2))}))

@@ -1,6 +1,20 @@
 """Architectures: which weights of a model family form a head or a neuron. A new family is one file and one import."""
 
-from . import bert, distilbert, gemma, gpt2, gpt_neox, llama, moe, opt, phi3, t5  # noqa: F401  each registers its family
+from . import (  # noqa: F401  each registers its family
+    bert,
+    deberta,
+    distilbert,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    modernbert,
+    moe,
+    mpnet,
+    opt,
+    phi3,
+    t5,
+)
 from .base import FAMILIES, Attention, Family, FeedForward, HeadKeys, Heads, Kind, SubBlock, register_family
 from .experts import ExpertBlock, Experts
 from .fusion import AttentionFusion, FeedForwardFusion, ResidualNorm

@@ -173,7 +173,7 @@ class Attention:
         fusion: how the runtime can compute it in one operator; None = layer by layer.
         heads_alike: heads differ in their weights only, so which of them are left does not matter, only how many.
         layout: of a fused projection.
-        absent: attributes that tell a class of the same name, which is not meant, from this one.
+        absent: attributes of `core` that tell a class of the same name, which is not meant, from this one.
         keys: of the config, where it can express that all attentions lose equally many heads; None = it cannot.
     """
 
@@ -194,10 +194,12 @@ class Attention:
     def find(self, name: str, module: nn.Module, package: str = "") -> SubBlock | None:
         """Return the sub-block that a module is, or None."""
         layers = _layers(name, module, self.classes, (*self.inputs, self.output))
-        if layers is None or any(hasattr(module, attribute) for attribute in self.absent):
+        if layers is None:
             return None
         *inputs, output = layers
         core = module.get_submodule(self.core)
+        if any(hasattr(core, attribute) for attribute in self.absent):
+            return None
         size = getattr(core, self.head_size, None)
         leaving = exit_part(*output, size) if isinstance(size, int) and size > 0 else None
         if leaving is None or not isinstance(size, int):

@@ -74,11 +74,11 @@ class Uneven(Swapped):
         return bias.requires_grad_() if self.gradient_checkpointing and self.training else bias
 
 
-def _runs(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def runs_of(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Return ascending numbers as ranges.
 
     Example:
-        >>> _runs([0, 1, 2, 5])
+        >>> runs_of([0, 1, 2, 5])
         ((0, 3), (5, 6))
     """
     runs = []
@@ -93,7 +93,7 @@ def _resize(core: nn.Module, heads: Heads) -> None:
     kept = heads.kept
     module.n_heads = len(kept)
     module.inner_dim = len(kept) * module.key_value_proj_dim
-    module.all_heads, module.runs = heads.before, _runs(kept)
+    module.all_heads, module.runs = heads.before, runs_of(kept)
     swap_class(core, Uneven)
 
 

@@ -33,7 +33,7 @@ def test_family_names_every_attention_and_feed_forward_of_its_model(family: str)
     inside = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (".layer." in name or ".block." in name)
+        if isinstance(module, nn.Linear) and any(part in name for part in (".layer.", ".layers.", ".block."))
     ]
     assert {id(layer) for layer in layers} == {id(layer) for layer in inside}
     assert len(layers) == len(inside)  # each once
