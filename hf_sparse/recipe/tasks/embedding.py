@@ -27,9 +27,7 @@ class Embedding(SentenceTask):
             )
         return super().load_examples(recipe)
 
-    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples) -> dict[str, float]:
-        batch = recipe.training_arguments().per_device_eval_batch_size
-
+    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples, batch: int) -> dict[str, float]:
         def encode(texts: list[str]) -> Any:
             return model.encode(texts, batch_size=batch, show_progress_bar=False)
 

@@ -28,9 +28,7 @@ class Reranking(SentenceTask):
     def options(self) -> dict[str, Any]:
         return {"num_labels": 1}
 
-    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples) -> dict[str, float]:
-        batch = recipe.training_arguments().per_device_eval_batch_size
-
+    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples, batch: int) -> dict[str, float]:
         def score(pairs: list[tuple[str, str]]) -> Any:
             return model.predict(pairs, batch_size=batch, show_progress_bar=False)
 

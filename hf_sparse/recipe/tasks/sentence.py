@@ -72,7 +72,7 @@ class SentenceTask(Task):
         check_length(recipe.data.max_length, inner_model(model), model.tokenizer)
         return model, model.tokenizer
 
-    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples) -> dict[str, float]:
+    def metrics(self, model: Any, recipe: Any, examples: SentenceExamples, batch: int) -> dict[str, float]:
         """Measure a model on the validation examples."""
         raise NotImplementedError
 
@@ -82,14 +82,14 @@ class SentenceTask(Task):
 
     def trainer(self, setup: Setup) -> Trainer:
         recipe = setup.recipe
-        longest = setup.model.max_seq_length
+        longest, batch = setup.model.max_seq_length, setup.arguments.per_device_eval_batch_size
         setup.arguments.batch_sampler = length_batches  # type: ignore[attr-defined]
         made: Trainer = trainer_of(
             self.kind,
             model=setup.model,
             args=setup.arguments,
             train_dataset=setup.examples.train,
-            evaluator=evaluator(lambda model: self.metrics(model, recipe, setup.examples)),
+            evaluator=evaluator(lambda model: self.metrics(model, recipe, setup.examples, batch)),
             loss=self.loss(setup),
             callbacks=list(setup.callbacks),
             max_length=recipe.data.max_length if longest is None else min(longest, recipe.data.max_length),
