@@ -15,7 +15,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from ..errors import RecipeError
 from ..registry import nearest
 
-Predicts = Literal["class", "number", "text"]
+Predicts = Literal["class", "number", "text", "token"]
 """What comes out of the model."""
 
 Array = np.ndarray[Any, Any]
@@ -134,6 +134,20 @@ def _edit_distance(predicted: Sequence[str], reference: Sequence[str]) -> int:
     return row[-1]
 
 
+def perplexity(predictions: Array, references: Array) -> float:
+    """Return `exp` of the mean negative log-likelihood of the tokens.
+
+    Args:
+        predictions: log-likelihoods of the right tokens, or means of them over as many tokens each.
+        references: not looked at.
+
+    Example:
+        >>> round(perplexity(np.log([0.25, 0.25]), np.array([])), 6)
+        4.0
+    """
+    return float(np.exp(-np.mean(predictions)))
+
+
 LOCAL: Mapping[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -142,10 +156,22 @@ LOCAL: Mapping[str, Callable[[Any, Any], float]] = {
     "spearman": spearman,
     "exact_match": exact_match,
     "wer": wer,
+    "perplexity": perplexity,
 }
-KINDS: Mapping[str, Predicts] = {"pearson": "number", "spearman": "number", "exact_match": "text", "wer": "text"}
+KINDS: Mapping[str, Predicts] = {
+    "pearson": "number",
+    "spearman": "number",
+    "exact_match": "text",
+    "wer": "text",
+    "perplexity": "token",
+}
 """What the metrics apply to; the others apply to classes."""
-DEFAULT: Mapping[Predicts, str] = {"class": "accuracy", "number": "pearson", "text": "exact_match"}
+DEFAULT: Mapping[Predicts, str] = {
+    "class": "accuracy",
+    "number": "pearson",
+    "text": "exact_match",
+    "token": "perplexity",
+}
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "matthews": ("matthews_correlation",),
     "pearsonr": ("pearson",),
@@ -197,7 +223,7 @@ def build_metrics(
     """
     for name in names:
         if name in LOCAL and KINDS.get(name, "class") != predicts:
-            kind = {"class": "a class", "number": "one number", "text": "a text"}[predicts]
+            kind = {"class": "a class", "number": "one number", "text": "a text", "token": "the next token"}[predicts]
             fitting = [other for other in LOCAL if KINDS.get(other, "class") == predicts]
             raise RecipeError(f"the model predicts {kind}, so metric '{name}' does not apply; use {_or(fitting)}")
     loaded = {name: LOCAL[name] if name in LOCAL else _from_evaluate(name) for name in names}

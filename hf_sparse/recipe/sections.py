@@ -23,7 +23,8 @@ class ModelSection:
     Args:
         name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
         task: "sequence-classification"; "seq2seq" for encoder-decoders such as T5, which generate text; "embedding" for
-            a SentenceTransformer, which needs no labels; "reranking" for a CrossEncoder.
+            a SentenceTransformer, which needs no labels; "reranking" for a CrossEncoder; "causal-lm" for decoders,
+            which predict the next token of text that is packed into sequences of `data.max_length`.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
         fill: train the zeros of a pruned model again, see `hf_sparse.fill`.

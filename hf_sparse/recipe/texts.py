@@ -38,12 +38,24 @@ def read_text(path: str | Path, column: str = "text") -> str:
     if path.suffix.lower() in FORMATS:
         text = SEPARATOR.join(read_rows(str(path), (column,))[column])
     elif path.suffix.lower() in TEXT_SUFFIXES:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the text {path}: {error}") from error
+        return read_plain(path)
     else:
         raise RecipeError(f"a text must be a file with suffix {', '.join((*TEXT_SUFFIXES, *FORMATS))}, got {path}")
+    if not text.strip():
+        raise RecipeError(f"{path} has no text")
+    return text
+
+
+def read_plain(path: str | Path) -> str:
+    """Return the text of a plain file.
+
+    Raises:
+        RecipeError: if it cannot be read, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the text {path}: {error}") from error
     if not text.strip():
         raise RecipeError(f"{path} has no text")
     return text

@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,6 @@ def main() -> None:
         result: dict[str, Any] = {"perplexity": round(math.exp(mean_loss(rounded(model), windows)), 3)}
         if group is not None:
             result["seconds"] = round(seconds, 1)
-            result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         errors = [update.error for update in updates if update.error is not None]
         if errors:
             result["mean_layer_error"] = round(sum(errors) / len(errors), 5)

@@ -9,7 +9,12 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.cli.main import main
@@ -17,6 +22,7 @@ from hf_sparse.formats.inspection import inspect
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.stages import has_stages
 from hf_sparse.recipe.train import run
+from tests.helpers import oneshot
 from tests.helpers.tiny import save_bert, save_t5, write_sentences, write_spellings
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -266,7 +272,27 @@ def test_shipped_recipe_with_stages_trains_a_tiny_model_through_all_of_them(reci
         assert taught == str(out / "dense")
 
 
-WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in STAGED]
+CAUSAL = [path for path in sorted(SHIPPED.glob("*.yaml")) if "task: causal-lm" in path.read_text(encoding="utf-8")]
+WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL)]
+
+
+@pytest.mark.parametrize("path", CAUSAL, ids=lambda path: path.stem)
+def test_shipped_recipe_trains_a_tiny_decoder_with_its_zeros(tmp_path, path):
+    model = AutoModelForCausalLM.from_pretrained(oneshot.save_llama(tmp_path / "dense"))
+    sparsify(model, SparsityConfig(sparsity=0.5)).save_pretrained(tmp_path / "pruned")
+    AutoTokenizer.from_pretrained(tmp_path / "dense").save_pretrained(tmp_path / "pruned")
+    files = [oneshot.write_text(tmp_path / name) for name in ("train.txt", "validation.txt")]
+    overrides = {
+        "model.name": tmp_path / "pruned",
+        "data": f"{{train: {files[0]}, validation: {files[1]}, max_length: 16}}",
+        "distillation.teacher": tmp_path / "dense",
+        "training.max_steps": 8,
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+    }
+    result = train(path, *(f"{key}={value}" for key, value in overrides.items()), output=tmp_path / "out")
+    assert result.summary.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert result.metrics["eval_perplexity"] > 1
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)

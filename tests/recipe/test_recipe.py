@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import hf_sparse  # noqa: F401 - fills the registries
-from hf_sparse.config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, SparsityConfig
+from hf_sparse.config.sparsity import PATTERNS, RECONSTRUCTIONS, SCHEDULES, SCORERS, SELECTIONS, SparsityConfig
 from hf_sparse.errors import RecipeError
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.sections import DataSection, ModelSection
@@ -21,6 +21,7 @@ REGISTRIES: dict[str, Any] = {
     "pattern": PATTERNS,
     "selection": SELECTIONS,
     "schedule": SCHEDULES,
+    "reconstruction": RECONSTRUCTIONS,
 }
 DATA = {"train": "t.jsonl", "validation": "v.jsonl"}
 

@@ -1,8 +1,9 @@
 """The tasks: what is loaded, trained and measured. A new one is one file here and one line below."""
 
+from .causal import CausalLM
 from .classification import SequenceClassification
 from .embedding import Embedding
 from .reranking import Reranking
 from .seq2seq import Seq2Seq
 
-__all__ = ["Embedding", "Reranking", "Seq2Seq", "SequenceClassification"]
+__all__ = ["CausalLM", "Embedding", "Reranking", "Seq2Seq", "SequenceClassification"]

@@ -1,0 +1,118 @@
+"""Recipes for causal language models: packed text, zeros that stay, a teacher, LoRA beside a packed base."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
+from hf_sparse.hf.auto import load_tokenizer
+from hf_sparse.recipe.recipe import Recipe
+from hf_sparse.recipe.train import run
+from tests.helpers import oneshot
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """Write a dense model, the same pruned 2:4, and two texts."""
+    dense = oneshot.save_llama(tmp_path / "dense", num_hidden_layers=2)
+    train = oneshot.write_text(tmp_path / "train.txt", 1500)
+    validation = oneshot.write_text(tmp_path / "validation.txt", 300, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    sparsify(model, SparsityConfig(scorer="wanda", pattern="2:4"), oneshot.token_batches())
+    model.save_pretrained(tmp_path / "pruned")
+    load_tokenizer(str(dense)).save_pretrained(tmp_path / "pruned")
+    return {"dense": str(dense), "pruned": str(tmp_path / "pruned"), "train": str(train), "validation": str(validation)}
+
+
+def recipe(files: dict[str, str], output: Path, **sections: Any) -> Recipe:
+    training = {"max_steps": 30, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "report_to": "none"}
+    return Recipe.from_dict({
+        "model": {"name": files["pruned"], "task": "causal-lm"},
+        "data": {"train": files["train"], "validation": files["validation"], "max_length": 21},
+        "training": {**training, "save_strategy": "no", "disable_tqdm": True, "output_dir": str(output)},
+        **sections,
+    })  # fmt: skip
+
+
+def test_text_is_packed_into_sequences_that_begin_with_bos(files: dict[str, str], tmp_path: Path) -> None:
+    made = recipe(files, tmp_path / "out")
+    train, validation = made.model.kind.load_examples(made).tokenized(load_tokenizer(files["dense"]), 21)
+    assert (len(train), len(validation)) == (75, 15)
+    rows = validation["input_ids"][:]
+    assert all(len(row) == 21 and row[0] == 1 for row in rows)
+    text = Path(files["validation"]).read_text().split()
+    assert [word for row in rows for word in row[1:]] == [3 + oneshot.WORDS.index(word) for word in text]
+    assert rows == validation["labels"][:]
+
+
+def test_examples_are_packed_with_eos_between_them(files: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"body": "w0 w1 w2"}) for _ in range(10)), encoding="utf-8")
+    made = recipe({**files, "train": str(path)}, tmp_path / "out", data={
+        "train": str(path), "validation": files["validation"], "text": "body", "max_length": 11, "train_samples": 6,
+    })  # fmt: skip
+    with pytest.raises(RecipeError, match=r"data\.train has 23 tokens, and a sequence has 899"):
+        made.model.kind.load_examples(made).tokenized(load_tokenizer(files["dense"]), 900)
+    train, _ = made.model.kind.load_examples(made).tokenized(load_tokenizer(files["dense"]), 11)
+    assert train["input_ids"][:] == [[1, 3, 4, 5, 2, 3, 4, 5, 2, 3, 4], [1, 5, 2, 3, 4, 5, 2, 3, 4, 5, 2]]
+
+
+def test_pruned_model_recovers_with_its_zeros_and_a_teacher(files: dict[str, str], tmp_path: Path) -> None:
+    made = recipe(files, tmp_path / "out", distillation={"teacher": files["dense"], "task_weight": 0.5})
+    before: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])
+    result = run(made)
+    assert result.metrics["eval_perplexity"] == pytest.approx(math.exp(result.metrics["eval_loss"]))
+    assert result.metrics["eval_perplexity"] < 40  # 50 words at random
+    after: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert summarize(after).sparsity == 0.5
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (before, after)]
+    assert torch.equal(weights[0] == 0, weights[1] == 0)
+    assert not torch.equal(*weights)
+    assert "perplexity on the validation examples" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_gradual_pruning_while_a_causal_model_trains(files: dict[str, str], tmp_path: Path) -> None:
+    model = {"name": files["dense"], "task": "causal-lm"}
+    sparsity = {"sparsity": 0.6, "schedule": {"name": "cubic", "end": 0.7}}
+    run(recipe(files, tmp_path / "out", model=model, sparsity=sparsity))
+    assert summarize(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).sparsity == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"metric": "accuracy"}, "predicts the next token, so metric 'accuracy' does not apply; use perplexity"),
+        ({"data": {"max_length": 900}}, "at most 64"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused(
+    files: dict[str, str], tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    if "data" in sections:
+        data = {"train": files["train"], "validation": files["validation"]}
+        sections = {"data": {**data, **sections["data"]}}
+    with pytest.raises(RecipeError, match=message):
+        run(recipe(files, tmp_path / "out", **sections))
+
+
+def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, str]) -> None:
+    peft = pytest.importorskip("peft")
+    base: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])
+    zeros = base.model.layers[0].self_attn.q_proj.weight == 0
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for batch in oneshot.token_batches():
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    merged = model.merge_and_unload()
+    weight = merged.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(weight == 0, zeros)
+    assert summarize(merged).sparsity == 0.5
