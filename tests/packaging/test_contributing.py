@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.contributing import ROOT, TEXT, example
 
-PARTS = ("A scorer", "A selection", "A codec", "A kernel", "An architecture", "A command")
+PARTS = ("A scorer", "A selection", "A codec", "A kernel", "An architecture", "An origin", "A command")
 RUN = """
 import importlib.util, sys
 import pytest

@@ -41,12 +41,12 @@ from ..per_layer_config import expressed_in_config
 from ..quantization.config import METHOD, SparseConfig
 from ..quantization.pack_state import FORMATS as PROFILES
 from ..quantization.saving import staged
+from . import sources as _sources  # noqa: F401 - importing them registers them
 from .checkpoint import Checkpoint, open_checkpoint
 from .compacting import compact_folder, dead_groups
 from .download import fetched
 from .report import Conversion, FoundPattern
-from .source import PendingTensor, Source
-from .sources import source_of
+from .source import PendingTensor, Source, source_of
 
 SHARD_SIZE = "2GB"
 _COPIED = {".json", ".jsonl", ".txt", ".model", ".tiktoken", ".jinja", ".md"}

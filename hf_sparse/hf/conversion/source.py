@@ -1,16 +1,18 @@
 """What an origin of checkpoints is: how it is recognized, what its tensors are, and what its model has lost.
 
-A new origin is one file in `sources/` with a class of `Source`, and one line in its `SOURCES`.
+A new origin is one file in `sources/` with a class of `Source` and `@register_source`, and one import there.
 """
 
 from __future__ import annotations
 
 import abc
+import bisect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from ...errors import CheckpointError
 from ...formats.structure import EDITS_KEY, Edits
 from .checkpoint import Checkpoint
 
@@ -39,10 +41,12 @@ class Source(abc.ABC):
 
     Attributes:
         name: of the origin, for the report.
+        rank: origins are tried in ascending order; `Dense`, which takes any checkpoint, has 100.
         keeps_targets: a target stays one, also if packing does not make it smaller.
     """
 
     name: ClassVar[str]
+    rank: ClassVar[int] = 50
     keeps_targets: ClassVar[bool] = False
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,3 +86,33 @@ class Source(abc.ABC):
         """Return `extra` of the manifest of the output."""
         edits = self.edits()
         return {EDITS_KEY: edits.to_dict()} if edits else {}
+
+
+SOURCES: list[type[Source]] = []
+"""All origins, in the order in which they are tried."""
+
+S = TypeVar("S", bound=type[Source])
+
+
+def register_source(cls: S) -> S:
+    """Let `source_of` try a class, in the order of its rank; of equal ones the last that was registered first.
+
+    Raises:
+        ValueError: if there is one of this name.
+    """
+    if any(other.name == cls.name for other in SOURCES):
+        raise ValueError(f"the source '{cls.name}' is registered twice")
+    bisect.insort_left(SOURCES, cls, key=lambda source: source.rank)
+    return cls
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """Return the source that recognizes a checkpoint.
+
+    Raises:
+        CheckpointError: if it is of an origin that cannot be read.
+    """
+    for cls in SOURCES:
+        if cls.recognizes(checkpoint):
+            return cls(checkpoint)
+    raise CheckpointError(f"{checkpoint.path} is of no origin that is read here")

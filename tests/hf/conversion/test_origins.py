@@ -22,7 +22,7 @@ from hf_sparse.cli.main import main
 from hf_sparse.formats.structure import EDITS_KEY
 from hf_sparse.hf.auto import load_whole
 from hf_sparse.hf.conversion.checkpoint import open_checkpoint
-from hf_sparse.hf.conversion.sources import source_of
+from hf_sparse.hf.conversion.source import source_of
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "import"
 ORIGINS = {

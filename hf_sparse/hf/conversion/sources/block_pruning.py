@@ -8,13 +8,16 @@ from __future__ import annotations
 from ....errors import CheckpointError
 from ....utils.text import shorten
 from ..checkpoint import Checkpoint
+from ..source import register_source
 from .pruned_heads import PrunedHeads
 
 
+@register_source
 class BlockPruning(PrunedHeads):
     """What nn_pruning has compiled."""
 
     name = "nn_pruning"
+    rank = 30
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

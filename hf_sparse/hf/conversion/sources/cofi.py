@@ -13,7 +13,7 @@ from ....errors import CheckpointError
 from ....formats.structure import Edits
 from ....modeling.architectures import known_sub_blocks
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor
+from ..source import PendingTensor, register_source
 from ..structure import cuts_by_size, is_uneven, sub_blocks
 from .pruned_heads import KEY, PrunedHeads
 
@@ -23,10 +23,12 @@ _DISTILLATION = "layer_transformation."
 """A layer that CoFi trains with, and the model does not use."""
 
 
+@register_source
 class CoFi(PrunedHeads):
     """Sub-blocks of other sizes than the config has."""
 
     name = "CoFi"
+    rank = 35
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from ....errors import CheckpointError
 from ....formats.compressed_tensors import FORMATS, METHOD, decompress, find_compressed
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source
+from ..source import PendingTensor, Source, register_source
 from .quantized import quantization
 
 
@@ -36,10 +36,12 @@ def stated_format(config: Mapping[str, Any]) -> str | None:
     return str(found)
 
 
+@register_source
 class CompressedTensors(Source):
     """The weights that were compressed are the targets."""
 
     name = METHOD
+    rank = 20
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

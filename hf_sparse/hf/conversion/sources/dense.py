@@ -8,13 +8,15 @@ from functools import partial
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source
+from ..source import PendingTensor, Source, register_source
 
 
+@register_source
 class Dense(Source):
     """The zeros of each weight decide whether it is sparse."""
 
     name = "dense"
+    rank = 100
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

@@ -12,13 +12,15 @@ from ....formats.codecs import decode, layout
 from ....formats.manifest import Manifest, TensorEntry
 from ...quantization.pack_state import is_training_state
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source
+from ..source import PendingTensor, Source, register_source
 
 
+@register_source
 class Packed(Source):
     """A checkpoint of ours: its targets and what it has lost stay as they are."""
 
     name = "packed"
+    rank = 0
     keeps_targets = True
 
     @classmethod

@@ -13,16 +13,19 @@ from ....formats.structure import Cut, Edits
 from ....utils.text import shorten
 from ....utils.validation import is_integer
 from ..checkpoint import Checkpoint
+from ..source import register_source
 from ..structure import check_cut, cuts_by_size, self_attentions, sub_blocks
 from .dense import Dense
 
 KEY = "pruned_heads"
 
 
+@register_source
 class PrunedHeads(Dense):
     """Heads that are not in the files."""
 
     name = "transformers < 5 with pruned heads"
+    rank = 40
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

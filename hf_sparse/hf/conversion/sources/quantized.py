@@ -10,7 +10,7 @@ from ....errors import CheckpointError
 from ....formats.compressed_tensors import METHOD
 from ...quantization.config import METHOD as OURS
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor, Source
+from ..source import PendingTensor, Source, register_source
 
 _REASONS = {
     r"(mask_scores|ampere_permut_scores|mask_module\..*)$": (
@@ -39,10 +39,12 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return stated
 
 
+@register_source
 class Quantized(Source):
     """What cannot be read, by the reason."""
 
     name = "quantized"
+    rank = 10
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from ....errors import CheckpointError
 from ..checkpoint import Checkpoint
-from ..source import PendingTensor
+from ..source import PendingTensor, register_source
 from .dense import Dense
 
 _ORIG, _MASK = "_orig", "_mask"
 
 
+@register_source
 class TorchPrune(Dense):
     """Masked weights are computed; the matrices among them are the targets."""
 
     name = "torch.nn.utils.prune"
+    rank = 50
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:
