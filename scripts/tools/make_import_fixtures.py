@@ -6,11 +6,12 @@ hf_sparse needs none of them, and some were given up, so they get an environment
     /somewhere/t4/bin/pip install torch==2.13.0 safetensors==0.8.0 huggingface_hub==0.36.2 numpy regex requests pyyaml
     /somewhere/t4/bin/pip install --no-deps transformers==4.30.2 tokenizers==0.13.3
     /somewhere/t4/bin/pip install --no-deps nn_pruning==0.1.2
-    /somewhere/t4/bin/python scripts/tools/make_import_fixtures.py tests/fixtures [--cofi FOLDER]
+    /somewhere/t4/bin/python scripts/tools/make_import_fixtures.py tests/fixtures/import --cofi FOLDER
 
 FOLDER is a checkout of https://github.com/princeton-nlp/CoFiPruning (its code is run, not copied).
-`qwen2-gguf` needs the package gguf instead: `--only gguf` writes it alone, in any environment that has it. Later
-versions of transformers 4 cannot compute a layer without heads.
+`neural-compressor` needs neural-compressor==2.6 (--no-deps, and what it imports: schema prettytable py-cpuinfo pandas
+pillow deprecated opencv-python-headless scikit-learn six), `gguf` the package gguf: `--only NAME` there. Later versions
+of transformers 4 cannot compute a layer without heads.
 
 Each folder has `expected.safetensors`: `input_ids`, `attention_mask`, and the `logits` of the program.
 """
@@ -21,6 +22,7 @@ import argparse
 import importlib
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +146,11 @@ def torch_prune(root: Path) -> None:
     expected(model, folder)
 
 
-def cofi(root: Path, checkout: Path) -> None:
-    """CoFi: heads, neurons, and in one of two models hidden dimensions and whole sub-blocks are removed."""
+def cofi_code(checkout: Path) -> tuple[Any, Any]:
+    """Return the class of CoFi and its utilities, made to run with the transformers that is installed."""
     import transformers.file_utils
     import transformers.modeling_utils
     import transformers.pytorch_utils as moved
-
-    library: Any = importlib.import_module("transformers")
 
     for name in ("hf_bucket_url", "cached_path"):  # for downloads, which are not needed
         setattr(transformers.file_utils, name, None)
@@ -162,7 +162,13 @@ def cofi(root: Path, checkout: Path) -> None:
         sys.modules.setdefault(name, module)
     sys.path.insert(0, str(checkout))
     cls = importlib.import_module("models.modeling_bert").CoFiBertForSequenceClassification
-    prune_model_with_z = importlib.import_module("utils.cofi_utils").prune_model_with_z
+    return cls, importlib.import_module("utils.cofi_utils")
+
+
+def cofi(root: Path, checkout: Path) -> None:
+    """CoFi: heads, neurons, and in one of two models hidden dimensions and whole sub-blocks are removed."""
+    library: Any = importlib.import_module("transformers")
+    cls, utilities = cofi_code(checkout)
 
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 24}
     for name in ("cofi", "cofi-hidden"):
@@ -179,9 +185,56 @@ def cofi(root: Path, checkout: Path) -> None:
             zs["mlp_z"] = torch.ones(12)
             zs["mlp_z"][3] = 0
         # Only what the config does not say is removed; weights of removed heads never reach the file.
-        prune_model_with_z(zs, model)
+        utilities.prune_model_with_z(zs, model)
         model.save_pretrained(root / name, safe_serialization=False)
         expected(model, root / name)
+
+
+def cofi_masks(root: Path, checkout: Path) -> None:
+    """CoFi in training: full weights beside their masks."""
+    library: Any = importlib.import_module("transformers")
+    cls, utilities = cofi_code(checkout)
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 12, "intermediate_size": 24}
+    model = spread(cls(library.BertConfig(**SIZES, **sizes, num_labels=2)))
+    folder = root / "cofi-masks"
+    model.save_pretrained(folder, safe_serialization=False)
+    generator = torch.Generator().manual_seed(5)
+    zs = {
+        "head_z": (torch.rand(12, 1, 4, 1, 1, generator=generator) - 0.4).clamp(min=0),
+        "head_layer_z": torch.rand(12, generator=generator) + 0.2,
+        "intermediate_z": (torch.rand(12, 1, 1, 24, generator=generator) - 0.5).clamp(min=0) * 2,
+        "mlp_z": torch.rand(12, generator=generator) + 0.2,
+    }
+    zs["head_z"][:, :, 0] = 0.7
+    torch.save(zs, folder / "zs.pt")
+    utilities.update_params(model, zs)
+    utilities.prune_model_with_z(zs, model)
+    expected(model, folder)
+
+
+def neural_compressor(root: Path) -> None:
+    """Intel Neural Compressor 2.6, the last with pruning: blocks of 4x1 by magnitude, over eight steps."""
+    for name in ("pycocotools", "pycocotools.coco", "pycocotools.cocoeval", "pycocotools.mask"):  # of metrics, unused
+        module: Any = types.ModuleType(name)
+        module.COCO = module.COCOeval = module.Params = object
+        sys.modules[name] = module
+        setattr(sys.modules["pycocotools"], name.rpartition(".")[2], module)
+    prepare = importlib.import_module("neural_compressor.compression.pruner").prepare_pruning
+    settings = importlib.import_module("neural_compressor.training").WeightPruningConfig
+    model = bert(layers=2, heads=4, hidden_size=32, intermediate_size=48)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    local = {
+        "op_names": ["encoder.*"], "pattern": "4x1", "target_sparsity": 0.8, "pruning_type": "magnitude",
+        "start_step": 1, "end_step": 5, "pruning_frequency": 1,
+    }  # fmt: skip
+    _ = prepare(model, settings([local]), optimizer)
+    torch.manual_seed(6)
+    for _ in range(8):
+        model(input_ids=torch.randint(5, 40, (4, 8)), labels=torch.randint(0, 2, (4,)))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(root / "neural-compressor-4x1", safe_serialization=False)
+    expected(model, root / "neural-compressor-4x1")
 
 
 def gguf(root: Path) -> None:
@@ -234,16 +287,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="tests/fixtures")
     parser.add_argument("--cofi", type=Path, help="checkout of CoFiPruning")
-    parser.add_argument("--only", choices=("gguf",), help="one of them")
+    parser.add_argument("--only", nargs="+", default=list(MAKERS), choices=list(MAKERS), help="some of them")
     options = parser.parse_args()
-    if options.only == "gguf":
-        gguf(options.root)
-        return
-    for make in (pruned_heads, tied, block_pruning, torch_prune):
-        make(options.root)
-    if options.cofi is not None:
-        cofi(options.root, options.cofi)
+    for name in options.only:
+        if "cofi" not in name:
+            MAKERS[name](options.root)
+        elif options.cofi is not None:
+            MAKERS[name](options.root, options.cofi)
 
+
+MAKERS: dict[str, Callable[..., None]] = {
+    "pruned-heads": pruned_heads,
+    "tied-2-4": tied,
+    "nn-pruning": block_pruning,
+    "torch-prune": torch_prune,
+    "cofi": cofi,
+    "cofi-masks": cofi_masks,
+    "neural-compressor": neural_compressor,
+    "gguf": gguf,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...formats.manifest import Manifest
@@ -15,14 +15,21 @@ from ...formats.safetensors_io import read_manifest
 from ...modeling.architectures import SubBlock, known_sub_blocks
 from ...pruning.compaction import compact, living_groups
 from ..auto import load_whole
+from ..quantization.key_names import names_in_memory
 from .checkpoint import Checkpoint
 from .report import DeadGroups, FoundPattern
 
 
-def dead_groups(checkpoint: Checkpoint, sparse: Iterable[FoundPattern]) -> DeadGroups | None:
+def dead_groups(
+    checkpoint: Checkpoint, readers: Mapping[str, Callable[[], Tensor]], sparse: Iterable[FoundPattern]
+) -> DeadGroups | None:
     """Return how many heads and neurons contribute nothing; None where no family knows the model.
 
     One sub-block is in memory at a time, and only those with a sparse weight are read.
+
+    Args:
+        readers: what reads each tensor of the output, by its key.
+        sparse: weights with zeros.
     """
     sparse_keys = {found.key for found in sparse}
     if not sparse_keys or not checkpoint.config.get("model_type") or checkpoint.manifest is not None:
@@ -31,11 +38,13 @@ def dead_groups(checkpoint: Checkpoint, sparse: Iterable[FoundPattern]) -> DeadG
         blocks = known_sub_blocks(checkpoint.model)
     except CheckpointError:
         return None
+    places = names_in_memory(checkpoint.model, readers)
+    keys = {place.name: key for key, place in places.items() if not place.converted}
     counts = {"attention": [0, 0], "feed_forward": [0, 0]}
     for block in blocks:
         counts[block.kind][1] += block.groups
-        keys = [checkpoint.keys_by_name.get(f"{name}.weight") for name in (*block.inputs, block.output_name)]
-        if sparse_keys.isdisjoint(keys) or not _materialize(checkpoint, block):
+        weights = [keys.get(f"{name}.weight") for name in (*block.inputs, block.output_name)]
+        if sparse_keys.isdisjoint(weights) or not _materialize(block, readers, keys):
             continue
         counts[block.kind][0] += block.groups - int(living_groups(block).sum())
         for layer in (*block.inputs.values(), block.output):
@@ -43,15 +52,16 @@ def dead_groups(checkpoint: Checkpoint, sparse: Iterable[FoundPattern]) -> DeadG
     return DeadGroups(*counts["attention"], *counts["feed_forward"]) if blocks else None
 
 
-def _materialize(checkpoint: Checkpoint, block: SubBlock) -> bool:
+def _materialize(block: SubBlock, readers: Mapping[str, Callable[[], Tensor]], keys: Mapping[str, str]) -> bool:
     """Give the layers of a sub-block their weights; return whether the files have them all, in their shapes."""
     for name, layer in (*block.inputs.items(), (block.output_name, block.output)):
         for own, parameter in list(layer.named_parameters()):
-            key = checkpoint.keys_by_name.get(f"{name}.{own}")
-            if key is None or checkpoint.headers[key].shape != tuple(parameter.shape):
+            key = keys.get(f"{name}.{own}")
+            tensor = None if key is None else readers[key]()
+            if tensor is None or tensor.shape != parameter.shape:
                 return False
             # A copy: counting folds constants into the bias.
-            layer._parameters[own] = nn.Parameter(checkpoint.get(key).clone(), requires_grad=False)
+            layer._parameters[own] = nn.Parameter(tensor.clone(), requires_grad=False)
     return True
 
 

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def _convert(checkpoint: Checkpoint, folder: Path, spec: Spec, limit: float) -> 
     return Conversion(
         kind, len(entries), count, checkpoint.size, size, tuple(file.name for file in written), made,
         patterns=tuple(writing_.patterns), notes=tuple(writing_.notes()), edits=edit_lines(extra),
-        dead=dead_groups(checkpoint, writing_.patterns) if not extra.get(EDITS_KEY) else None,
+        dead=dead_groups(checkpoint, writing_.readers, writing_.patterns) if not extra.get(EDITS_KEY) else None,
     )  # fmt: skip
 
 
@@ -183,6 +183,7 @@ class _Writing:
         entries: of the manifest, by key.
         targets: keys of the weights that were requested to be sparse.
         patterns: what the zeros of each of them look like.
+        readers: what reads each tensor again, by key.
         negative: how many elements were -0.0, in weights whose zeros decide.
     """
 
@@ -192,11 +193,13 @@ class _Writing:
     entries: dict[str, TensorEntry] = dataclasses.field(default_factory=dict)
     targets: list[str] = dataclasses.field(default_factory=list)
     patterns: list[FoundPattern] = dataclasses.field(default_factory=list)
+    readers: dict[str, Callable[[], Tensor]] = dataclasses.field(default_factory=dict)
     negative: int = 0
 
     def all(self, extra: Mapping[str, Any]) -> tuple[Manifest | None, list[Path]]:
         """Write all tensors, and return the manifest (None for plain dense files) and the files."""
         pending = sorted(self.source.tensors())
+        self.readers = {tensor.key: tensor.read for tensor in pending}
         taken = {tensor.key for tensor in pending}
         for tensor in tqdm(pending, desc="Converting", unit="tensor", leave=False, disable=None):
             self._one(tensor, taken)

@@ -6,7 +6,6 @@ A new origin is one file in `sources/` with a class of `Source` and `@register_s
 from __future__ import annotations
 
 import abc
-import bisect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -102,7 +101,8 @@ def register_source(cls: S) -> S:
     """
     if any(other.name == cls.name for other in SOURCES):
         raise ValueError(f"the source '{cls.name}' is registered twice")
-    bisect.insort_left(SOURCES, cls, key=lambda source: source.rank)
+    place = sum(other.rank < cls.rank for other in SOURCES)
+    SOURCES.insert(place, cls)
     return cls
 
 

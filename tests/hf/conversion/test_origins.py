@@ -33,6 +33,8 @@ ORIGINS = {
     "tied-2-4": "dense (bin)",
     "torch-prune": "torch.nn.utils.prune (bin)",
     "cofi": "CoFi (bin)",
+    "cofi-masks": "CoFi with masks (bin)",
+    "neural-compressor-4x1": "dense (bin)",
 }
 
 
@@ -159,7 +161,7 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("fixture", ["pruned-heads-bert", "torch-prune", "nn-pruning", "cofi"])
+@pytest.mark.parametrize("fixture", ["pruned-heads-bert", "torch-prune", "nn-pruning", "cofi", "cofi-masks"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -245,11 +247,44 @@ def test_sub_block_that_is_gone_with_its_norm_is_refused(tmp_path: Path) -> None
         import_checkpoint(folder, tmp_path / "out")
 
 
-def test_masks_of_cofi_that_are_not_applied_are_refused(tmp_path: Path) -> None:
-    folder = copied("tied-2-4", tmp_path / "in")
-    torch.save({"head_z": torch.ones(2, 4)}, folder / "zs.pt")
-    with pytest.raises(CheckpointError, match=r"masks are still in zs\.pt"):
+@pytest.mark.parametrize(
+    ("masks", "reason"),
+    [
+        ({"hidden_z": torch.tensor([0.0] + [1.0] * 15)}, r"1 of 16 are 0.*layer norms"),
+        ({"hidden_z": torch.full((16,), 0.9)}, "scales dimensions of the residual stream"),
+        ({"mlp_z": torch.tensor([1.0] * 11 + [0.0])}, "layer 11 of `mlp_z` in zs.pt is 0"),
+        ({"head_layer_z": torch.tensor([0.0] + [1.0] * 11)}, "layer 0 of `head_layer_z` in zs.pt is 0"),
+        ({"head_z": torch.ones(12, 3)}, "must have 12 x 4 elements, got 36"),
+        ({"other_z": torch.ones(1)}, "unknown mask 'other_z'"),
+        ([1], "must hold a state dict"),
+    ],
+)
+def test_masks_of_cofi_that_no_model_expresses_are_refused(masks: Any, reason: str, tmp_path: Path) -> None:
+    folder = copied("cofi-masks", tmp_path / "in")
+    torch.save(masks, folder / "zs.pt")
+    with pytest.raises(CheckpointError, match=reason):
         import_checkpoint(folder, tmp_path / "out")
+
+
+def test_pickled_module_of_cofi_is_refused(tmp_path: Path) -> None:
+    folder = copied("cofi-masks", tmp_path / "in")
+    (folder / "zs.pt").rename(folder / "l0_module.pt")
+    with pytest.raises(CheckpointError, match="a pickled module, which is not read"):
+        import_checkpoint(folder, tmp_path / "out")
+
+
+def test_masked_heads_and_neurons_of_cofi_are_removed_on_request(tmp_path: Path) -> None:
+    done = import_checkpoint(FIXTURES / "cofi-masks", tmp_path / "out")
+    assert done.dead is not None
+    assert done.dead.heads > 5
+    assert done.dead.neurons > 50
+    small = import_checkpoint(FIXTURES / "cofi-masks", tmp_path / "small", compact=True)
+    assert edits_of_file(small).heads
+
+
+def test_blocks_of_neural_compressor_are_found(tmp_path: Path) -> None:
+    done = import_checkpoint(FIXTURES / "neural-compressor-4x1", tmp_path / "out")
+    assert {found.pattern for found in done.patterns} == {"block 4x1"}
 
 
 @pytest.mark.parametrize(

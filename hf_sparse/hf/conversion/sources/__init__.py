@@ -2,6 +2,7 @@
 
 from .block_pruning import BlockPruning
 from .cofi import CoFi
+from .cofi_masks import CoFiMasks
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
 from .packed import Packed
@@ -10,5 +11,6 @@ from .quantized import Quantized
 from .torch_prune import TorchPrune
 
 __all__ = [
-    "BlockPruning", "CoFi", "CompressedTensors", "Dense", "Packed", "PrunedHeads", "Quantized", "TorchPrune",
+    "BlockPruning", "CoFi", "CoFiMasks", "CompressedTensors", "Dense", "Packed", "PrunedHeads", "Quantized",
+    "TorchPrune",
 ]  # fmt: skip

@@ -17,7 +17,6 @@ from ..source import PendingTensor, register_source
 from ..structure import cuts_by_size, is_uneven, sub_blocks
 from .pruned_heads import KEY, PrunedHeads
 
-_MASKS = ("zs.pt", "l0_module.pt")
 _PREFIX = "CoFi"
 _DISTILLATION = "layer_transformation."
 """A layer that CoFi trains with, and the model does not use."""
@@ -34,24 +33,14 @@ class CoFi(PrunedHeads):
     def recognizes(cls, checkpoint: Checkpoint) -> bool:
         if not checkpoint.config.get("model_type"):
             return False
-        masks = [name for name in _MASKS if checkpoint.path.is_dir() and (checkpoint.path / name).exists()]
         named = any(str(name).startswith(_PREFIX) for name in checkpoint.config.get("architectures") or ())
         if super().recognizes(checkpoint):
             return named
         try:
             blocks = known_sub_blocks(checkpoint.model)
         except CheckpointError:
-            if masks:
-                raise
             return False
-        if any(is_uneven(checkpoint, block) for block in blocks):
-            return True
-        if masks:
-            raise CheckpointError(
-                f"the checkpoint is one of CoFi whose masks are still in {masks[0]}, so its weights are not what the "
-                "model computes with. Apply them first: load_model of CoFiPruning, then save_pretrained"
-            )
-        return named
+        return named or any(is_uneven(checkpoint, block) for block in blocks)
 
     def tensors(self) -> Iterator[PendingTensor]:
         for tensor in super().tensors():
@@ -60,11 +49,7 @@ class CoFi(PrunedHeads):
 
     def config(self) -> dict[str, Any]:
         """Return the config, with the class of transformers that computes the same once heads and neurons are gone."""
-        config = super().config()
-        classes = config.get("architectures")
-        if isinstance(classes, list):
-            config["architectures"] = [str(name).removeprefix(_PREFIX) for name in classes]
-        return config
+        return with_plain_class(super().config())
 
     def edits(self) -> Edits:
         if self.checkpoint.config.get(KEY):
@@ -74,3 +59,11 @@ class CoFi(PrunedHeads):
             heads=cuts_by_size(self.checkpoint, [block for block in blocks if block.kind == "attention"]),
             neurons=cuts_by_size(self.checkpoint, [block for block in blocks if block.kind == "feed_forward"]),
         )
+
+
+def with_plain_class(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that names the class of transformers that CoFi's is derived from."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list):
+        return config
+    return {**config, "architectures": [str(name).removeprefix(_PREFIX) for name in classes]}

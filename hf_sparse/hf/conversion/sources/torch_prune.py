@@ -21,7 +21,7 @@ class TorchPrune(Dense):
     """Masked weights are computed; the matrices among them are the targets."""
 
     name = "torch.nn.utils.prune"
-    rank = 50
+    rank = 25
 
     @classmethod
     def recognizes(cls, checkpoint: Checkpoint) -> bool:
