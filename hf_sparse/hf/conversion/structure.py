@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 from ...errors import CheckpointError
-from ...formats.structure import Cut
+from ...formats.structure import Cut, Edits
 from ...modeling.architectures import SubBlock, known_sub_blocks
 from ...modeling.architectures.base import Attention
 from ...modeling.layer_kinds import matrix_shape, output_axis
+from ...pruning.compaction import apply_edits
 from .checkpoint import Checkpoint
 
 
@@ -60,6 +62,11 @@ def groups_left(checkpoint: Checkpoint, block: SubBlock) -> int | None:
     Raises:
         CheckpointError: if its weights contradict each other, or are not whole heads.
     """
+    if not block.is_plain:
+        raise CheckpointError(
+            f"'{block.name}' is smaller in the files than config.json says, and several of its parts share a weight or "
+            "a head, so its size alone does not say what is left"
+        )
     rows = {name: stored_shape(checkpoint, f"{name}.weight") for name in block.inputs}
     output = stored_shape(checkpoint, f"{block.output_name}.weight")
     if output is None and not any(rows.values()):
@@ -131,9 +138,23 @@ def is_uneven(checkpoint: Checkpoint, block: SubBlock) -> bool:
 
 def check_cut(checkpoint: Checkpoint, block: SubBlock, cut: Cut) -> None:
     """Raise `CheckpointError` unless the files hold as many heads of a block as a config says are left."""
-    left = groups_left(checkpoint, block)
+    left = groups_left(checkpoint, block) if block.is_plain else None
     if left is not None and left != cut.count:
         raise CheckpointError(
             f"according to config.json {cut.count} of {block.groups} heads of '{block.name}' are left, and there are "
             f"{left} in the files"
         )
+
+
+def check_shapes(checkpoint: Checkpoint, edits: Edits) -> None:
+    """Raise `CheckpointError` unless the files have the shapes of the model that the edits make of the config."""
+    names = dict(checkpoint.keys_by_name)  # before the model is a smaller one
+    model = copy.deepcopy(checkpoint.model)
+    apply_edits(model, edits, model.base_model_prefix)
+    for name, tensor in model.state_dict().items():
+        key = names.get(name)
+        if key is not None and checkpoint.headers[key].shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"'{key}' has shape {checkpoint.headers[key].shape} in the files, and {tuple(tensor.shape)} in the "
+                "model without the heads and neurons that are gone"
+            )

@@ -54,7 +54,7 @@ class CoFi(PrunedHeads):
     def edits(self) -> Edits:
         if self.checkpoint.config.get(KEY):
             return super().edits()
-        blocks = sub_blocks(self.checkpoint)
+        blocks = [block for block in sub_blocks(self.checkpoint) if is_uneven(self.checkpoint, block)]
         return Edits(
             heads=cuts_by_size(self.checkpoint, [block for block in blocks if block.kind == "attention"]),
             neurons=cuts_by_size(self.checkpoint, [block for block in blocks if block.kind == "feed_forward"]),

@@ -14,7 +14,7 @@ from ....utils.text import shorten
 from ....utils.validation import is_integer
 from ..checkpoint import Checkpoint
 from ..source import register_source
-from ..structure import check_cut, cuts_by_size, self_attentions, sub_blocks
+from ..structure import check_cut, check_shapes, cuts_by_size, is_uneven, self_attentions, sub_blocks
 from .dense import Dense
 
 KEY = "pruned_heads"
@@ -44,7 +44,10 @@ class PrunedHeads(Dense):
             check_cut(self.checkpoint, block, heads[block.name])
         # Neurons that were removed are not in the config of transformers 4; their number is in the shapes.
         neurons = [block for block in sub_blocks(self.checkpoint) if block.kind == "feed_forward"]
-        return Edits(heads=heads, neurons=cuts_by_size(self.checkpoint, neurons))
+        uneven = [block for block in neurons if is_uneven(self.checkpoint, block)]
+        edits = Edits(heads=heads, neurons=cuts_by_size(self.checkpoint, uneven))
+        check_shapes(self.checkpoint, edits)
+        return edits
 
     def config(self) -> dict[str, Any]:
         return {key: value for key, value in super().config().items() if key != KEY}
