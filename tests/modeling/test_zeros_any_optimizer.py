@@ -38,7 +38,9 @@ def variants() -> Iterator[Any]:
         yield pytest.param(kind, decay, id=name)
         for flag in FLAGS:
             if flag in accepted and not (name == "Muon" and flag == "nesterov"):  # on by default
-                yield pytest.param(kind, {**decay, flag: True}, id=f"{name}-{flag}")
+                # A loss without upper bound: full quasi-Newton steps up end in NaN (torch >= 2.14 has it).
+                small = {"lr": 0.01} if (name, flag) == ("LBFGS", "maximize") else {}
+                yield pytest.param(kind, {**decay, **small, flag: True}, id=f"{name}-{flag}")
 
 
 class Used(nn.Module):
