@@ -108,10 +108,10 @@ def prune(
         group: the keys of one group, see `GroupConfig`.
         output: folder that is written.
         revision: branch, tag or commit on the Hub.
-        section: whose training examples are shown to scorers that look at data (gradient, taylor, head_importance;
-            wanda and sparsegpt where the model is not a causal language model).
+        section: whose training examples are shown to scorers that look at data, where the model is not a causal
+            language model.
         batch: examples at once.
-        text: shown to scorers that look at the inputs of layers, where the model is a causal language model.
+        text: shown to scorers that look at data, where the model is a causal language model.
 
     Raises:
         RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
@@ -119,15 +119,18 @@ def prune(
     config = SparsityConfig(**group)
     model = load_whole(name, revision)
     by_blocks = looks_at_inputs(config.groups[0])
+    by_loss = SCORERS.build(config.groups[0].scorer).source in ("gradients", "heads")
     batches: Any = None
     with computing_in_float32(model) if by_blocks else contextlib.nullcontext():
-        if text is not None and by_blocks and is_causal(model):
+        if text is not None and (by_blocks or by_loss) and is_causal(model):
             batches = text.batches(model, load_tokenizer(name, revision))
+            if not by_blocks:
+                batches = tqdm([{**each, "labels": each["input_ids"]} for each in batches], desc="Looking")
         elif section is not None:
             rows = load_split(section, "train")
             batches = tqdm(LabelledBatches(model, load_tokenizer(name, revision), rows, section, batch), desc="Looking")
         sparsify(model, config, batches)
-    _save(model, name, output, revision)
+    save_model(model, name, output, revision)
     return summarize(model)
 
 
@@ -154,7 +157,7 @@ def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "ma
             f"'{name}' has no head, neuron or sub-block whose weights are all zero, so there is nothing to remove. "
             "Prune it first, with pattern head, neuron or layer"
         )
-    _save(model, name, output, revision)
+    save_model(model, name, output, revision)
     _carry_over(Path(name), Path(output))
     after = model.num_parameters()
     left = [f"{where}: {cut.count} of {cut.before} {kind}" for kind, where, cut in edits]
@@ -181,7 +184,12 @@ def _carry_over(source: Path, output: Path) -> None:
         write_text(output / MEASURED, text + "\n")
 
 
-def _save(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
+def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
+    """Save a model that was made of another, with the tokenizer of that one.
+
+    Args:
+        name, revision: of the model that it was made of.
+    """
     model.save_pretrained(output)
     forget_run(Path(output))
     carry_report(name, output)

@@ -47,6 +47,19 @@ def test_weights_of_16_bits_are_pruned_in_float32_and_saved_as_they_were(tmp_pat
     assert float((weight == 0).float().mean()) == 0.5
 
 
+@pytest.mark.parametrize("scorer", ["taylor", "head_importance"])
+def test_heads_are_measured_on_a_text(tmp_path: Path, scorer: str) -> None:
+    status, out = pruned(tmp_path, "--scorer", scorer, "--pattern", "head", "--sparsity", "0.5")
+    assert status == 0
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    stream = TokenStream.of((tmp_path / "text.txt").read_text(), load_tokenizer(str(out)))
+    batches = [{"input_ids": ids, "labels": ids} for ids in stream.samples(4, 32)]
+    sparsify(expected, SparsityConfig(scorer=scorer, pattern="head", sparsity=0.5), batches)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for key, weight in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+
+
 @pytest.mark.parametrize("options", [["--reconstruction", "cg"], ["--selection", "owl"]])
 def test_magnitude_with_what_looks_at_inputs(tmp_path: Path, options: list[str]) -> None:
     status, out = pruned(tmp_path, "--sparsity", "0.5", *options)
@@ -61,7 +74,6 @@ def test_magnitude_with_what_looks_at_inputs(tmp_path: Path, options: list[str])
     [
         (["--scorer", "wanda", "--sparsity", "0.5", "--length", "900"], "at most 64"),
         (["--scorer", "wanda", "--sparsity", "0.5", "--samples", "0"], "samples` must be a positive integer, got 0"),
-        (["--scorer", "taylor", "--sparsity", "0.5"], "must be a file with suffix .json"),
         (["--sparsity", "0.5"], "must be a file with suffix .json"),
         (["--scorer", "wanda", "--pattern", "row", "--sparsity", "0.5"], "does not work with pattern 'row'"),
     ],

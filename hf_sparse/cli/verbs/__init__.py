@@ -7,6 +7,7 @@ from .compact import Compact
 from .compare import Compare
 from .convert import Convert
 from .doctor import Doctor
+from .drop import Drop
 from .export import Export
 from .head_importance import HeadImportance
 from .inspect import Inspect
@@ -20,6 +21,6 @@ from .train import Train
 from .trim_vocab import TrimVocab
 
 __all__ = [
-    "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Export", "HeadImportance", "Inspect",
-    "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train", "TrimVocab",
+    "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Drop", "Export", "HeadImportance",
+    "Inspect", "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train", "TrimVocab",
 ]  # fmt: skip

@@ -115,14 +115,14 @@ def facts_of(
 
 
 def _compaction(folder: Path) -> str | None:
-    """Describe which heads and neurons are left after compaction."""
+    """Describe which heads, neurons and experts are left after compaction."""
     manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
     if not manifests or EDITS_KEY not in manifests[0].extra:
         return None
     edits = Edits.from_dict(manifests[0].extra[EDITS_KEY])
     left = " and ".join(
         f"{sum(cut.count for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
-        for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons))
+        for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons), ("experts", edits.experts))
         if cuts
     )
     text = f"Compaction kept {left} of the pruned parts; the removed ones are not counted below."
