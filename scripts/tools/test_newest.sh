@@ -12,8 +12,8 @@ bash scripts/tools/make_venv.sh --newest-torch .venv-newest-torch '.[dev]' || ex
 bin=.venv-newest-torch/bin
 
 echo "== newer than constraints.txt"
-"$bin/python" -m pip --disable-pip-version-check list --format freeze | LC_ALL=C sort -f |
-    LC_ALL=C comm -13 <(grep -v '^#' constraints.txt | LC_ALL=C sort -f) - | grep -iE '^(torch|transformers|accelerate|peft|datasets|safetensors|huggingface_hub|evaluate|bitsandbytes|numpy|tokenizers|onnx[a-z]*|jinja2|scipy)=='
+"$bin/python" -m pip --disable-pip-version-check list --format freeze | LC_ALL=C sort |
+    LC_ALL=C comm -13 <(grep -v '^#' constraints.txt | LC_ALL=C sort) - | grep -iE '^(torch|transformers|accelerate|peft|datasets|safetensors|huggingface_hub|evaluate|bitsandbytes|numpy|tokenizers|onnx[a-z]*|jinja2|scipy)=='
 echo "== pytest"
 "$bin/python" -m pytest -n auto -m "not slow" "$@" >newest.log 2>&1
 status=$?
