@@ -34,7 +34,7 @@ def drop_saved(
         revision: branch, tag or commit on the Hub.
 
     Returns:
-        What was removed, as text.
+        The layers and experts that left, as text.
 
     Raises:
         RecipeError: if there is nothing to remove, or the model or the text cannot be loaded or do not fit.
