@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..reporting.charts import line_chart
 from ..reporting.plotting import require_matplotlib
 from ..utils.atomic_io import read_json, write_text
 from ..utils.validation import is_number
+from ..vocabulary import read_report
 from .kept_weights import weight_sections
 from .robustness import BINS, Robustness, measure_robustness
 
@@ -55,6 +57,7 @@ def write_report(
     dense = None if against is None else load_whole(str(against))
     sections = [
         _sizes(folder, None if against is None else Path(against)),
+        *_vocabulary(folder),
         _speed(folder, bench),
         *weight_sections(model, dense),
         _training(folder),
@@ -101,6 +104,24 @@ def _speed(folder: Path, bench: str | os.PathLike[str] | None) -> html.Section:
     speed = read_speed(path)
     note = f"{speed.model}: median and quartiles of a forward pass, interleaved with the dense baseline."
     return html.Section("Speed", [html.Table(("", "measured"), speed.rows)], note)
+
+
+def _vocabulary(folder: Path) -> list[html.Section]:
+    """Return the section of a trimmed vocabulary, if the model has one."""
+    report = read_report(folder)
+    if report is None:
+        return []
+    parts: list[html.Table | html.Figures] = [html.Table(("", "before -> after"), report.lines)]
+    points = [
+        (-math.log10(1 - coverage), report.size_at(size) / 1e6) for coverage, size in report.curve if coverage < 1
+    ]
+    if len(points) > 1:
+        name = "million parameters by coverage: 2 is 99 % of the tokens, 4 is 99.99 %"
+        parts.append(html.Figures([html.Figure(name, charts=[line_chart(points, "nines of coverage", name)])]))
+    if report.removed:
+        rows = [[token, f"{count:,}"] for token, count in report.removed]
+        parts.append(html.Table(("most frequent removed token", "occurrences in the corpus"), rows))
+    return [html.Section("Vocabulary", parts, report.caveat or "")]
 
 
 def _training(folder: Path) -> html.Section:

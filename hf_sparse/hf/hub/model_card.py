@@ -28,6 +28,7 @@ from ...utils.markdown import fenced, plain, table
 from ...utils.strict_yaml import dump_yaml, read_yaml
 from ...utils.text import kind_of_name
 from ...utils.validation import is_number
+from ...vocabulary.report import REPORT, VocabularyReport, read_report
 from ..trainer.evaluation import measured
 
 TASKS = {"ForSequenceClassification": "text-classification", "ForConditionalGeneration": "text2text-generation"}
@@ -54,6 +55,7 @@ class CardFacts:
     dense_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     groups: Sequence[tuple[str, int, float]] = ()
     sizes: Sequence[tuple[str, str]] = ()
+    vocabulary: VocabularyReport | None = None
     speed: Speed | None = None
     recipe: str | None = None
     license: str | None = None
@@ -78,7 +80,7 @@ def facts_of(
     """
     folder = Path(folder)
     inspection = inspect(folder)
-    for name in ("config.json", RECIPE, MEASURED, SPEED):
+    for name in ("config.json", RECIPE, MEASURED, SPEED, REPORT):
         check_link(folder / name)
     config = read_json(folder / "config.json")
     if config is None:
@@ -106,6 +108,7 @@ def facts_of(
             ("targeted weights", inspection.size_line()),
             ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
         ),
+        vocabulary=read_report(folder),
         speed=read_speed(speed) if speed.is_file() else None,
         recipe=dump_yaml(recipe) if recipe else None,
         license=license,
@@ -262,6 +265,7 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "metrics": _metric_table(facts),
         "sparsity": _sparsity(facts),
         "size": table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured.",
+        "vocabulary": facts.vocabulary.to_markdown() if facts.vocabulary else None,
         "speed": _speed(facts.speed),
         "auto_class": next(loads, "AutoModel") if facts.loads else None,
         "recipe": fenced(facts.recipe, "yaml") if facts.recipe else "Not recorded.",
