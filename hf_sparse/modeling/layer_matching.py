@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -74,6 +74,23 @@ def prunable_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     }
 
 
+def embedding_tables(model: nn.Module) -> dict[str, MatrixLayer]:
+    """Return every embedding by name, tied ones once: only a target that says "embed", or the very name, matches them.
+
+    A table is a matrix with a row for each token (or position). It may be tied to other embeddings and to an LM head.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding) and weight is not None and weight.ndim == 2:
+            found.setdefault(id(weight), (name, module))
+    return {name: cast(MatrixLayer, module) for name, module in found.values()}
+
+
+def _says_embedding(glob: NamePattern, name: str) -> bool:
+    return "embed" in str(glob).lower() or str(glob) in (name, f"{name}.weight")
+
+
 def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     """Return the linear layers inside the transformer blocks, the default targets.
 
@@ -106,15 +123,18 @@ def match_layers(
             f"'{wrapped.removesuffix('.base_layer')}' is wrapped in adapters. Prune the model first and put adapters "
             "on then, or merge them first: merge_and_unload()"
         )
-    layers = block_layers(model) if targets is None else {}
+    layers, tables = block_layers(model) if targets is None else {}, embedding_tables(model)
     for glob, stated in entries(targets or (), "targets"):
         among = _outside_head(model, every) if isinstance(glob, ModuleNames) and glob.is_all_linear else every
         matched = {name: module for name, module in among.items() if matches(name, glob)}
+        matched |= {
+            name: table for name, table in tables.items() if _says_embedding(glob, name) and matches(name, glob)
+        }
         if not matched:
             raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
         layers.update(matched)
     for glob, stated in entries(exclude, "exclude"):
-        if not any(matches(name, glob) for name in every):
+        if not any(matches(name, glob) for name in (*every, *layers)):
             raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
     layers = {name: module for name, module in layers.items() if not any(matches(name, glob) for glob in exclude)}
     if not layers:
@@ -123,7 +143,7 @@ def match_layers(
         raise RecipeError(
             f"{requested}{without} match no linear layer of the model. {_unsupported(model)}{_could_match(every)}"
         )
-    return {name: every[name] for name in every if name in layers}
+    return {name: layers[name] for name, _ in model.named_modules() if name in layers}
 
 
 def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:

@@ -14,6 +14,7 @@ from ..errors import RecipeError, SparsityError
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import check_model, mark_sparse_weights
+from ..modeling.ownership import count_owners, names_of
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from ..utils.text import shorten
 from ..utils.validation import check_integer, is_number
@@ -83,6 +84,7 @@ class Pruner:
         """
         for group in self.groups:
             group.check_renewable()
+        self._refuse_tied()
         self.put_masks()
         self.mark()
         frozen = [
@@ -98,6 +100,17 @@ class Pruner:
                 "but the values that are left will not adapt to it. Unfreeze them, or exclude them from pruning"
             )
         return self
+
+    def _refuse_tied(self) -> None:
+        """Refuse masks on embeddings that share their weight: the LM head would use the weight under the mask."""
+        owners = count_owners(self.model)
+        for member in (member for group in self.groups for member in group.members):
+            if owners[id(member.module._parameters.get("weight"))] > 1:
+                tied = [other for other in names_of(self.model, member.module.weight) if other != member.name]
+                raise RecipeError(
+                    f"'{member.name}' is tied to '{tied[0]}', so it can be pruned in one shot only: call "
+                    "hf_sparse.sparsify(model, config) and fine-tune afterwards, which keeps the zeros of both"
+                )
 
     def put_masks(self) -> None:
         """Put the masks on, and change nothing else of the model; `attach` without `mark`."""

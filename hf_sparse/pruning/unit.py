@@ -214,7 +214,7 @@ class Unit:
     def bake(self) -> None:
         """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
         for member in self.members:
-            bias = member.module.bias
+            bias = getattr(member.module, "bias", None)  # an embedding has none
             if member.has_bias and isinstance(bias, nn.Parameter):
                 # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
                 # before this: behind it the exit is masked.

@@ -23,6 +23,7 @@ from ...formats.codecs.base import pack_bits
 from ...formats.manifest import Manifest, TensorEntry
 from ...formats.structure import EDITS_KEY
 from ...modeling.model_state import sparse_weights
+from ...modeling.ownership import names_of
 from ...pruning.compaction import edits_of
 from ...pruning.state_fields import state_suffixes
 
@@ -100,7 +101,10 @@ def _stored(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> Iterator[_St
     Raises:
         RecipeError: as `pack_state`.
     """
-    wanted = {name for name in sparse_weights(model, aliases=True) if name in plain}
+    marked = sparse_weights(model, aliases=True)
+    # Of a weight that is tied, the file has another name than the model was pruned under.
+    tied = {name for key in marked for name in _tied_names(model, key)}
+    wanted = {name for name in (*marked, *tied) if name in plain}
     names = {id(tensor): name for name, tensor in plain.items()}
     stored = revert_weight_conversion(model, dict(plain))  # packing comes after that renaming
     _refuse_taken_names(stored)
@@ -109,6 +113,12 @@ def _stored(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> Iterator[_St
     for key, tensor in sorted(stored.items()):
         name = names.get(id(tensor))
         yield _Stored(key, tensor, name, name in wanted or key in sources)
+
+
+def _tied_names(model: PreTrainedModel, name: str) -> list[str]:
+    path, _, attribute = name.rpartition(".")
+    weight = model.get_submodule(path)._parameters.get(attribute)
+    return [] if weight is None else names_of(model, weight)
 
 
 def _sources(model: PreTrainedModel, plain: Mapping[str, Tensor], converted: set[str]) -> set[str]:
