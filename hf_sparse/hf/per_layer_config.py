@@ -57,7 +57,7 @@ def _change(config: Any, model: nn.Module) -> None:
     for block in known_sub_blocks(model):
         if not getattr(edits, KINDS[block.kind]):
             continue
-        layer = next(int(part) for part in reversed(block.name.split(".")) if part.isdecimal())
+        layer = next(int(part) for part in block.name.split(".") if part.isdecimal())
         for name, value in _sizes(block, config).items():
             if values[name].setdefault(layer, value) != value:
                 raise ValueError(f"layer {layer} has two sizes")

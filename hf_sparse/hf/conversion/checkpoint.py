@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ...errors import CheckpointError
 from ...formats.manifest import Manifest
-from ...formats.model_folder import SINGLE, check_link, pickled_files, weight_files
+from ...formats.model_folder import PICKLED, SINGLE, check_link, pickled_files, weight_files
 from ...formats.safetensors_io import Stored
 from ...formats.sharding import opened
 from ...formats.torch_bin import TorchTensors, read_torch_bin
@@ -168,7 +168,12 @@ def _pickled(path: Path) -> list[Path]:
         return [path] if path.suffix in (".bin", ".pt", ".pth") else []
     if not path.is_dir() or (path / SINGLE).is_file() or any(path.glob("model-*.safetensors")):
         return []
-    return pickled_files(path)
+    files = pickled_files(path)
+    if not files and not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"folder {path} holds no .safetensors file, and no {PICKLED}")
+    for file in files:
+        check_link(file)
+    return files
 
 
 def _described(config: Mapping[str, Any]) -> Manifest | None:

@@ -98,9 +98,9 @@ def import_checkpoint(
     if output.exists() and os.path.samefile(source, output):
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
     with open_checkpoint(source) as checkpoint:
+        if compact and not checkpoint.config.get("model_type"):
+            raise RecipeError(f"`compact` needs the config.json of the model, with its model_type, beside {source}")
         if source.is_file() and not checkpoint.config:
-            if compact:
-                raise RecipeError("compact needs the config.json of the model, and the source is a single file")
             return _convert_file(checkpoint, output, spec)
         with staged(output, writes=True) as staging:
             folder = Path(staging)

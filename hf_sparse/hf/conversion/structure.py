@@ -41,12 +41,13 @@ def self_attentions(checkpoint: Checkpoint) -> dict[int, SubBlock]:
         numbers = [int(part) for part in block.name.split(".") if part.isdecimal()]
         if block.kind != "attention" or block.is_cross_attention or not numbers:
             continue
-        if numbers[-1] in found:
+        layer = numbers[0]  # further ones count parts of it
+        if layer in found:
             raise CheckpointError(
-                f"layer {numbers[-1]} is in both '{found[numbers[-1]].name}' and '{block.name}', so it is not known "
-                "which of the two has lost heads"
+                f"layer {layer} is in both '{found[layer].name}' and '{block.name}', so it is not known which of the "
+                "two has lost heads"
             )
-        found[numbers[-1]] = block
+        found[layer] = block
     return found
 
 

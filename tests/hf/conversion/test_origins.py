@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file as load_plain
 from safetensors.torch import save_file as save_plain
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_sparse import CheckpointError, Edits, import_checkpoint
+import hf_sparse.hf.conversion.download
+from hf_sparse import CheckpointError, Edits, HubError, RecipeError, import_checkpoint
 from hf_sparse import compact as hf_sparse_compact
 from hf_sparse.cli.main import main
 from hf_sparse.formats.structure import EDITS_KEY
@@ -316,6 +318,65 @@ def test_leftover_of_compressed_tensors_is_read_as_dense(tmp_path: Path) -> None
     change_config(folder, quantization_config=leftover)
     import_checkpoint(folder, tmp_path / "out")
     check(tmp_path / "out", "tied-2-4")
+
+
+def test_folder_without_a_model_and_link_out_of_it_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file, and no pytorch_model\.bin"):
+        import_checkpoint(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "pytorch_model.bin").symlink_to(FIXTURES / "torch-prune" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        import_checkpoint(tmp_path / "in", tmp_path / "out")
+
+
+def test_compact_needs_a_config(tmp_path: Path) -> None:
+    folder = copied("tied-2-4", tmp_path / "in")
+    (folder / "config.json").unlink()
+    for source in (folder, folder / "pytorch_model.bin"):
+        with pytest.raises(RecipeError, match=r"needs the config\.json"):
+            import_checkpoint(source, tmp_path / "out", compact=True)
+
+
+def test_fused_and_transposed_projections_of_gpt2_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_head=4, n_layer=2, n_positions=16)).eval()
+    (tmp_path / "in").mkdir()
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(tmp_path / "in")
+    change_config(tmp_path / "in", pruned_heads={"1": [2, 0]})
+    kept = [line for line in range(16) if line // 4 in (1, 3)]
+    columns = [line + part * 16 for part in range(3) for line in kept]
+    state, name = model.state_dict(), "transformer.h.1.attn"
+    for suffix in ("weight", "bias"):
+        state[f"{name}.c_attn.{suffix}"] = state[f"{name}.c_attn.{suffix}"][..., columns].contiguous()
+    state[f"{name}.c_proj.weight"] = state[f"{name}.c_proj.weight"][kept].contiguous()
+    torch.save(state, tmp_path / "in" / "pytorch_model.bin")
+    import_checkpoint(tmp_path / "in", tmp_path / "out")
+    ids = torch.randint(0, 40, (2, 6))
+    with torch.no_grad():
+        layer: Any = model.transformer.h[1].attn
+        layer.c_proj.weight[[line for line in range(16) if line not in kept]] = 0
+        found = load_whole(str(tmp_path / "out")).eval()(input_ids=ids).logits
+        torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_name_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"]))
+        if name == "someone/nothing":
+            raise OSError("404")
+        return str(FIXTURES / "torch-prune")
+
+    monkeypatch.setattr(hf_sparse.hf.conversion.download, "snapshot_download", download)
+    import_checkpoint("someone/bert", tmp_path / "out", revision="v1")
+    check(tmp_path / "out", "torch-prune")
+    with pytest.raises(HubError, match="no such model on the Hub: 404"):
+        import_checkpoint("someone/nothing", tmp_path / "out")
+    assert asked == [("someone/bert", "v1"), ("someone/nothing", "main")]
+    with pytest.raises(CheckpointError, match="there is no file or folder"):
+        import_checkpoint(tmp_path / "nothing", tmp_path / "out")
 
 
 # -- the command, and the order of sources -----------------------------------------------------------------------------
