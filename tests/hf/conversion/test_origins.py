@@ -74,15 +74,17 @@ def change_state(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
 # -- what the original programs wrote ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["", "compact"])
-@pytest.mark.parametrize("fixture", ORIGINS)
+@pytest.mark.parametrize(
+    ("fixture", "compact"),
+    [*((fixture, False) for fixture in ORIGINS), ("nn-pruning", True), ("cofi-masks", True), ("tied-2-4", True)],
+)
 def test_logits_are_those_of_the_original_program(fixture: str, compact: bool, tmp_path: Path) -> None:
     done = import_checkpoint(FIXTURES / fixture, tmp_path / "out", compact=compact)
     assert done.kind == ORIGINS[fixture]
     check(tmp_path / "out", fixture)
 
 
-@pytest.mark.parametrize("fixture", ORIGINS)
+@pytest.mark.parametrize("fixture", ["pruned-heads-bert", "pruned-heads-distilbert", "tied-2-4"])
 def test_converted_model_saves_and_loads_again(fixture: str, tmp_path: Path) -> None:
     import_checkpoint(FIXTURES / fixture, tmp_path / "out")
     load_whole(str(tmp_path / "out")).save_pretrained(tmp_path / "again")
@@ -163,15 +165,20 @@ def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("fixture", ["pruned-heads-bert", "torch-prune", "nn-pruning", "cofi", "cofi-masks"])
+def parallel(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"module.{key}": tensor for key, tensor in state.items()}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("fixture", "change"),
     [
-        old_names,
-        lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
-        lambda state: old_names({f"module.{key}": tensor for key, tensor in state.items()}),
+        ("pruned-heads-bert", old_names),
+        ("pruned-heads-bert", parallel),
+        *(
+            (fixture, lambda state: parallel(old_names(state)))
+            for fixture in ("torch-prune", "nn-pruning", "cofi-masks")
+        ),
     ],
-    ids=["gamma and beta", "DataParallel", "both"],
 )
 def test_old_names_and_prefixes_are_read(fixture: str, change: Any, tmp_path: Path) -> None:
     folder = copied(fixture, tmp_path / "in")
