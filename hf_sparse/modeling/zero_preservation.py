@@ -34,8 +34,11 @@ from .model_state import DECODE, ZERO_GUARD
 logger = logging.getLogger(__name__)
 
 
-def keep_zeros(layers: Iterable[nn.Module]) -> None:
+def keep_zeros(layers: Iterable[nn.Module], nonzeros: Iterable[int | None] | None = None) -> None:
     """Keep the weights of these layers that are zero at zero in training, until `free_zeros`.
+
+    Args:
+        nonzeros: of each weight, for `warn_of_lost_zeros`; None = they are counted here.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -45,10 +48,12 @@ def keep_zeros(layers: Iterable[nn.Module]) -> None:
         >>> layer.weight.grad.tolist()
         [[0.0, 1.0]]
     """
-    for layer in layers:
+    layers = list(layers)
+    counts = [None] * len(layers) if nonzeros is None else list(nonzeros)
+    for layer, count in zip(layers, counts, strict=True):
         guard: _Guard | None = ZERO_GUARD.get(layer)
         if guard is None:
-            guard = _Guard(layer, _count(layer))
+            guard = _Guard(layer, _count(layer) if nonzeros is None else count)
             ZERO_GUARD.set(layer, guard)
             layer.register_forward_pre_hook(_arm)
         weight = _weight(layer)

@@ -56,7 +56,7 @@ def test_loaded_model_keeps_its_zeros_in_a_plain_trainer(optim: str, packed: Pat
 LIVES: dict[str, dict[str, Any]] = {
     "gradient accumulation": {"gradient_accumulation_steps": 3},
     "bf16 autocast": {"bf16": True},
-    "gradient checkpointing": {"gradient_checkpointing": True},
+    "activation checkpointing": {"activation_checkpointing": True},
     "clipping, warm-up, label smoothing": {"max_grad_norm": 0.1, "warmup_steps": 2, "label_smoothing_factor": 0.1},
 }
 

@@ -145,11 +145,13 @@ class LoadPlan:
         files: that hold the tensors; none where the tensors are given (`from_pretrained(None, state_dict=...)`).
         targets: names in memory of the weights that were asked to be sparse, as far as the model has them; known once
             the tensors were.
+        nonzeros: of the tensors by name in memory; known once the tensors were.
     """
 
     manifest: Manifest
     files: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    nonzeros: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, files: Sequence[str], expected: Manifest | None = None) -> LoadPlan | None:
@@ -217,6 +219,8 @@ class LoadPlan:
                 except KeyError as error:
                     raise CheckpointError(f"the manifest lists {error}, which is not among the tensors") from None
                 single = None if place is None or place.converted else place.name
+                if single is not None:
+                    self.nonzeros[single] = entry.nonzeros
                 quantized = single is not None and _quantized(single, model, load)
                 if entry.codec == "dense" and given is None and not quantized:  # verified by `check_files`
                     found[key] = StoredTensor(entry, parts, reads)

@@ -147,7 +147,7 @@ class SparseQuantizer(HfQuantizer):
             if not parameter.numel():  # left by compaction, which does the same
                 parameter.requires_grad_(False)
         if self.second is None or self.prune_to is not None:
-            keep_zeros(_layers(model))
+            keep_zeros(_layers(model), map(plan.nonzeros.get, sparse_weights(model)))
             save_packed(model)
             save_parts_packed(model)
 
