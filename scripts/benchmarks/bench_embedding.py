@@ -1,0 +1,209 @@
+"""Sentences per second and quality of a sentence-embedding model: torch, ours, and sentence-transformers' back ends.
+
+    python scripts/benchmarks/bench_embedding.py DENSE --data DATA --sparse "4x1 80 %=runs/4x1" --threads 1 2 \
+        --peers peers/bin/python --json embedding.json --plot embedding.svg
+
+PEERS is the Python of an environment with `sentence-transformers[onnx,openvino]`; without it, torch and ours alone.
+Every engine runs in a process of its own and encodes the same sentences through `SentenceTransformer.encode`: a sample
+of STS-B with its lengths, and of bbc-news, cut at the model's 256 tokens. Engines take turns, in the reverse order each
+round, so that other load on the machine affects all; medians and quartiles. Quality is the Spearman correlation on all
+of STS-B validation, of the embeddings that each engine gives. Pin the process to as many cores as threads (taskset), or
+engines may spread out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import quartiles
+from hf_sparse.recipe.metrics import spearman
+from hf_sparse.recipe.ranking import cosine
+from hf_sparse.reporting.plotting import new_figure, write_figure
+
+ENGINE = Path(__file__).with_name("embedding_engine.py")
+ROOT = Path(__file__).parents[2]
+PEERS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
+
+
+def sentences_of(data: Path, count: int, long: int) -> tuple[dict[str, Any], list[float]]:
+    """Return what the engines embed, and the scores of the pairs of STS-B validation."""
+    rows = [json.loads(line) for line in (data / "stsb/validation.jsonl").open(encoding="utf-8")]
+    news = [json.loads(line)["text"] for line in (data / "bbc-news/validation.jsonl").open(encoding="utf-8")]
+    train = [json.loads(line)["sentence1"] for line in (data / "stsb/train.jsonl").open(encoding="utf-8")]
+    both = [row["sentence1"] for row in rows] + [row["sentence2"] for row in rows]
+    drawn = random.Random(0)  # noqa: S311  a sample, no secret
+    timed = {"stsb": drawn.sample(both, min(count, len(both))), "bbc-news": drawn.sample(news, min(long, len(news)))}
+    return {"all": both, "timed": timed, "calibration": drawn.sample(train, 300)}, [row["label"] for row in rows]
+
+
+class Engine:
+    """A process that encodes on request."""
+
+    def __init__(self, python: str, kind: str, model: str, folder: Path, threads: int, batch: int) -> None:
+        self.output = folder / f"{abs(hash((kind, model)))}.npy"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT) if python == sys.executable else ""}
+        environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        command = [python, str(ENGINE), kind, model, str(folder / "sentences.json"), str(self.output)]
+        self.log = (folder / f"{self.output.stem}.log").open("w+")
+        self.process = subprocess.Popen(
+            [*command, str(threads), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            text=True, env=environment,
+        )  # fmt: skip
+
+    def version(self) -> str:
+        """Wait until it is ready, and return its versions."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ready "):
+                return line.removeprefix("ready ").strip()
+        self.log.seek(0)
+        raise RuntimeError("\n".join(self.log.read().splitlines()[-4:]))
+
+    def seconds(self, name: str) -> float:
+        """Return the seconds of one `encode` of the sentences of that name."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def engines_of(options: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
+    """Return Python, kind and model of each engine, by the name it is reported under."""
+    found = {"torch fp32, dense": (sys.executable, "torch", options.dense)}
+    for given in options.sparse:
+        name, _, path = given.rpartition("=")
+        found[f"ours fp32, {name}"] = (sys.executable, "ours", path)
+        if options.int8:
+            found[f"ours int8, {name}"] = (sys.executable, "ours-int8", path)
+    if options.peers:
+        for kind in PEERS:
+            engine, _, dtype = kind.partition("-")
+            found[f"{engine} {dtype or 'fp32'}, dense"] = (options.peers, kind, options.dense)
+    return found
+
+
+@contextlib.contextmanager
+def started(options: argparse.Namespace, folder: Path, threads: int) -> Iterator[dict[str, tuple[Engine, str]]]:
+    """Yield the engines that could start, one after the other; name those that could not."""
+    ready: dict[str, tuple[Engine, str]] = {}
+    with contextlib.ExitStack() as stack:
+        for name, (python, kind, model) in engines_of(options).items():
+            engine = Engine(python, kind, model, folder, threads, options.batch)
+            stack.callback(engine.close)
+            try:
+                ready[name] = engine, engine.version()
+            except RuntimeError as error:
+                print(f"left out: {name}: {error}", file=sys.stderr)
+        yield ready
+
+
+def measure(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+    """Return the rows of one number of threads."""
+    given, truth = sentences_of(options.data, options.count, options.long)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "sentences.json").write_text(json.dumps(given), encoding="utf-8")
+        with started(options, folder, threads) as ready:
+            seconds: dict[str, dict[str, list[float]]] = {
+                engine: {data: [] for data in given["timed"]} for engine in ready
+            }
+            for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):
+                for engine in list(ready) if turn % 2 else list(reversed(ready)):
+                    for data in given["timed"]:
+                        seconds[engine][data].append(ready[engine][0].seconds(data))
+            rows = []
+            for engine, (process, version) in ready.items():
+                found = np.load(process.output, allow_pickle=False)
+                quality = spearman(cosine(found[: len(truth)], found[len(truth) :]), np.asarray(truth))
+                rates = {
+                    data: [len(given["timed"][data]) / value for value in reversed(quartiles(times))]
+                    for data, times in seconds[engine].items()
+                }
+                rows.append({"engine": engine, "version": version, "threads": threads, "stsb": quality, "rate": rates})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown, with the speed as a multiple of torch."""
+    lines = [
+        "| engine | threads | STS-B Spearman | STS-B sentences/s | x torch | bbc-news texts/s | x torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next(
+            other for other in rows if other["threads"] == row["threads"] and other["engine"].startswith("torch")
+        )
+        cells = []
+        for data in ("stsb", "bbc-news"):
+            low, middle, high = row["rate"][data]
+            cells += [f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{middle / base['rate'][data][1]:.2f}"]
+        lines.append(f"| {row['engine']} | {row['threads']} | {row['stsb']:.4f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw quality against sentences per second of STS-B, one point for each engine."""
+    threads = min(row["threads"] for row in rows)
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
+    marks = {"torch": "o", "ours": "*", "onnx": "s", "openvino": "D"}
+    for row in rows:
+        if row["threads"] == threads:
+            kind = row["engine"].split()[0]
+            rate = row["rate"]["stsb"][1]
+            axes.scatter(rate, row["stsb"], marker=marks[kind], s=120 if kind == "ours" else 50)
+            axes.annotate(row["engine"], (rate, row["stsb"]), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_xlabel(f"STS-B sentences per second, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set_ylabel("Spearman on STS-B validation")
+    write_figure(figure, path)
+
+
+def main() -> None:
+    """Measure, print, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dense", help="folder of the dense SentenceTransformer")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sparse", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--int8", action="store_true", help="also ours with int8")
+    parser.add_argument("--peers", metavar="PYTHON")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--count", type=int, default=512, help="sentences of STS-B that are timed (512)")
+    parser.add_argument("--long", type=int, default=32, help="texts of bbc-news that are timed (32)")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = [row for threads in options.threads for row in measure(options, threads)]
+    print(table(rows))
+    if options.json:
+        text = json.dumps({"machine": machine(), "batch": options.batch, "rows": rows}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One engine in a process of its own, for bench_embedding.py: loads a model, then times `encode` on each request.
+
+    python scripts/benchmarks/embedding_engine.py ENGINE MODEL SENTENCES.json OUTPUT.npy THREADS BATCH
+
+ENGINE is torch, ours, ours-int8, onnx, onnx-int8, openvino or openvino-int8. SENTENCES.json has "all", which are
+embedded once into OUTPUT.npy, and "timed", a list for each name. It prints "ready" with the versions; then for each name
+on its standard input the seconds of one `encode` of that list. All engines go through `SentenceTransformer.encode`, so
+tokenization, sorting by length and pooling are in every time. Only "ours" imports hf_sparse.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def onnx(model: str, int8: bool) -> tuple[Any, str]:
+    """Load into ONNX Runtime, exported by optimum; int8 with the configuration for this processor."""
+    import onnxruntime
+    from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
+
+    options: dict[str, Any] = {"provider": "CPUExecutionProvider", "export": True}
+    loaded = SentenceTransformer(model, backend="onnx", device="cpu", model_kwargs=options)
+    name = f"onnxruntime {onnxruntime.__version__}"
+    if not int8:
+        return loaded, name
+    config = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "avx2"
+    folder = tempfile.mkdtemp()
+    loaded.save_pretrained(folder)
+    export_dynamic_quantized_onnx_model(loaded, config, folder)
+    file = next(path for path in Path(folder).rglob("*.onnx") if "qint8" in path.name or "quint8" in path.name)
+    options = {"provider": "CPUExecutionProvider", "file_name": str(file.relative_to(folder))}
+    return SentenceTransformer(folder, backend="onnx", device="cpu", model_kwargs=options), f"{name}, {config}"
+
+
+def openvino(model: str, int8: bool, sentences: list[str]) -> tuple[Any, str]:
+    """Load into OpenVINO, exported by optimum-intel; int8 is calibrated on sentences that are not measured."""
+    import openvino as engine
+    from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
+
+    config = {"INFERENCE_PRECISION_HINT": "f32"}
+    options: dict[str, Any] = {"export": True, "ov_config": config}
+    loaded = SentenceTransformer(model, backend="openvino", device="cpu", model_kwargs=options)
+    name = f"openvino {engine.__version__}"
+    if not int8:
+        return loaded, name
+    folder = tempfile.mkdtemp()
+    loaded.save_pretrained(folder)
+    data = Path(tempfile.mkdtemp())
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in sentences)
+    (data / "train.jsonl").write_text(rows, encoding="utf-8")
+    export_static_quantized_openvino_model(
+        loaded, None, folder, dataset_name=str(data), dataset_config_name="default", dataset_split="train",
+        column_name="text",
+    )  # fmt: skip
+    file = next(path for path in Path(folder).rglob("*.xml") if "qint8" in path.name)
+    options = {"file_name": str(file.relative_to(folder)), "ov_config": {}}
+    return SentenceTransformer(folder, backend="openvino", device="cpu", model_kwargs=options), f"{name}, static int8"
+
+
+def torch_or_ours(engine: str, model: str) -> tuple[Any, str]:
+    """Load into torch, and pack the weights for "ours"."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    if engine == "torch":
+        return SentenceTransformer(model, device="cpu"), f"torch {torch.__version__}"
+    import hf_sparse
+
+    loaded = SentenceTransformer(model, device="cpu")
+    if hf_sparse.summarize(loaded).sparsity or engine == "ours-int8":
+        print(hf_sparse.to_runtime(loaded, "cpu-int8" if engine == "ours-int8" else "auto"), file=sys.stderr)
+    return loaded, f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Load, embed everything once, and answer requests."""
+    engine, model, sentences, output, threads, batch = sys.argv[1:]
+    import torch
+
+    torch.set_num_threads(int(threads))
+    given = json.loads(Path(sentences).read_text(encoding="utf-8"))
+    int8 = engine.endswith("-int8")
+    if engine.startswith("onnx"):
+        loaded, version = onnx(model, int8)
+    elif engine.startswith("openvino"):
+        loaded, version = openvino(model, int8, given["calibration"])
+    else:
+        loaded, version = torch_or_ours(engine, model)
+
+    def encode(texts: list[str]) -> Any:
+        return loaded.encode(texts, batch_size=int(batch), show_progress_bar=False)
+
+    np.save(output, encode(given["all"]), allow_pickle=False)
+    print(f"ready {version}", flush=True)
+    for line in sys.stdin:
+        texts = given["timed"][line.strip()]
+        start = time.perf_counter()
+        encode(texts)
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()
