@@ -1,9 +1,10 @@
 """Sentences per second and quality of a sentence-embedding model: torch, ours, and sentence-transformers' back ends.
 
     python scripts/benchmarks/bench_embedding.py DENSE --data DATA --sparse "4x1 80 %=runs/4x1" --threads 1 2 \
-        --peers peers/bin/python --json embedding.json --plot embedding.svg
+        --onnx ort/bin/python --openvino ov/bin/python --json embedding.json --plot embedding.svg
 
-PEERS is the Python of an environment with `sentence-transformers[onnx,openvino]`; without it, torch and ours alone.
+--onnx and --openvino are the Pythons of environments with `sentence-transformers[onnx]` and `[openvino]`, which cannot
+be installed together; without them, torch and ours alone.
 Every engine runs in a process of its own and encodes the same sentences through `SentenceTransformer.encode`: a sample
 of STS-B with its lengths, and of bbc-news, cut at the model's 256 tokens. Engines take turns, in the reverse order each
 round, so that other load on the machine affects all; medians and quartiles. Quality is the Spearman correlation on all
@@ -97,10 +98,10 @@ def engines_of(options: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
         found[f"ours fp32, {name}"] = (sys.executable, "ours", path)
         if options.int8:
             found[f"ours int8, {name}"] = (sys.executable, "ours-int8", path)
-    if options.peers:
-        for kind in PEERS:
-            engine, _, dtype = kind.partition("-")
-            found[f"{engine} {dtype or 'fp32'}, dense"] = (options.peers, kind, options.dense)
+    for kind in PEERS:
+        engine, _, dtype = kind.partition("-")
+        if python := getattr(options, engine):
+            found[f"{engine} {dtype or 'fp32'}, dense"] = (python, kind, options.dense)
     return found
 
 
@@ -148,7 +149,7 @@ def measure(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown, with the speed as a multiple of torch."""
     lines = [
-        "| engine | threads | STS-B Spearman | STS-B sentences/s | x torch | bbc-news texts/s | x torch |",
+        "| engine | threads | STS-B Spearman | STS-B sentences/s | x torch | bbc-news examples/s | x torch |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -181,17 +182,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write what is asked for."""
+    """Measure, print, and write what is requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", help="folder of the dense SentenceTransformer")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sparse", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--int8", action="store_true", help="also ours with int8")
-    parser.add_argument("--peers", metavar="PYTHON")
+    parser.add_argument("--onnx", metavar="PYTHON")
+    parser.add_argument("--openvino", metavar="PYTHON")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--count", type=int, default=512, help="sentences of STS-B that are timed (512)")
-    parser.add_argument("--long", type=int, default=32, help="texts of bbc-news that are timed (32)")
+    parser.add_argument("--long", type=int, default=32, help="examples of bbc-news that are timed (32)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

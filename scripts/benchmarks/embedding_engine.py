@@ -3,9 +3,9 @@
     python scripts/benchmarks/embedding_engine.py ENGINE MODEL SENTENCES.json OUTPUT.npy THREADS BATCH
 
 ENGINE is torch, ours, ours-int8, onnx, onnx-int8, openvino or openvino-int8. SENTENCES.json has "all", which are
-embedded once into OUTPUT.npy, and "timed", a list for each name. It prints "ready" with the versions; then for each name
-on its standard input the seconds of one `encode` of that list. All engines go through `SentenceTransformer.encode`, so
-tokenization, sorting by length and pooling are in every time. Only "ours" imports hf_sparse.
+embedded once into OUTPUT.npy, and "timed", a list for each name. It prints "ready" with the versions. Then it prints
+for each name on its standard input the seconds of one `encode` of that list. All engines go through
+`SentenceTransformer.encode`, so tokenization, sorting by length and pooling are in every time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def torch_or_ours(engine: str, model: str) -> tuple[Any, str]:
 
 
 def main() -> None:
-    """Load, embed everything once, and answer requests."""
+    """Load, embed everything once, then time what is requested."""
     engine, model, sentences, output, threads, batch = sys.argv[1:]
     import torch
 

@@ -18,7 +18,7 @@ from hf_sparse.hf.hub.push import contents
 from hf_sparse.runtime import is_runtime
 from tests.helpers.sentence import TEXTS, cross_encoder, package, sentence_transformer
 
-HALF = {"sparsity": 0.75, "pattern": {"name": "block", "rows": 4, "cols": 1}}
+HALF: dict[str, Any] = {"sparsity": 0.75, "pattern": {"name": "block", "rows": 4, "cols": 1}}
 PAIRS = list(zip(TEXTS, TEXTS[::-1], strict=True))
 
 
@@ -92,7 +92,7 @@ def test_any_module_that_contains_a_transformer_goes_into_runtime_form(tmp_path:
             self.score = torch.nn.Linear(32, 1)
 
         def forward(self, **batch: Any) -> torch.Tensor:
-            return self.score(self.towers["both"](**batch).last_hidden_state[:, 0])  # type: ignore[no-any-return]
+            return self.score(self.towers["both"](**batch).last_hidden_state[:, 0])
 
     ranker = Ranker(pruned("mean", tmp_path)[0].model).eval()
     batch = {"input_ids": torch.randint(5, 15, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
