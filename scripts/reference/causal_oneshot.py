@@ -12,6 +12,7 @@ evaluated in float32. Results are added to the file one by one, and those that a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -104,6 +105,8 @@ def main() -> None:
         entry["results"][name] = result
         write_text(options.output, json.dumps(everything, indent=2) + "\n")
         print(name, result, flush=True)
+        del model
+        gc.collect()  # hooks of a pruned model refer to it
 
     measure("dense", None)
     for pattern in options.only:

@@ -87,9 +87,13 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batc
     """
     chain = _Chain(blocks)
     with chain.recording():
-        for batch in batches:
-            chain.begin()
-            run_model(model, batch)
+        for number, batch in enumerate(batches):
+            chain.begin(ends=number > 0)
+            try:
+                run_model(model, batch)
+            except Exception:
+                if chain.next != len(blocks):  # what comes after the blocks does not matter
+                    raise
             if chain.broken or chain.next != len(blocks):
                 return None
     return Recording(chain.calls, chain.hidden)
@@ -102,11 +106,15 @@ class _Chain:
         self.blocks = list(blocks)
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.hidden: list[Tensor] = []
-        self.begin()
+        self.begin(ends=True)
 
-    def begin(self) -> None:
-        """Begin a batch."""
-        self.next, self.broken = 0, False
+    def begin(self, ends: bool) -> None:
+        """Begin a batch.
+
+        Args:
+            ends: whether it ends with the last block; else it goes on, to show whether one is called again.
+        """
+        self.next, self.broken, self.ends = 0, False, ends
         self._returned: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None
 
@@ -135,9 +143,10 @@ class _Chain:
             earlier = self.calls[index][0] if self.calls[index] else None
             if index == 0:
                 self.hidden.append(hidden.detach().clone())
-            output = forward(*args, **kwargs) if index == 0 and len(self.blocks) > 1 else None
+            computed = index == 0 and not (self.ends and len(self.blocks) == 1)
+            output = forward(*args, **kwargs) if computed else None
             self.calls[index].append(call if earlier is None else _shared(call, earlier))
-            if self.next == len(self.blocks):
+            if self.ends and self.next == len(self.blocks):
                 raise Stop
             if index == 0:
                 self._rest = tuple(output[1:]) if isinstance(output, tuple) else None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse import RecipeError, SparsityConfig, SparsityError, sparsify
@@ -119,6 +120,23 @@ def test_model_that_works_between_its_blocks_runs_from_its_beginning(caplog: pyt
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert "the model runs from its beginning for each of them" in caplog.text
+
+
+def test_block_that_is_called_several_times_is_calibrated_with_all_its_calls() -> None:
+    """ALBERT has one layer, which runs as often as others have layers."""
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=50, embedding_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = AlbertForMaskedLM(config).double().eval()
+    expected, block = copy.deepcopy(model), "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    oneshot.block_by_block(
+        expected, [block], oneshot.token_batches(), lambda weight, x: oneshot.sparsegpt(weight, x, 0.5), is_layer
+    )
+    sparsify(model, SparsityConfig(scorer="sparsegpt", sparsity=0.5), oneshot.token_batches())
+    for key, weight in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], weight, rtol=1e-8, atol=1e-9)
 
 
 def test_layers_with_one_input_share_their_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
