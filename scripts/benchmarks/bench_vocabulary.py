@@ -39,7 +39,7 @@ from hf_sparse.profiling.machine import machine
 from hf_sparse.utils.atomic_io import read_json, write_text
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "vocabulary.json"
-COVERAGES = (0.9999, 1.0)
+COVERAGES = (0.999, 0.9999, 1.0)
 HELD_OUT = 2000
 WINDOW, WINDOWS = 512, 12
 STEPS, BATCH, RATE = 100, 32, 1e-4
@@ -194,7 +194,7 @@ def decoder(name: str, data: Path, timed: bool) -> dict[str, Any]:
     dense, tokens = nll(whole_model, whole, evaluated)
     out: dict[str, Any] = {"strings": len(evaluated), "tokens": tokens, "perplexity": math.exp(dense / tokens)}
     print(f"{name}: perplexity {out['perplexity']:.2f} over {tokens} tokens in {len(evaluated)} strings", flush=True)
-    for coverage, keep in ((0.9999, True), (1.0, True), (1.0, False)):
+    for coverage, keep in ((0.999, True), (0.9999, True), (1.0, True), (1.0, False)):
         model, tokenizer = copy.deepcopy(whole_model), copy.deepcopy(whole)
         report = hf_sparse.trim_vocabulary(
             model, tokenizer, count, coverage=coverage, held_out=held, keep_characters=keep
