@@ -44,7 +44,7 @@ GROUPS_KEPT = {"element": [32, 32], "block": [2, 2], "row": [2, 4], "column": [4
 
 
 @pytest.mark.parametrize("pattern", list(GROUPS_KEPT))
-@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source != "heads"])
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source not in ("heads", "inputs")])
 def test_pruner_keeps_exactly_what_was_asked(scorer: str, pattern: str) -> None:
     model = two_layers()
     how = {"sparsity": None if pattern == "n:m" else 0.75, "pattern": {"name": pattern, **OPTIONS.get(pattern, {})}}
@@ -225,7 +225,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_importance(scorer:
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source != "heads"])
+@pytest.mark.parametrize("scorer", [name for name in SCORERS if SCORERS[name].source not in ("heads", "inputs")])
 def test_pruner_prunes_bfloat16_weights_to_the_exact_count(scorer: str) -> None:
     model = two_layers().to(torch.bfloat16)
     pruner = attached(model, scorer=scorer, sparsity=0.75, selection="uniform")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import string
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,18 +27,36 @@ def model(size: int) -> nn.Module:
                                 intermediate_size=2, max_position_embeddings=2, pad_token_id=0))  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, suppress_health_check=list(HealthCheck))
-@given(
+CORPORA = given(
     training=st.lists(SENTENCES, min_size=1, max_size=12),
     corpus=st.lists(SENTENCES | UNSEEN, max_size=6),
     others=st.lists(SENTENCES | UNSEEN, max_size=6),
     extra=st.integers(0, 150),
     coverage=st.sampled_from([0.5, 0.9, 0.99, 1.0]),
 )
-def test_covered_sequences_are_tokenized_as_before(
-    kind: str, training: list[str], corpus: list[str], others: list[str], extra: int, coverage: float
-) -> None:
+
+
+def examples(count: int) -> settings:
+    """Return settings for so many corpora."""
+    return settings(max_examples=count, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples(10)
+@CORPORA
+def test_covered_sequences_are_tokenized_as_before(kind: str, **drawn: Any) -> None:
+    check(kind, **drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@examples(100)
+@CORPORA
+def test_covered_sequences_of_500_corpora_are_tokenized_as_before(kind: str, **drawn: Any) -> None:
+    check(kind, **drawn)
+
+
+def check(kind: str, training: list[str], corpus: list[str], others: list[str], extra: int, coverage: float) -> None:
     floor = {"byte_bpe": 262, "byte_fallback_bpe": 280}.get(kind, 60)
     tokenizer = KINDS[kind](training, floor + extra)
     whole = copy.deepcopy(tokenizer)

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from ...modeling.class_swap import Swapped, restore, swap_class
 
 Batch = Mapping[str, Any]
 
@@ -99,8 +101,23 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batc
     return Recording(chain.calls, chain.hidden)
 
 
+class Recorded(Swapped):
+    """Mixin of blocks whose calls are recorded; hooks of a block that is not computed do not run either.
+
+    Attributes:
+        recorder: takes the plain call and its arguments.
+    """
+
+    instance_attributes: ClassVar[tuple[str, ...]] = ("recorder",)
+    recorder: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = cast(Any, super()).__call__
+        return self.recorder(call, *args, **kwargs)
+
+
 class _Chain:
-    """Takes the place of `forward` of each block while calls are recorded."""
+    """Takes the calls of each block while they are recorded."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = list(blocks)
@@ -120,20 +137,17 @@ class _Chain:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        before = [vars(block).get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = self._forward(index, block.forward)
+                vars(block)["recorder"] = self._recorder(index)
+                swap_class(block, Recorded)
             yield
         finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                if own is None:
-                    del block.forward
-                else:
-                    block.forward = own
+            for block in self.blocks:
+                restore(block, Recorded)
 
-    def _forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def recorded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             found = _call(args, kwargs)
             if found is None or index != self.next or not self._continues(found[1]):
                 self.broken = True

@@ -14,6 +14,7 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse import RecipeError, SparsityConfig, SparsityError, sparsify
+from hf_sparse.modeling.class_swap import Swapped
 from hf_sparse.pruning.calibrated.recording import record
 from hf_sparse.pruning.calibrated.tasks import LayerUpdate
 from hf_sparse.pruning.calibrated.walk import ChainStep, Walk
@@ -79,7 +80,8 @@ def test_each_block_is_called_with_its_own_arguments() -> None:
     assert sliding["attention_mask"] is not None
     # Equal arguments of all batches are one object, or masks would take more memory than hidden states.
     assert recording.calls[0][1].kwargs["attention_mask"] is sliding["attention_mask"]
-    assert "forward" not in vars(model.model.layers[0])
+    assert not {"forward", "recorder"} & set(vars(model.model.layers[0]))
+    assert not isinstance(model.model.layers[0], Swapped)
 
 
 def test_padding_does_not_count() -> None:
