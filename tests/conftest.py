@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from _pytest.logging import LogCaptureHandler
 
 SLOW_TIMEOUT = 1200
 """Seconds that a slow test may take; the others have the limit of pyproject.toml."""
@@ -47,6 +49,16 @@ def compiled() -> Iterator[None]:
     state = {} if accelerate is None else accelerate.AcceleratorState._shared_state
     if "dynamo_plugin" in state and state["dynamo_plugin"].backend.value != "NO":
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def listeners() -> Iterator[None]:
+    """Take handlers of pytest off the loggers that a test has put them on: one handler serves the whole session."""
+    yield
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("hf_sparse") and isinstance(logger, logging.Logger):
+            for handler in [each for each in logger.handlers if isinstance(each, LogCaptureHandler)]:
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

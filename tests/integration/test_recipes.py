@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -22,7 +23,7 @@ from hf_sparse.formats.inspection import inspect
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.stages import has_stages
 from hf_sparse.recipe.train import run
-from tests.helpers import oneshot
+from tests.helpers import oneshot, sentence
 from tests.helpers.tiny import save_bert, save_t5, write_sentences, write_spellings
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -259,6 +260,12 @@ def test_shipped_recipe_with_stages_trains_a_tiny_model_through_all_of_them(reci
     out = tmp_path / "out"
     changes = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
     assert main(["train", str(path), "--output", str(out), *changes]) == 0
+    if "vocabulary" in path.stem:
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        assert len(AutoTokenizer.from_pretrained(out)) == model.config.vocab_size
+        assert model.config.vocab_size < AutoConfig.from_pretrained(tmp_path / "bert").vocab_size
+        assert summarize(model).sparsity == pytest.approx(0.9, abs=1e-3)
+        return
     pruned = AutoModelForSequenceClassification.from_pretrained(out / "pruned")
     assert summarize(pruned).sparsity == pytest.approx(0.5, abs=1e-3)
     small = AutoModelForSequenceClassification.from_pretrained(out)
@@ -273,7 +280,45 @@ def test_shipped_recipe_with_stages_trains_a_tiny_model_through_all_of_them(reci
 
 
 CAUSAL = [path for path in sorted(SHIPPED.glob("*.yaml")) if "task: causal-lm" in path.read_text(encoding="utf-8")]
-WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL)]
+SENTENCES = [
+    path
+    for path in sorted(SHIPPED.glob("*.yaml"))
+    if {"task: embedding", "task: reranking"} & set(map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+]
+WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL, *SENTENCES)]
+
+
+@pytest.mark.parametrize("path", SENTENCES, ids=lambda path: path.stem)
+def test_shipped_recipe_trains_a_tiny_model_of_sentences(tmp_path, path):
+    embeds = "task: embedding" in path.read_text(encoding="utf-8")
+    model = (sentence.sentence_transformer if embeds else sentence.cross_encoder)(tmp_path)
+    if path.stem == "embed_minilm_recover":
+        sparsify(model, SparsityConfig(sparsity=0.8))
+    model.save_pretrained(str(tmp_path / "model"))
+    rows = [{"text": one, "one": one, "two": two, "score": float(n % 5)}
+            for n, (one, two) in enumerate(zip(sentence.TEXTS, reversed(sentence.TEXTS), strict=True))]  # fmt: skip
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = {
+        "model.name": tmp_path / "model",
+        "data": f"{{train: {tmp_path}/train.jsonl, text: {'text' if embeds else '[one, two]'}, label: score, "
+        f"validation: {tmp_path}/validation.jsonl, validation_text: [one, two], max_length: 12}}",
+        "training.max_steps": 40,
+        "training.per_device_train_batch_size": 4,
+        "training.eval_strategy": "no",
+        "training.use_cpu": "true",
+        "training.disable_tqdm": "true",
+    }
+    if path.stem == "embed_minilm_recover":
+        overrides["distillation.teacher"] = tmp_path / "model"
+    if path.stem == "embed_minilm_hybrid":
+        overrides["sparsity.groups.0.pattern"] = "{name: block, rows: 8, cols: 8}"
+    made = Recipe.load(path, [f"{key}={value}" for key, value in overrides.items()])
+    result = train(path, *(f"{key}={value}" for key, value in overrides.items()), output=tmp_path / "out")
+    assert result.metrics["eval_spearman"] <= 1
+    if made.sparsity is not None and len(made.sparsity.groups) == 1:
+        asked = made.sparsity.groups[0].sparsity or 0.5
+        assert result.summary.sparsity == pytest.approx(asked, abs=4 / 1024)
 
 
 @pytest.mark.parametrize("path", CAUSAL, ids=lambda path: path.stem)

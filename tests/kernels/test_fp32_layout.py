@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -81,7 +82,7 @@ def test_copies_are_whole(clone):
 )
 def test_spoilt_parts_are_refused(spoil):
     good = pack(torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0]]))
-    parts = {name: getattr(good, name) for name in PackedWeight.__dataclass_fields__}
+    parts = {name: getattr(good, name) for name in [field.name for field in dataclasses.fields(PackedWeight)]}
     assert PackedWeight(**parts).nbytes == good.nbytes
     with pytest.raises(BackendError):
         PackedWeight(**{**parts, **spoil})

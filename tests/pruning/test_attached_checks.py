@@ -19,7 +19,7 @@ from hf_sparse.pruning.masked_weight import hidden
 from tests.helpers.layers import attached, two_layers
 from tests.helpers.training import RAMP, bert, sparse_trainer
 
-TRAINED = [name for name in SCORERS if SCORERS[name].source != "heads"]
+TRAINED = [name for name in SCORERS if SCORERS[name].source not in ("heads", "inputs")]
 
 
 def train_step(model: Any, pruner: Pruner, optimizer: Any, progress: float, x: torch.Tensor | None = None) -> None:

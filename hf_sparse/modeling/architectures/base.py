@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..class_swap import plain_class_of
-from ..layer_kinds import is_matrix_layer, matrix_shape
+from ..layer_kinds import is_matrix_layer, is_transposed, matrix_shape
 from ..model_state import HEADS_PER_KV
 from .experts import Experts
 from .fusion import AttentionFusion, FeedForwardFusion
@@ -85,10 +85,10 @@ class SubBlock:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all layers are `nn.Linear` and each input layer is one part with a line for each column."""
+        """Whether all layers store `(out, in)` and each input layer is one part with a line for each column."""
         layers = [*self.inputs.values(), self.output]
         same = all(part.count * part.size == self.groups * self.size for part in self.parts)
-        return len(layers) == len(self.parts) + 1 and same and all(isinstance(layer, nn.Linear) for layer in layers)
+        return len(layers) == len(self.parts) + 1 and same and not any(map(is_transposed, layers))
 
     @property
     def layer_names(self) -> list[str]:

@@ -34,8 +34,8 @@ def make_sparse(model: PreTrainedModel) -> list[str]:
             with torch.no_grad():
                 weight.view(-1)[::2] = 0
             names.append(f"{path}.weight")
-    integration_of(model).after_compact(model)  # marked, and nothing requested
     mark_sparse_weights(model, names)
+    integration_of(model).after_keep_zeros(model)  # nothing was requested
     return names
 
 
