@@ -108,7 +108,7 @@ def compare(model: Any, other: Any, windows: Sequence[Window]) -> tuple[float, f
         logs = ours.log_softmax(-1), theirs.log_softmax(-1)
         divergence += float(F.kl_div(*logs, reduction="sum", log_target=True).double())
         count += window.scored
-    return same / count, divergence / count
+    return same / count, max(0.0, divergence / count)  # rounding can bring equal models below 0
 
 
 def perplexity(

@@ -116,15 +116,18 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             what = type(value).__name__
             raise CheckpointError(f"{path} must hold tensors by name only, got {what} under {shorten(key)}")
-    return dict(content)
+    if not content:
+        raise CheckpointError(f"{path} holds no tensor")
+    return {key: value.resolve_conj().resolve_neg() for key, value in content.items()}
 
 
 def _check_sizes(state: Mapping[str, Tensor], path: Path) -> None:
     total = 0
     for key, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(
-                f"{path}: {shorten(key)} is {tensor.dtype}, {tensor.layout}; only plain dense tensors are read"
+                f"{path}: {shorten(key)} is {tensor.dtype}, {tensor.layout} on {tensor.device}; only "
+                "plain dense tensors with values are read"
             )
         total += tensor.nbytes
         if tensor.nbytes > tensor.untyped_storage().nbytes():

@@ -19,7 +19,7 @@ from ..formats.structure import Edits
 from ..modeling.blocks import block_prefixes
 from ..modeling.integration import integration_of
 from ..modeling.model_state import SPARSE_WEIGHTS
-from ..utils.validation import check_one_of
+from ..utils.validation import check_batches, check_one_of
 from .compaction import edits_of, remember_edits
 from .even_cuts import follow, scalars
 from .head_importance import loss_of
@@ -50,6 +50,7 @@ def layer_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]], cri
 
     Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", equation 1.
     """
+    check_batches(batches)
     check_one_of("criterion", criterion, CRITERIA)
     layers = stack_of(model)[1]
     training = model.training

@@ -16,7 +16,7 @@ from ..config.sparsity import SELECTIONS
 from ..errors import PatternError, RecipeError, SparsityError
 from ..formats.structure import KINDS, Cut, Edits
 from ..modeling.architectures import FAMILIES, ExpertBlock, known_experts
-from ..utils.validation import check_number
+from ..utils.validation import check_batches, check_number
 from .compaction import cut_experts, edits_of, settle_edits
 from .even_cuts import Cuts
 from .selection import kept_count
@@ -43,6 +43,7 @@ def expert_saliency(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
 
     Source: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", equation 9.
     """
+    check_batches(batches)
     blocks = _experts_of(model, "expert saliency")
     meters = [_Meter(block) for block in blocks]
     training, seen = model.training, 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError
 from ..modeling.model_state import sparse_weights
+from ..utils.validation import check_batches
 from .calibrated.blockwise import prune_blockwise
 from .calibrated.tasks import LayerUpdate
 from .group import PruningGroup
@@ -55,6 +56,8 @@ def sparsify(
         >>> int((model[0].weight != 0).sum())
         16
     """
+    if batches is not None:
+        check_batches(batches)
     pruner = Pruner(model, config)
     for group in pruner.groups:
         name = group.scorer.name

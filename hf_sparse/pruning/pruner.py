@@ -17,7 +17,7 @@ from ..modeling.model_state import check_model, mark_sparse_weights
 from ..modeling.ownership import count_owners, names_of
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from ..utils.text import shorten
-from ..utils.validation import check_integer, is_number
+from ..utils.validation import check_batches, check_integer, is_number
 from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
 from .group import bind_group, check_disjoint, check_shards, warn_of_rounding
@@ -212,6 +212,7 @@ class Pruner:
             PatternError: if heads are to be measured in a group that has none.
         """
         self._must_be_attached()
+        check_batches(batches)
         pairs = [(group.scorer, unit) for group in self.groups for unit in group.units]
         observing = [(scorer, unit) for scorer, unit in pairs if scorer.source == "gradients"]
         measuring = [(scorer, unit) for scorer, unit in pairs if isinstance(scorer, HeadImportance)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from ..errors import RecipeError, SparsityError
@@ -134,6 +134,27 @@ def check_one_of(name: str, value: object, choices: Iterable[Any], error: Error 
     choices = list(choices)
     if value not in choices:
         raise error(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shorten(value)}")
+
+
+def check_batches(batches: object, error: Error = RecipeError) -> None:
+    """Raise an error if something is not batches for a model, as far as that shows without reading an iterator.
+
+    Example:
+        >>> check_batches([{"input_ids": [[1, 2]]}])
+        >>> check_batches({"input_ids": [[1, 2]]})
+        Traceback (most recent call last):
+        hf_sparse.errors.RecipeError: `batches` must be a list of mappings, the keyword arguments of the model, got ...
+    """
+    if isinstance(batches, Sequence) and not isinstance(batches, str):
+        found = [f"a list with {type(batch).__name__}" for batch in batches if not isinstance(batch, Mapping)]
+    else:
+        single = isinstance(batches, (str, Mapping)) or hasattr(batches, "shape") or not isinstance(batches, Iterable)
+        found = [type(batches).__name__] if single else []
+    if found:
+        raise error(
+            f"`batches` must be a list of mappings, the keyword arguments of the model, got {found[0]}. Put a single "
+            "batch into a list: [batch]"
+        )
 
 
 @functools.cache

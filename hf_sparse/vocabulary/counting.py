@@ -38,6 +38,7 @@ _SAMPLE = 200
 _MARKS = _HEAD, _END, _SPACE = "\0", "\1", "\2"
 """Characters that mark the start and the end of a sequence, and spaces inside words."""
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _RUN = re.compile(r"\s\s+")
 _SPACE_INSIDE = re.compile(r"[^\s\u2581\u0120\u010a\u0109\u010d][\u2581\u0120 ]")
 """A space behind something else, in tokens of SentencePiece and of bytes: such tokens cross the borders of words."""
@@ -69,7 +70,7 @@ def batches(corpus: Iterable[str], name: str = "texts") -> Iterator[list[str]]:
     """Yield the sequences of a corpus in lists of about `BATCH` characters, with a progress bar.
 
     Raises:
-        RecipeError: for anything but strings.
+        RecipeError: for anything but strings, and strings that UTF-8 cannot encode.
     """
     if isinstance(corpus, str):
         raise RecipeError(f"`{name}` must be a list of strings, got one string: {shorten(corpus)}")
@@ -80,6 +81,11 @@ def batches(corpus: Iterable[str], name: str = "texts") -> Iterator[list[str]]:
         for index, sequence in enumerate(corpus):
             if not isinstance(sequence, str):
                 raise RecipeError(f"`{name}` must be strings, got {shorten(sequence)} at position {index}")
+            if not sequence.isascii() and _LONE_SURROGATE.search(sequence):
+                raise RecipeError(
+                    f"`{name}` must be Unicode that UTF-8 can encode, got half of a surrogate pair in the sequence at "
+                    f"position {index}: read the corpus with errors='replace'"
+                )
             batch.append(sequence)
             size += len(sequence)
             if size >= BATCH:

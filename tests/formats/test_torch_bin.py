@@ -159,3 +159,18 @@ def test_damaged_files_are_read_or_refused_without_more_memory(tmp_path: Path, z
 def test_reader_takes_a_file_only(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot read"):
         read_torch_bin([tmp_path])
+
+
+@pytest.mark.parametrize("state", [{}, {"a.weight": torch.ones(4, 4, device="meta")}], ids=["empty", "meta"])
+def test_state_without_values_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no tensor|with values"):
+        read_torch_bin([tmp_path / "pytorch_model.bin"])
+
+
+def test_conjugate_view_is_resolved(tmp_path):
+    values = torch.tensor([1 + 2j, 3 - 1j])
+    torch.save({"a": values.conj()}, tmp_path / "pytorch_model.bin")
+    found = read_torch_bin([tmp_path / "pytorch_model.bin"]).get("a")
+    assert not found.is_conj()
+    assert torch.equal(found, torch.tensor([1 - 2j, 3 + 1j]))

@@ -1,8 +1,10 @@
 """Checks of options: what passes, and the one form of what is said of the rest."""
 
 import re
+from collections import UserDict
 
 import pytest
+import torch
 
 from hf_sparse.errors import CheckpointError, RecipeError
 from hf_sparse.utils import validation
@@ -89,3 +91,14 @@ def test_one_of_lists_the_choices():
     validation.check_one_of("x", "a", ["a", "b"])
     with pytest.raises(RecipeError, match="`x` must be one of 'a', 'b', got 'c'"):
         validation.check_one_of("x", "c", ["a", "b"])
+
+
+@pytest.mark.parametrize("batches", [{"x": 1}, "ab", 5, None, torch.ones(2, 2), [torch.ones(2)], ["ab"], [{"x": 1}, 2]])
+def test_what_cannot_be_batches_is_refused(batches):
+    with pytest.raises(RecipeError, match=r"`batches` must be a list of mappings, .*, got .*: \[batch\]"):
+        validation.check_batches(batches)
+
+
+@pytest.mark.parametrize("batches", [[], [{"x": 1}], ({"x": 1},), iter([{"x": 1}]), [UserDict(x=1)]])
+def test_batches_pass(batches):
+    validation.check_batches(batches)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_sparse.errors import RecipeError
 from hf_sparse.vocabulary import counting
 from hf_sparse.vocabulary.counting import count_tokens
 from hf_sparse.vocabulary.tokenizer import read_tokenizer
@@ -84,3 +85,8 @@ def test_words_that_a_normalizer_changes_by_what_is_before_them_are_not_counted_
     assert not found.by_words
     ids = [tokenizer.backend_tokenizer.encode(sequence, add_special_tokens=False).ids for sequence in CORPUS]
     assert found.total == sum(map(len, ids))
+
+
+def test_text_that_utf_8_cannot_encode_is_refused_with_its_position() -> None:
+    with pytest.raises(RecipeError, match="half of a surrogate pair in the sequence at position 1"):
+        list(counting.batches(["a", "\ud800 a"]))

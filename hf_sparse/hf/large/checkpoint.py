@@ -29,6 +29,7 @@ from ...pruning.patterns import Structure
 from ...pruning.pruner import Pruner
 from ...pruning.selection import Owl
 from ...utils.atomic_io import read_json, write_text
+from ...utils.validation import check_batches
 from ..conversion.convert import SHARD_SIZE, copy_small, shard_limit
 from ..quantization.config import SparseConfig
 from ..quantization.saving import staged
@@ -86,7 +87,10 @@ def sparsify_checkpoint(
     limit, files = shard_limit(max_shard_size), source_files(source)
     if output.exists() and os.path.samefile(source, output):
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
+    check_batches(batches)
     device, batches = torch.device(device), list(batches)
+    if not batches:
+        raise RecipeError("sparsify_checkpoint goes from block to block with data, and `batches` is empty")
     with opened(files) as shards, torch.no_grad():
         dtype = dtype or _compute_dtype(shards, device)
         lazy = LazyModel(source, shards, dtype, device)
