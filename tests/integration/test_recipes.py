@@ -283,7 +283,7 @@ CAUSAL = [path for path in sorted(SHIPPED.glob("*.yaml")) if "task: causal-lm" i
 SENTENCES = [
     path
     for path in sorted(SHIPPED.glob("*.yaml"))
-    if {"task: embedding", "task: reranking"} & set(map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+    if any(f"task: {task}" in path.read_text(encoding="utf-8") for task in ("embedding", "reranking"))
 ]
 WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL, *SENTENCES)]
 
