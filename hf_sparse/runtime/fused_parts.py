@@ -7,7 +7,7 @@ each call, so looking is cheap: a dictionary entry per path, and a few attribute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -40,7 +40,7 @@ class FusedParts:
                 owner = child
         # The dictionaries themselves: copies and pickles of the model keep them together with the modules.
         self.links = tuple(links.values())
-        self.states = tuple((child, child._forward_hooks, child._forward_pre_hooks) for _, _, child in self.links)
+        self.modules = tuple(child for _, _, child in self.links)
         self.functions: tuple[tuple[nn.Module, str, Callable[..., Any]], ...] = tuple(
             (root.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], _attribute(root, path))
             for path in functions
@@ -54,13 +54,7 @@ class FusedParts:
         for owner, name, function in self.functions:
             if getattr(owner, name, None) is not function:
                 return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return False
-        # `is_observed`, without a call per module: it is done for each block in each step of decoding.
-        for module, hooks, pre_hooks in self.states:
-            if "forward" in module.__dict__ or ((hooks or pre_hooks) and not _only_guards(hooks, pre_hooks)):
-                return False
-        return True
+        return not any_observed(self.modules)
 
 
 def any_observed(modules: Iterable[nn.Module]) -> bool:
@@ -75,11 +69,10 @@ def is_observed(module: nn.Module) -> bool:
 
     The hook that keeps zeros in training does not count.
     """
-    return "forward" in module.__dict__ or not _only_guards(module._forward_hooks, module._forward_pre_hooks)
-
-
-def _only_guards(*hooks: Mapping[int, Callable[..., Any]]) -> bool:
-    return all(is_guard(hook) for each in hooks for hook in each.values())
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if hooks and not all(map(is_guard, hooks.values())):
+            return True
+    return "forward" in module.__dict__
 
 
 def child(module: Any, path: str) -> Any:
