@@ -23,7 +23,8 @@ class Headless(Swapped):
         return hidden_states[..., :0], None
 
 
-def _resize(core: nn.Module, heads: Heads) -> None:
+def resize(core: nn.Module, heads: Heads) -> None:
+    """Let a self-attention state how many heads it has; without any it gives zero features."""
     module: Any = core
     kept = heads.kept
     module.num_attention_heads = len(kept)
@@ -43,7 +44,7 @@ BERT = Family(
             output="output.dense",
             core="self",
             head_size="attention_head_size",
-            resize=_resize,
+            resize=resize,
             heads_alike=True,
             cross_cores=frozenset(f"{name}CrossAttention" for name in _NAMES),
             fusion=AttentionFusion(
