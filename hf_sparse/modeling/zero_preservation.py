@@ -68,10 +68,28 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
         if guard is not None:
             guard.disarm()
             _guarded.discard(layer)
-            for key in [key for key, hook in layer._forward_pre_hooks.items() if is_guard(hook)]:
-                del layer._forward_pre_hooks[key]
+            _remove_hook(layer)
     if not _guarded:
         _step_hooks.remove()
+
+
+def suspend_guards(layers: Iterable[nn.Module]) -> None:
+    """Take the forward hook off guarded layers that have no weight to train for a while: it costs time in each call."""
+    for layer in layers:
+        if keeps_zeros(layer):
+            _remove_hook(layer)
+
+
+def resume_guards(layers: Iterable[nn.Module]) -> None:
+    """Put the forward hook back on guarded layers."""
+    for layer in layers:
+        if keeps_zeros(layer) and not any(map(is_guard, layer._forward_pre_hooks.values())):
+            layer.register_forward_pre_hook(_arm)
+
+
+def _remove_hook(layer: nn.Module) -> None:
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if is_guard(hook)]:
+        del layer._forward_pre_hooks[key]
 
 
 def keeps_zeros(layer: nn.Module) -> bool:

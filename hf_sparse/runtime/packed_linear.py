@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendError
 from ..modeling.layer_matching import BACK, InRuntimeForm
+from ..modeling.zero_preservation import resume_guards, suspend_guards
 from .joint import Joint
 from .packed_weight import Packed, exact_names, operand_names
 
@@ -50,8 +51,8 @@ class PackedLinear(InRuntimeForm, nn.Module):
         owner: Any = self if self.joint is None else self.joint.layers[0]
         height = self.out_features if self.joint is None else self.joint.out_features
         buffers = owner._buffers  # attribute look-up of a buffer takes as long as a small matmul
-        operands = tuple([buffers[name] for name in owner.operand_names])
-        exact = tuple([buffers[name] for name in owner.exact_names])
+        operands = tuple(map(buffers.__getitem__, owner.operand_names))
+        exact = tuple(map(buffers.__getitem__, owner.exact_names)) if owner.exact_names else ()
         negative = buffers["packed_negative"]
         return Packed(owner.kernel, owner.rows, height, self.in_features, operands, negative, exact, owner.exact_rows)
 
@@ -155,6 +156,7 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
             layer.__class__ = PackedLinear  # type: ignore[assignment]
         for layer in layers:
             del layer._parameters["weight"]
+        suspend_guards(layers)
     except BaseException:
         _restore(layers, weights)
         raise
@@ -180,6 +182,7 @@ def _restore(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter]) -> No
         vars(layer)["_parameters"] = {name: parameters[name] for name in vars(layer).get("order", parameters)}
     for layer in layers:
         layer.__class__ = nn.Linear
+    resume_guards(layers)
     for layer in layers:
         state = vars(layer)
         for name in (*state.get("operand_names", ()), "packed_negative", *state.get("exact_names", ())):

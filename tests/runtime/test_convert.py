@@ -116,6 +116,29 @@ def test_trains_again_after_the_way_back() -> None:
     assert not weight.grad[zeros].any(), "the zeros of a pruned model stay zeros in training"
 
 
+@pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],  # noqa: S301 (our own)
+    ids=["copy", "pickle"],
+)
+def test_the_hook_that_keeps_zeros_costs_nothing_in_runtime_form_and_returns(how: Any) -> None:
+    model = sparse("bert")
+    guarded = [layer for layer in model.modules() if layer._forward_pre_hooks]
+    assert guarded
+    to_runtime(model, "cpu")
+    assert not any(layer._forward_pre_hooks for layer in guarded if is_runtime(layer))
+    copied = how(model)
+    to_dense_runtime(copied)
+    copied.train()
+    weight = copied.bert.encoder.layer[0].intermediate.dense.weight
+    zeros = weight == 0
+    copied(**batch("bert")).loss.backward()
+    assert weight.grad.abs().sum() > 0
+    assert not weight.grad[zeros].any()
+    to_dense_runtime(model)
+    assert all(len(layer._forward_pre_hooks) == 1 for layer in guarded)
+
+
 def test_feed_forward_parts_and_attention_inputs_are_taken_whole() -> None:
     found = kernels_of(to_runtime(sparse("bert"), "cpu"))
     layer = "bert.encoder.layer.0"
