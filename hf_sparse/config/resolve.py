@@ -6,7 +6,16 @@ import dataclasses
 from typing import Any
 
 from ..registry import Registry, Spec
-from .sparsity import PATTERNS, RECONSTRUCTIONS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from .sparsity import (
+    COMPRESSIONS,
+    PATTERNS,
+    RECONSTRUCTIONS,
+    SCHEDULES,
+    SCORERS,
+    SELECTIONS,
+    GroupConfig,
+    SparsityConfig,
+)
 
 
 def resolved(config: SparsityConfig) -> dict[str, Any]:
@@ -25,14 +34,15 @@ def resolved_group(group: GroupConfig) -> dict[str, Any]:
     """Return one group in plain YAML types, see `resolved`."""
     out: dict[str, Any] = {}
     registries = {"scorer": SCORERS, "pattern": PATTERNS, "selection": SELECTIONS, "schedule": SCHEDULES}
-    registries["reconstruction"] = RECONSTRUCTIONS
+    registries |= {"reconstruction": RECONSTRUCTIONS, "compress": COMPRESSIONS}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if field.name in ("target_modules", "exclude_modules"):
             if value is not None:  # an alternative spelling: left out where it is not used
                 out[field.name] = value.plain()
             continue
-        if field.name == "reconstruction" and value is None:  # left out, so that runs of earlier versions compare equal
+        # Left out, so that runs of earlier versions compare equal.
+        if field.name in ("reconstruction", "compress") and value is None:
             continue
         if field.name in registries and value is not None:
             value = _resolved_entry(registries[field.name], value)

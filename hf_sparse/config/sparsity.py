@@ -24,7 +24,8 @@ PATTERNS: Registry[Any] = Registry("pattern")
 SELECTIONS: Registry[Any] = Registry("selection")
 SCHEDULES: Registry[Any] = Registry("schedule")
 RECONSTRUCTIONS: Registry[Any] = Registry("reconstruction")
-"""The five registries are declared here, on the lowest floor, and filled by the floor above."""
+COMPRESSIONS: Registry[Any] = Registry("compression")
+"""The six registries are declared here, on the lowest floor, and filled by the floor above."""
 
 
 def _as_globs(value: Any, key: str) -> tuple[str, ...] | None:
@@ -65,6 +66,8 @@ class GroupConfig:
             with a value) decides.
         schedule: sparsity over training ("constant", "linear", "cubic", "stepwise").
         reconstruction: in one shot, how the weights that are kept make up for the others ("cg"); None = they stay.
+        compress: another form of the layers: `{"name": "hashed", "ratio": 1/8}` in place of a sparse weight,
+            `{"name": "low_rank", "rank": 16}` in its place, or with a sparsity beside it; None = a plain weight.
 
     Raises:
         RecipeError: for a sparsity outside [0, 1) or below where its schedule starts, an unknown name or option.
@@ -85,6 +88,7 @@ class GroupConfig:
     target_modules: Sequence[str] | str | ModuleNames | None = None
     exclude_modules: Sequence[str] | str | ModuleNames | None = None
     reconstruction: Spec | None = None
+    compress: Spec | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _as_globs(self.targets, "targets"))
@@ -97,15 +101,39 @@ class GroupConfig:
             raise RecipeError(
                 f"give `targets` or `target_modules`, not both: got {self.targets} and {self.target_modules}"
             )
-        for key in ("scorer", "pattern", "schedule", "selection", "reconstruction"):
+        for key in ("scorer", "pattern", "schedule", "selection", "reconstruction", "compress"):
             object.__setattr__(self, key, _plain(getattr(self, key)))
         SCORERS.build(self.scorer)
+        if self.compress is not None:
+            COMPRESSIONS.build(self.compress)
+        if not self.prunes:
+            self._check_unpruned()
+            return
         if self.reconstruction is not None:
             RECONSTRUCTIONS.build(self.reconstruction)
         selection = None if self.selection is None else SELECTIONS.build(self.selection)
         fixed = PATTERNS.build(self.pattern).fixed_sparsity
         self._check_sparsity(fixed, selection is not None and selection.decides_sparsity)
         self._check_schedule(self.sparsity if self.sparsity is not None else fixed)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the layers keep a sparse weight; False where `compress` puts something else in its place."""
+        fixed = PATTERNS.build(self.pattern).fixed_sparsity
+        return self.compress is None or self.sparsity is not None or fixed is not None
+
+    def _check_unpruned(self) -> None:
+        """Refuse what is said of a sparse weight where there is none."""
+        given = [key for key in ("scorer", "pattern", "selection", "schedule", "reconstruction") if self._changed(key)]
+        if given:
+            raise RecipeError(
+                f"`compress` without a sparsity puts another form in the place of the weight, so `{given[0]}` has no "
+                "meaning: leave it out, or give a sparsity"
+            )
+
+    def _changed(self, key: str) -> bool:
+        default = type(self).__dataclass_fields__[key].default
+        return bool(getattr(self, key) != default)
 
     @property
     def target_names(self) -> tuple[NamePattern, ...] | None:
@@ -189,7 +217,7 @@ class SparsityConfig:
         Traceback (most recent call last):
             ...
         hf_sparse.errors.RecipeError: a group has no key 'scoer'; did you mean 'scorer'? Known keys: targets, exclude, \
-scorer, pattern, selection, sparsity, schedule, target_modules, exclude_modules, reconstruction.
+scorer, pattern, selection, sparsity, schedule, target_modules, exclude_modules, reconstruction, compress.
     """
 
     groups: tuple[GroupConfig, ...]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..utils.text import kind_of_name
+from .forms.low_rank import LowRankPart
 from .layer_kinds import is_matrix_layer, stored_shape
 from .ownership import count_owners
 
@@ -164,7 +165,7 @@ def block_coverage(model: nn.Module, names: Collection[str]) -> Coverage:
 
 def _matrices(name: str, module: nn.Module, owners: Counter[int]) -> Iterator[tuple[str | None, Tensor]]:
     """Yield the weights that a module itself holds, each with its kind unless it is that of a linear layer."""
-    if isinstance(module, nn.Embedding) or ".parametrizations" in name:
+    if isinstance(module, (nn.Embedding, LowRankPart)) or ".parametrizations" in name:
         return
     if parametrize.is_parametrized(module, "weight"):
         yield None, module.weight  # type: ignore[misc]

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError, SparsityError
 from ..modeling.zero_preservation import keeps_zeros
+from .compressions import Compression, FormGroup, bind_beside
 from .masked_weight import check_free, hidden
 from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
@@ -33,6 +34,7 @@ class PruningGroup:
 
     Attributes:
         units: the weights, with masks while `attached`.
+        compression: that goes beside the sparse weights.
         progress: of the training at the last renewal.
         suspicious: a gradient since the last renewal was not finite.
     """
@@ -44,6 +46,7 @@ class PruningGroup:
     schedule: Schedule
     sparsity: float
     units: list[Unit]
+    compression: Compression | None = None
     progress: float = 0.0
     attached: bool = False
     suspicious: bool = False
@@ -88,13 +91,14 @@ class PruningGroup:
     def by_blocks(self) -> bool:
         """Whether it looks at the inputs of layers, so that it is pruned in one shot, block by block."""
         wants = self.scorer.source == "inputs" or self.selection.needs_inputs
-        return wants or self.config.reconstruction is not None
+        return wants or self.config.reconstruction is not None or self.compression is not None
 
     def check_renewable(self) -> None:
         """Raise `RecipeError` if the masks cannot be renewed in training."""
         if self.by_blocks:
             name = f"scorer '{self.scorer.name}'" if self.scorer.source == "inputs" else ""
-            name = name or (f"selection '{self.selection.name}'" if self.selection.needs_inputs else "a reconstruction")
+            name = name or (f"selection '{self.selection.name}'" if self.selection.needs_inputs else "")
+            name = name or ("a reconstruction" if self.compression is None else f"'{self.compression.name}'")
             raise RecipeError(
                 f"{name} looks at the inputs of layers and prunes in one shot, block by block, so no masks are "
                 "renewed in training. Call hf_sparse.sparsify(model, config, batches) before; training keeps the zeros"
@@ -218,7 +222,9 @@ def bind_group(model: nn.Module, config: GroupConfig) -> PruningGroup:
     selection.prepare_units(units, pattern)
     # A selection with a value has no sparsity of its own: its schedule runs from 0 to all of that value.
     final = 1.0 if sparsity is None else float(sparsity)
-    return PruningGroup(config, scorer, pattern, selection, SCHEDULES.build(config.schedule), final, units)
+    layers = {member.layer_name: member.module for unit in units for member in unit.members}
+    compression = bind_beside(config, pattern, layers)
+    return PruningGroup(config, scorer, pattern, selection, SCHEDULES.build(config.schedule), final, units, compression)
 
 
 def warn_of_freed_zeros(groups: Sequence[PruningGroup]) -> None:
@@ -259,7 +265,7 @@ def warn_of_rounding(groups: Sequence[PruningGroup]) -> None:
             )
 
 
-def check_disjoint(groups: Sequence[PruningGroup]) -> None:
+def check_disjoint(groups: Sequence[PruningGroup | FormGroup]) -> None:
     """Raise `RecipeError` if a weight is in two groups."""
     owner: dict[str, int] = {}
     for index, group in enumerate(groups):

@@ -72,12 +72,14 @@ def sparsify(
                 "'magnitude', which needs none"
             )
     _check_blockwise(pruner, batches)
-    if batches is not None and all(group.scorer.source == "weights" and not group.by_blocks for group in pruner.groups):
+    fitted = any(form.compression.needs_inputs for form in pruner.forms)
+    blind = all(group.scorer.source == "weights" and not group.by_blocks for group in pruner.groups)
+    if batches is not None and blind and not fitted:
         raise RecipeError(
             "there are batches, but no scorer looks at data: wanda, sparsegpt, gradient, taylor and head_importance do"
         )
     alive = _alive_before(pruner)
-    if any(group.by_blocks for group in pruner.groups):
+    if fitted or any(group.by_blocks for group in pruner.groups):
         assert batches is not None
         _check_left(pruner, alive)
         prune_blockwise(pruner, batches, on_layer=on_layer)
@@ -99,8 +101,19 @@ def sparsify(
 
 def _check_blockwise(pruner: Pruner, batches: object) -> None:
     """Raise `RecipeError` for what only calibration data makes possible, without any."""
+    for form in pruner.forms:
+        if form.compression.needs_inputs and batches is None:
+            raise RecipeError(
+                f"compression '{form.compression.name}' is fitted to the inputs of layers. Give sparsify some batches "
+                "(hf-sparse prune: --data)"
+            )
     for group in pruner.groups:
         if group.by_blocks and batches is None:
+            if group.compression is not None:
+                raise RecipeError(
+                    f"compression '{group.compression.name}' looks at the inputs of layers. Give sparsify some batches "
+                    "(hf-sparse prune: --data), or leave it out"
+                )
             part = "a reconstruction" if group.config.reconstruction is not None else f"'{group.selection.name}'"
             raise RecipeError(
                 f"{part} looks at the inputs of layers. Give sparsify some batches (hf-sparse prune: --data), or leave "

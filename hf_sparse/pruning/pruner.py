@@ -20,12 +20,14 @@ from ..utils.text import shorten
 from ..utils.validation import check_batches, check_integer, is_number
 from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
+from .compressions import bind_forms
 from .group import bind_group, check_disjoint, check_shards, warn_of_rounding
 from .masked_weight import hidden
 from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
 from .summary import Summary, summarize
+from .training_logs import training_logs
 from .unit import Unit
 
 logger = logging.getLogger(__name__)
@@ -66,8 +68,9 @@ class Pruner:
         check_model(model)
         self.model = model
         self.config = SparsityConfig.of(config)
-        self.groups = [bind_group(model, group) for group in self.config.groups]
-        check_disjoint(self.groups)
+        self.groups = [bind_group(model, group) for group in self.config.groups if group.prunes]
+        self.forms = bind_forms(model, self.config.groups)
+        check_disjoint([*self.groups, *self.forms])
         self.attached = False
         self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
         self.progress = 0.0  # of the last `step`
@@ -84,6 +87,8 @@ class Pruner:
         """
         for group in self.groups:
             group.check_renewable()
+        for form in self.forms:
+            form.check_renewable()
         self._refuse_tied()
         self.put_masks()
         self.mark()
@@ -133,6 +138,8 @@ class Pruner:
         if any(group.config.target_names is None and not isinstance(group.pattern, Structure) for group in self.groups):
             warn_of_missed(self.model, names)
         warn_of_rounding(self.groups)
+        for form in self.forms:
+            form.replace(self.model)
         integration_of(self.model).after_attach(self.model, self.config)
 
     @torch.no_grad()
@@ -316,25 +323,7 @@ class Pruner:
             SparsityError: before `attach`.
         """
         self._must_be_attached()
-        out: dict[str, float] = {}
-        zeros = total = 0
-        for index, group in enumerate(self.groups):
-            tail = f"_{index}" if len(self.groups) > 1 else ""
-            masks = [member.masked.mask for unit in group.units for member in unit.members]
-            size = sum(mask.numel() for mask in masks)
-            removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
-            zeros, total = zeros + removed, total + size
-            if tail:
-                out[f"sparsity{tail}"] = removed / size
-            for key, value in (group.scorer.logs(group.selection.threshold) | group.selection.logs()).items():
-                out[key + tail] = value
-            if group.scores:
-                squares = sum(float(score.detach().double().square().sum()) for score in group.scores)
-                out[f"score_norm{tail}"] = squares**0.5
-            if group.scorer.penalized:
-                with torch.no_grad():
-                    out[f"penalty{tail}"] = float(group.scorer.penalty(group.scores))
-        return {"sparsity": zeros / total, **out}
+        return training_logs(self.groups)
 
     # The same methods under the names that torch and accelerate have for such things.
     verify_sparsity, finalize, calibrate = finish, bake, measure

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.sparsity import SCORERS, SELECTIONS, GroupConfig, SparsityConfig
+from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
 from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
@@ -74,7 +74,8 @@ def looks_at_inputs(config: GroupConfig) -> bool:
     """Return whether a group looks at the inputs of layers, for which a text without labels is enough."""
     selection = None if config.selection is None else SELECTIONS.build(config.selection)
     wants = SCORERS.build(config.scorer).source == "inputs" or (selection is not None and selection.needs_inputs)
-    return wants or config.reconstruction is not None
+    compress = None if config.compress is None else COMPRESSIONS.build(config.compress)
+    return wants or config.reconstruction is not None or (compress is not None and compress.needs_inputs)
 
 
 @contextlib.contextmanager

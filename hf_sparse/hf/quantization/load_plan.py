@@ -23,12 +23,14 @@ from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
 from ...formats.codecs import decode, layout
+from ...formats.layer_forms import FORMS_KEY, LayerForms
 from ...formats.manifest import Manifest, TensorEntry
 from ...formats.model_folder import check_one_folder, weight_files
 from ...formats.safetensors_io import MANIFEST_KEY, check_files, read_header
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY, Edits
 from ...pruning.compaction import apply_edits
+from ...pruning.compressions.saved_forms import apply_forms
 from ...runtime.lazy_weights import can_be_lazy, lazy_weight
 from ...utils.atomic_io import finish_replacing
 from .key_names import InMemory, names_in_memory
@@ -169,9 +171,11 @@ class LoadPlan:
         return None if manifest is None else cls(manifest, tuple(files))
 
     def shape_model(self, model: PreTrainedModel) -> None:
-        """Give a model that was built from its config the shapes of a compacted checkpoint."""
+        """Give a model that was built from its config the shapes and the layers of the checkpoint."""
         if EDITS_KEY in self.manifest.extra:
             apply_edits(model, Edits.from_dict(self.manifest.extra[EDITS_KEY]), model.base_model_prefix)
+        if FORMS_KEY in self.manifest.extra:
+            apply_forms(model, LayerForms.from_dict(self.manifest.extra[FORMS_KEY]), model.base_model_prefix)
 
     def load(self, original: Callable[..., Any], model: PreTrainedModel, given: Any, load: Any, lazy: bool) -> Any:
         """Call `PreTrainedModel._load_pretrained_model` with the decoded tensors.

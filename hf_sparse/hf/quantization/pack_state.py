@@ -20,11 +20,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ...errors import RecipeError
 from ...formats.codecs import SUFFIXES, encode
 from ...formats.codecs.base import pack_bits
+from ...formats.layer_forms import FORMS_KEY
 from ...formats.manifest import Manifest, TensorEntry
 from ...formats.structure import EDITS_KEY
 from ...modeling.model_state import sparse_weights
 from ...modeling.ownership import names_of
 from ...pruning.compaction import edits_of
+from ...pruning.compressions.saved_forms import forms_of
 from ...pruning.state_fields import state_suffixes
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
@@ -79,6 +81,8 @@ def pack_state(
             targets.append(key)
     edits = edits_of(model)
     extra = {EDITS_KEY: edits.to_dict()} if edits else {}
+    if forms := forms_of(model):
+        extra[FORMS_KEY] = forms.to_dict()
     return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
 
 

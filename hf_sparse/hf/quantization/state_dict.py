@@ -21,11 +21,13 @@ from transformers import PreTrainedModel, Trainer
 
 from ...errors import CheckpointError
 from ...formats.codecs import SUFFIXES, decode, layout
+from ...formats.layer_forms import FORMS_KEY
 from ...formats.manifest import Manifest
 from ...formats.model_folder import weight_files
 from ...formats.sharding import opened
 from ...formats.structure import EDITS_KEY
 from ...pruning.compaction import edits_of
+from ...pruning.compressions.saved_forms import forms_of
 from ...utils.atomic_io import finish_replacing
 from .. import patches
 from .key_names import as_in_memory
@@ -209,4 +211,9 @@ def _check_structure(model: nn.Module, manifest: Manifest) -> None:
         raise CheckpointError(
             "the checkpoint and the model have not lost the same heads and neurons, so their weights differ in shape. "
             "Load the checkpoint with from_pretrained"
+        )
+    if (manifest.extra.get(FORMS_KEY) or {}) != forms_of(model).to_dict():
+        raise CheckpointError(
+            "the layers of the checkpoint and of the model do not have the same forms (hashed, low rank), so their "
+            "tensors differ. Load the checkpoint with from_pretrained"
         )

@@ -43,7 +43,7 @@ def check_schedule(group: PruningGroup, steps: int) -> None:
 
 def check_best_model(pruner: Pruner, args: TrainingArguments, state: TrainerState) -> None:
     """Raise `RecipeError` if no evaluation happens at the final sparsity, so that no best model could be chosen."""
-    end = max(group.schedule.end for group in pruner.groups)
+    end = max((group.schedule.end for group in pruner.groups), default=0.0)
     by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
     # transformers evaluates after the very last step whatever the interval is, but never before eval_delay.
     if args.eval_delay > (state.max_steps if by_steps else state.num_train_epochs):

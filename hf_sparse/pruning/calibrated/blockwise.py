@@ -19,7 +19,7 @@ from ..pruner import Pruner
 from ..scorers import InputScorer
 from ..selection import Owl
 from .outliers import outlier_shares
-from .tasks import OnLayer, prune_block, tasks_of
+from .tasks import AnyTask, OnLayer, form_tasks, prune_block, tasks_of
 from .walk import Walk
 
 
@@ -46,15 +46,17 @@ def prune_blockwise(
     for group in pruner.groups:
         group.check_free()
     batches = list(batches)
-    walk = Walk(pruner.model, batches, [name for group in pruner.groups for name in group.layers], spill)
+    formed = form_tasks(pruner.model, pruner.forms)
+    walk = Walk(pruner.model, batches, [*(name for group in pruner.groups for name in group.layers), *formed], spill)
     with evaluating(pruner.model):
         prepare_outliers(pruner.groups, walk)
         tasks = tasks_of(pruner.groups, masks_of(pruner, batches))
         layers = [task.layer for task in tasks.values()]
         free_zeros(layers)
+        every: dict[str, AnyTask] = {**tasks, **formed}
         steps = tqdm(walk.steps(), desc="Pruning block by block", total=walk.count, disable=None)
         for step in steps:
-            prune_block(step, tasks, on_layer)
+            prune_block(step, every, on_layer)
             step.advance()
     keep_zeros(layers)
 

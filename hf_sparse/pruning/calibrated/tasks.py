@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config.sparsity import RECONSTRUCTIONS
 from ...errors import SparsityError
 from ...modeling.layer_kinds import MatrixLayer, oriented
+from ..compressions import Compression, FormGroup
 from ..group import PruningGroup
 from ..patterns import Transposed
 from ..scorers import Choice, InputScorer, Scorer
@@ -47,6 +48,7 @@ class Task:
     Args:
         mask: which entries stay, as the weight is stored, if that is known before its block is reached; else `scorer`
             and `choice` decide.
+        compression: that goes beside the weight.
     """
 
     member: Member
@@ -54,6 +56,7 @@ class Task:
     choice: Choice | None
     mask: Tensor | None
     reconstruction: Reconstruction | None
+    compression: Compression | None = None
 
     @property
     def layer(self) -> MatrixLayer:
@@ -63,7 +66,9 @@ class Task:
     @property
     def needs_products(self) -> bool:
         """Whether the products of its inputs are needed."""
-        return self.reconstruction is not None or (self.scorer is not None and self.scorer.needs_products)
+        if self.compression is not None or self.reconstruction is not None:
+            return True
+        return self.scorer is not None and self.scorer.needs_products
 
     def apply(self, inputs: InputStatistics) -> LayerUpdate:
         """Prune the weight in place."""
@@ -80,20 +85,59 @@ class Task:
         new = new.masked_fill(~kept, 0.0)
         if self.reconstruction is not None:
             new = self.reconstruction.fit(new, kept, dense, inputs).masked_fill_(~kept, 0.0)
-        update = self._update(dense, new, kept, inputs)  # before the copy, which may be into the tensor `dense` itself
+        added = None
+        if self.compression is not None:
+            added = self.compression.add_fitted(self.layer, dense - new, inputs.hessian())
+        # Before the copy, which may be into the tensor `dense` itself.
+        update = self._update(dense, new, kept, added, inputs)
         weight.copy_(new)
         return update
 
-    def _update(self, dense: Tensor, new: Tensor, kept: Tensor, inputs: InputStatistics) -> LayerUpdate:
+    def _update(
+        self, dense: Tensor, new: Tensor, kept: Tensor, added: Tensor | None, inputs: InputStatistics
+    ) -> LayerUpdate:
         norm = float(torch.linalg.vector_norm(dense)) or 1.0
         change = float(torch.linalg.vector_norm((new - dense).masked_fill_(~kept, 0.0))) / norm
         error = None
         if self.needs_products:
-            hessian = inputs.hessian()
-            whole = float(((dense @ hessian) * dense).sum())
-            error = float((((new - dense) @ hessian) * (new - dense)).sum()) / whole if whole else 0.0
+            error = output_error(dense, new if added is None else new + added, inputs)
         zeros = new.numel() - int(torch.count_nonzero(new))
         return LayerUpdate(self.member.layer_name, zeros / max(1, new.numel()), change, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class FormTask:
+    """One layer that gets another form in the place of its weight.
+
+    Args:
+        model: that the layer is in.
+        name: of the layer.
+    """
+
+    model: nn.Module
+    name: str
+    layer: MatrixLayer
+    compression: Compression
+    needs_products: bool = True
+
+    def apply(self, inputs: InputStatistics) -> LayerUpdate:
+        """Replace the layer."""
+        weight = oriented(self.layer, self.layer.weight.data)
+        dense = weight.to(compute_type(weight))
+        new = self.compression.replace_fitted(self.model, self.name, self.layer, inputs.hessian())
+        norm = float(torch.linalg.vector_norm(dense)) or 1.0
+        change = float(torch.linalg.vector_norm(new - dense)) / norm
+        return LayerUpdate(self.name, 0.0, change, output_error(dense, new, inputs))
+
+
+AnyTask = Task | FormTask
+
+
+def output_error(dense: Tensor, new: Tensor, inputs: InputStatistics) -> float:
+    """Return `‖(W - W_dense) X‖² / ‖W_dense X‖²`."""
+    hessian, change = inputs.hessian(), new - dense
+    whole = float(((dense @ hessian) * dense).sum())
+    return float(((change @ hessian) * change).sum()) / whole if whole else 0.0
 
 
 class EntryScores(InputScorer):
@@ -125,8 +169,19 @@ def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dic
                     scorer = group.scorer if isinstance(group.scorer, InputScorer) else EntryScores(group.scorer)
                     choice = Choice(pattern, group.selection, sparsity)
                 name = member.layer_name
-                tasks[name] = Task(member, scorer, choice, masks.get(name), reconstruction)
+                compression = group.compression
+                tasks[name] = Task(member, scorer, choice, masks.get(name), reconstruction, compression)
     return tasks
+
+
+def form_tasks(model: nn.Module, groups: Sequence[FormGroup]) -> dict[str, FormTask]:
+    """Return the tasks of the layers that get another form, fitted to their inputs, by name."""
+    return {
+        name: FormTask(model, name, layer, group.compression)
+        for group in groups
+        if group.compression.needs_inputs
+        for name, layer in group.layers.items()
+    }
 
 
 def inside(step: Step, names: Mapping[str, object]) -> list[str]:
@@ -145,7 +200,7 @@ def observe(step: Step, layers: Mapping[str, MatrixLayer], with_products: Sequen
     return observer
 
 
-def prune_block(step: Step, tasks: Mapping[str, Task], on_layer: OnLayer | None) -> None:
+def prune_block(step: Step, tasks: Mapping[str, AnyTask], on_layer: OnLayer | None) -> None:
     """Observe the layers of one block, and prune them."""
     found = {name: tasks[name] for name in inside(step, tasks)}
     if not found:

@@ -1,0 +1,58 @@
+"""What a layer form is: another way to hold the matrix of a layer, and how a saved model is built with it.
+
+A form that replaces the matrix is a module of its own; one that adds to it is a child of the layer. Which layers have
+which form is a fact of the model, found by looking at its modules, and written into the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..layer_kinds import is_matrix_layer, matrix_shape
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form.
+
+    Args:
+        name: in files.
+        facts: names of the integers that a file has of a layer, beside `rows` and `columns`.
+        read: returns these integers of a module, with `rows` and `columns`; None if it is not of this form.
+        build: puts an empty layer of this form in the place of a plain one, and returns it; raises `CheckpointError`
+            for facts that cannot be.
+    """
+
+    name: str
+    facts: tuple[str, ...]
+    read: Callable[[nn.Module], dict[str, int] | None]
+    build: Callable[[nn.Module, Mapping[str, int]], nn.Module]
+
+
+FORMS: dict[str, Form] = {}
+
+
+def register_form(form: Form) -> None:
+    """Let layers of a form be saved and loaded."""
+    FORMS[form.name] = form
+
+
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of another, under every name that the other has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = layer
+    layer.train(old.training)
+
+
+def size_of(layer: nn.Module) -> tuple[int, int]:
+    """Return outputs and inputs of a linear layer, or entries and features of an embedding."""
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    assert is_matrix_layer(layer)
+    return matrix_shape(layer)

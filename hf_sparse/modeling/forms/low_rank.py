@@ -1,0 +1,145 @@
+"""Layers with two thin matrices: `U V` beside a (sparse) weight, or in its place. They are never multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import CheckpointError
+from ..layer_kinds import is_matrix_layer, matrix_shape
+from .base import Form, register_form
+
+
+class LowRankPart(nn.Module):
+    """`U (V x)`: what a layer adds to its own outputs, as its child `low_rank`.
+
+    Args:
+        down: V, `(rank, in)`, as `lora_A` of PEFT.
+        up: U, `(out, rank)`, as `lora_B`.
+    """
+
+    def __init__(self, down: nn.Parameter, up: nn.Parameter) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added."""
+        return functional.linear(functional.linear(x, self.down), self.up)
+
+
+def _add(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Add the low-rank part: a forward hook, so that the layer stays what it is for masks, kernels and adapters."""
+    added: Tensor = layer.low_rank(args[0])
+    return output + added
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer that is `U (V x) + bias`.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        rank: columns of U and rows of V.
+
+    Example:
+        >>> layer = LowRankLinear(16, 8, rank=2)
+        >>> layer(torch.ones(3, 16)).shape, layer.weight.shape
+        (torch.Size([3, 8]), torch.Size([8, 16]))
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.up = nn.Parameter(torch.empty(out_features, rank, **place))
+        self.bias = nn.Parameter(torch.zeros(out_features, **place)) if bias else None
+        for part in (self.down, self.up):
+            nn.init.kaiming_uniform_(part, a=5**0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, a dense copy."""
+        return self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `U (V x) + bias`."""
+        return functional.linear(functional.linear(x, self.down), self.up, self.bias)
+
+    def extra_repr(self) -> str:
+        """Return sizes for `print`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.down.shape[0]}"
+
+
+def is_low_rank(layer: nn.Module) -> bool:
+    """Return whether a layer has a low-rank part beside its weight."""
+    return isinstance(layer._modules.get("low_rank"), LowRankPart)
+
+
+def add_low_rank(layer: nn.Module, down: Tensor, up: Tensor) -> None:
+    """Put a low-rank part beside the weight of a layer, in place; one that is there is replaced.
+
+    Args:
+        down: `(rank, in)`.
+        up: `(out, rank)`.
+    """
+    weight = cast(Tensor, layer.weight)
+    parts = [
+        nn.Parameter(part.to(weight.dtype).contiguous(), requires_grad=weight.requires_grad) for part in (down, up)
+    ]
+    if not is_low_rank(layer):
+        layer.register_forward_hook(_add)
+    layer.low_rank = LowRankPart(*parts)
+
+
+def low_rank_like(layer: nn.Module, rank: int) -> LowRankLinear:
+    """Return a layer of two thin matrices in the place of another, with its bias and random values."""
+    assert is_matrix_layer(layer)
+    rows, columns = matrix_shape(layer)
+    weight = layer.weight
+    new = LowRankLinear(columns, rows, rank, layer.bias is not None, weight.device, weight.dtype)
+    new.bias = layer.bias
+    for part in (new.down, new.up):
+        part.requires_grad_(weight.requires_grad)
+    return new
+
+
+def _read_added(module: nn.Module) -> dict[str, int] | None:
+    part = module._modules.get("low_rank")
+    if not isinstance(part, LowRankPart):
+        return None
+    return {"rows": part.up.shape[0], "columns": part.down.shape[1], "rank": part.down.shape[0]}
+
+
+def _build_added(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
+    rank, weight = _rank(layer, facts), cast(Tensor, layer.weight)
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    add_low_rank(layer, torch.empty(rank, facts["columns"], **place), torch.empty(facts["rows"], rank, **place))
+    return layer
+
+
+def _read_alone(module: nn.Module) -> dict[str, int] | None:
+    if not isinstance(module, LowRankLinear):
+        return None
+    return {"rows": module.out_features, "columns": module.in_features, "rank": module.down.shape[0]}
+
+
+def _build_alone(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
+    return low_rank_like(layer, _rank(layer, facts))
+
+
+def _rank(layer: nn.Module, facts: Mapping[str, int]) -> int:
+    if not is_matrix_layer(layer) or not 1 <= facts["rank"] <= min(facts["rows"], facts["columns"]):
+        raise CheckpointError(
+            f"a {type(layer).__name__} of {facts['rows']} x {facts['columns']} cannot have rank {facts['rank']}"
+        )
+    return facts["rank"]
+
+
+register_form(Form("sparse_low_rank", ("rank",), _read_added, _build_added))
+register_form(Form("low_rank", ("rank",), _read_alone, _build_alone))
