@@ -1,4 +1,4 @@
-"""Batches with labels for a saved model, from a file of examples: for what looks at data without training."""
+"""Batches for a saved model, from a file of examples: for what looks at data without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,68 @@ from ..hf.auto import check_length
 from .sections import DataSection
 
 
-class LabelledBatches(Sized):
+def has_labels(model: PreTrainedModel) -> bool:
+    """Return whether a model has a head with labels: for a class or a number of a text, or one that writes a text."""
+    return _writes(model) or type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _writes(model: PreTrainedModel) -> bool:
+    return bool(model.config.is_encoder_decoder) and model.can_generate()
+
+
+class TextBatches(Sized):
+    """Go over texts in order, as keyword arguments of the model without labels, on its device, in each pass.
+
+    Args:
+        model: whatever its head.
+        tokenizer: of the model.
+        rows: examples in the columns of `section`.
+        section: which columns, and how long.
+        batch: examples at once.
+
+    Raises:
+        RecipeError: if batch is below 1, or the model takes fewer tokens than the section keeps.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        section: DataSection,
+        batch: int = 16,
+    ) -> None:
+        if batch < 1:
+            raise RecipeError(f"`batch` must be a positive integer, got {batch}")
+        self.model, self.tokenizer, self.rows, self.section, self.size = model, tokenizer, rows, section, batch
+        check_length(section.max_length, model, tokenizer)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        collate = self._collator()
+        for start in range(0, len(self.rows), self.size):
+            examples = self.rows[start : start + self.size]
+            tokens = self.tokenizer(
+                *(examples[column] for column in self.section.text_columns),
+                truncation=True,
+                max_length=self.section.max_length,
+            )
+            columns = {**tokens, **self._more(examples, start)}
+            count = len(tokens["input_ids"])
+            batch = collate([{key: values[place] for key, values in columns.items()} for place in range(count)])
+            yield {key: value.to(self.model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+
+    def _collator(self) -> Any:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def _more(self, examples: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+        """Return more columns of a batch that begins at a row."""
+        return {}
+
+
+class LabelledBatches(TextBatches):
     """Go over examples in order, as keyword arguments of the model with labels, on its device, in each pass.
 
     Args:
@@ -37,41 +98,20 @@ class LabelledBatches(Sized):
         section: DataSection,
         batch: int = 16,
     ) -> None:
-        if batch < 1:
-            raise RecipeError(f"`batch` must be a positive integer, got {batch}")
-        self.model, self.tokenizer, self.rows, self.section = model, tokenizer, rows, section
-        check_length(section.max_length, model, tokenizer)
-        self.writes = bool(model.config.is_encoder_decoder) and model.can_generate()
-        if not self.writes and not type(model).__name__.endswith("ForSequenceClassification"):
+        super().__init__(model, tokenizer, rows, section, batch)
+        self.writes = _writes(model)
+        if not has_labels(model):
             raise RecipeError(
                 f"{type(model).__name__} gives no class or number for a text, and does not write one as T5 does, so "
                 "there are no labels to measure it by; give a model fine-tuned for the task"
             )
         self.size = 1 if self.writes else batch
 
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.size)
+    def _collator(self) -> Any:
+        return DataCollatorForSeq2Seq(self.tokenizer, self.model) if self.writes else super()._collator()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        collate = (
-            DataCollatorForSeq2Seq(self.tokenizer, self.model)
-            if self.writes
-            else DataCollatorWithPadding(self.tokenizer)
-        )
-        for start in range(0, len(self.rows), self.size):
-            examples = self.rows[start : start + self.size]
-            tokens = self.tokenizer(
-                *(examples[column] for column in self.section.text_columns),
-                truncation=True,
-                max_length=self.section.max_length,
-            )
-            labels = self._labels(examples["labels"], start)
-            features = [
-                {**{key: values[place] for key, values in tokens.items()}, "labels": labels[place]}
-                for place in range(len(labels))
-            ]
-            batch = collate(features)
-            yield {key: value.to(self.model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+    def _more(self, examples: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+        return {"labels": self._labels(examples["labels"], start)}
 
     def _labels(self, values: list[Any], start: int) -> list[Any]:
         if not self.writes:

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
 from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
+from ..hf.embedding.module_files import carry_modules
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
 from ..pruning.summary import Summary, summarize
 from ..utils.atomic_io import read_json, replace_file, write_text
 from ..vocabulary import carry_report
-from .data import load_split
-from .data_loader import LabelledBatches
+from .data import load_split, read_columns
+from .data_loader import LabelledBatches, TextBatches, has_labels
 from .sections import DataSection
 from .texts import Bos, TokenStream, calibration_batches, read_text
 
@@ -110,7 +111,7 @@ def prune(
         output: folder that is written.
         revision: branch, tag or commit on the Hub.
         section: whose training examples are shown to scorers that look at data, where the model is not a causal
-            language model.
+            language model. A model without a head needs no labels for scorers that look at the inputs of layers.
         batch: examples at once.
         text: shown to scorers that look at data, where the model is a causal language model.
 
@@ -128,11 +129,20 @@ def prune(
             if not by_blocks:
                 batches = tqdm([{**each, "labels": each["input_ids"]} for each in batches], desc="Looking")
         elif section is not None:
-            rows = load_split(section, "train")
-            batches = tqdm(LabelledBatches(model, load_tokenizer(name, revision), rows, section, batch), desc="Looking")
+            batches = tqdm(_examples(model, name, revision, section, batch, by_blocks), desc="Looking")
         sparsify(model, config, batches)
     save_model(model, name, output, revision)
     return summarize(model)
+
+
+def _examples(
+    model: PreTrainedModel, name: str, revision: str, section: DataSection, batch: int, by_blocks: bool
+) -> TextBatches:
+    """Return what is shown to scorers; labels are left out where no head of the model reads them."""
+    tokenizer = load_tokenizer(name, revision)
+    if by_blocks and not has_labels(model):
+        return TextBatches(model, tokenizer, read_columns(section, "train", section.text_columns, None), section, batch)
+    return LabelledBatches(model, tokenizer, load_split(section, "train"), section, batch)
 
 
 def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "main") -> str:
@@ -186,7 +196,7 @@ def _carry_over(source: Path, output: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
-    """Save a model that was made of another, with the tokenizer of that one.
+    """Save a model that was made of another, with the tokenizer and the modules of sentence-transformers of that one.
 
     Args:
         name, revision: of the model that it was made of.
@@ -194,6 +204,7 @@ def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str]
     model.save_pretrained(output)
     forget_run(Path(output))
     carry_report(name, output)
+    carry_modules(name, output, revision)
     try:
         load_tokenizer(name, revision).save_pretrained(output)
     except RecipeError as error:

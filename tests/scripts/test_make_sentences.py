@@ -40,8 +40,9 @@ def small(folder: Path) -> Path:
     return folder
 
 
-def written(data: Path, output: Path) -> tuple[list[str], list[str]]:
-    subprocess.run([sys.executable, SCRIPT, "--data", data, "--output", output], check=True, capture_output=True)
+def written(data: Path, output: Path, *more: str) -> tuple[list[str], list[str]]:
+    command: list[str | Path] = [sys.executable, SCRIPT, "--data", data, "--output", output, *more]
+    subprocess.run(command, check=True, capture_output=True)
     found = []
     for name in ("sentences", "held_out"):
         lines = (output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -54,6 +55,16 @@ def test_other_spellings_of_what_is_measured_are_left_out(tmp_path: Path) -> Non
     assert "A sentence of sst2 alone." in sentences
     assert not any("flute" in sentence for sentence in sentences)
     assert "A man is playing a flute." in held_out
+
+
+def test_no_dataset_outweighs_the_others(tmp_path: Path) -> None:
+    data = small(tmp_path / "data")
+    with (data / "sst2" / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"sentence": f"Number {index} of many."}) + "\n" for index in range(50))
+    written(data, tmp_path / "out", "--most", "2")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "sentences.jsonl").read_text("utf-8").splitlines()]
+    sources = [row["source"] for row in rows]
+    assert {name: sources.count(name) for name in script().TRAIN} == dict.fromkeys(script().TRAIN, 2)
 
 
 @pytest.mark.skipif(

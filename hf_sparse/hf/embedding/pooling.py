@@ -57,12 +57,16 @@ class Pooling:
         return embedding
 
 
-def has_modules(source: str) -> bool:
-    """Return whether a folder or a model of the Hub has the modules of sentence-transformers."""
+def has_modules(source: str, revision: str | None = None) -> bool:
+    """Return whether a folder or a model of the Hub has the modules of sentence-transformers.
+
+    Args:
+        revision: branch, tag or commit on the Hub.
+    """
     if not source or Path(source).is_dir():
         return bool(source) and (Path(source) / MODULES).is_file()
     try:
-        return cached_file(source, MODULES, _raise_exceptions_for_missing_entries=False) is not None
+        return cached_file(source, MODULES, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
     except OSError:
         return False
 

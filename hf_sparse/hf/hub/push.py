@@ -27,6 +27,7 @@ from ...formats.safetensors_io import reading
 from ...utils.atomic_io import require_regular
 from ...utils.strict_yaml import dump_yaml
 from .. import patches
+from ..embedding.module_files import module_files
 from .model_card import CARD, card_text, facts_of, read_recipe
 
 logger = logging.get_logger(__name__)
@@ -38,13 +39,6 @@ PUSHED = re.compile(
     r"|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)|recipe\.yaml|README\.md|LICENSE(\.txt|\.md)?"
 )
 """Names of the files that belong to a model."""
-OF_SENTENCES = re.compile(r"modules\.json|(config_)?sentence_(transformers|bert_config)\.json|router_config\.json")
-"""Those that sentence-transformers adds beside them."""
-MODULE = re.compile(r"\d{1,2}_\w{1,60}", re.ASCII)
-OF_MODULES = re.compile(
-    r"config\.json|model\.safetensors|(tokenizer(_config)?|vocab|special_tokens_map)\.json|vocab\.txt"
-)
-"""Folders of its modules, and the files in them."""
 
 TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
 """The error of the HTTP library that the client is built on, which is not the same in all its versions."""
@@ -165,14 +159,7 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
 def _pushed(folder: Path) -> Iterator[Path]:
     """Yield the files of a model, and of the modules of sentence-transformers where it has any."""
     yield from (path for path in folder.iterdir() if PUSHED.fullmatch(path.name))
-    if not (folder / "modules.json").is_file():
-        return
-    yield from (path for path in folder.iterdir() if OF_SENTENCES.fullmatch(path.name))
-    for module in folder.iterdir():
-        if MODULE.fullmatch(module.name):
-            check_link(module)
-            if module.is_dir():
-                yield from (path for path in module.iterdir() if OF_MODULES.fullmatch(path.name))
+    yield from module_files(folder)
 
 
 def _explained(error: BaseException) -> str:
