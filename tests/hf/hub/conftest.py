@@ -6,7 +6,7 @@ import time
 import types
 
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from huggingface_hub.utils._http import close_session
 from transformers.utils import hub as transformers_hub
@@ -26,6 +26,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # the functions of the package are its methods
         monkeypatch.setattr(transformers_hub, "_hf_api", None)  # keeps the first endpoint that it has seen
         close_session()
         yield server
