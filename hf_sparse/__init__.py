@@ -11,6 +11,7 @@ from .formats.structure import Edits
 from .hf import layer_kinds as _layer_kinds  # registers the layers of transformers that are not nn.Linear
 from .hf.conversion.convert import import_checkpoint
 from .hf.large.checkpoint import sparsify_checkpoint
+from .hf.lora import load_lora, save_lora
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
@@ -69,11 +70,13 @@ __all__ = [
     "keep_zeros",
     "last_checkpoint",
     "layer_importance",
+    "load_lora",
     "merged_update",
     "prepare_for_inference",
     "prune_experts",
     "prune_layers",
     "restore_dense",
+    "save_lora",
     "sparsify",
     "sparsify_checkpoint",
     "summarize",

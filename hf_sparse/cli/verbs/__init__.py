@@ -1,5 +1,6 @@
 """Verbs of the command line. A new verb is one file here and one line below."""
 
+from .agree import Agree
 from .bench import Bench
 from .cache_teacher import CacheTeacher
 from .card import Card
@@ -21,6 +22,7 @@ from .train import Train
 from .trim_vocab import TrimVocab
 
 __all__ = [
-    "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Drop", "Export", "HeadImportance",
-    "Inspect", "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train", "TrimVocab",
+    "Agree", "Bench", "CacheTeacher", "Card", "Compact", "Compare", "Convert", "Doctor", "Drop",
+    "Export", "HeadImportance", "Inspect", "Perplexity", "Prune", "Push", "Report", "Run", "Sensitivity", "Train",
+    "TrimVocab",
 ]  # fmt: skip

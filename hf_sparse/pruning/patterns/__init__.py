@@ -2,6 +2,7 @@
 
 from .base import Pattern
 from .block import Block
+from .connectivity import Expander, Radix, RandomFanIn, StaticElement
 from .element import Element
 from .nm import NM
 from .row_column import Column, Row
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "Column",
     "Element",
+    "Expander",
     "Head",
     "HeadNeuron",
     "KVHead",
@@ -22,7 +24,10 @@ __all__ = [
     "Lines",
     "Neuron",
     "Pattern",
+    "Radix",
+    "RandomFanIn",
     "Row",
+    "StaticElement",
     "Structure",
     "Transposed",
 ]

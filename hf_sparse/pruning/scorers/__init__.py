@@ -2,6 +2,7 @@
 
 from .base import GradientScorer, LearnedScorer, Scorer
 from .dynamic import SET, DynamicScorer, RigL
+from .effective_resistance import EffectiveResistance
 from .gradient import Gradient, Taylor
 from .head_importance import HeadImportance
 from .inputs import Choice, InputScorer
@@ -12,6 +13,7 @@ from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 __all__ = [
-    "SET", "Choice", "DynamicScorer", "Gradient", "GradientScorer", "HeadImportance", "InputScorer", "LearnedScorer",
-    "Magnitude", "Movement", "Random", "RigL", "Scorer", "SoftMovement", "SparseGPT", "Taylor", "Wanda",
+    "SET", "Choice", "DynamicScorer", "EffectiveResistance", "Gradient", "GradientScorer", "HeadImportance",
+    "InputScorer", "LearnedScorer", "Magnitude", "Movement", "Random", "RigL", "Scorer",
+    "SoftMovement", "SparseGPT", "Taylor", "Wanda",
 ]  # fmt: skip
