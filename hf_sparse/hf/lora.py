@@ -109,7 +109,9 @@ def _pairs(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[Tens
         down, up = tensors.get(f"{full}.lora_A.weight"), tensors.get(f"{full}.lora_B.weight")
         layer = modules.get(name)
         if down is None or up is None or layer is None or not is_matrix_layer(layer):
-            raise CheckpointError(f"the adapter has tensors for '{name}', which is no linear layer of the model")
+            raise CheckpointError(
+                f"the adapter has tensors for '{name}', and the model has no linear layer of that name"
+            )
         outputs, inputs = matrix_shape(layer)
         if (up.shape, down.shape) != ((outputs, len(down)), (len(down), inputs)):
             raise CheckpointError(
