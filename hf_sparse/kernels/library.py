@@ -84,14 +84,14 @@ class NativeOps:
 
     def linear(self, x: Tensor, weight: AnyWeight, activation: str) -> Tensor:
         """Compute one linear layer and its activation."""
-        x = _readable(x)
+        x = readable(x)
         y = x.new_empty((*x.shape[:-1], weight.out_features))
         structure, _keep = self._structure(weight)
-        return _checked(self._linear(structure, x.data_ptr(), y.data_ptr(), *_tail(x, activation)), y)
+        return checked(self._linear(structure, x.data_ptr(), y.data_ptr(), *_tail(x, activation)), y)
 
     def ffn(self, x: Tensor, weights: Sequence[AnyWeight], activation: str, norm: Norm | None) -> Tensor:
         """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and the output."""
-        x = _readable(x)
+        x = readable(x)
         y = x.new_empty((*x.shape[:-1], weights[-1].out_features))
         kept = [self._structure(weight) for weight in weights]
         normed, _keep = _norm_structure(norm)
@@ -99,7 +99,7 @@ class NativeOps:
             *(kept[0][0], kept[1][0] if len(kept) == 3 else None, kept[-1][0], normed),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
         )
-        return _checked(result, y)
+        return checked(result, y)
 
     def attention(
         self,
@@ -114,7 +114,7 @@ class NativeOps:
 
         With a second weight, that of the output layer, its output; with a norm, that of the sum of x and the output.
         """
-        x = _readable(x)
+        x = readable(x)
         batch, length = x.shape[:2]
         first, output = weights[0], weights[1] if len(weights) > 1 else None
         y = x.new_empty((batch, length, first.out_features // 3 if output is None else output.out_features))
@@ -127,7 +127,7 @@ class NativeOps:
             *(structure, after, normed, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
             *(step, batch, length, heads, scale, torch.get_num_threads()),
         )
-        return _checked(result, y)
+        return checked(result, y)
 
 
 class Library:
@@ -196,16 +196,34 @@ class Library:
             function.argtypes = types
         return functions
 
+    def bound(self, name: str, types: Sequence[Any]) -> Callable[..., int]:
+        """Return a C function whose first argument, the instruction set, is given.
+
+        Args:
+            types: of the other arguments.
+
+        Raises:
+            BackendError: there is no such function: the library was built from other sources.
+        """
+        try:
+            function = self._c[name]
+        except AttributeError as error:
+            raise BackendError(
+                f"the C++ kernels at {self.path} have no {name} ({error}); rebuild them: {_BUILD}"
+            ) from error
+        function.argtypes = [ctypes.c_int, *types]
+        return partial(function, self.isas[self.isa])
+
     def dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute a dense linear layer of a few tokens; weight and bias contiguous."""
-        x = _readable(x)
+        x = readable(x)
         out, width = weight.shape
         y = x.new_empty((*x.shape[:-1], out))
         result = self._dense(
             *(weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr()),
             *(y.data_ptr(), x.shape[:-1].numel(), width, out, torch.get_num_threads()),
         )
-        return _checked(result, y)
+        return checked(result, y)
 
 
 def _argument_types(structure: type[ctypes.Structure]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -288,7 +306,7 @@ def _norm_structure(norm: Norm | None) -> tuple[_Norm | None, tuple[Tensor | Non
     return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """Return an input as the kernels read it: another type would be read, and written, past its end."""
     if x.dtype != torch.float32 or not x.is_cpu:
         raise BackendError(f"the C++ kernels take float32 on the CPU, got {x.dtype} on {x.device}")
@@ -306,7 +324,8 @@ _REASONS = {
 }
 
 
-def _checked(result: int, y: Tensor) -> Tensor:
+def checked(result: int, y: Tensor) -> Tensor:
+    """Return the output of a kernel, or raise `BackendError` with what its result says."""
     if result:
         raise BackendError(f"a C++ kernel failed: {_REASONS.get(result, result)}")
     return y

@@ -141,9 +141,10 @@ class Candidates:
                 yield CandidateGroup(together, partial(self._split, together))
         for name in self.layers:
             if name not in grouped:
-                yield CandidateGroup(self._single(name), list)
+                yield CandidateGroup(self.single(name), list)
 
-    def _single(self, name: str) -> PackCandidate:
+    def single(self, name: str) -> PackCandidate:
+        """Return the candidate of one layer alone."""
         layer = self.layers[name]
         materialize([layer])
         packed = Packed.of(layer.weight, self.kernel)
@@ -151,7 +152,7 @@ class Candidates:
 
     def _split(self, together: PackCandidate) -> list[PackCandidate]:
         if together.form == "qkv":
-            return [self._single(name) for name in together.names]
+            return [self.single(name) for name in together.names]
         parts = zip(together.names, together.layers, together.packed, strict=True)
         return [PackCandidate("linear", self.kernel, (name,), (layer,), (packed,)) for name, layer, packed in parts]
 
@@ -177,6 +178,6 @@ class Candidates:
         gated_with_bias = len(block.inputs) > 1 and any(layer.bias is not None for layer in layers)
         if activation is None or gated_with_bias or any_observed(fused_ffn.modules_inside(block)):
             return None
-        singles = [self._single(name) for name in names]
+        singles = [self.single(name) for name in names]
         packed = tuple(single.packed[0] for single in singles)
         return PackCandidate("ffn", self.kernel, names, layers, packed, block, activation)

@@ -15,17 +15,21 @@ from ..modeling.layer_matching import InRuntimeForm
 from ..modeling.model_state import check_model
 from ..profiling.machine import machine
 from . import fused_ffn, gpu, lm_head
-from .autotune import SpeedTable
+from .autotune import DECODING, SpeedTable
 from .candidates import Candidates, PackCandidate
 from .fused_parts import RuntimeBlock
 from .guards import freeze, guard, unfreeze, unguard
 from .lazy_weights import materialize, trim_memory
 from .packed_linear import PackedLinear, become_dense
-from .planner import choose, token_counts
+from .planner import choose, choose_for_decoding, generates, token_counts
 from .report import LayerReport, RuntimeReport
 from .survey import LayerDecision, refuse_dense, survey
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
+
+
+DECODER = "bitmask"
+"""Kernel that "auto" tries beside the fastest exact one in a model that generates, which multiplies a few tokens."""
 
 
 def backends() -> tuple[str, ...]:
@@ -103,7 +107,7 @@ def to_runtime(
         try:
             kernel = KERNELS.fastest_exact() if backend == "auto" else KERNELS.backends[backend]
             conversion.pack(kernel, timed, tokens)
-            if conversion.packed and kernel.fused and KERNELS[lm_head.KERNEL].unavailable() is None:
+            if conversion.packed and kernel.isas and KERNELS[lm_head.KERNEL].unavailable() is None:
                 conversion.read_lm_head(timed, tokens)
             conversion.finish()
         except BaseException:
@@ -158,8 +162,13 @@ class _Conversion:
                 self.decisions[name] = decision.stays_dense(reason)
         able = {name: decision.layer for name, decision in self.decisions.items() if decision.reason is None}
         counts = token_counts(self.model, tokens)
+        rivals = Candidates(self.model, able, DECODER) if table is not None and self._can_decode(kernel) else None
         for group in Candidates(self.model, able, kernel.name).groups():
-            chosen, decided = choose(group, self.decisions, table, counts(group.candidate))
+            at = counts(group.candidate)
+            if table is not None and rivals is not None and min(at) <= DECODING:
+                chosen, decided = choose_for_decoding(group, rivals, self.decisions, table, at)
+            else:
+                chosen, decided = choose(group, self.decisions, table, at)
             self.decisions |= decided
             for candidate in chosen:
                 if not kernel.exact:
@@ -167,6 +176,10 @@ class _Conversion:
                 candidate.pack(candidate.layers, self.keep_dense)
                 trim_memory()
             self.packed += chosen
+
+    def _can_decode(self, kernel: Kernel) -> bool:
+        """Return whether the kernel for a few tokens is tried beside this one."""
+        return generates(self.model) and kernel.name != DECODER and KERNELS[DECODER].unavailable() is None
 
     def read_lm_head(self, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Let the LM head compute with the GEMV kernel, where that is faster."""
@@ -176,13 +189,14 @@ class _Conversion:
             return
         materialize([layer])
         decision, speedups = self.decisions[name], self.decisions[name].speedups
+        few = lm_head.copy_of(layer) if any(candidate.kernel == DECODER for candidate in self.packed) else None
         if table is not None:
-            measured = lm_head.measure(layer, table, tokens or lm_head.TOKENS)
+            measured = lm_head.measure(layer, table, tokens or lm_head.TOKENS, few)
             speedups = {count: each.speedup for count, each in measured.items()}
             if not lm_head.is_faster(measured):
                 self.decisions[name] = decision.stays_dense(decision.reason or "", speedups)
                 return
-        lm_head.use_few_token_kernel(layer)
+        lm_head.use_few_token_kernel(layer, few)
         self.decisions[name] = lm_head.decide(decision, speedups)
 
     def finish(self) -> None:
@@ -203,7 +217,8 @@ class _Conversion:
         return tuple(self._report(name, decision, by_name.get(name)) for name, decision in self.decisions.items())
 
     def _report(self, name: str, decision: LayerDecision, candidate: PackCandidate | None) -> LayerReport:
-        rows, size, dense = 0, self.dense_bytes[name], self.dense_bytes[name]
+        rows, dense = 0, self.dense_bytes[name]
+        size = dense + lm_head.extra_bytes(decision.layer)
         if candidate is not None:
             packed = candidate.packed[candidate.names.index(name) if len(candidate.packed) > 1 else 0]
             # The bytes of layers that are packed as one are shared by their output rows.

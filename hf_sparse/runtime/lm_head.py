@@ -1,7 +1,8 @@
 """The LM head: its weight stays dense, and a GEMV kernel of this package reads it for a few tokens.
 
 A model that generates multiplies one token with the embedding table of all tokens at each step, which takes most of the
-time that pruning leaves. The weight, what is tied to it and the state dict stay what they are.
+time that pruning leaves. The weight, what is tied to it and the state dict stay what they are. Where bfloat16 holds
+every value exactly, as in most published checkpoints, the kernel reads a copy with half the bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..kernels.dense_gemv import dense_linear
+from ..kernels import bitmask
+from ..kernels.dense_gemv import FEW, dense_linear
 from ..modeling.class_swap import swap_class
-from .autotune import Measurement, SpeedTable, Trial
+from .autotune import TOLERANCE, Measurement, SpeedTable, Trial
 from .fused_parts import RuntimeBlock
 from .survey import LayerDecision
 
@@ -25,15 +27,21 @@ KERNEL = "dense_few"
 TOKENS = (1, 16, 128)
 """Token counts that are timed. The smallest has to be faster; the others must not be slower."""
 
-TOLERANCE = 0.03
-"""Slow-down at the other token counts that is noise, as a fraction: two runs of one matmul differ by as much."""
+Copy = tuple[Tensor, Tensor, Tensor]
+"""A weight as `hf_sparse.kernels.bitmask.pack` makes it, its values in bfloat16."""
 
 
 class FewTokenLinear(RuntimeBlock):
-    """A dense layer that is computed by the GEMV kernel where a few tokens are multiplied with it."""
+    """A dense layer that is computed by the GEMV kernel where a few tokens are multiplied with it.
 
+    Attributes:
+        few_token_copy: of the weight, for a few tokens; None = the kernel reads the weight.
+    """
+
+    instance_attributes = ("few_token_copy",)
     weight: Tensor
     bias: Tensor | None
+    few_token_copy: Copy | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`.
@@ -43,7 +51,22 @@ class FewTokenLinear(RuntimeBlock):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
-        return dense_linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias, self.few_token_copy)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, few: Copy | None) -> Tensor:
+    """Return `x W^T + b`, of a few tokens from the copy if there is one."""
+    if few is None or x.dtype != torch.float32 or not 0 < x.numel() <= FEW * weight.shape[1]:
+        return dense_linear(x, weight, bias)
+    out: Tensor = bitmask.bitmask_linear(x, *few, bias, *weight.shape)
+    return out
+
+
+@torch.no_grad()
+def copy_of(layer: nn.Linear) -> Copy | None:
+    """Return the copy for a few tokens of a layer whose values bfloat16 holds exactly, else None."""
+    weight = layer.weight.detach()
+    return bitmask.pack(weight) if bitmask.is_bfloat16(weight) else None
 
 
 def lm_head_of(model: nn.Module) -> nn.Linear | None:
@@ -60,17 +83,20 @@ def lm_head_of(model: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def measure(layer: nn.Linear, table: SpeedTable, tokens: Iterable[int] = TOKENS) -> dict[int, Measurement]:
+def measure(
+    layer: nn.Linear, table: SpeedTable, tokens: Iterable[int] = TOKENS, few: Copy | None = None
+) -> dict[int, Measurement]:
     """Time the layer as it is ("dense") and with the GEMV kernel ("packed"), by token count."""
+    kind = KERNEL if few is None else f"{KERNEL} of a copy in bfloat16"
     weight, bias = layer.weight.detach(), layer.bias
     measured = {}
     for count in tokens:
         x = torch.randn(count, layer.in_features, dtype=torch.float32, device="cpu")
-        trial = Trial(KERNEL, (tuple(weight.shape),), 0, (0,), count)
+        trial = Trial(kind, (tuple(weight.shape),), 0, (0,), count)
         measured[count] = table.measure(
             trial,
             lambda x=x: nn.functional.linear(x, weight, bias),  # type: ignore[misc]
-            lambda x=x: dense_linear(x, weight, bias),  # type: ignore[misc]
+            lambda x=x: multiply(x, weight, bias, few),  # type: ignore[misc]
         )
     return measured
 
@@ -81,14 +107,22 @@ def is_faster(measured: Mapping[int, Measurement]) -> bool:
     return smallest.is_faster and all(each.speedup >= 1.0 - TOLERANCE for each in measured.values())
 
 
-def use_few_token_kernel(layer: nn.Linear) -> None:
-    """Let the GEMV kernel read the layer."""
+def use_few_token_kernel(layer: nn.Linear, few: Copy | None = None) -> None:
+    """Let the GEMV kernel read the layer, or its copy."""
     swap_class(layer, FewTokenLinear)
+    vars(layer)["few_token_copy"] = few
+
+
+def extra_bytes(layer: nn.Module) -> int:
+    """Return the bytes of the copy that a layer keeps beside its weight."""
+    few: Copy | None = vars(layer).get("few_token_copy")
+    return sum(part.nbytes for part in few or ())
 
 
 def decide(decision: LayerDecision, speedups: Mapping[int, float]) -> LayerDecision:
     """Return the decision about an LM head that uses the kernel."""
     smallest = min(speedups, default=0)
     gain = f", {speedups[smallest]:.1f}x at {smallest} token{'s' if smallest > 1 else ''}" if smallest else ""
-    reason = f"dense, with a GEMV kernel for a few tokens{gain} ({decision.reason})"
+    copied = ", that reads a copy in bfloat16," if extra_bytes(decision.layer) else ""
+    reason = f"dense, with a GEMV kernel{copied} for a few tokens{gain} ({decision.reason})"
     return dataclasses.replace(decision, kernel=KERNEL, speedups=speedups, reason=reason)

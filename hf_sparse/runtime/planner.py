@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autotune import Measurement, SpeedTable, Trial, why_dense
-from .candidates import CandidateGroup, PackCandidate
+from .autotune import DECODING, Measurement, SpeedTable, Trial, why_dense
+from .candidates import CandidateGroup, Candidates, PackCandidate
 from .survey import LayerDecision
 
 TOKENS = (17, 65, 200, 1024)
@@ -46,6 +46,39 @@ def choose(
     return chosen, changed
 
 
+def choose_for_decoding(
+    group: CandidateGroup,
+    rivals: Candidates,
+    decisions: Decisions,
+    table: SpeedTable,
+    tokens: Sequence[int],
+) -> tuple[list[PackCandidate], dict[str, LayerDecision]]:
+    """Return the same as `choose`, of two kernels that which needs less time for a few tokens.
+
+    Args:
+        rivals: makes candidates for the other kernel, which packs layers one by one.
+    """
+    chosen, decided = choose(group, decisions, table, tokens)
+    other: list[PackCandidate] = []
+    others: dict[str, LayerDecision] = {}
+    for name in group.candidate.names:
+        packed, each = choose(CandidateGroup(rivals.single(name), list), decisions, table, tokens)
+        other += packed
+        others |= each
+    few = [count for count in tokens if count <= DECODING]
+    if other and _seconds(other, group, table, few) < _seconds(chosen, group, table, few):
+        return other, others
+    return chosen, decided
+
+
+def _seconds(chosen: Sequence[PackCandidate], group: CandidateGroup, table: SpeedTable, few: Sequence[int]) -> float:
+    """Return the time of a group of layers at a few tokens, those that are not chosen dense."""
+    packed = {name for candidate in chosen for name in candidate.names}
+    total = sum(each.packed for candidate in chosen for each in measure(candidate, table, few).values())
+    rest = [candidate for candidate in group.split() or [group.candidate] if not packed.intersection(candidate.names)]
+    return total + sum(each.dense for candidate in rest for each in measure(candidate, table, few).values())
+
+
 def measure(candidate: PackCandidate, table: SpeedTable, tokens: Sequence[int]) -> dict[int, Measurement]:
     """Return the times of a candidate, dense and packed, by token count."""
     zeros = sum(int((layer.weight == 0).sum()) for layer in candidate.layers)
@@ -63,6 +96,12 @@ def measure(candidate: PackCandidate, table: SpeedTable, tokens: Sequence[int]) 
     return measured
 
 
+def generates(model: nn.Module) -> bool:
+    """Return whether a model generates, one token of each sequence at a step."""
+    can = getattr(model, "can_generate", None)
+    return bool(callable(can) and can())
+
+
 def token_counts(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[PackCandidate], Sequence[int]]:
     """Return a function that gives the token counts at which a candidate is timed.
 
@@ -75,8 +114,7 @@ def token_counts(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[Pa
     if tokens is not None:
         requested = sorted(set(tokens))
         return lambda candidate: requested
-    can = getattr(model, "can_generate", None)
-    if not (callable(can) and can()):
+    if not generates(model):
         return lambda candidate: TOKENS
     has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder_of: Any = getattr(model, "get_encoder", None) if has_encoder else None

@@ -6,6 +6,7 @@
 
 #include "../../hf_sparse/kernels/csrc/kernels.h"
 
+using hf_sparse::Bitmask;
 using hf_sparse::Norm;
 using hf_sparse::Weight;
 extern "C" const char* hf_sparse_isa(int place);
@@ -17,6 +18,8 @@ extern "C" int hf_sparse_attention(int, const Weight*, const Weight*, const Norm
                                    int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
 extern "C" int hf_sparse_dense(int, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int32_t);
+
+extern "C" int hf_sparse_bitmask(int, const Bitmask*, const float*, float*, int64_t, int32_t);
 
 static std::mt19937 random_bits(0);
 
@@ -105,6 +108,39 @@ int main() {
           for (float each : y)
             if (each != 0.5f * in) return std::printf("%s: %f is no sum of %d halves\n", name, each, in), 1;
         }
+    for (int halves = 0; halves < 2; halves++)
+      for (int out : sizes)
+        for (int in : {1, 33, 64, 129, 2100})
+          for (int count : tokens) {
+            // Hostile bits name more columns than their row has values, or than there are: wrong sums, but no wrong read.
+            const bool hostile = random_bits() % 3 == 0;
+            const int words = (in + 63) / 64;
+            std::vector<uint64_t> bits(size_t(out) * words);
+            std::vector<int32_t> pointers{0};
+            for (int r = 0; r < out; r++) {
+              int kept = 0;
+              for (int j = 0; j < in; j++)
+                if (random_bits() % 2) bits[size_t(r) * words + j / 64] |= uint64_t(1) << j % 64, kept++;
+              pointers.push_back(pointers.back() + kept);
+            }
+            if (hostile)
+              for (uint64_t& each : bits) each = ~uint64_t(0);
+            const size_t total = size_t(pointers.back()) + in + 128;
+            std::vector<uint16_t> narrow(halves ? total : 0, 0x3f00);  // 0.5
+            std::vector<float> wide(halves ? 0 : total, 0.5f), x(size_t(count) * in, 1.0f), y(size_t(count) * out);
+            Bitmask weight{halves ? static_cast<const void*>(narrow.data()) : wide.data(), bits.data(), pointers.data(),
+                           nullptr, int64_t(total), out, in, halves};
+            const int threads = 1 + int(random_bits() % 3);
+            if (hf_sparse_bitmask(isa, &weight, x.data(), y.data(), count, threads))
+              return std::printf("%s: a valid weight in bits was refused\n", name), 1;
+            for (int t = 0; t < count && !hostile; t++)
+              for (int r = 0; r < out; r++)
+                if (y[size_t(t) * out + r] != 0.5f * float(pointers[r + 1] - pointers[r]))
+                  return std::printf("%s: a wrong sum of a weight in bits\n", name), 1;
+            weight.count--;
+            if (!hf_sparse_bitmask(isa, &weight, x.data(), y.data(), count, threads))
+              return std::printf("%s: a weight in bits that is too short was taken\n", name), 1;
+          }
     // Rows with more values than their chunk has columns, which a valid weight cannot have: one token takes another way.
     Packed crowded(40, 33, 1, 50, true);
     const int times = 20000 / (int(crowded.columns.size()) + 1) + 1;

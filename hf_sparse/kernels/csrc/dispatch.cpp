@@ -16,12 +16,15 @@ bool runs_here(const Kernels* kernels) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (kernels == &kAvx512Vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
+  if (kernels == &kAvx512Vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   if (kernels == &kAvx512) return avx512;
   if (kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return kernels == &kPortable;
 }
+
+// Values past the last row that its last word and a register may read.
+constexpr int64_t kSlack = 128;
 
 bool is_usable(int isa) { return isa >= 0 && isa < kCount && runs_here(kAll[isa]); }
 
@@ -40,6 +43,17 @@ bool is_valid(const Weight& w) {
   }
   return true;
 }
+
+// Memory that a damaged weight cannot make anything read past: each row ends within in_features of its pointer.
+bool is_valid(const Bitmask& w) {
+  if (w.out_features < 0 || w.in_features < 0 || w.pointers[0] < 0) return false;
+  int32_t backwards = 0;
+  for (int64_t r = 0; r < w.out_features; r++) backwards |= w.pointers[r + 1] < w.pointers[r];
+  return !backwards && w.pointers[w.out_features] + int64_t(w.in_features) + kSlack <= w.count;
+}
+
+// Tokens of a weight in bits that are computed at a time: their inputs stay in the second cache.
+constexpr int64_t kBitmaskTokens = 64;
 
 // Chunks of hidden features that a feed-forward part computes at a time.
 constexpr int64_t kPanel = 2;
@@ -205,5 +219,26 @@ EXPORT int hf_sparse_dense(int isa, const float* weight, const float* bias, cons
   parallel_for(parts, threads, [&](int64_t i) {
     kAll[isa]->dense_gemv(weight, bias, x, y, tokens, in, out, out * i / parts, out * (i + 1) / parts);
   });
+  return kOk;
+}
+
+// y = x w^T + bias of a weight in bits; x is tokens x in_features, y tokens x out_features, both dense.
+EXPORT int hf_sparse_bitmask(int isa, const Bitmask* w, const float* x, float* y, int64_t tokens, int32_t threads) {
+  if (!is_usable(isa) || tokens < 0) return kBadArgument;
+  if (!is_valid(*w)) return kBadWeight;
+  const Kernels& k = *kAll[isa];
+  const int64_t in = w->in_features, out = w->out_features, tile = min(tokens, kBitmaskTokens);
+  float* inputs_of_tile = inputs.take(tile * round_up(in, 64) + 64);
+  int32_t* at = reinterpret_cast<int32_t*>(outputs.take(out));
+  if (!inputs_of_tile || !at) return kNoMemory;
+  // A multiple of 4 outputs each, so that no part ends in the middle of rows that are spread together.
+  const int64_t quads = ceil_div(out, 4), parts = threads > 1 ? min(4 * int64_t(threads), quads) : 1;
+  for (int64_t t = 0; t < tokens; t += tile) {
+    const int64_t count = min(tile, tokens - t);
+    k.bitmask_inputs(x + t * in, count, in, w->halves, inputs_of_tile);
+    parallel_for(parts, threads, [&](int64_t i) {
+      k.bitmask(*w, inputs_of_tile, y + t * out, count, 4 * (quads * i / parts), min(4 * (quads * (i + 1) / parts), out), at);
+    });
+  }
   return kOk;
 }

@@ -3,6 +3,7 @@
 // Everything but the table is local to the file, and no header with inline functions that have a name outside is used: the
 // linker must never take the AVX-512 copy of a shared function for all.
 #include "attention.h"
+#include "bitmask.h"
 #include "dense_gemv.h"
 #include "norm.h"
 #include "transpose.h"
@@ -278,7 +279,8 @@ void gemv(const Weight& w, const float* in, float* out, int64_t first, int64_t l
 
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
-extern const Kernels HF_SPARSE_KERNELS = {TEXT(HF_SPARSE_NAME), kLanes,  widest,   gather, scatter,
-                                          matmul,              multiply, gemv, activate, normalize, attend, dense_gemv};
+extern const Kernels HF_SPARSE_KERNELS = {
+    TEXT(HF_SPARSE_NAME), kLanes, widest,    gather, scatter,    matmul,         multiply,
+    gemv,                 activate, normalize, attend, dense_gemv, bitmask_inputs, bitmask};
 
 }  // namespace hf_sparse

@@ -22,6 +22,18 @@ struct Weight {
   int32_t chunk;  // columns a chunk, at most 256
 };
 
+// A weight as bitmask.py lays it out. A row reads no further than in_features values after its pointer.
+struct Bitmask {
+  const void* values;       // bfloat16 or fp32, row after row; some more than the last pointer says (see is_valid)
+  const uint64_t* bits;     // out_features x words of 64 columns, the first column lowest
+  const int32_t* pointers;  // out_features + 1
+  const float* bias;        // out_features, or null
+  int64_t count;            // of values
+  int32_t out_features;
+  int32_t in_features;
+  int32_t halves;  // whether the values are bfloat16
+};
+
 inline int64_t groups(const Weight& w) { return (int64_t(w.out_features) + w.rows - 1) / w.rows; }
 inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chunk - 1) / w.chunk; }
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
@@ -78,6 +90,10 @@ struct Kernels {
   // Outputs first to last of y = x weight^T + bias, all matrices by rows.
   void (*dense_gemv)(const float* weight, const float* bias, const float* x, float* y, int64_t tokens, int64_t in,
                      int64_t out, int64_t first, int64_t last);
+  // Inputs as `bitmask` reads them: tokens x in_features, each rounded up to whole words of bits.
+  void (*bitmask_inputs)(const float* x, int64_t tokens, int64_t in, bool halves, float* out);
+  // Outputs first to last of y = x w^T + bias. `at` has room for out_features.
+  void (*bitmask)(const Bitmask& w, const float* in, float* y, int64_t tokens, int64_t first, int64_t last, int32_t* at);
 };
 
 extern const Kernels kPortable;

@@ -1,0 +1,179 @@
+"""The operator `hf_sparse::bitmask_linear`: a bit for each entry of a weight, and its nonzero values. For few tokens.
+
+A model that generates multiplies every weight with one token at each step, so that its time goes to the bytes of the
+weights. At 50 % of zeros this layout has 9 bits an entry where bfloat16 holds every value exactly (a checkpoint in
+bfloat16 that runs in fp32), else 17. Dense fp32 has 32, and the layout of the kernel "cpu", with a column for each
+nonzero, 20.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BackendError
+from .library import Library, checked, library, readable, why_not_built
+from .operators import define
+from .registry import Kernel, Layout, register
+from .validation import check_bias
+
+WORD = 64
+"""Columns of one word of bits."""
+
+SLACK = 128
+"""Values after the last one that the C++ kernel may read, beside those of a row."""
+
+
+class _Bitmask(ctypes.Structure):
+    """`Bitmask` of csrc/kernels.h."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("values", "bits", "pointers", "bias")],
+        ("count", ctypes.c_int64),
+        *[(name, ctypes.c_int32) for name in ("out_features", "in_features", "halves")],
+    )
+
+
+def is_bfloat16(weight: Tensor) -> bool:
+    """Return whether bfloat16 holds every value of a weight exactly.
+
+    Example:
+        >>> is_bfloat16(torch.tensor([0.5, 1.0])), is_bfloat16(torch.tensor([0.1, 1.0]))
+        (True, False)
+    """
+    return torch.equal(weight.bfloat16().to(weight.dtype), weight)
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values, the bits and the row pointers of a weight.
+
+    Shapes:
+        weight: (out, in). values: (nonzeros + in + `SLACK`,), in bfloat16 if that is exact, else float32.
+        bits: (out, words), int64; column j is bit j % 64 of word j // 64. pointers: (out + 1,), int32.
+
+    Raises:
+        BackendError: more nonzeros than int32 can count.
+
+    Example:
+        >>> values, bits, pointers = pack(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
+        >>> values[:1].tolist(), bits.tolist(), pointers.tolist()
+        ([2.0], [[2], [0]], [0, 1, 1])
+    """
+    out, width = weight.shape
+    kept = weight != 0
+    counts = kept.sum(1)
+    pointers = torch.zeros(out + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=pointers[1:])
+    total = int(pointers[-1])
+    if total + width + SLACK >= 2**31:
+        raise BackendError(f"the kernel 'bitmask' holds fewer than 2^31 nonzeros, and the weight has {total}")
+    dtype = torch.bfloat16 if is_bfloat16(weight) else torch.float32
+    values = torch.zeros(total + width + SLACK, dtype=dtype)
+    values[:total] = weight[kept].to(dtype)
+    words = -(-width // WORD)
+    bits = torch.zeros(out, words, dtype=torch.int64)
+    padded = F.pad(kept, (0, words * WORD - width)).view(out, words, WORD)
+    for place in range(WORD):  # not one product: that would take 64 bytes an entry
+        bits |= padded[..., place].to(torch.int64) << place
+    return values, bits, pointers.to(torch.int32)
+
+
+def unpack(values: Tensor, bits: Tensor, pointers: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the dense weight, in float32."""
+    places = torch.arange(WORD)
+    kept = torch.empty(out_features, bits.shape[1] * WORD, dtype=torch.bool)
+    for word in range(bits.shape[1]):
+        kept[:, word * WORD : (word + 1) * WORD] = (bits[:, word, None] >> places) & 1 != 0
+    weight = torch.zeros(out_features, in_features)
+    kept = kept[:, :in_features]
+    weight[kept] = values[: int(kept.sum())].to(torch.float32)
+    return weight
+
+
+@cache
+def _function(loaded: Library) -> Callable[..., int]:
+    pointer = ctypes.c_void_p
+    return loaded.bound(
+        "hf_sparse_bitmask", [ctypes.POINTER(_Bitmask), pointer, pointer, ctypes.c_int64, ctypes.c_int32]
+    )
+
+
+def _check(
+    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise BackendError(f"x has shape {tuple(x.shape)}, but the weight takes {in_features} features")
+    shapes = (bits.shape == (out_features, -(-in_features // WORD)), pointers.shape == (out_features + 1,))
+    dtypes = (values.dtype in (torch.bfloat16, torch.float32), bits.dtype == torch.int64, pointers.dtype == torch.int32)
+    if values.dim() != 1 or not all(shapes) or not all(dtypes):
+        raise BackendError(
+            f"values, bits and pointers of shapes {tuple(values.shape)}, {tuple(bits.shape)}, {tuple(pointers.shape)} "
+            f"({values.dtype}, {bits.dtype}, {pointers.dtype}) are no weight of {out_features} x {in_features} as "
+            "hf_sparse.kernels.bitmask.pack makes it"
+        )
+    if bias is not None:
+        check_bias(bias, out_features)
+
+
+def _run(
+    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    _check(x, values, bits, pointers, bias, out_features, in_features)
+    loaded = library()
+    parts = (x, values, bits, pointers) if bias is None else (x, values, bits, pointers, bias)
+    if loaded is None or x.dtype != torch.float32 or not all(part.is_cpu for part in parts):
+        weight = unpack(values, bits, pointers, out_features, in_features).to(x)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    x = readable(x)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    values, bits, pointers = values.contiguous(), bits.contiguous(), pointers.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    structure = _Bitmask(
+        *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(values.numel(), out_features, in_features, values.dtype == torch.bfloat16),
+    )
+    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    return checked(_function(loaded)(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
+
+
+def _fake(
+    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    _check(x, values, bits, pointers, bias, out_features, in_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+bitmask_linear = define(
+    "bitmask_linear(Tensor x, Tensor values, Tensor bits, Tensor pointers, Tensor? bias, SymInt out_features, "
+    "SymInt in_features) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, bits, pointers = parts
+    return unpack(values, bits, pointers, out_features, in_features)
+
+
+def _matmul(x: Tensor, *arguments: Any) -> Tensor:
+    *parts, bias, _, out_features, in_features = arguments
+    out: Tensor = bitmask_linear(x, *parts, bias, out_features, in_features)
+    return out
+
+
+register(
+    Kernel(
+        name="bitmask",
+        layout=Layout(("values", "bits", "pointers"), lambda weight, rows: pack(weight), _unpack),
+        op=_matmul,
+        isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
+        unavailable=why_not_built,
+    )
+)

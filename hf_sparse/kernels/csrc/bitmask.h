@@ -1,0 +1,257 @@
+// Matmul of a weight that is stored as a bit for each entry and its nonzero values; part of kernels.cpp.
+//
+// For weights of which half or more is zero, and few tokens: 9 bits an entry at 50 % come from memory instead of 32 where
+// the values are bfloat16, 17 where they are fp32. One instruction spreads a register of values over their places
+// (AVX-512 VBMI2; elsewhere tables or loops). Products and sums are fp32: a bfloat16 is the upper half of a float, so that
+// the result is that of a dense fp32 matmul but for the order of the sums. Zeros are multiplied too: with several tokens
+// it is a dense matmul whose weight comes packed.
+#pragma once
+#include "dense_gemv.h"
+#include "unstructured_gemv.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>  // its functions are always inlined
+#endif
+
+namespace hf_sparse {
+namespace {
+
+constexpr int64_t kBits = 64;       // columns of one word of bits
+constexpr int64_t kColumns = 1024;  // of a weight that are spread at a time: kSpreadRows of them fit the first cache
+constexpr int kSpreadRows = 4;
+constexpr int64_t kPanelFloats = 1 << 16;  // of inputs that the second cache has room for
+
+INLINE int ones(uint64_t bits) { return __builtin_popcountll(bits); }
+
+#ifdef __AVX512VBMI2__
+// Of 32 columns the even ones come out first, the halves of 32-bit lanes: inputs are kept in that order.
+constexpr bool kEvenFirst = true;
+
+INLINE const uint16_t* spread(uint64_t bits, const uint16_t* values, __m512 (&out)[4]) {
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const uint32_t half = uint32_t(bits >> 32 * h);
+    const __m512i all = _mm512_maskz_expand_epi16(half, _mm512_loadu_si512(values));
+    out[2 * h] = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
+    out[2 * h + 1] = _mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(int(0xffff0000))));
+    values += ones(half);
+  }
+  return values;
+}
+
+INLINE const float* spread(uint64_t bits, const float* values, __m512 (&out)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __mmask16 part = __mmask16(bits >> 16 * i);
+    out[i] = _mm512_maskz_expand_ps(part, _mm512_loadu_ps(values));
+    values += ones(part);
+  }
+  return values;
+}
+
+template <typename Value>
+INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
+  __m512 v[4];
+  values = spread(bits, values, v);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) _mm512_storeu_ps(out + 16 * i, v[i]);
+  return values;
+}
+
+// One token: what is spread stays in registers.
+template <typename Value>
+INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
+  __m512 sums[4] = {};
+  for (int64_t g = 0; g < words; g++, x += kBits) {
+    __builtin_prefetch(values + 1024);
+    __m512 v[4];
+    values = spread(bits[g], values, v);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(v[i], _mm512_loadu_ps(x + 16 * i), sums[i]);
+  }
+  return horizontal_sum(Vec((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+#else
+constexpr bool kEvenFirst = false;
+
+#ifdef __AVX2__
+// For each byte of bits, where its eight columns find their value: as bytes of 16-bit values (0x80: nowhere, a zero), and as
+// lanes of 32-bit values.
+struct SpreadTable {
+  alignas(16) uint8_t bytes[256][16];
+  alignas(32) int32_t lanes[256][8];
+  constexpr SpreadTable() : bytes(), lanes() {
+    for (int bits = 0; bits < 256; bits++)
+      for (int i = 0, next = 0; i < 8; i++) {
+        const bool kept = bits >> i & 1;
+        bytes[bits][2 * i] = kept ? uint8_t(2 * next) : 0x80;
+        bytes[bits][2 * i + 1] = kept ? uint8_t(2 * next + 1) : 0x80;
+        lanes[bits][i] = kept ? next : 0x40000000;  // the second highest bit says that there is none
+        next += kept;
+      }
+  }
+};
+constexpr SpreadTable kSpreadTable;
+
+INLINE __m256i spread_byte(int bits, const uint16_t* values) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kSpreadTable.bytes[bits]));
+  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_shuffle_epi8(packed, places)), 16);
+}
+
+INLINE __m256i spread_byte(int bits, const float* values) {
+  const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpreadTable.lanes[bits]));
+  const __m256i found =
+      _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), lanes);
+  return _mm256_andnot_si256(_mm256_srai_epi32(_mm256_slli_epi32(lanes, 1), 31), found);
+}
+
+template <typename Value>
+INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    const int byte = int(bits >> 8 * i & 255);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * i), spread_byte(byte, values));
+    values += ones(uint64_t(byte));
+  }
+  return values;
+}
+#else
+INLINE float widened(float value) { return value; }
+INLINE float widened(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+template <typename Value>
+INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
+  for (int i = 0; i < kBits; i++) {
+    const bool kept = bits >> i & 1;
+    out[i] = kept ? widened(*values) : 0.0f;
+    values += kept;
+  }
+  return values;
+}
+#endif
+
+template <typename Value>
+INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
+  constexpr int kVecs = kBits / kLanes;
+  Vec sums[kVecs] = {};
+  for (int64_t g = 0; g < words; g++, x += kBits) {
+    alignas(64) float row[kBits];
+    values = spread(bits[g], values, row);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVecs; i++) sums[i] += load(row + i * kLanes) * *reinterpret_cast<const LooseVec*>(x + i * kLanes);
+  }
+  Vec all = sums[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kVecs; i++) all += sums[i];
+  return horizontal_sum(all);
+}
+#endif
+
+// Rows of x, padded with zeros to whole words, in the order in which values of this type are spread.
+void bitmask_inputs(const float* x, int64_t tokens, int64_t in, bool halves, float* out) {
+  const int64_t padded = (in + kBits - 1) / kBits * kBits;
+  const bool even_first = kEvenFirst && halves;
+  for (int64_t t = 0; t < tokens; t++, x += in, out += padded) {
+    for (int64_t j = 0; j < padded; j++) {
+      const int64_t from = even_first ? j / 32 * 32 + j % 16 * 2 + j % 32 / 16 : j;
+      out[j] = from < in ? x[from] : 0.0f;
+    }
+  }
+}
+
+// kRows spread rows times kTokens tokens, added to y.
+template <int kRows, int kTokens>
+INLINE void add_products(const float* rows, const float* x, int64_t stride, int64_t columns, float* y, int64_t out) {
+  Vec sums[kRows][kTokens] = {};
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    Vec w[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) w[r] = load(rows + r * kColumns + j);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; t++) {
+      const Vec input = *reinterpret_cast<const LooseVec*>(x + t * stride + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; r++) sums[r][t] += w[r] * input;
+    }
+  }
+#ifdef __AVX512BW__
+  if constexpr (kRows == 4 && kTokens == 4) {
+    __m512 all[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) all[i] = sums[i % 4][i / 4];
+    const __m512 added = horizontal_sums(all);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+      Quad& to = *reinterpret_cast<Quad*>(y + t * out);
+      to += Quad(_mm512_extractf32x4_ps(added, t));
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) y[t * out + r] += horizontal_sum(sums[r][t]);
+}
+
+template <int kRows>
+void add_rows(const float* rows, const float* x, int64_t stride, int64_t tokens, int64_t columns, float* y, int64_t out) {
+  constexpr int kTokens = kManyRegisters ? 4 : 2;
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens)
+    add_products<kRows, kTokens>(rows, x + t * stride, stride, columns, y + t * out, out);
+  for (; t < tokens; t++) add_products<kRows, 1>(rows, x + t * stride, stride, columns, y + t * out, out);
+}
+
+// Up to kSpreadRows rows times some columns of all tokens, added to y; `at` has the next value of each row.
+template <typename Value>
+void add_block(const Bitmask& w, const Value* values, const float* x, float* y, int64_t tokens, int64_t row,
+               int64_t count, int64_t from, int64_t columns, int32_t* at) {
+  alignas(64) float rows[kSpreadRows * kColumns];
+  const int64_t words = (int64_t(w.in_features) + kBits - 1) / kBits, padded = words * kBits, out = w.out_features;
+  for (int64_t r = 0; r < count; r++) {
+    const Value* next = values + at[row + r];
+    for (int64_t g = 0; g < columns / kBits; g++)
+      next = spread(w.bits[(row + r) * words + from / kBits + g], next, rows + r * kColumns + g * kBits);
+    at[row + r] = int32_t(next - values);
+  }
+  if (count == kSpreadRows) return add_rows<kSpreadRows>(rows, x, padded, tokens, columns, y, out);
+  for (int64_t r = 0; r < count; r++) add_rows<1>(rows + r * kColumns, x, padded, tokens, columns, y + r, out);
+}
+
+template <typename Value>
+void bitmask_of(const Bitmask& w, const Value* values, const float* x, float* y, int64_t tokens, int64_t first,
+                int64_t last, int32_t* at) {
+  const int64_t words = (int64_t(w.in_features) + kBits - 1) / kBits, padded = words * kBits, out = w.out_features;
+  if (tokens == 1) {
+    for (int64_t row = first; row < last; row++)
+      y[row] = one_row(w.bits + row * words, values + w.pointers[row], x, words) + (w.bias ? w.bias[row] : 0.0f);
+    return;
+  }
+  for (int64_t row = first; row < last; row++) at[row] = w.pointers[row];
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t row = first; row < last; row++) y[t * out + row] = w.bias ? w.bias[row] : 0.0f;
+  // All rows see the inputs of some columns, which stay in the second cache, before those of the next ones. Inputs that
+  // stay there anyway are read to the end, and so is each row: memory gives it fastest from the first to the last value.
+  const int64_t panel = tokens * padded <= kPanelFloats ? padded : kColumns;
+  for (int64_t j = 0; j < padded; j += panel)
+    for (int64_t row = first; row < last; row += kSpreadRows)
+      for (int64_t k = j; k < padded && k < j + panel; k += kColumns)
+        add_block(w, values, x + k, y + row, tokens, row, last - row < kSpreadRows ? last - row : kSpreadRows, k,
+                  padded - k < kColumns ? padded - k : kColumns, at);
+}
+
+// Outputs first to last of y = x w^T + bias; x as `bitmask_inputs` leaves it, `at` has room for out_features.
+void bitmask(const Bitmask& w, const float* x, float* y, int64_t tokens, int64_t first, int64_t last, int32_t* at) {
+  if (w.halves) return bitmask_of(w, static_cast<const uint16_t*>(w.values), x, y, tokens, first, last, at);
+  bitmask_of(w, static_cast<const float*>(w.values), x, y, tokens, first, last, at);
+}
+
+}  // namespace
+}  // namespace hf_sparse
