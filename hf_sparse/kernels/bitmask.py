@@ -26,7 +26,7 @@ from .validation import check_bias
 WORD = 64
 """Columns of one word of bits."""
 
-SLACK = 128
+SLACK = 256
 """Values after the last one that the C++ kernel may read, beside those of a row."""
 
 
@@ -65,33 +65,50 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> values[:1].tolist(), bits.tolist(), pointers.tolist()
         ([2.0], [[2], [0]], [0, 1, 1])
     """
-    out, width = weight.shape
     kept = weight != 0
-    counts = kept.sum(1)
-    pointers = torch.zeros(out + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=pointers[1:])
-    total = int(pointers[-1])
-    if total + width + SLACK >= 2**31:
-        raise BackendError(f"the kernel 'bitmask' holds fewer than 2^31 nonzeros, and the weight has {total}")
+    pointers, total = row_pointers(kept)
     dtype = torch.bfloat16 if is_bfloat16(weight) else torch.float32
-    values = torch.zeros(total + width + SLACK, dtype=dtype)
+    values = torch.zeros(total + weight.shape[1] + SLACK, dtype=dtype)
     values[:total] = weight[kept].to(dtype)
-    words = -(-width // WORD)
-    bits = torch.zeros(out, words, dtype=torch.int64)
-    padded = F.pad(kept, (0, words * WORD - width)).view(out, words, WORD)
+    return values, to_words(kept, -(-weight.shape[1] // WORD)), pointers
+
+
+def row_pointers(kept: Tensor) -> tuple[Tensor, int]:
+    """Return where the values of each row begin, and how many there are in all.
+
+    Raises:
+        BackendError: more than int32 can count.
+    """
+    pointers = torch.zeros(kept.shape[0] + 1, dtype=torch.int64)
+    torch.cumsum(kept.sum(1), 0, out=pointers[1:])
+    total = int(pointers[-1])
+    if total + kept.shape[1] + SLACK >= 2**31:
+        raise BackendError(f"weights in bits hold fewer than 2^31 nonzeros, and this one has {total}")
+    return pointers.to(torch.int32), total
+
+
+def to_words(kept: Tensor, words: int) -> Tensor:
+    """Return one bit for each entry, in rows of whole words."""
+    rows, width = kept.shape
+    padded = F.pad(kept, (0, words * WORD - width)).view(rows, words, WORD)
+    bits = torch.zeros(rows, words, dtype=torch.int64)
     for place in range(WORD):  # not one product: that would take 64 bytes an entry
         bits |= padded[..., place].to(torch.int64) << place
-    return values, bits, pointers.to(torch.int32)
+    return bits
+
+
+def from_words(bits: Tensor, width: int) -> Tensor:
+    """Return what `to_words` was made from: (rows, width), bool."""
+    places = torch.arange(WORD)
+    kept = torch.empty(bits.shape[0], bits.shape[1] * WORD, dtype=torch.bool)
+    for word in range(bits.shape[1]):
+        kept[:, word * WORD : (word + 1) * WORD] = (bits[:, word, None] >> places) & 1 != 0
+    return kept[:, :width]
 
 
 def unpack(values: Tensor, bits: Tensor, pointers: Tensor, out_features: int, in_features: int) -> Tensor:
     """Return the dense weight, in float32."""
-    places = torch.arange(WORD)
-    kept = torch.empty(out_features, bits.shape[1] * WORD, dtype=torch.bool)
-    for word in range(bits.shape[1]):
-        kept[:, word * WORD : (word + 1) * WORD] = (bits[:, word, None] >> places) & 1 != 0
-    weight = torch.zeros(out_features, in_features)
-    kept = kept[:, :in_features]
+    kept, weight = from_words(bits, in_features), torch.zeros(out_features, in_features)
     weight[kept] = values[: int(kept.sum())].to(torch.float32)
     return weight
 

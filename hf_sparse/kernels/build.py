@@ -24,7 +24,7 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fas
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
 X86_KERNELS = {
-    "avx512vbmi": ("kAvx512Vbmi", 64, [*AVX512, "-mavx512vbmi", "-mavx512vbmi2"]),
+    "avx512vbmi": ("kAvx512Vbmi", 64, [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]),
     "avx512": ("kAvx512", 64, AVX512),
     "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),
 }

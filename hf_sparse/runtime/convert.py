@@ -32,6 +32,10 @@ DECODER = "bitmask"
 """Kernel that "auto" tries beside the fastest exact one in a model that generates, which multiplies a few tokens."""
 
 
+FEW_TOKENS = (DECODER, "bitmask-int8")
+"""Kernels that the LM head is packed for too, beside its weight."""
+
+
 def backends() -> tuple[str, ...]:
     """Return what `to_runtime(backend=)` takes: "auto", the kernels of the registry by name, "dense"."""
     return ("auto", *KERNELS.backends, "dense")
@@ -64,8 +68,10 @@ def to_runtime(
             every token count that is timed; "cpu" packs every sparse layer for the kernels of this package; "csr" for
             torch's CSR; "dense" packs nothing, and reports what there is. "cpu-int8" is "cpu" with weights and inputs
             rounded to int8, several times faster and **not exact**: the report has the error of each layer, and only
-            you can judge the change of your model's outputs. "auto" never chooses it. It keeps the exact weights,
-            packed, to restore them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a
+            you can judge the change of your model's outputs. "bitmask" and "bitmask-int8" are for models that
+            generate: a bit for each entry, and the values exact or in int8; the LM head too. "auto" tries "bitmask"
+            beside "cpu" there, and never chooses one that rounds. Those keep the exact weights, packed, to restore
+            them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a
             GPU.
         keep_dense: keep the dense weights too, so that `to_dense_runtime` restores the same parameter objects.
         tokens: token counts (batch size times sequence length) that "auto" times; None = some from 17 to 1024, and for
@@ -189,13 +195,16 @@ class _Conversion:
             return
         materialize([layer])
         decision, speedups = self.decisions[name], self.decisions[name].speedups
-        few = lm_head.copy_of(layer) if any(candidate.kernel == DECODER for candidate in self.packed) else None
+        used = next((candidate.kernel for candidate in self.packed if candidate.kernel in FEW_TOKENS), None)
+        few = None if used is None else lm_head.copy_of(layer, used)
         if table is not None:
             measured = lm_head.measure(layer, table, tokens or lm_head.TOKENS, few)
             speedups = {count: each.speedup for count, each in measured.items()}
             if not lm_head.is_faster(measured):
                 self.decisions[name] = decision.stays_dense(decision.reason or "", speedups)
                 return
+        if few is not None and not KERNELS[few[0]].exact:
+            self.errors[name] = lm_head.error_of(layer, few)
         lm_head.use_few_token_kernel(layer, few)
         self.decisions[name] = lm_head.decide(decision, speedups)
 

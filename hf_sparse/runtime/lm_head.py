@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..kernels import bitmask
+from ..kernels import KERNELS
+from ..kernels.bitmask import is_bfloat16
 from ..kernels.dense_gemv import FEW, dense_linear
 from ..modeling.class_swap import swap_class
 from .autotune import TOLERANCE, Measurement, SpeedTable, Trial
 from .fused_parts import RuntimeBlock
+from .packed_weight import Packed
 from .survey import LayerDecision
 
 KERNEL = "dense_few"
@@ -27,8 +29,8 @@ KERNEL = "dense_few"
 TOKENS = (1, 16, 128)
 """Token counts that are timed. The smallest has to be faster; the others must not be slower."""
 
-Copy = tuple[Tensor, Tensor, Tensor]
-"""A weight as `hf_sparse.kernels.bitmask.pack` makes it, its values in bfloat16."""
+Copy = tuple[str, tuple[Tensor, ...]]
+"""A weight packed for few tokens: the kernel, and its tensors."""
 
 
 class FewTokenLinear(RuntimeBlock):
@@ -55,18 +57,31 @@ class FewTokenLinear(RuntimeBlock):
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, few: Copy | None) -> Tensor:
-    """Return `x W^T + b`, of a few tokens from the copy if there is one."""
-    if few is None or x.dtype != torch.float32 or not 0 < x.numel() <= FEW * weight.shape[1]:
+    """Return `x W^T + b`: of a few tokens from the copy, if there is one, and of any number where the copy is rounded.
+
+    What a model says must not depend on how many tokens it is asked at once.
+    """
+    if few is None or x.dtype != torch.float32:
         return dense_linear(x, weight, bias)
-    out: Tensor = bitmask.bitmask_linear(x, *few, bias, *weight.shape)
-    return out
+    kernel, parts = few
+    if KERNELS[kernel].exact and not 0 < x.numel() <= FEW * weight.shape[1]:
+        return dense_linear(x, weight, bias)
+    return KERNELS[kernel].op(x, *parts, bias, 1, *weight.shape)
+
+
+def error_of(layer: nn.Linear, few: Copy) -> float:
+    """Return the relative error of the matmul with a copy, see `Packed.error`."""
+    kernel, parts = few
+    return Packed(kernel, 1, layer.out_features, layer.in_features, parts).error(layer.weight)
 
 
 @torch.no_grad()
-def copy_of(layer: nn.Linear) -> Copy | None:
-    """Return the copy for a few tokens of a layer whose values bfloat16 holds exactly, else None."""
+def copy_of(layer: nn.Linear, kernel: str) -> Copy | None:
+    """Return the copy for a few tokens of a layer, packed for a kernel; None where it would be hardly smaller."""
     weight = layer.weight.detach()
-    return bitmask.pack(weight) if bitmask.is_bfloat16(weight) else None
+    if KERNELS[kernel].exact and not is_bfloat16(weight):
+        return None
+    return kernel, KERNELS[kernel].pack(weight)
 
 
 def lm_head_of(model: nn.Module) -> nn.Linear | None:
@@ -87,7 +102,7 @@ def measure(
     layer: nn.Linear, table: SpeedTable, tokens: Iterable[int] = TOKENS, few: Copy | None = None
 ) -> dict[int, Measurement]:
     """Time the layer as it is ("dense") and with the GEMV kernel ("packed"), by token count."""
-    kind = KERNEL if few is None else f"{KERNEL} of a copy in bfloat16"
+    kind = KERNEL if few is None else f"{KERNEL} of a copy, {few[0]}"
     weight, bias = layer.weight.detach(), layer.bias
     measured = {}
     for count in tokens:
@@ -116,13 +131,15 @@ def use_few_token_kernel(layer: nn.Linear, few: Copy | None = None) -> None:
 def extra_bytes(layer: nn.Module) -> int:
     """Return the bytes of the copy that a layer keeps beside its weight."""
     few: Copy | None = vars(layer).get("few_token_copy")
-    return sum(part.nbytes for part in few or ())
+    return 0 if few is None else sum(part.nbytes for part in few[1])
 
 
 def decide(decision: LayerDecision, speedups: Mapping[int, float]) -> LayerDecision:
     """Return the decision about an LM head that uses the kernel."""
     smallest = min(speedups, default=0)
     gain = f", {speedups[smallest]:.1f}x at {smallest} token{'s' if smallest > 1 else ''}" if smallest else ""
-    copied = ", that reads a copy in bfloat16," if extra_bytes(decision.layer) else ""
+    few: Copy | None = vars(decision.layer).get("few_token_copy")
+    types = "" if few is None else str(few[1][0].dtype).removeprefix("torch.")
+    copied = f", that reads a copy in {types}," if types else ""
     reason = f"dense, with a GEMV kernel{copied} for a few tokens{gain} ({decision.reason})"
     return dataclasses.replace(decision, kernel=KERNEL, speedups=speedups, reason=reason)

@@ -125,7 +125,7 @@ int main() {
             }
             if (hostile)
               for (uint64_t& each : bits) each = ~uint64_t(0);
-            const size_t total = size_t(pointers.back()) + in + 128;
+            const size_t total = size_t(pointers.back()) + in + 256;
             std::vector<uint16_t> narrow(halves ? total : 0, 0x3f00);  // 0.5
             std::vector<float> wide(halves ? 0 : total, 0.5f), x(size_t(count) * in, 1.0f), y(size_t(count) * out);
             Bitmask weight{halves ? static_cast<const void*>(narrow.data()) : wide.data(), bits.data(), pointers.data(),

@@ -114,3 +114,27 @@ def test_kernel_that_gains_at_few_tokens_must_not_lose_at_many() -> None:
     assert "at 1024 tokens" in str(why_dense("bitmask", {1: faster, 17: faster, 1024: slower}))
     assert "at 1 token" in str(why_dense("bitmask", {1: equal, 17: faster, 1024: faster}))
     assert "at 1024 tokens" in str(why_dense("sparse_ffn", {17: faster, 1024: equal})), "nothing gains from few tokens"
+
+
+def test_int8_by_name_reports_its_errors_and_restores_the_bits() -> None:
+    model, inputs = rounded("t5"), batch("t5")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = answers(model, inputs)
+    report = to_runtime(model, "bitmask-int8")
+    errors = {layer.name: layer.error for layer in report.layers}
+    assert all(0 < float(errors[layer.name] or 0) < 0.02 for layer in report.sparse)
+    assert 0 < float(errors["lm_head"] or 0) < 0.02
+    found = answers(model, inputs)
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    to_dense_runtime(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_rounded_lm_head_is_rounded_at_any_number_of_tokens() -> None:
+    model = rounded("t5")
+    to_runtime(model, "bitmask-int8")
+    x = torch.randn(30, model.lm_head.in_features)
+    one_by_one = torch.cat([model.lm_head(row[None]) for row in x])
+    torch.testing.assert_close(model.lm_head(x), one_by_one, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(one_by_one, torch.nn.functional.linear(x, model.lm_head.weight), atol=1e-5)

@@ -185,12 +185,9 @@ INLINE void add_products(const float* rows, const float* x, int64_t stride, int6
     __m512 all[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) all[i] = sums[i % 4][i / 4];
-    const __m512 added = horizontal_sums(all);
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-      Quad& to = *reinterpret_cast<Quad*>(y + t * out);
-      to += Quad(_mm512_extractf32x4_ps(added, t));
-    }
+    alignas(64) float added[16];
+    store(added, Vec(horizontal_sums(all)));
+    for (int t = 0; t < 4; t++) *reinterpret_cast<Quad*>(y + t * out) += *reinterpret_cast<Quad*>(added + 4 * t);
     return;
   }
 #endif

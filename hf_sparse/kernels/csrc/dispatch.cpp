@@ -16,7 +16,9 @@ bool runs_here(const Kernels* kernels) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (kernels == &kAvx512Vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+  if (kernels == &kAvx512Vbmi)
+    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vnni");
   if (kernels == &kAvx512) return avx512;
   if (kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -24,7 +26,7 @@ bool runs_here(const Kernels* kernels) {
 }
 
 // Values past the last row that its last word and a register may read.
-constexpr int64_t kSlack = 128;
+constexpr int64_t kSlack = 256;
 
 bool is_usable(int isa) { return isa >= 0 && isa < kCount && runs_here(kAll[isa]); }
 
@@ -44,8 +46,9 @@ bool is_valid(const Weight& w) {
   return true;
 }
 
-// Memory that a damaged weight cannot make anything read past: each row ends within in_features of its pointer.
-bool is_valid(const Bitmask& w) {
+// A damaged weight cannot make anything read outside: each row ends within its columns, rounded up, of its pointer.
+template <typename AnyBitmask>
+bool is_valid_bitmask(const AnyBitmask& w) {
   if (w.out_features < 0 || w.in_features < 0 || w.pointers[0] < 0) return false;
   int32_t backwards = 0;
   for (int64_t r = 0; r < w.out_features; r++) backwards |= w.pointers[r + 1] < w.pointers[r];
@@ -54,6 +57,27 @@ bool is_valid(const Bitmask& w) {
 
 // Tokens of a weight in bits that are computed at a time: their inputs stay in the second cache.
 constexpr int64_t kBitmaskTokens = 64;
+
+// Tile by tile: `prepare(x, tokens, room)` makes inputs of `width` floats a token, `multiply(room, y, tokens, first, last)`
+// computes outputs.
+template <typename AnyBitmask, typename Prepare, typename Multiply>
+int bitmask_linear(const AnyBitmask& w, const float* x, float* y, int64_t tokens, int threads, int64_t width,
+                   const Prepare& prepare, const Multiply& multiply) {
+  if (!is_valid_bitmask(w)) return kBadWeight;
+  const int64_t in = w.in_features, out = w.out_features, tile = min(tokens, kBitmaskTokens);
+  float* room = inputs.take(tile * width + 64);
+  if (!room) return kNoMemory;
+  // A multiple of 4 outputs each, so that no part ends in the middle of rows that are spread together.
+  const int64_t quads = ceil_div(out, 4), parts = threads > 1 ? min(4 * int64_t(threads), quads) : 1;
+  for (int64_t t = 0; t < tokens; t += tile) {
+    const int64_t count = min(tile, tokens - t);
+    prepare(x + t * in, count, room);
+    parallel_for(parts, threads, [&](int64_t i) {
+      multiply(room, y + t * out, count, 4 * (quads * i / parts), min(4 * (quads * (i + 1) / parts), out));
+    });
+  }
+  return kOk;
+}
 
 // Chunks of hidden features that a feed-forward part computes at a time.
 constexpr int64_t kPanel = 2;
@@ -225,20 +249,28 @@ EXPORT int hf_sparse_dense(int isa, const float* weight, const float* bias, cons
 // y = x w^T + bias of a weight in bits; x is tokens x in_features, y tokens x out_features, both dense.
 EXPORT int hf_sparse_bitmask(int isa, const Bitmask* w, const float* x, float* y, int64_t tokens, int32_t threads) {
   if (!is_usable(isa) || tokens < 0) return kBadArgument;
-  if (!is_valid(*w)) return kBadWeight;
   const Kernels& k = *kAll[isa];
-  const int64_t in = w->in_features, out = w->out_features, tile = min(tokens, kBitmaskTokens);
-  float* inputs_of_tile = inputs.take(tile * round_up(in, 64) + 64);
-  int32_t* at = reinterpret_cast<int32_t*>(outputs.take(out));
-  if (!inputs_of_tile || !at) return kNoMemory;
-  // A multiple of 4 outputs each, so that no part ends in the middle of rows that are spread together.
-  const int64_t quads = ceil_div(out, 4), parts = threads > 1 ? min(4 * int64_t(threads), quads) : 1;
-  for (int64_t t = 0; t < tokens; t += tile) {
-    const int64_t count = min(tile, tokens - t);
-    k.bitmask_inputs(x + t * in, count, in, w->halves, inputs_of_tile);
-    parallel_for(parts, threads, [&](int64_t i) {
-      k.bitmask(*w, inputs_of_tile, y + t * out, count, 4 * (quads * i / parts), min(4 * (quads * (i + 1) / parts), out), at);
-    });
-  }
-  return kOk;
+  int32_t* at = reinterpret_cast<int32_t*>(outputs.take(w->out_features));
+  if (!at) return kNoMemory;
+  return bitmask_linear(
+      *w, x, y, tokens, threads, round_up(w->in_features, 64),
+      [&](const float* from, int64_t count, float* room) {
+        k.bitmask_inputs(from, count, w->in_features, w->halves, room);
+      },
+      [&](float* room, float* to, int64_t count, int64_t first, int64_t last) {
+        k.bitmask(*w, room, to, count, first, last, at);
+      });
+}
+
+// The same of int8 values: y = round(x) w^T + bias.
+EXPORT int hf_sparse_bitmask_int8(int isa, const BitmaskInt8* w, const float* x, float* y, int64_t tokens,
+                                  int32_t threads) {
+  if (!is_usable(isa) || tokens < 0) return kBadArgument;
+  const Kernels& k = *kAll[isa];
+  return bitmask_linear(
+      *w, x, y, tokens, threads, round_up(w->in_features, kScaled) / 16 * 5,
+      [&](const float* from, int64_t count, float* room) { k.bitmask_int8_inputs(from, count, w->in_features, room); },
+      [&](float* room, float* to, int64_t count, int64_t first, int64_t last) {
+        k.bitmask_int8(*w, room, to, count, first, last);
+      });
 }

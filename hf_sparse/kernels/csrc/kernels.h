@@ -34,6 +34,21 @@ struct Bitmask {
   int32_t halves;  // whether the values are bfloat16
 };
 
+// Columns that share a scale.
+constexpr int64_t kScaled = 128;
+
+// A weight as bitmask_int8.py lays it out. A row reads no further than in_features, rounded up, values after its pointer.
+struct BitmaskInt8 {
+  const int8_t* values;     // row after row; some more than the last pointer says (see is_valid)
+  const uint64_t* bits;     // out_features x words of 64 columns, as many as whole groups of kScaled columns have
+  const int32_t* pointers;  // out_features + 1
+  const float* scales;      // out_features x groups
+  const float* bias;        // out_features, or null
+  int64_t count;            // of values
+  int32_t out_features;
+  int32_t in_features;
+};
+
 inline int64_t groups(const Weight& w) { return (int64_t(w.out_features) + w.rows - 1) / w.rows; }
 inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chunk - 1) / w.chunk; }
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
@@ -94,6 +109,9 @@ struct Kernels {
   void (*bitmask_inputs)(const float* x, int64_t tokens, int64_t in, bool halves, float* out);
   // Outputs first to last of y = x w^T + bias. `at` has room for out_features.
   void (*bitmask)(const Bitmask& w, const float* in, float* y, int64_t tokens, int64_t first, int64_t last, int32_t* at);
+  // The same of int8: inputs rounded to int8 in `room`, of 5 / 16 floats for each feature rounded up to whole groups.
+  void (*bitmask_int8_inputs)(const float* x, int64_t tokens, int64_t in, float* room);
+  void (*bitmask_int8)(const BitmaskInt8& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last);
 };
 
 extern const Kernels kPortable;

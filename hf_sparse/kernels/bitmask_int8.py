@@ -1,0 +1,194 @@
+"""The operator `hf_sparse::bitmask_int8_linear`: a bit for each entry of a weight, and its nonzero values in int8.
+
+For models that generate, and not exact: 5.25 bits an entry at 50 % of zeros. Weights and inputs are rounded to steps of
+the largest of each `GROUP` columns / 127, so that one large number costs its neighbors their digits and no others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import BackendError
+from .bitmask import SLACK, WORD, from_words, row_pointers, to_words
+from .int8_layout import NOTHING, STEPS, refusal
+from .library import Library, checked, library, readable, why_not_built
+from .operators import define
+from .registry import Kernel, Layout, register
+from .validation import check_bias
+
+GROUP = 128
+"""Columns that share a scale."""
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _BitmaskInt8(ctypes.Structure):
+    """`BitmaskInt8` of csrc/kernels.h."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("values", "bits", "pointers", "scales", "bias")],
+        ("count", ctypes.c_int64),
+        *[(name, ctypes.c_int32) for name in ("out_features", "in_features")],
+    )
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the last dimension to steps, group by group.
+
+    Shapes:
+        x: (..., features). Returns the steps, (..., groups, `GROUP`), and what a step is worth, (..., groups, 1).
+
+    Example:
+        >>> steps, scales = rounded(torch.tensor([1.27, 0.006]))
+        >>> steps[0, :3].tolist(), round(scales.item(), 3)
+        ([127.0, 1.0, 0.0], 0.01)
+    """
+    groups = -(-x.shape[-1] // GROUP)
+    grouped = F.pad(x, (0, groups * GROUP - x.shape[-1])).unflatten(-1, (groups, GROUP))
+    largest = grouped.abs().amax(-1, keepdim=True) if groups else grouped.new_zeros((*grouped.shape[:-1], 1))
+    inverse = torch.where(largest < NOTHING, 0.0, STEPS / largest)
+    scales = torch.where(largest.isfinite(), largest / STEPS, torch.nan)
+    return (grouped * inverse).round(), scales
+
+
+def pack(weight: Tensor) -> Parts:
+    """Return the values, the bits, the row pointers and the scales of a weight.
+
+    Shapes:
+        weight: (out, in). values: (nonzeros + in + slack,), int8. bits: (out, words), int64, words of whole groups.
+        pointers: (out + 1,), int32. scales: (out, groups), float32.
+
+    Raises:
+        BackendError: more nonzeros than int32 can count.
+
+    Example:
+        >>> values, bits, pointers, scales = pack(torch.tensor([[0.0, 1.27, 0.01]]))
+        >>> values[:2].tolist(), bits.tolist(), pointers.tolist(), round(scales.item(), 3)
+        ([127, 1], [[6, 0]], [0, 2], 0.01)
+    """
+    steps, scales = rounded(weight)
+    kept = steps.flatten(1) != 0  # what rounds to zero is not stored
+    pointers, total = row_pointers(kept)
+    values = torch.zeros(total + weight.shape[1] + SLACK, dtype=torch.int8)
+    values[:total] = steps.flatten(1)[kept].to(torch.int8)
+    return values, to_words(kept, kept.shape[1] // WORD), pointers, scales.squeeze(-1)
+
+
+def unpack(
+    values: Tensor, bits: Tensor, pointers: Tensor, scales: Tensor, out_features: int, in_features: int
+) -> Tensor:
+    """Return the dense weight after rounding, in float32."""
+    width = bits.shape[1] * WORD
+    kept, steps = from_words(bits, width), torch.zeros(out_features, width)
+    steps[kept] = values[: int(kept.sum())].to(torch.float32)
+    weight = steps.view(out_features, -1, GROUP) * scales[..., None] if width else steps
+    return weight.view(out_features, width)[:, :in_features].contiguous()
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `round(x) @ weight.T + bias`.
+
+    Args:
+        weight: after rounding, as `unpack` gives it.
+    """
+    steps, scales = rounded(x)
+    y = F.linear((steps * scales).flatten(-2)[..., : x.shape[-1]], weight)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+@cache
+def _function(loaded: Library) -> Callable[..., int]:
+    pointer = ctypes.c_void_p
+    types = [ctypes.POINTER(_BitmaskInt8), pointer, pointer, ctypes.c_int64, ctypes.c_int32]
+    return loaded.bound("hf_sparse_bitmask_int8", types)
+
+
+def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise BackendError(f"x has shape {tuple(x.shape)}, but the weight takes {in_features} features")
+    values, bits, pointers, scales = parts
+    groups = -(-in_features // GROUP)
+    shapes = [tuple(part.shape) for part in (bits, pointers, scales)]
+    fits = shapes == [(out_features, groups * GROUP // WORD), (out_features + 1,), (out_features, groups)]
+    dtypes = [part.dtype for part in parts]
+    if values.dim() != 1 or not fits or dtypes != [torch.int8, torch.int64, torch.int32, torch.float32]:
+        raise BackendError(
+            f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) are no weight of "
+            f"{out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
+        )
+    if bias is not None:
+        check_bias(bias, out_features)
+
+
+def _run(
+    x: Tensor,
+    values: Tensor,
+    bits: Tensor,
+    pointers: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    parts = (values, bits, pointers, scales)
+    _check(x, parts, bias, out_features, in_features)
+    loaded = library()
+    on_cpu = all(part.is_cpu for part in (x, *parts)) and (bias is None or bias.is_cpu)
+    if loaded is None or x.dtype != torch.float32 or not on_cpu:
+        return matmul(x, unpack(*parts, out_features, in_features).to(x), bias)
+    x = readable(x)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    parts = (values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous())
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    structure = _BitmaskInt8(
+        *[part.data_ptr() for part in parts],
+        *(None if bias is None else bias.data_ptr(), values.numel(), out_features, in_features),
+    )
+    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    return checked(_function(loaded)(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
+
+
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    *parts, bias, out_features, in_features = arguments
+    _check(x, tuple(parts), bias, out_features, in_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+bitmask_int8_linear = define(
+    "bitmask_int8_linear(Tensor x, Tensor values, Tensor bits, Tensor pointers, Tensor scales, Tensor? bias, "
+    "SymInt out_features, SymInt in_features) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    values, bits, pointers, scales = parts
+    return unpack(values, bits, pointers, scales, out_features, in_features)
+
+
+def _matmul(x: Tensor, *arguments: Any) -> Tensor:
+    *parts, bias, _, out_features, in_features = arguments
+    out: Tensor = bitmask_int8_linear(x, *parts, bias, out_features, in_features)
+    return out
+
+
+register(
+    Kernel(
+        name="bitmask-int8",
+        layout=Layout(("values", "bits", "pointers", "scales"), lambda weight, rows: pack(weight), _unpack),
+        op=_matmul,
+        reference=matmul,
+        isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
+        guard=refusal,
+        unavailable=why_not_built,
+        error=0.5 / STEPS,
+    )
+)
