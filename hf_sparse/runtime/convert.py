@@ -71,8 +71,7 @@ def to_runtime(
             you can judge the change of your model's outputs. "bitmask" and "bitmask-int8" are for models that
             generate: a bit for each entry, and the values exact or in int8; the LM head too. "auto" tries "bitmask"
             beside "cpu" there, and never chooses one that rounds. Those keep the exact weights, packed, to restore
-            them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a
-            GPU.
+            them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a GPU.
         keep_dense: keep the dense weights too, so that `to_dense_runtime` restores the same parameter objects.
         tokens: token counts (batch size times sequence length) that "auto" times; None = some from 17 to 1024, and for
             a model that generates also from 1 to 8 (but for its encoder, which reads whole sequences). A call with

@@ -16,8 +16,8 @@ class LayerReport:
         shape: of its weight.
         sparsity: fraction of zeros.
         kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward sub-block), "sparse_qkv" (query, key and value as
-            one matmul), the same three with "int8" for "sparse", "csr", "dense_few" (dense, by a GEMV kernel for a few
-            tokens) or "dense".
+            one matmul), the same three with "int8" for "sparse", "csr", "bitmask" and "bitmask-int8" (for models
+            that generate), "dense_few" (dense, by a GEMV kernel for a few tokens) or "dense".
         rows: output rows that share their columns in the packed form; 0 of a dense layer.
         bytes: of the weight in memory.
         dense_bytes: of the dense weight.

@@ -471,7 +471,7 @@ def test_race_takes_the_real_modules(tmp_path: Any) -> None:
     for family in ("bert", "t5-gated"):
         with torch.no_grad():
             to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
-    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "dense_few"}
+    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "dense_few", "bitmask"}
 
 
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
@@ -644,7 +644,9 @@ def test_restoring_a_model_of_which_nothing_is_packed_changes_nothing(tmp_path: 
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense', got 'gpu'"):
+    with pytest.raises(
+        BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'dense', got 'gpu'"
+    ):
         to_runtime(sparse("bert"), "gpu")
 
 
@@ -701,7 +703,7 @@ def test_dense_checkpoint_is_pruned_and_packed_in_one_load(tmp_path: Any) -> Non
 
 
 def test_config_refuses_unknown_backends_and_two_wishes() -> None:
-    with pytest.raises(RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'dense'"):
+    with pytest.raises(RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'dense'"):
         SparseConfig(backend="gpu")
     with pytest.raises(RecipeError, match="one of the two"):
         SparseConfig(backend="auto", quantization_config={"load_in_8bit": True})
