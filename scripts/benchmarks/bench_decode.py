@@ -124,7 +124,7 @@ def main() -> None:
     from hf_sparse.kernels import KERNELS
     from hf_sparse.profiling.machine import machine
     from hf_sparse.profiling.timer import quartiles
-    from hf_sparse.recipe.packed_text import TokenStream
+    from hf_sparse.recipe.texts import TokenStream
 
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
@@ -165,8 +165,8 @@ def main() -> None:
         low, middle, high = quartiles([a / b for a, b in zip(seconds[best], each, strict=True)])
         rate = 1 / quartiles(each)[1]
         said = f"{losses[name]:.2f}" if name in losses else "-"
-        error = f"{errors[name]:.1e}" if name in errors else "-"
-        print(f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {said} | {error} |")
+        deviation = f"{errors[name]:.1e}" if name in errors else "-"
+        print(f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {said} | {deviation} |")
         result[name] = {
             "tokens_per_second": rate, "speedup": [low, middle, high], "perplexity": losses.get(name),
             "logit_deviation": errors.get(name),

@@ -54,7 +54,7 @@ def test_matches_fp64_at_any_number_of_tokens(way, shape, dtype, threads):
     torch.set_num_threads(threads)
     try:
         for zeros in (0.0, 0.5, 0.9, 1.0):
-            weight, bias = sparse(*shape, zeros).to(DTYPES[dtype]).float(), torch.randn(shape[0])
+            weight, bias = sparse(shape[0], shape[1], zeros).to(DTYPES[dtype]).float(), torch.randn(shape[0])
             parts = pack(weight)
             for tokens in (*range(6), 9, 40, 70):
                 x = torch.randn(tokens, shape[1])

@@ -49,7 +49,7 @@ def test_matches_the_rounded_numbers_at_any_number_of_tokens(way, shape, threads
     torch.set_num_threads(threads)
     try:
         for zeros in (0.0, 0.5, 0.9, 1.0):
-            weight, bias = sparse(*shape, zeros), torch.randn(shape[0])
+            weight, bias = sparse(shape[0], shape[1], zeros), torch.randn(shape[0])
             parts = pack(weight)
             exact = unpack(*parts, *shape)
             for tokens in (*range(6), 9, 40, 70):

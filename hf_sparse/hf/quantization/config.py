@@ -37,9 +37,9 @@ class SparseConfig(QuantizationConfigMixin):
         manifest: what the checkpoint contains; written by saving, never by hand.
         quantization_config: a `BitsAndBytesConfig`: the weights are decoded, pruned if requested, and then
             quantized. Zeros stay zeros. The model is one of bitsandbytes from then on, and saves and loads as such.
-        backend: a backend of `to_runtime` ("cpu-int8" and "bitmask-int8" are not exact): once the model is loaded, and pruned if
-            requested, it is brought into runtime form for inference, as by `hf_sparse.to_runtime`. A setting of
-            the load only: it is not saved.
+        backend: one of `hf_sparse.to_runtime` ("cpu-int8" and "bitmask-int8" are not exact): once the model is
+            loaded, and pruned if requested, it is brought into runtime form for inference, as by that function. A
+            setting of the load only: it is not saved.
         keep_zeros: the zeros of the weights stay zero in training, as by `hf_sparse.keep_zeros`. For dense files with
             zeros; a packed checkpoint keeps them anyway. A setting of the load only.
         **sparsity: the keywords of `SparsityConfig`.
