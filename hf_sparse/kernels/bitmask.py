@@ -9,7 +9,7 @@ nonzero, 20.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,9 @@ from .validation import check_bias
 
 WORD = 64
 """Columns of one word of bits."""
+
+ENTRIES = 1 << 22
+"""Entries that are packed at a time."""
 
 SLACK = 256
 """Values after the last one that the C++ kernel may read, beside those of a row."""
@@ -47,7 +50,7 @@ def is_bfloat16(weight: Tensor) -> bool:
         >>> is_bfloat16(torch.tensor([0.5, 1.0])), is_bfloat16(torch.tensor([0.1, 1.0]))
         (True, False)
     """
-    return torch.equal(weight.bfloat16().to(weight.dtype), weight)
+    return all(torch.equal(rows.bfloat16().to(rows.dtype), rows) for rows in weight.flatten().split(ENTRIES))
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,26 +68,41 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> values[:1].tolist(), bits.tolist(), pointers.tolist()
         ([2.0], [[2], [0]], [0, 1, 1])
     """
-    kept = weight != 0
-    pointers, total = row_pointers(kept)
     dtype = torch.bfloat16 if is_bfloat16(weight) else torch.float32
-    values = torch.zeros(total + weight.shape[1] + SLACK, dtype=dtype)
-    values[:total] = weight[kept].to(dtype)
-    return values, to_words(kept, -(-weight.shape[1] // WORD)), pointers
+    return pack_rows(weight, dtype, -(-weight.shape[1] // WORD), lambda rows: rows)
 
 
-def row_pointers(kept: Tensor) -> tuple[Tensor, int]:
-    """Return where the values of each row begin, and how many there are in all.
+def pack_rows(
+    weight: Tensor, dtype: torch.dtype, words: int, convert: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, bits and row pointers of a weight, a few rows at a time: indexes of all entries would fill memory.
+
+    Args:
+        words: of each row of bits.
+        convert: some rows of the weight -> their values, zero where nothing is stored.
 
     Raises:
-        BackendError: more than int32 can count.
+        BackendError: more nonzeros than int32 can count.
     """
-    pointers = torch.zeros(kept.shape[0] + 1, dtype=torch.int64)
-    torch.cumsum(kept.sum(1), 0, out=pointers[1:])
-    total = int(pointers[-1])
-    if total + kept.shape[1] + SLACK >= 2**31:
+    out, width = weight.shape
+    values: list[Tensor] = []
+    counts, bits = torch.zeros(out, dtype=torch.int64), torch.zeros(out, words, dtype=torch.int64)
+    for part in row_blocks(out, width):
+        rows = convert(weight[part])
+        kept = rows != 0
+        counts[part], bits[part] = kept.sum(1), to_words(kept, words)
+        values.append(rows[kept].to(dtype))
+    total = int(counts.sum())
+    if total + width + SLACK >= 2**31:
         raise BackendError(f"weights in bits hold fewer than 2^31 nonzeros, and this one has {total}")
-    return pointers.to(torch.int32), total
+    values.append(torch.zeros(width + SLACK, dtype=dtype))
+    return torch.cat(values), bits, F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Yield slices of rows that hold a few million entries each."""
+    step = max(1, ENTRIES // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def to_words(kept: Tensor, words: int) -> Tensor:
@@ -106,11 +124,19 @@ def from_words(bits: Tensor, width: int) -> Tensor:
     return kept[:, :width]
 
 
+def unpack_rows(values: Tensor, bits: Tensor, pointers: Tensor, width: int) -> Tensor:
+    """Return the values in their places: (rows, width), in float32."""
+    rows = torch.zeros(bits.shape[0], width)
+    for part in row_blocks(*rows.shape):
+        kept = from_words(bits[part], width)
+        start = int(pointers[part.start])
+        rows[part] = rows[part].masked_scatter(kept, values[start : start + int(kept.sum())].to(torch.float32))
+    return rows
+
+
 def unpack(values: Tensor, bits: Tensor, pointers: Tensor, out_features: int, in_features: int) -> Tensor:
     """Return the dense weight, in float32."""
-    kept, weight = from_words(bits, in_features), torch.zeros(out_features, in_features)
-    weight[kept] = values[: int(kept.sum())].to(torch.float32)
-    return weight
+    return unpack_rows(values, bits, pointers, in_features)
 
 
 @cache

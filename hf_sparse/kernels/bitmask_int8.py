@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
-from .bitmask import SLACK, WORD, from_words, row_pointers, to_words
+from .bitmask import WORD, pack_rows, unpack_rows
 from .int8_layout import NOTHING, STEPS, refusal
 from .library import Library, checked, library, readable, why_not_built
 from .operators import define
@@ -73,12 +73,16 @@ def pack(weight: Tensor) -> Parts:
         >>> values[:2].tolist(), bits.tolist(), pointers.tolist(), round(scales.item(), 3)
         ([127, 1], [[6, 0]], [0, 2], 0.01)
     """
-    steps, scales = rounded(weight)
-    kept = steps.flatten(1) != 0  # what rounds to zero is not stored
-    pointers, total = row_pointers(kept)
-    values = torch.zeros(total + weight.shape[1] + SLACK, dtype=torch.int8)
-    values[:total] = steps.flatten(1)[kept].to(torch.int8)
-    return values, to_words(kept, kept.shape[1] // WORD), pointers, scales.squeeze(-1)
+    scales: list[Tensor] = []
+
+    def convert(rows: Tensor) -> Tensor:
+        steps, each = rounded(rows)
+        scales.append(each.squeeze(-1))
+        return steps.flatten(1)  # what rounds to zero is not stored
+
+    groups = -(-weight.shape[1] // GROUP)
+    values, bits, pointers = pack_rows(weight, torch.int8, groups * GROUP // WORD, convert)
+    return values, bits, pointers, torch.cat([torch.zeros(0, groups), *scales])
 
 
 def unpack(
@@ -86,8 +90,7 @@ def unpack(
 ) -> Tensor:
     """Return the dense weight after rounding, in float32."""
     width = bits.shape[1] * WORD
-    kept, steps = from_words(bits, width), torch.zeros(out_features, width)
-    steps[kept] = values[: int(kept.sum())].to(torch.float32)
+    steps = unpack_rows(values, bits, pointers, width)
     weight = steps.view(out_features, -1, GROUP) * scales[..., None] if width else steps
     return weight.view(out_features, width)[:, :in_features].contiguous()
 

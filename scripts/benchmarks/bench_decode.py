@@ -143,6 +143,7 @@ def main() -> None:
         backend = name.removeprefix("sparse, ")
         if (backend == "auto" or KERNELS.backends[backend].exact) and error > 1e-4:
             sys.exit(f"{name}: the logits deviate by {error:.2e} of the largest")
+    del sparse  # memory for the next ones
     models = {"dense, float32": load(options.dense), "dense, bfloat16": load(options.dense, torch.bfloat16), **forms}
     losses = {}
     if options.data:
