@@ -24,7 +24,7 @@ def _writes(model: PreTrainedModel) -> bool:
 
 
 class TextBatches(Sized):
-    """Go over texts in order, as keyword arguments of the model without labels, on its device, in each pass.
+    """Go over sequences in order, as keyword arguments of the model without labels, on its device, in each pass.
 
     Args:
         model: whatever its head.

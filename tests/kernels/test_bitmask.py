@@ -100,7 +100,7 @@ def test_parts_that_do_not_fit_together_are_refused(way):
         "pointers of another type": (values, bits, pointers.long()),
     }
     for parts in wrong.values():
-        with pytest.raises(BackendError, match="are no weight of 8 x 70"):
+        with pytest.raises(BackendError, match="do not form a weight of 8 x 70"):
             bitmask_linear(x, *parts, None, 8, 70)
     with pytest.raises(BackendError, match="takes 70 features"):
         bitmask_linear(x[:, :69], values, bits, pointers, None, 8, 70)

@@ -98,7 +98,7 @@ def test_parts_that_do_not_fit_together_are_refused(way):
         (values, bits, pointers, scales[:1]),
         (values.float(), bits, pointers, scales),
     ):
-        with pytest.raises(BackendError, match="are no weight of 8 x 70"):
+        with pytest.raises(BackendError, match="do not form a weight of 8 x 70"):
             bitmask_int8_linear(x, *parts, None, 8, 70)
 
 
