@@ -123,8 +123,8 @@ def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_f
     dtypes = [part.dtype for part in parts]
     if values.dim() != 1 or not fits or dtypes != [torch.int8, torch.int64, torch.int32, torch.float32]:
         raise BackendError(
-            f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a weight of "
-            f"{out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
+            f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a "
+            f"weight of {out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
         )
     if bias is not None:
         check_bias(bias, out_features)
