@@ -157,8 +157,8 @@ def _check(
     if values.dim() != 1 or not all(shapes) or not all(dtypes):
         raise BackendError(
             f"values, bits and pointers of shapes {tuple(values.shape)}, {tuple(bits.shape)}, {tuple(pointers.shape)} "
-            f"({values.dtype}, {bits.dtype}, {pointers.dtype}) do not form a weight of {out_features} x {in_features} as "
-            "hf_sparse.kernels.bitmask.pack makes it"
+            f"({values.dtype}, {bits.dtype}, {pointers.dtype}) do not form a weight of {out_features} x {in_features} "
+            "as hf_sparse.kernels.bitmask.pack makes it"
         )
     if bias is not None:
         check_bias(bias, out_features)
