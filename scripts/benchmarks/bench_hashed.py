@@ -58,10 +58,11 @@ def random_mask(inputs: int, outputs: int, ratio: float) -> nn.Linear:
 
 
 def low_rank(inputs: int, outputs: int, ratio: float) -> nn.Module:
-    """Return a layer of two thin matrices with a part of the parameters, or a dense one where none is smaller."""
-    rank = int(ratio * inputs * outputs / (inputs + outputs))
-    if rank < 1:
+    """Return a layer of two thin matrices; the last layer stays dense (rank 1 could not tell ten classes apart)."""
+    if outputs == OUTPUTS:
         return nn.Linear(inputs, outputs)
+    budget = ratio * (INPUTS * HIDDEN + HIDDEN * OUTPUTS) - HIDDEN * OUTPUTS
+    rank = int(budget / (inputs + outputs))
     layer = LowRankLinear(inputs, outputs, rank)
     with torch.no_grad():  # products with the variance that nn.Linear starts with
         layer.down.normal_(0, inputs**-0.5)
@@ -135,6 +136,8 @@ def accuracy(options: argparse.Namespace) -> None:
     part, held = tuple(t[:cut] for t in training), tuple(t[cut:] for t in training)
     rows: list[dict[str, Any]] = []
     for name, make in networks(options.ratio).items():
+        if options.networks and name not in options.networks:
+            continue
         tried = {rate: error(train(make, part, rate, 0), held) for rate in RATES}  # type: ignore[arg-type]
         rate = min(tried, key=lambda each: tried[each])
         errors = [error(train(make, training, rate, seed), test) for seed in options.seeds]
@@ -190,6 +193,7 @@ def main() -> None:
     one.add_argument("path", type=Path)
     one.add_argument("--ratio", type=float, default=0.125)
     one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    one.add_argument("--networks", nargs="+", help="names of rows; without it, all of them")
     one.add_argument("--output", type=Path)
     verbs.add_parser("speed")
     options = parser.parse_args()

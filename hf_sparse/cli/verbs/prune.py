@@ -9,7 +9,7 @@ from ..data_options import add_data, data_section
 from ..options import add_model, add_revision, given, separate_output, spec
 from ..verb import VERBS, Verb
 
-GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude", "reconstruction")
+GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude", "reconstruction", "compress")
 """Options that are keys of the sparsity section."""
 EXAMPLES = 512
 
@@ -30,6 +30,11 @@ class Prune(Verb):
         parser.add_argument("--pattern", type=spec, help='weights pruned together (element); "2:4" needs no --sparsity')
         parser.add_argument("--selection", type=spec, help="which weights compete (uniform, per_row, global, owl, ...)")
         parser.add_argument("--reconstruction", type=spec, help="how the kept weights make up for the others (cg)")
+        parser.add_argument(
+            "--compress",
+            type=spec,
+            help="another form of the layers: {name: low_rank, rank: 16} or {name: hashed, ratio: 1/8}",
+        )
         parser.add_argument("--targets", action="append", metavar="GLOB", help="names of layers; may be repeated")
         parser.add_argument("--exclude", action="append", metavar="GLOB", help="layers kept dense; may be repeated")
         add_revision(parser)
