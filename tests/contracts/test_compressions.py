@@ -11,12 +11,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityCallback, SparsityConfig, sparsify
+from hf_sparse import (
+    CheckpointError,
+    Pruner,
+    RecipeError,
+    SparsityCallback,
+    SparsityConfig,
+    import_checkpoint,
+    sparsify,
+    sparsify_checkpoint,
+)
 from hf_sparse.config.sparsity import COMPRESSIONS, SCORERS
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.modeling.forms import FORMS
 from hf_sparse.pruning.compressions.saved_forms import forms_of
 from tests.helpers.tiny import config as bert_config
+from tests.helpers.tiny import save_bert
 
 OPTIONS: dict[str, dict[str, Any]] = {"low_rank": {"rank": 2}}
 GROUPS = [
@@ -120,6 +130,20 @@ def test_files_of_other_forms_are_refused(group: dict[str, Any], tmp_path: Path)
     sparsify(plain, {"sparsity": 0.5})
     with pytest.raises((CheckpointError, RuntimeError)):
         plain.load_state_dict(model.state_dict())
+
+
+@groups
+def test_what_dense_files_cannot_hold_is_refused(group: dict[str, Any], tmp_path: Path) -> None:
+    model = compressed(group)
+    with pytest.raises(RecipeError, match="cannot be saved dense: 12 layers"):
+        model.save_pretrained(tmp_path / "dense", format="dense")
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(RecipeError, match="which no dense checkpoint can hold"):
+        import_checkpoint(tmp_path / "packed", tmp_path / "dense", format="dense")
+    import_checkpoint(tmp_path / "packed", tmp_path / "again")
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")), logits(model))
+    with pytest.raises(RecipeError, match="sparsify_checkpoint cannot"):
+        sparsify_checkpoint(save_bert(tmp_path / "bert"), tmp_path / "out", group, batches())
 
 
 def test_every_form_has_a_reader_and_names_are_those_of_files() -> None:

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from ...errors import RecipeError
 from ...formats.codecs import CODECS, encode
+from ...formats.layer_forms import FORMS_KEY
 from ...formats.manifest import Manifest, TensorEntry
 from ...formats.model_folder import SINGLE, leads_out, weight_files
 from ...formats.safetensors_io import MANIFEST_KEY, writing
@@ -157,6 +158,11 @@ def _convert(checkpoint: Checkpoint, folder: Path, spec: Spec, limit: float) -> 
     source = source_of(checkpoint)
     extra = source.extra()
     config = source.config()
+    if spec == "dense" and extra.get(FORMS_KEY):
+        raise RecipeError(
+            f"{checkpoint.path} has layers of other forms (hashed, low rank), which no dense checkpoint can hold. "
+            "Convert it to a packed one"
+        )
     if spec == "dense" and extra.get(EDITS_KEY):
         config = _dense_config(checkpoint, config, Edits.from_dict(extra[EDITS_KEY]))
     writing_ = _Writing(source, ShardWriter(folder, limit), spec)

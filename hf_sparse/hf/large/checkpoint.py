@@ -121,6 +121,10 @@ def _blocks(lazy: LazyModel, pruner: Pruner) -> list[str]:
     Raises:
         RecipeError: if the config cannot be met block by block, or layers are not all in one list of blocks.
     """
+    if pruner.forms or any(group.compression is not None for group in pruner.groups):
+        raise RecipeError(
+            "`compress` gives layers another form, which sparsify_checkpoint cannot. Use hf_sparse.sparsify"
+        )
     for group in pruner.groups:
         if isinstance(group.pattern, Structure) or group.scorer.source not in ("weights", "inputs"):
             raise RecipeError(

@@ -29,7 +29,7 @@ from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
 from .load_plan import LoadPlan, is_packed, settled
 from .pack_state import is_training_state, pack_state
-from .saving import refuse_edited, save_packed, save_parts_packed, save_plain, save_request
+from .saving import refuse_edited, refuse_forms, save_packed, save_parts_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
 
@@ -183,6 +183,7 @@ class SparseQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_edited(model, "made a model without marks")
+        refuse_forms(model, "made a model without marks")
         if is_runtime(model):
             to_dense_runtime(model)
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.

@@ -19,6 +19,7 @@ from ...formats.safetensors_io import settle_header, writing
 from ...modeling.model_state import EDITS
 from ...modeling.zero_preservation import warn_of_lost_zeros
 from ...pruning.compaction import edits_of
+from ...pruning.compressions.saved_forms import forms_of
 from ...utils.atomic_io import replace_files
 from .. import patches
 from ..hub.push import push_model
@@ -98,6 +99,8 @@ def _save_pretrained(
     if format not in FORMATS:
         raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")
     config = None
+    if format == "dense":
+        refuse_forms(self, "saved dense")
     if format == "dense" and edits_of(self):
         config = expressed_in_config(self)
         if config is None:
@@ -119,6 +122,16 @@ def _save_pretrained(
         else:
             with _unmarked(self, config):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)
+
+
+def refuse_forms(model: PreTrainedModel, what: str) -> None:
+    """Raise `RecipeError` if layers hold something else than a matrix: no class of transformers has such layers."""
+    if forms := forms_of(model):
+        name, form = next(iter(forms.layers.items()))
+        raise RecipeError(
+            f"the model cannot be {what}: {len(forms.layers)} layers (first: '{name}') have the form '{form.form}', "
+            "which config.json cannot express, so no tool could load it. Save it packed (the default)"
+        )
 
 
 def refuse_edited(model: PreTrainedModel, what: str) -> None:
