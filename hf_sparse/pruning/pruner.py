@@ -146,7 +146,7 @@ class Pruner:
     def detach(self) -> nn.Module:
         """Take the masks off without making their zeros permanent, and return the model with its dense weights.
 
-        Weights that an earlier pruning made sparse keep their zeros again.
+        Weights that an earlier pruning made sparse keep their zeros again, and layers that got another form keep that.
         """
         self._must_be_attached()
         for group in self.groups:

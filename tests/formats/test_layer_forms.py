@@ -54,6 +54,7 @@ def test_a_changed_seed_is_found_out() -> None:
     data["layers"] = {"a.b": {**GOOD["a.b"], "seed": 1}}
     with pytest.raises(CheckpointError, match="checksum"):
         LayerForms.from_dict(data)
-    for broken in (None, [], {}, {"layers": GOOD}, {**signed(GOOD), "more": 1}):
+    wrong: list[Any] = [None, [], {}, {"layers": GOOD}, {**signed(GOOD), "more": 1}]
+    for broken in wrong:
         with pytest.raises(CheckpointError, match="forms must be a mapping"):
             LayerForms.from_dict(broken)
