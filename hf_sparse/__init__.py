@@ -24,6 +24,7 @@ from .pruning.experts import drop_experts, expert_saliency, prune_experts
 from .pruning.fill import fill
 from .pruning.head_importance import head_importance
 from .pruning.keep_zeros import keep_zeros
+from .pruning.merging import merge_experts
 from .pruning.oneshot import sparsify
 from .pruning.pruner import Pruner
 from .pruning.summary import Summary, summarize
@@ -70,7 +71,11 @@ __all__ = [
     "keep_zeros",
     "last_checkpoint",
     "layer_importance",
+<<<<<<< HEAD
     "load_lora",
+=======
+    "merge_experts",
+>>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
     "merged_update",
     "prepare_for_inference",
     "prune_experts",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..errors import RecipeError, SparsityError
-from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
+from ..hf.auto import check_length, default_length, is_causal, load_tokenizer, load_whole
 from ..recipe.texts import Bos, TokenStream, Window, read_text
 
 LENGTH = 2048
@@ -137,7 +137,7 @@ def perplexity(
         RecipeError: if a model or the text cannot be loaded, or a number does not fit the model.
     """
     model, tokenizer = _causal(name, revision), load_tokenizer(name, revision)
-    length = length or min(LENGTH, most_tokens(model) or LENGTH)
+    length = default_length(LENGTH, model, tokenizer) if length is None else length
     check_length(length, model, tokenizer)
     stream = TokenStream.of(read_text(data, column), tokenizer, bos)
     windows = list(stream.windows(length, stride, samples))

@@ -20,7 +20,7 @@ NOT_FOR_THE_TEACHER = ("labels", "start_positions", "end_positions", "num_items_
 class CachedOutputs(Protocol):
     """Outputs that a teacher has computed before, in place of the teacher."""
 
-    def look_up(self, examples: Examples) -> Mapping[str, Tensor]:
+    def look_up(self, examples: Examples) -> Mapping[str, Any]:
         """Return the teacher's outputs for a batch, by name."""
 
 

@@ -48,7 +48,7 @@ def soft_target_kl(
     terms = log_t.exp() * (log_t - log_s)
     if classes is not None:
         terms = torch.where(classes, terms, 0.0)  # 0 * (inf - inf) of classes that do not exist
-    return temperature**2 * _mean_over(terms.sum(-1), valid, count)
+    return temperature**2 * mean_over(terms.sum(-1), valid, count)
 
 
 def sigmoid_kl(
@@ -85,7 +85,7 @@ def sigmoid_kl(
     s, t = student.float() / temperature, teacher.float() / temperature
     p = t.sigmoid()
     terms = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
-    return temperature**2 * _mean_over(terms.mean(-1), valid, count)
+    return temperature**2 * mean_over(terms.mean(-1), valid, count)
 
 
 def masked_mse(
@@ -112,8 +112,8 @@ def masked_mse(
     _same_shape(student, teacher, "states")
     squares = (student.float() - teacher.float()).square()
     if valid is None:
-        return _mean_over(squares, None, None)
-    return _mean_over(squares.flatten(valid.ndim).mean(-1), valid, count)
+        return mean_over(squares, None, None)
+    return mean_over(squares.flatten(valid.ndim).mean(-1), valid, count)
 
 
 def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -141,9 +141,9 @@ def attention_mse(student: Tensor, teacher: Tensor, valid: Tensor | None = None)
     if valid is None:
         return squares.mean()
     if valid.shape[1] != squares.shape[2]:  # keys that are not positions of the sequence, as of a prefix: all count
-        return _mean_over(squares.mean(-1), valid, None)
+        return mean_over(squares.mean(-1), valid, None)
     keys = valid.sum(-1, keepdim=True).clamp(min=1)
-    return _mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
+    return mean_over(torch.where(valid[:, None], squares, 0.0).sum(-1) / keys, valid, None)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -194,7 +194,8 @@ def similarity_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (squares.sum() - squares.diagonal().sum()) / max(pairs, 1)
 
 
-def _mean_over(values: Tensor, valid: Tensor | None, count: Tensor | int | None) -> Tensor:
+def mean_over(values: Tensor, valid: Tensor | None, count: Tensor | int | None) -> Tensor:
+    """Return the sum of the values at valid positions, divided by a count (None = by their number)."""
     if valid is not None:
         values = torch.where(valid, values, 0.0)
         count = valid.sum().clamp(min=1) if count is None else count

@@ -125,6 +125,11 @@ def most_tokens(model: nn.Module) -> int | None:
     return int(longest) - max((padding + 1 for padding in paddings), default=0)
 
 
+def default_length(longest: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return as many tokens as model and tokenizer take, but not more than `longest`."""
+    return min(longest, most_tokens(model) or longest, tokenizer.model_max_length)
+
+
 def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse examples of more tokens than the tokenizer allows, or than the model has positions in a table.
 

@@ -78,7 +78,9 @@ def _influence(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Mappin
     if not seen:
         raise SparsityError("layer importance needs data, and there was no batch")
     if not all(meter.count for meter in meters):
-        raise SparsityError("a layer took no part in the forward pass, so its importance is not known")
+        called = all(meter.calls for meter in meters)
+        why = "every token of the batches is padding" if called else "a layer took no part in the forward pass"
+        raise SparsityError(f"{why}, so the importance of layers is not known. Give batches with text")
     return torch.tensor([1.0 - meter.total / meter.count for meter in meters])
 
 
@@ -87,10 +89,11 @@ class _Meter:
 
     def __init__(self, layer: nn.Module) -> None:
         self.real: Tensor | None = None
-        self.total, self.count = 0.0, 0
+        self.total, self.count, self.calls = 0.0, 0, 0
         self.handle = layer.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        self.calls += 1
         before = inputs[0] if inputs else named["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]
         similarity = F.cosine_similarity(before.double(), after.double(), dim=-1)

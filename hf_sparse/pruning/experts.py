@@ -43,38 +43,22 @@ def expert_saliency(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
 
     Source: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", equation 9.
     """
-    check_batches(batches)
-    blocks = _experts_of(model, "expert saliency")
-    meters = [_Meter(block) for block in blocks]
-    training, seen = model.training, 0
-    model.eval()
-    try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            real = None if mask is None or mask.ndim != 2 else mask.bool().flatten()
-            for meter in meters:
-                meter.real = real
-            model(**batch)
-            seen += 1
-    finally:
-        model.train(training)
-        for meter in meters:
-            meter.handle.remove()
-    if not seen:
-        raise SparsityError("expert saliency needs data, and there was no batch")
+    meters = [_Saliency(block) for block in experts_of(model, "expert saliency")]
+    run_meters(model, batches, meters)
     return {meter.block.name: (meter.sums / meter.counts.clamp_min(1)).float() for meter in meters}
 
 
-class _Meter:
-    """A hook on the experts of a mixture that adds up what each of them contributes to its tokens."""
+class Meter:
+    """A hook on the experts of a mixture that is given its tokens, without padding.
+
+    Attributes:
+        real: which tokens of the batch are not padding; None = all.
+    """
 
     def __init__(self, block: ExpertBlock) -> None:
-        self.block, self.real = block, None
-        self.sums = torch.zeros(block.groups, dtype=torch.float64)
-        self.counts = torch.zeros(block.groups, dtype=torch.float64)
+        self.block = block
+        self.real: Tensor | None = None
         self.handle = block.experts.register_forward_pre_hook(self, with_kwargs=True)
-
-    real: Tensor | None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
@@ -82,13 +66,57 @@ class _Meter:
         if self.real is not None and len(self.real) == len(hidden):
             real = self.real.to(hidden.device)
             hidden, index, weights = hidden[real], index[real], weights[real]
+        self.add(hidden, index, weights)
+
+    def add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Take tokens, and the experts of each with their router weights."""
+        raise NotImplementedError
+
+    def outputs(self, hidden: Tensor, experts: Tensor) -> Tensor:
+        """Return what one expert each makes of tokens."""
+        alone = experts.reshape(-1, 1)
+        out: Tensor = self.block.experts.forward(hidden, alone, torch.ones_like(alone, dtype=hidden.dtype))
+        return out
+
+
+class _Saliency(Meter):
+    """Adds up what each expert contributes to its tokens."""
+
+    def __init__(self, block: ExpertBlock) -> None:
+        super().__init__(block)
+        self.sums = torch.zeros(block.groups, dtype=torch.float64)
+        self.counts = torch.zeros(block.groups, dtype=torch.float64)
+
+    def add(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         # Each pair of token and expert as a token of its own with that one expert, whose output is then not summed.
-        each, alone = hidden.repeat_interleave(index.shape[1], 0), index.reshape(-1, 1)
-        out = module.forward(each, alone, torch.ones_like(alone, dtype=weights.dtype))
+        out = self.outputs(hidden.repeat_interleave(index.shape[1], 0), index)
         values = weights.reshape(-1).double() * out.double().norm(dim=-1)
-        experts = alone.flatten().cpu()
-        self.sums.index_add_(0, experts, values.cpu())
-        self.counts += torch.bincount(experts, minlength=len(self.counts))
+        self.sums.index_add_(0, index.flatten().cpu(), values.cpu())
+        self.counts += torch.bincount(index.flatten().cpu(), minlength=len(self.counts))
+
+
+def run_meters(model: nn.Module, batches: Iterable[Mapping[str, Any]], meters: Sequence[Meter]) -> None:
+    """Run a model on batches, as in evaluation, and remove the meters.
+
+    Raises:
+        SparsityError: if there is no batch.
+    """
+    training, seen = model.training, 0
+    model.eval()
+    try:
+        check_batches(batches)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            for meter in meters:
+                meter.real = None if mask is None or mask.ndim != 2 else mask.bool().flatten()
+            model(**batch)
+            seen += 1
+    finally:
+        model.train(training)
+        for meter in meters:
+            meter.handle.remove()
+    if not seen:
+        raise SparsityError("what experts do is measured on data, and there was no batch")
 
 
 @torch.no_grad()
@@ -107,7 +135,7 @@ def drop_experts(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> Edits:
         RecipeError: for a name or a number that it does not have, or fewer experts than a token needs. The model is
             then as it was.
     """
-    blocks = {block.name: block for block in _experts_of(model, "removing experts")}
+    blocks = {block.name: block for block in experts_of(model, "removing experts")}
     for name, numbers in kept.items():
         if name not in blocks:
             raise RecipeError(f"the model has no experts in '{name}'; it has them in {', '.join(blocks)}")
@@ -154,7 +182,7 @@ def prune_experts(
         3
     """
     check_number("sparsity", sparsity, "[0, 1)")
-    blocks = {block.name: block for block in _experts_of(model, "removing experts")}
+    blocks = {block.name: block for block in experts_of(model, "removing experts")}
     scores = expert_saliency(model, batches)
     if selection == "global":
         for name, values in scores.items():  # what a token needs is never among the lowest
@@ -167,7 +195,16 @@ def prune_experts(
     return drop_experts(model, kept)
 
 
-def _experts_of(model: nn.Module, wanted: str) -> list[ExpertBlock]:
+def experts_of(model: nn.Module, wanted: str) -> list[ExpertBlock]:
+    """Return the mixtures of a model.
+
+    Args:
+        wanted: for the message: what needs them.
+
+    Raises:
+        PatternError: if there are none that are known.
+        SparsityError: if they are not in memory.
+    """
     blocks = known_experts(model)
     if not blocks:
         families = [family.name for family in FAMILIES.values() if family.experts]

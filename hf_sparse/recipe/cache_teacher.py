@@ -10,19 +10,20 @@ from transformers import set_seed
 
 from ..errors import RecipeError
 from ..hf.trainer.teacher import make_distiller
-from ..hf.trainer.teacher_cache import write_cache
+from ..hf.trainer.teacher_cache import Written, write_cache
 from .recipe import Recipe
 from .task import Setup
 
 
-def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32") -> int:
-    """Write logits or embeddings of a recipe's teacher for every training example, and return how many there are.
+def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32", top: int | None = None) -> Written:
+    """Write logits or embeddings of a recipe's teacher for every training example, and return how much that is.
 
     Train with them by `distillation: {cache: OUTPUT, ...}` in the same recipe.
 
     Args:
         output: folder for the cache.
         dtype: "fp32" or "fp16".
+        top: how many tokens of each position are kept, the most likely ones; None = all.
 
     Raises:
         RecipeError: if the recipe has no teacher, or learns more from it than logits and embeddings.
@@ -39,4 +40,4 @@ def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32") -> int:
     if torch.accelerator.is_available() and not config.load_in_8bit:
         distiller.teacher.to(torch.accelerator.current_accelerator())
     setup = Setup(recipe, recipe.training_arguments(), model, tokenizer, examples, [])
-    return write_cache(distiller, task.teacher_batches(setup), output, tokenizer, dtype)
+    return write_cache(distiller, task.teacher_batches(setup), output, tokenizer, dtype, top)

@@ -6,8 +6,10 @@ import os
 
 from ..errors import RecipeError
 from ..hf.auto import is_causal, load_tokenizer, load_whole
-from ..pruning.depth import Criterion, prune_layers
+from ..pruning.depth import Criterion, prune_layers, stack_of
 from ..pruning.experts import prune_experts
+from ..pruning.merging import merge_experts
+from ..utils.validation import check_integer
 from .prune import CalibrationText, computing_in_float32, save_model
 
 
@@ -19,6 +21,7 @@ def drop_saved(
     criterion: Criterion = "cosine",
     experts: float | None = None,
     selection: str = "uniform",
+    merge: bool = False,
     revision: str = "main",
 ) -> str:
     """Load a causal language model, remove the layers or experts that matter least on a text, and save it.
@@ -31,6 +34,7 @@ def drop_saved(
         criterion: see `layer_importance`.
         experts: fraction to remove; None = none.
         selection: see `prune_experts`.
+        merge: merge experts that do alike (`merge_experts`) instead of dropping those that matter least.
         revision: branch, tag or commit on the Hub.
 
     Returns:
@@ -45,12 +49,18 @@ def drop_saved(
     model = load_whole(name, revision)
     if not is_causal(model):
         raise RecipeError(f"'{name}' is a {type(model).__name__}, and a text measures causal language models alone")
+    if layers is not None:
+        check_integer("layers", layers, f"[0, {len(stack_of(model)[1])})")
+    if merge and (experts is None or selection != "uniform"):
+        raise RecipeError("experts are merged within each mixture: name a fraction of them, and no other selection")
     before, lines = model.num_parameters(), []
     with computing_in_float32(model):
         batches = text.batches(model, load_tokenizer(name, revision))
         batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         if experts is not None:  # the layers are then measured with the experts that are left
-            edits = prune_experts(model, batches, experts, selection)
+            edits = (
+                merge_experts(model, batches, experts) if merge else prune_experts(model, batches, experts, selection)
+            )
             lines += [f"{where}: {cut.count} of {cut.before} experts" for where, cut in edits.experts.items()]
         if layers is not None:
             removed = prune_layers(model, batches, layers, criterion)

@@ -19,8 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
+<<<<<<< HEAD
 from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
 from ..hf.embedding.module_files import carry_modules
+=======
+from ..hf.auto import check_length, default_length, is_causal, load_tokenizer, load_whole
+>>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
@@ -30,7 +34,7 @@ from ..vocabulary import carry_report
 from .data import load_split, read_columns
 from .data_loader import LabelledBatches, TextBatches, has_labels
 from .sections import DataSection
-from .texts import Bos, TokenStream, calibration_batches, read_text
+from .texts import TEXT_SUFFIXES, Bos, TokenStream, calibration_batches, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ SEQUENCES, SEQUENCE_LENGTH = 128, 2048
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationText:
-    """Sequences of a text, for scorers that look at the inputs of the layers of a causal language model.
+    """Sequences of a text, for scorers that look at the inputs of layers.
 
     Args:
         path: of a plain text, or of a file of examples.
@@ -58,15 +62,20 @@ class CalibrationText:
     seed: int = 0
     bos: Bos = "auto"
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is no file of examples."""
+        return Path(self.path).suffix.lower() in TEXT_SUFFIXES
+
     def batches(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
         """Return the sequences as keyword arguments of a model.
 
         Raises:
             RecipeError: if the text is too short, or a sequence too long for the model.
         """
-        length = self.length or min(SEQUENCE_LENGTH, most_tokens(model) or SEQUENCE_LENGTH)
+        length = default_length(SEQUENCE_LENGTH, model, tokenizer) if self.length is None else self.length
         check_length(length, model, tokenizer)
-        stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos)
+        stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos, ends=not is_causal(model))
         logger.info("%d sequences of %d tokens, %s", self.samples, length, stream.begins)
         return calibration_batches(stream, self.samples, length, self.seed, model.device)
 
@@ -113,7 +122,8 @@ def prune(
         section: whose training examples are shown to scorers that look at data, where the model is not a causal
             language model. A model without a head needs no labels for scorers that look at the inputs of layers.
         batch: examples at once.
-        text: shown to scorers that look at data, where the model is a causal language model.
+        text: shown to scorers that look at data, where the model is a causal language model; a plain one also to
+            scorers that look at the inputs of layers of any encoder.
 
     Raises:
         RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
@@ -124,7 +134,7 @@ def prune(
     by_loss = SCORERS.build(config.groups[0].scorer).source in ("gradients", "heads")
     batches: Any = None
     with computing_in_float32(model) if by_blocks else contextlib.nullcontext():
-        if text is not None and (by_blocks or by_loss) and is_causal(model):
+        if text is not None and _takes_text(model, text, by_blocks, by_loss):
             batches = text.batches(model, load_tokenizer(name, revision))
             if not by_blocks:
                 batches = tqdm([{**each, "labels": each["input_ids"]} for each in batches], desc="Looking")
@@ -135,6 +145,7 @@ def prune(
     return summarize(model)
 
 
+<<<<<<< HEAD
 def _examples(
     model: PreTrainedModel, name: str, revision: str, section: DataSection, batch: int, by_blocks: bool
 ) -> TextBatches:
@@ -143,6 +154,13 @@ def _examples(
     if by_blocks and not has_labels(model):
         return TextBatches(model, tokenizer, read_columns(section, "train", section.text_columns, None), section, batch)
     return LabelledBatches(model, tokenizer, load_split(section, "train"), section, batch)
+=======
+def _takes_text(model: PreTrainedModel, text: CalibrationText, by_blocks: bool, by_loss: bool) -> bool:
+    """Return whether sequences of a text are enough, without labels."""
+    if is_causal(model):
+        return by_blocks or by_loss
+    return by_blocks and text.plain and not model.config.is_encoder_decoder
+>>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
 
 
 def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "main") -> str:

@@ -69,19 +69,22 @@ class TokenStream:
         ids: of the whole text, without special tokens.
         prefix: ids in front of each window: the tokens that the tokenizer puts before a text, BOS as a rule.
         prefix_names: the same, as the tokenizer writes them.
+        suffix: ids behind each sample, as encoders have them (SEP).
     """
 
     ids: tuple[int, ...]
     prefix: tuple[int, ...] = ()
     prefix_names: tuple[str, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> TokenStream:
+    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto", ends: bool = False) -> TokenStream:
         """Tokenize a text in one piece.
 
         Args:
             bos: "auto" = begin each window as the tokenizer begins a text; "always" with its BOS token, "never" with
                 nothing. Models that were trained with BOS are far worse without it.
+            ends: end each sample too as the tokenizer ends a text.
 
         Raises:
             RecipeError: for "always", if the tokenizer has no BOS token.
@@ -93,7 +96,8 @@ class TokenStream:
         finally:
             tokenizer.model_max_length = limit
         prefix = _prefix(tokenizer, bos)
-        return cls(tuple(ids), prefix, tuple(tokenizer.convert_ids_to_tokens(list(prefix))))
+        names = tuple(tokenizer.convert_ids_to_tokens(list(prefix)))
+        return cls(tuple(ids), prefix, names, _around(tokenizer)[1] if ends else ())
 
     def windows(self, length: int, stride: int | None = None, most: int | None = None) -> Iterator[Window]:
         """Yield windows over the text from its beginning; each token is scored in one of them.
@@ -133,7 +137,7 @@ class TokenStream:
             RecipeError: if the text is shorter than one window.
         """
         check_positive_int("samples", count)
-        body = self._body(length)
+        body = self._body(length - len(self.suffix))
         if len(self.ids) < body:
             raise RecipeError(
                 f"the calibration text has {len(self.ids)} tokens, and one sequence needs {body}: lower the length, or "
@@ -141,7 +145,7 @@ class TokenStream:
             )
         draw = random.Random(seed)  # noqa: S311  places in a text, no secrets
         starts = [draw.randrange(len(self.ids) - body + 1) for _ in range(count)]
-        return [torch.tensor([[*self.prefix, *self.ids[start : start + body]]]) for start in starts]
+        return [torch.tensor([[*self.prefix, *self.ids[s : s + body], *self.suffix]]) for s in starts]
 
     def _body(self, length: int) -> int:
         check_integer("length", length, f"[{len(self.prefix) + 2}, inf)")
@@ -168,10 +172,15 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> tuple[int, ...]:
         if tokenizer.bos_token_id is None:
             raise RecipeError(f"bos 'always' was requested, and {type(tokenizer).__name__} has no BOS token")
         return (int(tokenizer.bos_token_id),)
+    return _around(tokenizer)[0]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what the tokenizer puts before a text, and behind it."""
     plain: Sequence[int] = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     whole: Sequence[int] = tokenizer(_SAMPLE)["input_ids"]
     starts = [i for i in range(len(whole)) if list(whole[i : i + len(plain)]) == list(plain)]
-    return tuple(whole[: starts[0]]) if starts else ()
+    return (tuple(whole[: starts[0]]), tuple(whole[starts[0] + len(plain) :])) if starts else ((), ())
 
 
 def calibration_batches(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BackendError
+from ..modeling.layer_kinds import is_matrix_layer, is_transposed
 from ..modeling.layer_matching import InRuntimeForm
 from ..modeling.ownership import count_owners
 from ..pruning.masked_weight import MaskedWeight
@@ -83,10 +84,26 @@ def refuse_dense(model: nn.Module, decisions: Mapping[str, LayerDecision]) -> No
         else f"the sparsest of its {len(decisions)} linear layers, '{sparsest[0]}', has {sparsest[1].sparsity:.1%} "
         f"zeros and stays dense: {sparsest[1].reason}"
     )
+    if other := _sparse_of_other_kinds(model):
+        raise BackendError(
+            f"to_runtime got a {type(model).__name__} whose sparse layers are {other}, which no kernel packs: they "
+            f"compute densely, with their zeros. It packs nn.Linear, and {result}"
+        )
     raise BackendError(
         f"to_runtime got a {type(model).__name__} in which nothing is sparse: {result}. It packs layers with at least "
         f"{MIN_SPARSITY:.0%} zeros; prune the model first (hf_sparse.sparsify, or SparsityCallback)"
     )
+
+
+def _sparse_of_other_kinds(model: nn.Module) -> str:
+    """Return which layers that store a matrix another way have enough zeros, as in "8 Conv1D (first: 'h.0.c_fc')"."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if is_matrix_layer(module) and is_transposed(module) and module.weight.numel():
+            weight = peek(module.weight)
+            if 1.0 - int(torch.count_nonzero(weight)) / weight.numel() >= MIN_SPARSITY:
+                found.setdefault(type(module).__name__, []).append(name)
+    return " and ".join(f"{len(names)} {kind} (first: '{names[0]}')" for kind, names in found.items())
 
 
 def _why_dense(module: nn.Linear, sparsity: float, shared: bool) -> str | None:

@@ -80,3 +80,10 @@ def test_requests_that_do_not_fit_are_refused(
 def test_only_causal_models_have_a_perplexity(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match="BertModel, and perplexity is that of a model that predicts the next token"):
         perplexity(str(tiny.save_bert(tmp_path / "bert")), text)
+
+
+def test_length_is_what_both_model_and_tokenizer_take(model: str, text: str) -> None:
+    assert perplexity(model, text).length == 64
+    path = Path(model, "tokenizer_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 48}))
+    assert perplexity(model, text).length == 48

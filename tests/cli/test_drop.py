@@ -41,6 +41,11 @@ def test_experts_leave_a_saved_mixture(tmp_path: Path) -> None:
     arguments = ["drop", str(model), "--data", str(data), "--samples", "4", "--length", "32", "--experts", "0.25"]
     assert main([*arguments, "--output", str(out)]) == 0
     assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == 3
+    assert main([*arguments, "--merge", "--output", str(tmp_path / "merged")]) == 0
+    dropped, merged = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, tmp_path / "merged"))
+    assert merged.config.num_local_experts == 3
+    weights = [made.model.layers[0].mlp.experts.down_proj for made in (dropped, merged)]
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,9 @@ def test_experts_leave_a_saved_mixture(tmp_path: Path) -> None:
     [
         ([], "nothing was requested"),
         (["--experts", "0.5"], "where the experts of a model are"),
-        (["--layers", "9"], "`count` must be an integer in"),
+        (["--layers", "9"], "`layers` must be an integer in [0, 3), got 9"),
+        (["--layers", "1", "--merge"], "name a fraction of them"),
+        (["--experts", "0.5", "--merge", "--selection", "global"], "no other selection"),
         (["--layers", "1", "--length", "900"], "at most 64"),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
 from hf_sparse.hf.auto import load_tokenizer
+from hf_sparse.recipe.cache_teacher import teach
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.train import run
 from tests.helpers import oneshot
@@ -116,3 +117,23 @@ def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, st
     weight = merged.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(weight == 0, zeros)
     assert summarize(merged).sparsity == 0.5
+
+
+def test_cached_most_likely_tokens_teach_as_the_live_teacher_does(files: dict[str, str], tmp_path: Path) -> None:
+    given = {"teacher": files["dense"], "task_weight": 0.0, "logits_weight": 1.0, "temperature": 1.0}
+    few: Any = {"max_steps": 4, "learning_rate": 3e-3, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
+    losses = {}
+    for name, top in (("live", None), ("top", 1000)):
+        section = given if top is None else {**given, "cache": str(tmp_path / "cache")}
+        made = recipe(files, tmp_path / name, distillation=section, training={
+            **few, "save_strategy": "no", "output_dir": str(tmp_path / name)
+        })  # fmt: skip
+        if top is not None:
+            assert teach(made, tmp_path / "cache", "fp16", 8) == (75, 75 * 21 * (6 * 8 + 2))
+            assert teach(made, tmp_path / "cache", "fp32", top).examples == 75  # all words: the very same loss
+        run(made)
+        logs = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [log["distillation_kl"] for log in logs if "distillation_kl" in log]
+    assert len(losses["live"]) == len(losses["top"]) == 4
+    assert losses["live"][0] > 1e-4
+    assert losses["top"] == pytest.approx(losses["live"], rel=1e-3)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file as load_plain
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_sparse import SparsityConfig, sparsify
 from hf_sparse.cli.main import main
 from hf_sparse.hf.auto import load_tokenizer
+from hf_sparse.recipe.prune import CalibrationText
 from hf_sparse.recipe.texts import TokenStream
 from tests.helpers import oneshot, tiny
 
@@ -97,3 +98,33 @@ def test_encoders_are_calibrated_with_examples(tmp_path: Path) -> None:
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     weight = loaded.bert.encoder.layer[1].output.dense.weight
     assert (weight.view(-1, 8) != 0).sum(1).eq(4).all()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_encoders_are_calibrated_with_plain_text_that_begins_and_ends_as_theirs_do(tmp_path: Path, head: bool) -> None:
+    model = tiny.save_bert(tmp_path / "model", head=head)
+    data = tmp_path / "plain.txt"
+    data.write_text(" ".join(sentence for sentence, _ in tiny.sentences()))
+    options = ["--scorer", "wanda", "--sparsity", "0.5", "--data", str(data), "--length", "9", "--samples", "4"]
+    assert main(["prune", str(model), *options, "--output", str(tmp_path / "out")]) == 0
+    tokenizer = load_tokenizer(str(model))
+    words = tokenizer(data.read_text(), add_special_tokens=False)["input_ids"]
+    stream = TokenStream.of(data.read_text(), tokenizer, ends=True)
+    samples = stream.samples(4, 9)
+    assert all(ids[0, 0] == tokenizer.cls_token_id and ids[0, -1] == tokenizer.sep_token_id for ids in samples)
+    assert all(ids.shape == (1, 9) and set(ids[0, 1:-1].tolist()) <= set(words) for ids in samples)
+    kind = AutoModelForSequenceClassification if head else AutoModel
+    expected, loaded = kind.from_pretrained(model), kind.from_pretrained(tmp_path / "out")
+    sparsify(expected, SparsityConfig(scorer="wanda", sparsity=0.5), [{"input_ids": ids} for ids in samples])
+    for key, weight in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+
+
+def test_length_is_what_both_model_and_tokenizer_take(tmp_path: Path) -> None:
+    model = oneshot.save_llama(tmp_path / "model")  # made for 64 tokens
+    tokenizer = load_tokenizer(str(model))
+    data = oneshot.write_text(tmp_path / "text.txt")
+    llama = AutoModelForCausalLM.from_pretrained(model)
+    for stated, expected in ((10**30, 64), (48, 48)):
+        tokenizer.model_max_length = stated
+        assert CalibrationText(str(data), samples=1).batches(llama, tokenizer)[0]["input_ids"].shape == (1, expected)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from hf_sparse import BackendError, Pruner, SparsityConfig, to_dense_runtime, to_runtime
+from hf_sparse import BackendError, Pruner, SparsityConfig, sparsify, to_dense_runtime, to_runtime
 from hf_sparse.profiling.latency_table import Shape, measure
 from hf_sparse.runtime import SpeedTable
+from tests.helpers import oneshot
 from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import batch
@@ -128,3 +129,14 @@ def test_model_that_was_loaded_in_inference_mode_is_packed_and_restored(tmp_path
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
         to_dense_runtime(model)
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_sparse_layers_of_another_kind_are_named_as_the_reason() -> None:
+    model = oneshot.gpt2().float()
+    with pytest.raises(BackendError, match="nothing is sparse"):
+        to_runtime(model)
+    sparsify(model, {"sparsity": 0.9})
+    with pytest.raises(
+        BackendError, match=r"sparse layers are \d+ Conv1D \(first: 'transformer\.h\.0\..*no kernel packs"
+    ):
+        to_runtime(model)

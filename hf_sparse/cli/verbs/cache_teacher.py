@@ -21,15 +21,22 @@ class CacheTeacher(Verb):
         parser.add_argument("recipe", help="YAML file with a distillation section")
         parser.add_argument("--output", metavar="DIR", help="folder of the cache (distillation.cache of the recipe)")
         parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the logits on disk (fp32)")
+        parser.add_argument(
+            "--top", type=int, metavar="K", help="keep the K most likely tokens of each position alone (all)"
+        )
         add_overrides(parser)
 
     def run(self, options: argparse.Namespace) -> None:
         from ...recipe.cache_teacher import teach
         from ...recipe.recipe import Recipe
+        from ...utils.text import format_bytes
 
         recipe = Recipe.load(options.recipe, options.overrides)
         output = options.output or (recipe.distillation.cache if recipe.distillation is not None else None)
         if output is None:
             raise RecipeError("the cache needs a folder: give --output DIR, or distillation.cache in the recipe")
-        count = teach(recipe, output, options.dtype)
-        print(f"Logits for {count} examples are in {output}; train with distillation.cache={output}")
+        count, size = teach(recipe, output, options.dtype, options.top)
+        print(
+            f"Logits for {count} examples are in {output} ({format_bytes(size)}); train with "
+            f"distillation.cache={output}"
+        )

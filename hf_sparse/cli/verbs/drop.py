@@ -31,6 +31,7 @@ class Drop(Verb):
             default="uniform",
             help="experts that compete: those of each mixture, or all (uniform)",
         )
+        parser.add_argument("--merge", action="store_true", help="merge experts that do alike instead of dropping some")
         add_revision(parser)
         parser.add_argument("--data", required=True, metavar="FILE", help="text to measure on, or a file of examples")
         parser.add_argument("--text", dest="column", metavar="COLUMN", help="text column of a file of examples (text)")
@@ -47,6 +48,9 @@ class Drop(Verb):
         text = CalibrationText(options.data, **{key: value for key, value in named.items() if value is not None})
         output = separate_output(options.model, options.output)
         left = drop_saved(
-            options.model, output, text, **given(options, "layers", "criterion", "experts", "selection", "revision")
+            options.model,
+            output,
+            text,
+            **given(options, "layers", "criterion", "experts", "selection", "merge", "revision"),
         )
         print(f"{left}\n\nSaved in {output}")

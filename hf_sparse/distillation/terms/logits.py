@@ -12,6 +12,7 @@ from torch import Tensor
 from ...config.distillation import TERMS
 from ...errors import SparsityError
 from ..losses import masked_mse, sigmoid_kl, soft_target_kl
+from ..top_logits import TopLogits, top_logits_kl
 from .base import NEVER, Comparison, Term
 
 _NAMES = ("logits", "start_logits", "end_logits")
@@ -20,7 +21,10 @@ _NAMES = ("logits", "start_logits", "end_logits")
 @TERMS.register("logits")
 @dataclasses.dataclass
 class Logits(Term):
-    """Soft targets (`losses.soft_target_kl`), and for regressions the squared difference."""
+    """Soft targets (`losses.soft_target_kl`), and for regressions the squared difference.
+
+    Of a teacher that was cached with its most likely tokens alone, soft targets over these (`top_logits_kl`).
+    """
 
     cached: ClassVar[bool] = True
 
@@ -51,10 +55,12 @@ def _one(pair: Comparison, name: str) -> Tensor:
     if _is_multi_label(pair.problem_type(), s, labels):
         return pair.share * sigmoid_kl(s, t, temperature)
     valid = _trained(s, batch, pair.shifts_labels)
-    if labels is None or count is None:
-        return pair.share * soft_target_kl(s, t, temperature, valid)
     # The Trainer counts the labels of all accumulated batches, so that long batches weigh more than short ones.
-    return soft_target_kl(s, t, temperature, valid, count=count)
+    counted = labels is not None and count is not None
+    share, count = (1.0, count) if counted else (pair.share, None)
+    if isinstance(t, TopLogits):
+        return share * top_logits_kl(s, t, temperature, valid, count=count)
+    return share * soft_target_kl(s, t, temperature, valid, count=count)
 
 
 def _is_multi_label(declared: str | None, logits: Tensor, labels: Tensor | None) -> bool:

@@ -267,7 +267,7 @@ def _dense_config(checkpoint: Checkpoint, config: dict[str, Any], edits: Edits) 
         if expressed is not None:
             return {**expressed.to_dict(), "architectures": config.get("architectures")}
     raise RecipeError(
-        "a compacted model cannot be written dense: its layers differ in size, which config.json cannot express, "
+        "a compacted model cannot be written dense: its layers have sizes that config.json cannot express, "
         "so no tool could load it. Convert it to 'packed' or 'smallest'"
     )
 

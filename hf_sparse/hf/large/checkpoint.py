@@ -34,7 +34,7 @@ from ..conversion.convert import SHARD_SIZE, copy_small, shard_limit
 from ..quantization.config import SparseConfig
 from ..quantization.saving import staged
 from .lazy_model import LazyModel, source_files
-from .work_folder import WorkFolder, run_facts
+from .work_folder import NAME, WorkFolder, run_facts
 
 Batch = Mapping[str, Any]
 
@@ -75,7 +75,7 @@ def sparsify_checkpoint(
         The manifest of what was written.
 
     Raises:
-        RecipeError: if the config cannot be met block by block, or output is the source.
+        RecipeError: if the config cannot be met block by block, output is the source, or a model is there already.
         CheckpointError: if the checkpoint is corrupted or packed, or another run was interrupted in the output folder.
         SparsityError: as `sparsify`.
 
@@ -87,6 +87,7 @@ def sparsify_checkpoint(
     limit, files = shard_limit(max_shard_size), source_files(source)
     if output.exists() and os.path.samefile(source, output):
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
+    _refuse_finished(output)
     check_batches(batches)
     device, batches = torch.device(device), list(batches)
     if not batches:
@@ -102,6 +103,16 @@ def sparsify_checkpoint(
         manifest = _write(source, output, config, shards, work, limit)
     work.remove()
     return manifest
+
+
+def _refuse_finished(output: Path) -> None:
+    """Raise `RecipeError` if a folder holds a model and no run that goes on there: hours of work may be in it."""
+    held = [path.name for path in sorted(output.glob("*.safetensors"))] if output.is_dir() else []
+    if held and not (output / NAME).is_dir():
+        raise RecipeError(
+            f"output {output} holds a model already ({held[0]}), finished or of something else: choose another folder, "
+            "or remove that one"
+        )
 
 
 def _compute_dtype(shards: Shards, device: torch.device) -> torch.dtype:

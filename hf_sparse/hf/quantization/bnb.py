@@ -65,6 +65,6 @@ def hand_over(model: PreTrainedModel, second: HfQuantizer) -> PreTrainedModel:
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Stand in for `save_pretrained` of a model that nothing could load again."""
     raise RecipeError(
-        "a compacted model that bitsandbytes has quantized cannot be saved: its layers differ in size, which a "
+        "a compacted model that bitsandbytes has quantized cannot be saved: its layers have sizes that a "
         "checkpoint of bitsandbytes cannot express. Keep the packed checkpoint and quantize it at each load"
     )

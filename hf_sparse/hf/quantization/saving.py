@@ -93,7 +93,7 @@ def _save_pretrained(
             tool reads.
 
     Raises:
-        RecipeError: for another format, or "dense" for a compacted model whose layers differ in size, unless its family
+        RecipeError: for another format, or "dense" for a compacted model with sizes that config.json cannot express, unless
             reads `per_layer_config`: no other tool could load it.
     """
     if format not in FORMATS:
@@ -138,7 +138,7 @@ def refuse_edited(model: PreTrainedModel, what: str) -> None:
     """Raise `RecipeError` if a model has lost heads or neurons: without our marks nobody could load what it saves."""
     if edits_of(model):
         raise RecipeError(
-            f"a compacted model cannot be {what}: its layers differ in size, which config.json cannot express, so "
+            f"a compacted model cannot be {what}: its layers have sizes that config.json cannot express, so "
             "no tool could load it. Save it packed (the default), or save it dense before compact()"
         )
 

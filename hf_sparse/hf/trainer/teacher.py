@@ -43,7 +43,7 @@ def make_distiller(student: nn.Module, config: DistillationConfig, teacher: nn.M
     _check(student, teacher, config, weights)
     outputs: nn.Module | TeacherCache = NamedOutputs(teacher) if is_wrapper(teacher) else teacher
     if config.cache is not None:
-        outputs = TeacherCache.open(config.cache, teacher)
+        outputs = TeacherCache.open(config.cache, teacher, config.temperature)
     ours: Any = getattr(student, "config", None)
     writes = bool(getattr(ours, "is_encoder_decoder", False))
     # As the Trainer decides it: decoder-only models are trained on the next label.

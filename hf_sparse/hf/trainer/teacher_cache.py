@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import datasets
-import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
 
 from ...distillation.distiller import Distiller
 from ...distillation.example_keys import PER_EXAMPLE, Examples
-from ...distillation.terms.base import EMBEDDING
 from ...errors import CheckpointError, SparsityError
 from ...formats.safetensors_io import reading
 from ...utils.atomic_io import read_json, require_regular, write_text
-from ...utils.text import shorten
-from ...utils.validation import check_integer, check_one_of, check_text
+from ...utils.text import format_bytes, shorten
+from ...utils.validation import check_integer, check_number, check_one_of, check_positive_int, check_text
+from .teacher_rows import LOGITS, STORED, Layout, size_of
 
 VERSION = 2
 """2 has a checksum for each example."""
 
-STORED = {"fp32": "float32", "fp16": "float16"}
-LOGITS = ("logits", "start_logits", "end_logits", EMBEDDING)
 _ROWS, _FACTS = "logits.arrow", "teacher_cache.json"
 _BATCH = 32
+
+
+class Written(NamedTuple):
+    """What `write_cache` has written: examples, and bytes of their numbers."""
+
+    examples: int
+    size: int
 
 
 class TeacherCache:
@@ -57,7 +61,10 @@ class TeacherCache:
             with reading(self.folder / _ROWS):
                 require_regular(self.folder / _ROWS)
             rows = datasets.Dataset.from_file(str(self.folder / _ROWS))
-            if rows.features != _features(self.facts["logits"], self.facts["dtype"]):
+            self.layout = Layout(
+                tuple(self.facts["logits"]), self.facts["dtype"], self.facts["top"], self.facts["temperature"]
+            )
+            if rows.features != self.layout.features:
                 raise CheckpointError(f"{_ROWS} has the columns {', '.join(rows.column_names)}")
             self._row = {key: row for row, key in enumerate(rows["key"])}
             if len(rows) != self.facts["examples"] or data_fingerprint(self._row) != self.facts["data"]:
@@ -70,14 +77,23 @@ class TeacherCache:
         self._rows = rows.with_format("numpy")
 
     @classmethod
-    def open(cls, folder: str | Path, teacher: nn.Module) -> Self:
+    def open(cls, folder: str | Path, teacher: nn.Module, temperature: float) -> Self:
         """Open the cache and check that it is of this teacher.
+
+        Args:
+            temperature: of the soft targets; the most likely tokens alone are stored for one.
 
         Raises:
             CheckpointError: if it is not, or as the class.
         """
         cache = cls(folder)
         cache._compare("teacher", weights_fingerprint(teacher), "its weights are not those that the recipe names now")
+        if cache.layout.top is not None and cache.layout.temperature != temperature:
+            raise CheckpointError(
+                f"the cache in {folder} holds the {cache.layout.top} most likely tokens at temperature "
+                f"{cache.layout.temperature:g}, and `distillation.temperature` is {temperature:g}. Create it again: "
+                f"hf-sparse teach RECIPE --output {folder} --top {cache.layout.top}"
+            )
         return cache
 
     def check(self, tokenizer: Any, keys: Iterable[str] | None) -> None:
@@ -99,7 +115,7 @@ class TeacherCache:
                 f"{self.facts[what]}). Create it again: hf-sparse teach RECIPE --output {self.folder}"
             )
 
-    def look_up(self, examples: Examples) -> dict[str, Tensor]:
+    def look_up(self, examples: Examples) -> dict[str, Any]:
         """Return the teacher logits of a batch, padded with zeros where the batch is.
 
         Raises:
@@ -116,28 +132,23 @@ class TeacherCache:
                 )
         found = [self._verified(key) for key in keys]
         device = next(value.device for value in examples.inputs.values() if isinstance(value, Tensor))
-        return {
-            name: self._batched(name, [row[name] for row in found], examples).to(device)
-            for name in self.facts["logits"]
-        }
+        return self.layout.join({
+            name: self._batched(name, [row[name] for row in found], examples).to(device) for name in self.layout.columns
+        })  # fmt: skip
 
     def _verified(self, key: str) -> dict[str, Tensor]:
-        """Return the logits of an example by name.
+        """Return what is stored of an example by name.
 
         Raises:
-            CheckpointError: if they are not what was written.
+            CheckpointError: if it is not what was written.
         """
-        row = self._rows[self._row[key]]
-        dtype = STORED[self.facts["dtype"]]
-        values = {name: np.asarray(row[name], dtype=dtype) for name in self.facts["logits"]}
-        shapes = {name: [int(size) for size in row[f"{name}_shape"]] for name in values}
-        fits = all(math.prod(shapes[name]) == value.size for name, value in values.items())
-        if not fits or _row_checksum(key, values, shapes) != int(row["checksum"]):
+        found = self.layout.read(self._rows[self._row[key]])
+        if found is None:
             raise CheckpointError(
                 f"the logits of example {key} in {self.folder} are corrupted: the checksum does not match. Create the "
                 f"cache again: hf-sparse teach RECIPE --output {self.folder}"
             )
-        return {name: torch.from_numpy(value.astype(np.float32)).view(shapes[name]) for name, value in values.items()}
+        return found
 
     def _batched(self, name: str, rows: Sequence[Tensor], examples: Examples) -> Tensor:
         if name in PER_EXAMPLE and rows[0].ndim < 2:
@@ -146,7 +157,7 @@ class TeacherCache:
         if mask is None:  # nothing is padded
             return torch.stack(list(rows))
         mask = mask.bool().cpu()
-        out = torch.zeros((*mask.shape, *rows[0].shape[1:]))
+        out = torch.zeros((*mask.shape, *rows[0].shape[1:]), dtype=rows[0].dtype)
         for index, row in enumerate(rows):
             out[index, mask[index]] = row
         return out
@@ -168,23 +179,22 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     logits = facts.get("logits")
     if not isinstance(logits, list) or not logits or logits != [name for name in LOGITS if name in logits]:
         raise CheckpointError(f"`logits` must be a list of {', '.join(LOGITS)}, got {shorten(logits)}")
-    return {**facts, "tokenizer": facts.get("tokenizer")}
-
-
-def _row_checksum(key: str, values: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
-    """Return CRC-32 over the key, and name, shape and bytes of all logits of an example."""
-    digest = zlib.crc32(key.encode())
-    for name, value in values.items():
-        digest = zlib.crc32(f"{name}{list(shapes[name])}".encode(), digest)
-        digest = zlib.crc32(np.ascontiguousarray(value).data, digest)
-    return digest
+    if facts.get("top") is not None:
+        check_positive_int("top", facts["top"], CheckpointError)
+        check_number("temperature", facts.get("temperature"), "(0, inf)", CheckpointError)
+    return {"tokenizer": None, "top": None, "temperature": 1.0, **facts}
 
 
 @torch.no_grad()
 def write_cache(
-    distiller: Distiller, batches: Iterable[Mapping[str, Any]], folder: str | Path, tokenizer: Any, dtype: str = "fp32"
-) -> int:
-    """Run the teacher on every batch once, write its logits without padding, and return the number of examples.
+    distiller: Distiller,
+    batches: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    tokenizer: Any,
+    dtype: str = "fp32",
+    top: int | None = None,
+) -> Written:
+    """Run the teacher on every batch once, and write its logits without padding.
 
     The file that makes the cache complete is written last.
 
@@ -193,12 +203,17 @@ def write_cache(
         batches: of all training examples, in any order.
         tokenizer: None if there is none; for the check in `TeacherCache`.
         dtype: of the numbers on disk, "fp32" or "fp16" (half the size, not exact).
+        top: store the log-probabilities of so many tokens, the most likely ones of each position, and that of all
+            others together; None = all logits. A position then takes `8 k + 4` bytes (fp32) or `6 k + 2` (fp16).
 
     Raises:
-        RecipeError: for an unknown dtype.
-        SparsityError: if the teacher returns no logits, or some that are not finite in this dtype.
+        RecipeError: for an unknown dtype, or `top` where the teacher predicts no tokens.
+        SparsityError: if the teacher returns no logits, or some that are not finite in this dtype, or more than fit on
+            the disk.
     """
     check_one_of("dtype", dtype, STORED)
+    if top is not None:
+        check_positive_int("top", top)
     assert isinstance(distiller.teacher, nn.Module)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,20 +222,22 @@ def write_cache(
         (folder / name).unlink(missing_ok=True)
     device = next((parameter.device for parameter in distiller.teacher.parameters()), torch.device("cpu"))
     seen: set[str] = set()
-    names: list[str] = []
-    writer: ArrowWriter | None = None
-    for batch in batches:
+    layout: Layout | None = None
+    size = 0
+    for batch in tqdm(batches, desc="Asking the teacher", disable=None):
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         outputs, examples = distiller.teacher_outputs((), batch), distiller.examples(batch)
-        if writer is None:
-            names = [name for name in LOGITS if outputs.get(name) is not None]
-            if not names:
-                raise SparsityError(f"the teacher returns no logits to cache, only {', '.join(outputs)}")
+        rows = None
+        if layout is None:
+            layout = Layout(_names(outputs), dtype, top, distiller.config.temperature)
+            rows = list(layout.rows(examples, outputs, seen))
+            _check_room(folder, batches, sum(map(size_of, rows)) / max(1, len(rows)))
             # Few rows at once: each one of a language model has (tokens, vocabulary) logits.
-            writer = ArrowWriter(path=str(folder / _ROWS), features=_features(names, dtype), writer_batch_size=_BATCH)
-        for row in _rows(examples, {name: outputs[name] for name in names}, seen, dtype):
+            writer = ArrowWriter(path=str(folder / _ROWS), features=layout.features, writer_batch_size=_BATCH)
+        for row in layout.rows(examples, outputs, seen) if rows is None else rows:
             writer.write(row)
-    if writer is None:
+            size += size_of(row)
+    if layout is None:
         raise SparsityError("there are no training examples to run the teacher on")
     writer.finalize()
     writer.close()
@@ -230,39 +247,39 @@ def write_cache(
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "data": data_fingerprint(seen),
         "examples": len(seen),
-        "logits": names,
+        "logits": list(layout.names),
         "dtype": dtype,
     }
+    if top is not None:
+        facts |= {"top": top, "temperature": layout.temperature}
     write_text(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
-    return len(seen)
+    return Written(len(seen), size)
 
 
-def _features(names: Sequence[str], dtype: str) -> datasets.Features:
-    columns: dict[str, Any] = {"key": datasets.Value("string"), "checksum": datasets.Value("uint32")}
-    for name in names:
-        columns[name] = datasets.Sequence(datasets.Value(STORED[dtype]))
-        columns[f"{name}_shape"] = datasets.Sequence(datasets.Value("int64"))
-    return datasets.Features(columns)
+def _names(outputs: Mapping[str, Any]) -> tuple[str, ...]:
+    names = tuple(name for name in LOGITS if outputs.get(name) is not None)
+    if not names:
+        raise SparsityError(f"the teacher returns no logits to cache, only {', '.join(outputs)}")
+    return names
 
 
-def _rows(examples: Examples, outputs: Mapping[str, Tensor], seen: set[str], dtype: str) -> Iterator[dict[str, Any]]:
-    masks = {name: examples.positions(name, tensor) for name, tensor in outputs.items()}
-    for index, key in enumerate(examples.names()):
-        if key in seen:
-            continue
-        seen.add(key)
-        values: dict[str, Any] = {}
-        shapes: dict[str, list[int]] = {}
-        for name, tensor in outputs.items():
-            mask = masks[name]
-            logits = (tensor[index] if mask is None else tensor[index][mask[index]]).float().cpu().numpy()
-            with np.errstate(over="ignore"):  # an error of its own, below
-                stored = logits.astype(STORED[dtype])
-            if not np.isfinite(stored).all():
-                raise SparsityError(f"the teacher's {name} are not finite as {dtype}; store them as fp32, or repair it")
-            values[name], shapes[name] = stored.reshape(-1), list(logits.shape)
-        row: dict[str, Any] = {"key": key, "checksum": _row_checksum(key, values, shapes)}
-        yield {**row, **values, **{f"{name}_shape": shape for name, shape in shapes.items()}}
+def _check_room(folder: Path, batches: Any, each: float) -> None:
+    """Raise `SparsityError` if all examples would take more than the disk has left, where their number is known.
+
+    Args:
+        each: bytes of an example.
+    """
+    try:
+        count = len(batches.dataset)
+    except (AttributeError, TypeError):  # a stream
+        return
+    free = shutil.disk_usage(folder).free
+    if count * each > free:
+        raise SparsityError(
+            f"the logits of {count:,} examples take about {format_bytes(int(count * each))}, and {folder} has "
+            f"{format_bytes(free)} left. Keep the most likely tokens of each position alone (--top 64), or fewer "
+            "examples"
+        )
 
 
 def batches_of(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from ..model_state import check_model
 from ..ownership import count_owners
 from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
 from .experts import ExpertBlock
+
+logger = logging.getLogger(__name__)
 
 
 def known_sub_blocks(model: nn.Module) -> list[SubBlock]:
@@ -87,8 +90,12 @@ def match_sub_blocks(
         PatternError: if no family knows the model.
         RecipeError: if nothing is left, or a glob or a name of a list matches nothing.
     """
+    experts = known_experts(model) if "feed_forward" in kinds else []
     # One that compaction has left without a head or a neuron has none to remove.
     every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
+    if not every:
+        why = f". {_of_experts(model, experts)}" if experts else ""
+        raise RecipeError(f"{wanted} finds no {' or '.join(kinds)} in this {type(model).__name__}{why}")
     listed = f"{wanted} could match: {', '.join(dict.fromkeys(kind_of_name(block.name) for block in every))}."
     for key, globs in (("targets", targets or ()), ("exclude", exclude)):
         for glob, stated in entries(globs, key):
@@ -102,7 +109,20 @@ def match_sub_blocks(
     ]
     if not chosen:
         raise RecipeError(f"targets and exclude together leave no {' or '.join(kinds)}. {listed}")
+    if experts and targets is None:
+        logger.warning(f"{wanted} leaves something out. {_of_experts(model, experts)}")
     return chosen
+
+
+def _of_experts(model: nn.Module, experts: Collection[ExpertBlock]) -> str:
+    """Say that the neurons of experts are no group of a pattern."""
+    held = sum(parameter.numel() for block in experts for parameter in block.experts.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"The neurons of the experts in {len(experts)} mixtures ({held / max(1, total):.1%} of the model's parameters) "
+        "are not pruned by patterns: whole experts leave with hf_sparse.prune_experts or merge_experts (hf-sparse drop "
+        "--experts)"
+    )
 
 
 def _matches(block: SubBlock, glob: NamePattern) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ...errors import SparsityError
 from ...modeling.class_swap import Swapped, restore, swap_class
 
 Batch = Mapping[str, Any]
@@ -73,8 +74,17 @@ def run_model(model: nn.Module, batch: Batch) -> None:
     known = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
     caches = "use_cache" in known or (takes_any and bool(getattr(getattr(model, "config", None), "use_cache", False)))
-    with contextlib.suppress(Stop):
-        model(**{**({"use_cache": False} if caches else {}), **batch})
+    try:
+        with contextlib.suppress(Stop):
+            model(**{**({"use_cache": False} if caches else {}), **batch})
+    except ValueError as error:
+        given = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not any(k in batch for k in given):
+            raise SparsityError(
+                f"{type(model).__name__} writes what it is taught, and the batches have {', '.join(batch)}: add "
+                f"`labels` or `decoder_input_ids` ({error})"
+            ) from error
+        raise
 
 
 def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Recording | None:

@@ -126,7 +126,12 @@ class InputObserver:
             SparsityError: if it was never called, or had inputs that are not finite.
         """
         inputs = self.found.get(name)
-        if inputs is None or not inputs.tokens:
+        if inputs is not None and not inputs.tokens:
+            raise SparsityError(
+                f"every token that '{name}' was given is padding: the attention_mask of the calibration batches is 0 "
+                "everywhere. Give batches with text"
+            )
+        if inputs is None:
             raise SparsityError(
                 f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its "
                 "inputs. Give batches that use it, or exclude it"

@@ -172,3 +172,14 @@ def test_requests_that_cannot_be_met_one_block_at_a_time_are_refused(source: Pat
         sparsify_checkpoint(source, source, GROUPS["sparsegpt"], BATCHES)
     sorted(source.glob("*.safetensors"))[1].unlink()
     refused(CheckpointError, "is missing|not complete|no such file", scorer="wanda")
+
+
+def test_a_finished_model_in_the_output_is_not_written_over(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sparsify_checkpoint(source, out, GROUPS["magnitude"], BATCHES)
+    before = files(out)
+    with pytest.raises(
+        RecipeError, match=r"output .*out holds a model already \(model.*safetensors\).* another folder"
+    ):
+        sparsify_checkpoint(source, out, GROUPS["wanda 2:4"], BATCHES)
+    assert files(out) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -12,7 +13,14 @@ import pytest
 import torch
 import yaml
 from datasets.arrow_writer import ArrowWriter
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    default_data_collator,
+)
 
 from hf_sparse import DistillationConfig, RecipeError, SparsityCallback, SparsityError
 from hf_sparse.cli.main import main
@@ -20,7 +28,7 @@ from hf_sparse.distillation.distiller import Distiller
 from hf_sparse.distillation.example_keys import Examples
 from hf_sparse.errors import CheckpointError
 from hf_sparse.hf.trainer.teacher import make_distiller
-from hf_sparse.hf.trainer.teacher_cache import TeacherCache, write_cache
+from hf_sparse.hf.trainer.teacher_cache import TeacherCache, batches_of, write_cache
 from tests.helpers import tiny
 from tests.helpers.training import arguments, bert
 
@@ -83,7 +91,7 @@ def test_cached_loss_is_the_live_one_whatever_padding_and_order(kind: str, tmp_p
     torch.manual_seed(0)
     student, teacher, batch = BATCHES[kind]()
     live = make_distiller(student, DistillationConfig(teacher="there"), teacher)
-    assert write_cache(live, [padded(batch, 3)], tmp_path, None) == 3
+    assert write_cache(live, [padded(batch, 3)], tmp_path, None).examples == 3
     cached = make_distiller(student, DistillationConfig(teacher="there", cache=str(tmp_path)), teacher)
     assert isinstance(cached.teacher, TeacherCache)
     order = torch.tensor([2, 0, 1])
@@ -146,6 +154,78 @@ def test_keys_differ_where_any_input_does() -> None:
     keys = [Examples(inputs).names()[0] for inputs in (plain, *others)]
     assert len(set(keys)) == 5
     assert Examples({"input_ids": ids.int(), "attention_mask": mask}).names() == keys[:1]
+
+
+@pytest.mark.parametrize("kind", ["causal", "writing"])
+def test_most_likely_tokens_alone_are_the_live_loss_when_they_are_all(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher, batch = BATCHES[kind]()
+    given = DistillationConfig(teacher="there", temperature=3.0)
+    live = make_distiller(student, given, teacher)
+    outputs = student.eval()(**batch)
+    expected = float(live.loss(outputs, (), batch, 1.0).detach())
+    found = {}
+    for top in (4, 19, 20):
+        written = write_cache(live, [padded(batch, 3)], tmp_path, None, top=top)
+        positions = sum(len(row) for row in datasets.Dataset.from_file(str(tmp_path / "logits.arrow"))["logits_rest"])
+        assert written == (3, positions * (8 * min(top, 19) + 4))
+        cached = make_distiller(student, DistillationConfig(**given.to_dict(), cache=str(tmp_path)), teacher)
+        found[top] = float(cached.loss(outputs, (), batch, 1.0).detach())
+    assert found[19] == pytest.approx(expected, rel=1e-4)
+    assert found[20] == found[19]
+    assert 0.01 * expected < found[4] < 0.98 * expected
+
+
+def test_most_likely_tokens_are_of_one_temperature(tmp_path: Path) -> None:
+    student, teacher, batch = causal_batch()
+    write_cache(make_distiller(student, DistillationConfig(temperature=1.0), teacher), [batch], tmp_path, None, top=3)
+    with pytest.raises(CheckpointError, match=r"3 most likely tokens at temperature 1, and .* is 2\..*--top 3"):
+        make_distiller(student, DistillationConfig(cache=str(tmp_path), temperature=2.0), teacher)
+
+
+def test_most_likely_tokens_need_a_model_that_predicts_tokens(tmp_path: Path) -> None:
+    student, teacher, batch = classes_batch()
+    with pytest.raises(RecipeError, match="the teacher returns logits for whole examples"):
+        write_cache(make_distiller(student, DistillationConfig(), teacher), [batch], tmp_path, None, top=3)
+
+
+@pytest.mark.parametrize("facts", [{"top": 0}, {"top": "3"}, {"top": None}, {"top": 2}, {"temperature": 0}])
+def test_facts_of_most_likely_tokens_that_cannot_be_right_are_no_cache(facts: dict[str, Any], tmp_path: Path) -> None:
+    student, teacher, batch = causal_batch()
+    write_cache(make_distiller(student, DistillationConfig(), teacher), [batch], tmp_path, None, top=3)
+    path = tmp_path / "teacher_cache.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    if facts == {"top": 2}:  # a number that nothing depends on but the report
+        assert TeacherCache(tmp_path).layout.top == 2
+        return
+    with pytest.raises(CheckpointError, match="no complete cache of a teacher"):
+        TeacherCache(tmp_path)
+
+
+def test_damaged_tokens_are_refused(tmp_path: Path) -> None:
+    student, teacher, batch = causal_batch()
+    distiller = make_distiller(student, DistillationConfig(), teacher)
+    write_cache(distiller, [batch], tmp_path, None, top=3)
+
+    def swapped(columns: dict[str, Any]) -> dict[str, Any]:
+        return {**columns, "logits_index": [row[::-1] for row in columns["logits_index"]]}
+
+    change_rows(tmp_path, swapped)
+    with pytest.raises(CheckpointError, match="checksum does not match"):
+        TeacherCache(tmp_path).look_up(distiller.examples(batch))
+
+
+def test_logits_that_do_not_fit_on_the_disk_are_refused_with_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, batch = causal_batch()
+    distiller = make_distiller(student, DistillationConfig(), teacher)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+    batches = batches_of(rows, default_data_collator, batch, size=1)  # type: ignore[arg-type]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(SparsityError, match=r"logits of 3 examples take about 1\.4 kB, and .* has 1\.0 kB left.*--top"):
+        write_cache(distiller, batches, tmp_path, None)
+    assert write_cache(distiller, batches, tmp_path, None, top=2) == (3, 13 * 20)
 
 
 def test_an_example_that_is_not_in_the_cache_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse import RecipeError, SparsityConfig, SparsityError, sparsify
+from hf_sparse import RecipeError, SparsityConfig, SparsityError, layer_importance, sparsify
 from hf_sparse.modeling.class_swap import Swapped
 from hf_sparse.pruning.calibrated.recording import record
 from hf_sparse.pruning.calibrated.tasks import LayerUpdate
@@ -270,3 +270,13 @@ def test_masks_of_several_groups_and_of_heads_are_reconstructed() -> None:
     query = model.bert.encoder.layer[0].attention.self.query
     assert torch.equal(query.weight.eq(0).all(1), ~columns)
     assert torch.equal(query.bias[columns], dense.bert.encoder.layer[0].attention.self.query.bias[columns])
+
+
+def test_padding_alone_and_a_decoder_without_inputs_are_named() -> None:
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.zeros(1, 3, dtype=torch.long)}
+    with pytest.raises(SparsityError, match=r"every token that .*q_proj' was given is padding"):
+        sparsify(oneshot.llama(), {"scorer": "wanda", "sparsity": 0.5}, [batch])
+    with pytest.raises(SparsityError, match=r"every token of the batches is padding, so the importance of layers"):
+        layer_importance(oneshot.llama(), [batch])
+    with pytest.raises(SparsityError, match=r"the batches have input_ids: add `labels` or `decoder_input_ids`"):
+        sparsify(oneshot.t5(), {"scorer": "wanda", "sparsity": 0.5}, [{"input_ids": batch["input_ids"]}])
