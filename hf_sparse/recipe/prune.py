@@ -19,12 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
-<<<<<<< HEAD
-from ..hf.auto import check_length, is_causal, load_tokenizer, load_whole, most_tokens
-from ..hf.embedding.module_files import carry_modules
-=======
 from ..hf.auto import check_length, default_length, is_causal, load_tokenizer, load_whole
->>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
+from ..hf.embedding.module_files import carry_modules
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
@@ -145,7 +141,6 @@ def prune(
     return summarize(model)
 
 
-<<<<<<< HEAD
 def _examples(
     model: PreTrainedModel, name: str, revision: str, section: DataSection, batch: int, by_blocks: bool
 ) -> TextBatches:
@@ -154,13 +149,13 @@ def _examples(
     if by_blocks and not has_labels(model):
         return TextBatches(model, tokenizer, read_columns(section, "train", section.text_columns, None), section, batch)
     return LabelledBatches(model, tokenizer, load_split(section, "train"), section, batch)
-=======
+
+
 def _takes_text(model: PreTrainedModel, text: CalibrationText, by_blocks: bool, by_loss: bool) -> bool:
     """Return whether sequences of a text are enough, without labels."""
     if is_causal(model):
         return by_blocks or by_loss
     return by_blocks and text.plain and not model.config.is_encoder_decoder
->>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
 
 
 def compact_saved(name: str, output: str | os.PathLike[str], revision: str = "main") -> str:

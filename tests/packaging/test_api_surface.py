@@ -44,11 +44,8 @@ PUBLIC = [
     "keep_zeros",
     "last_checkpoint",
     "layer_importance",
-<<<<<<< HEAD
     "load_lora",
-=======
     "merge_experts",
->>>>>>> 0ec0c75 (Most likely tokens of a teacher in the cache; experts are merged; what experts, padding and Conv1D leave out is named)
     "merged_update",
     "prepare_for_inference",
     "prune_experts",
