@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
 from hf_sparse.hf.auto import load_tokenizer
@@ -103,20 +103,36 @@ def test_sections_that_do_not_fit_are_refused(
         run(recipe(files, tmp_path / "out", **sections))
 
 
-def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, str]) -> None:
+def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])
-    zeros = base.model.layers[0].self_attn.q_proj.weight == 0
+    stored = {name: weight.clone() for name, weight in base.state_dict().items()}
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for batch in oneshot.token_batches():
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    merged = model.merge_and_unload()
-    weight = merged.model.layers[0].self_attn.q_proj.weight
-    assert torch.equal(weight == 0, zeros)
-    assert summarize(merged).sparsity == 0.5
+    rows = [{"input_ids": ids, "labels": ids} for batch in oneshot.token_batches() for ids in batch["input_ids"]]
+    options = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path / "runs"), use_cpu=True, per_device_train_batch_size=2, **options)
+    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    model.eval().save_pretrained(tmp_path / "adapter")
+    batch = oneshot.token_batches()[0]
+    trained = model(**batch).logits
+    assert float((trained - AutoModelForCausalLM.from_pretrained(files["pruned"])(**batch).logits).abs().max()) > 1e-3
+
+    # In another process: the packed base, the adapter beside it, and both merged.
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files["pruned"]), tmp_path / "adapter")
+    torch.testing.assert_close(again.eval()(**batch).logits, trained)
+    for name, weight in again.get_base_model().state_dict().items():
+        if (own := name.replace(".base_layer", "")) in stored:
+            assert torch.equal(weight, stored[own]), own
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert summarize(loaded).sparsity == 0.5
+    for name, module in loaded.model.layers.named_modules():
+        if name.endswith("_proj"):
+            before = stored[f"model.layers.{name}.weight"]
+            assert torch.equal(module.weight == 0, before == 0), name
+            assert torch.equal(module.weight, before) != name.endswith(("q_proj", "up_proj"))
+    torch.testing.assert_close(loaded(**batch).logits, merged(**batch).logits)
 
 
 def test_cached_most_likely_tokens_teach_as_the_live_teacher_does(files: dict[str, str], tmp_path: Path) -> None:

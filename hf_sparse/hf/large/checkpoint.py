@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
@@ -20,19 +19,15 @@ from ...formats.model_folder import weight_files
 from ...formats.safetensors_io import MANIFEST_KEY
 from ...formats.sharding import Shards, ShardWriter, opened
 from ...modeling.blocks import block_prefixes
-from ...pruning.calibrated.outliers import outlier_shares
-from ...pruning.calibrated.recording import record
-from ...pruning.calibrated.tasks import OnLayer, Task, prune_block, tasks_of
-from ...pruning.calibrated.walk import Chain, ChainStep, Step
-from ...pruning.group import PruningGroup
+from ...pruning.calibrated.tasks import OnLayer
 from ...pruning.patterns import Structure
 from ...pruning.pruner import Pruner
-from ...pruning.selection import Owl
-from ...utils.atomic_io import read_json, write_text
+from ...utils.atomic_io import read_json
 from ...utils.validation import check_batches
 from ..conversion.convert import SHARD_SIZE, copy_small, shard_limit
 from ..quantization.config import SparseConfig
 from ..quantization.saving import staged
+from .block_run import BlockRun
 from .lazy_model import LazyModel, source_files
 from .work_folder import NAME, WorkFolder, run_facts
 
@@ -59,7 +54,8 @@ def sparsify_checkpoint(
     `spill`; without, finished blocks are run once more for them.
 
     Args:
-        source: folder of a dense checkpoint of a model with one stack of blocks: a decoder, or an encoder.
+        source: folder of a dense checkpoint of a model with one stack of blocks, a decoder or an encoder, or with an
+            encoder and a decoder behind it; then the encoder's outputs of all batches are in memory too.
         output: folder that is written.
         config: `SparsityConfig`, or a mapping with its keys; scorers wanda, sparsegpt, magnitude and random, with
             selections that take weights one by one.
@@ -98,7 +94,7 @@ def sparsify_checkpoint(
         pruner = Pruner(lazy.model, config)
         blocks = _blocks(lazy, pruner)
         work = WorkFolder(output, run_facts(config.to_dict(), files, batches, dtype, device))
-        run = _Run(lazy, blocks, [_on(device, batch) for batch in batches], work, spill)
+        run = BlockRun(lazy, blocks, [_on(device, batch) for batch in batches], work, spill)
         run.prune(pruner.groups, on_layer)
         manifest = _write(source, output, config, shards, work, limit)
     work.remove()
@@ -126,11 +122,11 @@ def _on(device: torch.device, batch: Batch) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _blocks(lazy: LazyModel, pruner: Pruner) -> list[str]:
-    """Return the names of the blocks up to the last one with a layer that is pruned.
+def _blocks(lazy: LazyModel, pruner: Pruner) -> list[list[str]]:
+    """Return the names of the blocks up to the last one with a layer that is pruned, by the stack they are in.
 
     Raises:
-        RecipeError: if the config cannot be met block by block, or layers are not all in one list of blocks.
+        RecipeError: if the config cannot be met block by block, or layers are outside of the stacks.
     """
     if pruner.forms or any(group.compression is not None for group in pruner.groups):
         raise RecipeError(
@@ -149,10 +145,11 @@ def _blocks(lazy: LazyModel, pruner: Pruner) -> list[str]:
             )
     names = [name for group in pruner.groups for name in group.layers]
     lists = [prefix for prefix in block_prefixes(lazy.model) if any(name.startswith(prefix) for name in names)]
-    if len(lists) != 1 or not all(name.startswith(lists[0]) for name in names):
+    if not _is_in_order(lazy.model, lists) or not all(name.startswith(tuple(lists)) for name in names):
         raise RecipeError(
             f"the layers to prune are not in one list of blocks but in {lists or 'none'}: sparsify_checkpoint goes "
-            "along one stack of blocks. Use hf_sparse.sparsify, or exclude what is outside"
+            "along one stack of blocks, or an encoder and then its decoder. Use hf_sparse.sparsify, or exclude what is "
+            "outside"
         )
     unread = [name for name in names if f"{name}.weight" not in lazy.keys]
     if unread:
@@ -160,91 +157,22 @@ def _blocks(lazy: LazyModel, pruner: Pruner) -> list[str]:
             f"'{unread[0]}.weight' is not stored as it is in memory, so it cannot be written back. Exclude it, or use "
             "hf_sparse.sparsify"
         )
-    last = max(int(name[len(lists[0]) :].partition(".")[0]) for name in names)
-    return [f"{lists[0]}{number}" for number in range(last + 1)]
+    found = []
+    for number, prefix in enumerate(lists):
+        pruned = [int(name[len(prefix) :].partition(".")[0]) for name in names if name.startswith(prefix)]
+        whole = number + 1 < len(lists)  # a decoder needs what comes out of all blocks of its encoder
+        last = len(lazy.model.get_submodule(prefix[:-1])) - 1 if whole else max(pruned)
+        found.append([f"{prefix}{index}" for index in range(last + 1)])
+    return found
 
 
-class _Run:
-    """Blocks of a lazy model, one after the other."""
-
-    def __init__(self, lazy: LazyModel, names: list[str], batches: list[Batch], work: WorkFolder, spill: bool) -> None:
-        self.lazy, self.names, self.batches, self.work, self.spill = lazy, names, batches, work, spill
-        self.model, self.layers = lazy.model, names
-        lazy.load_rest(names)
-
-    def prune(self, groups: Sequence[PruningGroup], on_layer: OnLayer | None) -> None:
-        """Prune the blocks that are not finished."""
-        self._prepare_outliers(groups)
-        tasks = tasks_of(groups, {})
-        bar = tqdm(total=len(self.names), desc="Pruning block by block", initial=self.work.done, disable=None)
-        with bar:
-            for index, step in self._walk(self.work.done, self.work.activations if self.spill else None):
-                prune_block(step, tasks, on_layer)
-                weights = self._rounded(step.name, tasks)
-                step.advance()
-                self.work.save_block(index, weights)
-                bar.update()
-
-    def steps(self) -> Iterator[Step]:
-        """Yield all blocks as they are in the checkpoint."""
-        for _, step in self._walk(0, None):
-            yield step
-
-    def _walk(self, done: int, spill: Path | None) -> Iterator[tuple[int, ChainStep]]:
-        """Yield each block that is not finished, loaded; the one before must have been advanced over."""
-        if done == len(self.names):
-            return
-        self.lazy.load_block(self.names[0])
-        blocks = [self.model.get_submodule(name) for name in self.names]
-        recording = record(self.model, blocks, self.batches)
-        if recording is None:
-            raise RecipeError(
-                f"the blocks from '{self.names[0]}' on do not hand their hidden states straight to each other, so they "
-                "cannot be loaded one by one. Use hf_sparse.sparsify"
-            )
-        self.lazy.unload(self.names[0])
-        chain = Chain(self.names, blocks, recording, self.batches, spill, done, self.lazy.device)
-        for index in range(chain.done, len(self.names)):
-            block = self.lazy.load_block(self.names[index])
-            if index < done:
-                self._restore(index)
-                chain.advance(block, recording.calls[index])
-            else:
-                yield index, ChainStep(chain, index, last=index + 1 == len(self.names))
-            chain.drop_before()
-            self.lazy.unload(self.names[index])
-        chain.activations.clear()
-
-    def _restore(self, index: int) -> None:
-        """Put the pruned weights of a finished block into the block."""
-        names = {key: name for name, key in self.lazy.keys.items()}
-        for key, weight in self.work.load_block(index).items():
-            parameter = self.model.get_parameter(names[key])
-            parameter.data.copy_(weight)
-
-    def _rounded(self, block: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
-        """Round the pruned weights of a block to the type of the checkpoint, and return them by key."""
-        found = {}
-        for name, task in tasks.items():
-            if name.startswith(f"{block}."):
-                key = self.lazy.keys[f"{name}.weight"]
-                stored = self.lazy.shards.get(key).dtype
-                weight = task.layer.weight.data
-                found[key] = weight.to(stored).cpu()
-                weight.copy_(found[key])
-        return found
-
-    def _prepare_outliers(self, groups: Sequence[PruningGroup]) -> None:
-        path = self.work.path / "outliers.json"
-        for number, group in enumerate(groups):
-            if not isinstance(group.selection, Owl):
-                continue
-            known: dict[str, Any] = read_json(path) or {}
-            if str(number) not in known:
-                known[str(number)] = outlier_shares(self, group.layers, group.selection.outlier)
-                write_text(path, json.dumps(known) + "\n")
-            shares = [float(known[str(number)][unit.members[0].layer_name]) for unit in group.units]
-            group.selection.prepare_outliers(shares, [unit.module.weight.numel() for unit in group.units])
+def _is_in_order(model: Any, lists: Sequence[str]) -> bool:
+    """Return whether one list of blocks is given, or those of an encoder and of the decoder behind it."""
+    if len(lists) != 2 or not model.config.is_encoder_decoder:
+        return len(lists) == 1
+    names = {id(module): f"{name}." for name, module in model.named_modules()}
+    parts = [names.get(id(part), "?") for part in (model.get_encoder(), model.get_decoder())]
+    return all(name.startswith(part) for name, part in zip(lists, parts, strict=True))
 
 
 def _write(

@@ -93,8 +93,8 @@ def _save_pretrained(
             tool reads.
 
     Raises:
-        RecipeError: for another format, or "dense" for a compacted model with sizes that config.json cannot express, unless
-            reads `per_layer_config`: no other tool could load it.
+        RecipeError: for another format, or "dense" for a compacted model with sizes that config.json cannot express,
+            unless its family reads `per_layer_config`: no other tool could load it.
     """
     if format not in FORMATS:
         raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")

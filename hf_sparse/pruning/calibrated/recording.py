@@ -111,6 +111,49 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batc
     return Recording(chain.calls, chain.hidden)
 
 
+def encoded(model: Any, blocks: Sequence[nn.Module], batch: Batch, hidden: Tensor) -> Any:
+    """Return what the encoder of a model gives for a batch, when its last block gives these hidden states.
+
+    No block is computed but the first, for what it hands on beside them.
+
+    Args:
+        blocks: all of the encoder, in the order of their calls.
+    """
+    found: list[Any] = []
+    rest: list[tuple[Any, ...] | None] = []
+
+    def replaced(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not rest:
+            output = forward(*args, **kwargs)
+            rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
+        return hidden if rest[0] is None else (hidden, *rest[0])
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output)
+        raise Stop
+
+    handle = model.get_encoder().register_forward_hook(keep)
+    try:
+        with replacing(blocks, [replaced] * len(blocks)):
+            run_model(model, batch)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextlib.contextmanager
+def replacing(blocks: Sequence[nn.Module], recorders: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let something else take the calls of blocks; it is given the plain call, and its arguments."""
+    try:
+        for block, recorder in zip(blocks, recorders, strict=True):
+            vars(block)["recorder"] = recorder
+            swap_class(block, Recorded)
+        yield
+    finally:
+        for block in blocks:
+            restore(block, Recorded)
+
+
 class Recorded(Swapped):
     """Mixin of blocks whose calls are recorded; hooks of a block that is not computed do not run either.
 
@@ -145,16 +188,8 @@ class _Chain:
         self._returned: Tensor | None = None
         self._rest: tuple[Any, ...] | None = None
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        try:
-            for index, block in enumerate(self.blocks):
-                vars(block)["recorder"] = self._recorder(index)
-                swap_class(block, Recorded)
-            yield
-        finally:
-            for block in self.blocks:
-                restore(block, Recorded)
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        return replacing(self.blocks, [self._recorder(index) for index in range(len(self.blocks))])
 
     def _recorder(self, index: int) -> Callable[..., Any]:
         def recorded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

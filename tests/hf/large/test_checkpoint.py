@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import hf_sparse
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, sparsify, sparsify_checkpoint
@@ -70,6 +77,75 @@ def test_other_families(tmp_path: Path, build: Callable[[], Any]) -> None:
     loaded = type(model).from_pretrained(tmp_path / "out")
     for key, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], weight), key
+
+
+def bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes: Any = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in
+                  (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    config = BartConfig(vocab_size=60, d_model=32, max_position_embeddings=32, **sizes)
+    return BartForConditionalGeneration(config).eval()
+
+
+def taught() -> list[dict[str, Tensor]]:
+    """Batches of an encoder-decoder, padded on both sides."""
+    found = []
+    for batch in BATCHES:
+        ids = batch["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[0, -4:] = 0
+        labels = ids[:, :7].clone()
+        labels[1, -2:] = -100
+        found.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return found
+
+
+@pytest.mark.parametrize("spill", [False, True], ids=["memory", "spilled"])
+@pytest.mark.parametrize("build", [oneshot.t5, bart], ids=["t5", "bart"])
+def test_encoder_and_decoder_are_pruned_as_in_memory(tmp_path: Path, build: Callable[[], Any], spill: bool) -> None:
+    model = build().float()
+    model.save_pretrained(tmp_path / "source", max_shard_size="30KB")
+    group = GROUPS["owl" if spill else "sparsegpt"]
+    sparsify(model, SparsityConfig(**group), taught())
+    sparsify_checkpoint(tmp_path / "source", tmp_path / "out", group, taught(), spill=spill)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    for key, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("spill", [False, True], ids=["memory", "spilled"])
+@pytest.mark.parametrize("layers", [5, 8, 17, 25])
+def test_interrupted_encoder_decoder_goes_on_to_the_same_bits(tmp_path: Path, layers: int, spill: bool) -> None:
+    source, group, out = tmp_path / "source", GROUPS["sparsegpt"], tmp_path / "out"
+    bart().float().save_pretrained(source, max_shard_size="30KB")  # 2 blocks of 6 layers, then 2 of 10
+    left = [layers]
+
+    def stop(update: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            interrupt()
+
+    with pytest.raises(StopRunError):
+        sparsify_checkpoint(source, out, group, taught(), spill=spill, on_layer=stop)
+    updates: list[str] = []
+    sparsify_checkpoint(source, out, group, taught(), spill=spill, on_layer=lambda update: updates.append(update.name))
+    finished = sum(size for size, end in ((6, 6), (6, 12), (10, 22)) if end < layers)
+    assert len(updates) == 32 - finished
+    sparsify_checkpoint(source, tmp_path / "whole", group, taught())
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_half_of_an_encoder_decoder(tmp_path: Path) -> None:
+    for part in ("encoder", "decoder"):
+        model = oneshot.t5().float()
+        model.save_pretrained(tmp_path / f"source-{part}")
+        group = {**GROUPS["wanda 2:4"], "targets": f"{part}.*"}
+        sparsify(model, SparsityConfig(**group), taught())
+        sparsify_checkpoint(tmp_path / f"source-{part}", tmp_path / part, group, taught())
+        loaded = type(model).from_pretrained(tmp_path / part)
+        for key, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], weight), key
 
 
 def test_experts_are_kept_as_they_are_stored(tmp_path: Path) -> None:
