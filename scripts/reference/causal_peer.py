@@ -12,6 +12,7 @@ sequences of 512 tokens from random places, seed 0, BOS first) and windows (the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import time
@@ -33,9 +34,10 @@ def prune(options: argparse.Namespace) -> None:
     """Prune with llm-compressor."""
     import torch
     from datasets import Dataset
-    from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    peer: Any = importlib.import_module("llmcompressor")  # there in the other environment alone
+    modifiers: Any = importlib.import_module("llmcompressor.modifiers.pruning")
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     rows = json.loads(Path(options.tokens).read_text())
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
@@ -43,17 +45,14 @@ def prune(options: argparse.Namespace) -> None:
     if options.pattern:
         chosen["mask_structure"] = options.pattern
     if options.scorer == "sparsegpt":
-        from llmcompressor.modifiers.pruning import SparseGPTModifier as Modifier
-
         chosen |= {"block_size": 128, "dampening_frac": 0.01}
-    else:
-        from llmcompressor.modifiers.pruning import WandaPruningModifier as Modifier
+    kind = {"sparsegpt": modifiers.SparseGPTModifier, "wanda": modifiers.WandaPruningModifier}[options.scorer]
     begin = time.process_time()
-    oneshot(
+    peer.oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(options.model),
         dataset=data,
-        recipe=Modifier(**chosen),
+        recipe=kind(**chosen),
         max_seq_length=len(rows[0]),
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,

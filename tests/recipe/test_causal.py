@@ -109,9 +109,15 @@ def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, st
     stored = {name: weight.clone() for name, weight in base.state_dict().items()}
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
     rows = [{"input_ids": ids, "labels": ids} for batch in oneshot.token_batches() for ids in batch["input_ids"]]
-    options = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options: Any = {
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     arguments = TrainingArguments(str(tmp_path / "runs"), use_cpu=True, per_device_train_batch_size=2, **options)
-    Trainer(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    Trainer(model, arguments, train_dataset=rows).train()
     model.eval().save_pretrained(tmp_path / "adapter")
     batch = oneshot.token_batches()[0]
     trained = model(**batch).logits
