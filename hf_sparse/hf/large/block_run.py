@@ -111,8 +111,7 @@ class BlockRun:
         found = []
         for index, batch in enumerate(batches):
             outputs = encoded(self.model, blocks, batch, chain.activations.get(index))
-            left = {key: value for key, value in batch.items() if key not in ("input_ids", "inputs_embeds")}
-            found.append({**left, "encoder_outputs": outputs})
+            found.append({**batch, "encoder_outputs": outputs})
         self.lazy.unload(names[0])
         return found
 
