@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import RecipeError
@@ -102,6 +100,8 @@ def clustered(points: Tensor, count: int) -> list[list[int]]:
         >>> clustered(torch.tensor([[0.0], [5.0], [0.1], [5.3]]), 2)
         [[0, 2], [1, 3]]
     """
+    from scipy.cluster.hierarchy import cut_tree, linkage  # a second of import, for this alone
+
     if count == len(points):
         return [[index] for index in range(count)]
     labels = cut_tree(linkage(points.numpy(), method="average"), n_clusters=count)[:, 0]
@@ -140,6 +140,8 @@ def neuron_order(wide: Tensor, narrow: Tensor, leader: int, expert: int) -> Tens
 
     Source: Ainsworth et al. 2023, "Git Re-Basin: Merging Models modulo Permutation Symmetries", section 3.2.
     """
+    from scipy.optimize import linear_sum_assignment
+
     size = narrow.shape[-1]
     if expert == leader:
         return torch.arange(size)
