@@ -60,7 +60,7 @@ class CalibrationText:
 
     @property
     def plain(self) -> bool:
-        """Whether it is no file of examples."""
+        """Whether it is plain text, and not a file of examples."""
         return Path(self.path).suffix.lower() in TEXT_SUFFIXES
 
     def batches(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:

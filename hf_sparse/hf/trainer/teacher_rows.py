@@ -58,7 +58,7 @@ class Layout:
         """Return the arrays that are stored of outputs.
 
         Raises:
-            RecipeError: if only the most likely tokens were asked for, and the model predicts no tokens.
+            RecipeError: if only the most likely tokens were requested, and the model predicts no tokens.
         """
         found: dict[str, Tensor] = {name: outputs[name] for name in self.names}
         if self.top is None:

@@ -115,7 +115,7 @@ def match_sub_blocks(
 
 
 def _of_experts(model: nn.Module, experts: Collection[ExpertBlock]) -> str:
-    """Say that the neurons of experts are no group of a pattern."""
+    """Say that the neurons of experts are not a group of any pattern."""
     held = sum(parameter.numel() for block in experts for parameter in block.experts.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     return (

@@ -81,7 +81,7 @@ def run_model(model: nn.Module, batch: Batch) -> None:
         given = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not any(k in batch for k in given):
             raise SparsityError(
-                f"{type(model).__name__} writes what it is taught, and the batches have {', '.join(batch)}: add "
+                f"{type(model).__name__} has a decoder, and the batches have {', '.join(batch)}: add "
                 f"`labels` or `decoder_input_ids` ({error})"
             ) from error
         raise
