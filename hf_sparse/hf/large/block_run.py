@@ -69,7 +69,8 @@ class BlockRun:
         """
         if done == len(self.names):
             return
-        batches, start, ended = self.batches, 0, []
+        batches, start = self.batches, 0
+        ended: list[Chain] = []
         for number, names in enumerate(self.stacks):
             is_last = number + 1 == len(self.stacks)
             recording = self._record(names, batches)
