@@ -20,6 +20,7 @@ from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
 from .selection import Selection, Uniform, kept_count
+from .shards import any_nan
 from .unit import Member, Unit, find_units
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class PruningGroup:
         try:
             return self.selection.select(scores, self.current_sparsity)
         except SparsityError:
-            broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if bool(_full(tensor).isnan().any())]
+            broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if any_nan([tensor])]
             if broken:
                 raise SparsityError(_nan_message("among the scores", broken)) from None
             raise
@@ -161,7 +162,7 @@ class PruningGroup:
         if not self.suspicious:
             members = [min(members, key=lambda member: member.masked.mask.numel())]
         self.suspicious = False
-        broken = [member.name for member in members if bool(_full(member.dense).isnan().any())]
+        broken = [member.name for member in members if any_nan([member.dense])]
         if broken:
             raise SparsityError(_nan_message("among the entries", broken))
 
@@ -184,10 +185,6 @@ class PruningGroup:
     def scores(self) -> list[nn.Parameter]:
         """The learned scores of all units."""
         return [unit.masked.scores for unit in self.units if unit.masked.scores is not None] if self.attached else []
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _nan_message(where: str, names: list[str]) -> str:
@@ -318,8 +315,8 @@ def refuse_shards(group: PruningGroup) -> None:
     """Raise `RecipeError` if this group does not work on weights that are going to be sharded."""
     if not group.scorer.works_on_shards(group.pattern):
         raise RecipeError(
-            f"scorer '{group.scorer.name}' with pattern {group.pattern.name} does not work on weights that fully_shard "
-            "has divided: its scores need whole weights. Use scorer 'movement', or 'magnitude' with pattern 'element'"
+            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: it keeps the gradient "
+            "of each weight, whole, on every process. Use scorer 'movement' or 'magnitude'"
         )
     if not group.selection.works_on_shards:
         raise RecipeError(

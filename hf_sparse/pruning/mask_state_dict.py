@@ -27,7 +27,8 @@ from torch.nn.utils import parametrize
 from ..errors import CheckpointError
 from ..formats.codecs.base import as_bits
 from ..formats.codecs.bitmask import expand
-from .masked_weight import MaskedWeight, apply_mask, check_free, hidden, masked_weight, placed_as
+from .masked_weight import MaskedWeight, apply_mask, check_free, hidden, masked_weight
+from .shards import placed_as
 from .state_fields import HIDDEN, KEPT
 
 
@@ -134,7 +135,8 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     kept, dense = state.pop(name + KEPT.suffix, None), state.pop(name + HIDDEN.suffix, None)
     mask = masked.mask if kept is None else KEPT.decode(masked, kept, name + KEPT.suffix)
     assert mask is not None
-    state[inner + "0.mask"] = mask
+    masked.place(dense_weight)
+    state[inner + "0.mask"] = placed_as(mask, masked.mask)
     state[inner + "original"] = placed_as(weight if dense is None else _under(weight, dense, mask, name), dense_weight)
     alone = kept is None and dense is None
     for field in masked.fields:

@@ -8,15 +8,17 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import SparsityError
+from .shards import whole
 
 
 def digest(masks: Iterable[Tensor]) -> int:
     """Return a number that is the same for the same masks, and almost never for others.
 
     Args:
-        masks: bool tensors of any shape.
+        masks: bool tensors of any shape; every process has to ask for the number of sharded ones.
 
     Example:
         >>> digest([torch.tensor([True, False])]) == digest([torch.tensor([False, True])])
@@ -24,7 +26,7 @@ def digest(masks: Iterable[Tensor]) -> int:
     """
     number = 0
     for mask in masks:
-        number = zlib.crc32(mask.detach().cpu().contiguous().numpy().data, number)
+        number = zlib.crc32(whole(mask.detach()).cpu().contiguous().numpy().data, number)
     return number
 
 
@@ -41,7 +43,7 @@ def check_same_masks(masks: Iterable[Tensor], when: str) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    masks = list(masks)
+    masks = [mask for mask in masks if not isinstance(mask, DTensor)]  # a sharded mask is one for all processes
     ours = torch.tensor([digest(masks)], dtype=torch.int64, device=masks[0].device if masks else "cpu")
     gathered = [torch.zeros_like(ours) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, ours)

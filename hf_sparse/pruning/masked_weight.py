@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
 from ..modeling.masked_values import mask_values, masks_by_bits
 from .patterns import Pattern
+from .shards import placed_as
 
 
 class _Masked(torch.autograd.Function):
@@ -78,20 +79,14 @@ def apply_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Return `W * M` with exact zeros; without a mask, the weight."""
     if mask is None:
         return weight.view_as(weight)
-    if masks_by_bits(weight):
+    gathered = isinstance(mask, DTensor) and not isinstance(weight, DTensor)  # the backward pass gathers it again
+    if gathered or masks_by_bits(weight):
         return _Masked.apply(weight, mask)  # type: ignore[no-untyped-call]
     return _kept_values(weight, mask)
 
 
 def _kept_values(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.view_as(values) if mask is None else mask_values(values, placed_as(mask, values))
-
-
-def placed_as(full: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor that every process has in full as `other` is: divided like it if that is sharded (DTensor)."""
-    if not isinstance(other, DTensor) or isinstance(full, DTensor):
-        return full
-    return distribute_tensor(full, other.device_mesh, other.placements, src_data_rank=None)
 
 
 class MaskedWeight(nn.Module):
@@ -111,6 +106,7 @@ class MaskedWeight(nn.Module):
             the scores.
 
     Attributes:
+        mask: sharded as the dense weight is, once that is and the mask was renewed; each forward pass then gathers it.
         scores: learned scores, one per group, if the method has them.
         watching: whether to gather the dense gradient of backward passes, in `gathered`.
     """
@@ -148,6 +144,18 @@ class MaskedWeight(nn.Module):
         if self.watching and weight.requires_grad and torch.is_grad_enabled():
             return _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
         return apply_mask(weight, mask)
+
+    @torch.no_grad()
+    def place(self, weight: Tensor) -> None:
+        """Divide the mask over the processes as the dense weight is divided, if it is."""
+        if isinstance(weight, DTensor) and not isinstance(self.mask, DTensor):
+            self.mask = placed_as(self.mask, weight).clone()  # a shard alone would keep the whole in memory
+
+    @torch.no_grad()
+    def renew(self, kept: Tensor, weight: Tensor) -> None:
+        """Take a new mask, whole or sharded as the dense weight is."""
+        self.place(weight)
+        self.mask.copy_(placed_as(kept, self.mask))
 
     def gather(self, gradient: Tensor) -> None:
         """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation)."""

@@ -286,11 +286,10 @@ class Pruner:
         for group in self.groups:
             if group.selection.decides_sparsity:
                 continue
-            masks = [unit.kept() for unit in group.units]
-            groups = sum(mask.numel() for mask in masks)
-            kept = sum(int(torch.count_nonzero(mask)) for mask in masks)
+            groups = sum(unit.groups for unit in group.units)
+            kept = sum(unit.count_kept() for unit in group.units)
             # Each unit may keep one more than its share; where it has but one group, units compete instead.
-            allowed = max(1, int((1.0 - group.sparsity) * groups + 1e-6)) + sum(mask.numel() > 1 for mask in masks)
+            allowed = max(1, int((1.0 - group.sparsity) * groups + 1e-6)) + sum(u.groups > 1 for u in group.units)
             if kept > allowed:
                 raise SparsityError(
                     f"sparsity {group.sparsity:g} was requested, but the masks are at {1 - kept / groups:.4f}: they "

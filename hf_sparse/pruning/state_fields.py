@@ -16,7 +16,8 @@ from torch import Tensor
 from ..config.sparsity import SCORERS
 from ..errors import CheckpointError
 from ..formats.codecs.base import unpack_bits
-from .masked_weight import MaskedWeight, placed_as
+from .masked_weight import MaskedWeight
+from .shards import placed_as, replicated, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,11 @@ def _decode_tensor(name: str, masked: MaskedWeight, given: Tensor, key: str) -> 
 
 
 def _encode_shared(name: str, masked: MaskedWeight, dense: Tensor) -> Tensor:
-    return masked.shared[name].clone()
+    return replicated(masked.shared[name].clone(), dense)
 
 
 def _decode_shared(name: str, masked: MaskedWeight, given: Tensor, key: str) -> None:
-    tensor = masked.shared[name]
+    tensor, given = masked.shared[name], whole(given)
     if given.shape != tensor.shape or not bool(torch.isfinite(given).all()):
         raise CheckpointError(f"'{key}' must be a finite number, got {given}: this training cannot go on from it")
     tensor.copy_(given)
@@ -81,7 +82,7 @@ def _decode_kept(masked: MaskedWeight, given: Tensor, key: str) -> Tensor:
     return torch.from_numpy(unpack_bits(given.cpu().numpy(), shape.numel(), key)).view(shape)
 
 
-KEPT = StateField("kept", lambda masked, dense: masked.mask, _decode_kept)
+KEPT = StateField("kept", lambda masked, dense: placed_as(masked.mask, dense), _decode_kept)
 HIDDEN = StateField("hidden", lambda masked, dense: dense, lambda masked, given, key: given)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .group import PruningGroup
+from .shards import count_true, whole
 
 
 def training_logs(groups: Sequence[PruningGroup]) -> dict[str, float]:
@@ -17,14 +18,14 @@ def training_logs(groups: Sequence[PruningGroup]) -> dict[str, float]:
         tail = f"_{index}" if len(groups) > 1 else ""
         masks = [member.masked.mask for unit in group.units for member in unit.members]
         size = sum(mask.numel() for mask in masks)
-        removed = size - sum(int(torch.count_nonzero(mask)) for mask in masks)
+        removed = size - count_true(masks)
         zeros, total = zeros + removed, total + size
         if tail:
             out[f"sparsity{tail}"] = removed / size
         for key, value in (group.scorer.logs(group.selection.threshold) | group.selection.logs()).items():
             out[key + tail] = value
         if group.scores:
-            squares = sum(float(score.detach().double().square().sum()) for score in group.scores)
+            squares = sum(float(whole(score.detach().double().square().sum())) for score in group.scores)
             out[f"score_norm{tail}"] = squares**0.5
         if group.scorer.penalized:
             with torch.no_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from ..modeling.architectures import SubBlock, match_sub_blocks
 from ..modeling.layer_kinds import MatrixLayer, is_transposed, oriented, stored_shape
 from ..modeling.layer_matching import match_layers
 from .mask_state_dict import attach_mask, bake_mask
-from .masked_weight import MaskedWeight, hidden, placed_as
+from .masked_weight import MaskedWeight, hidden
 from .patterns import AssignedLines, Pattern, Structure, Transposed
+from .shards import count_true, on_shards, placed_as, row_group, rows_per_process, whole
 from .state_fields import StateField
 
 
@@ -62,6 +64,12 @@ class Member:
     def dense(self) -> Tensor:
         """The dense weight under the mask, without its history."""
         return hidden(self.module).detach()
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the dense weight is divided by rows, and every group lies in the rows of one process."""
+        rows = rows_per_process(self.dense)
+        return rows > 0 and self.pattern.divides(rows)
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,7 +137,33 @@ class Unit:
 
     def kept(self) -> Tensor:
         """Return which groups are kept, one bool per group."""
-        return self.pattern.pool(self.masked.mask.float(), "sum") > 0
+        return self.pattern.pool(whole(self.masked.mask).float(), "sum") > 0
+
+    def count_kept(self) -> int:
+        """Return how many groups are kept."""
+        mask = self.masked.mask
+        return count_true([mask if self.groups == mask.numel() else self.kept()])
+
+    def placed(self, groups: Tensor) -> Tensor:
+        """Return one tensor over the groups divided by rows among the processes, if the dense weight is."""
+        dense = self.members[0].dense
+        return placed_as(groups, dense) if row_group(dense) is not None else groups
+
+    def pool_shards(self, element_scores: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Return the score of each group, each computed by the process that has it; None where one spans several.
+
+        Args:
+            element_scores: from a part of a weight to a score per entry of that part.
+        """
+        (member, *others) = self.members
+        dense = member.dense
+        if others or not isinstance(dense, DTensor) or not member.divisible:
+            return None
+        return on_shards(
+            lambda rows: member.pattern.pool(element_scores(rows)),
+            dense,
+            member.pattern.groups_shape(stored_shape(member.module))[0],
+        )
 
     def alive(self) -> Tensor:
         """Return which groups have an entry that is not zero in any weight; for weights without masks."""
@@ -137,11 +171,20 @@ class Unit:
         return torch.stack(counts).sum(0) > 0
 
     def keep(self, groups: Tensor) -> None:
-        """Keep the groups that are True, remove the others; every process has the full mask, whatever is sharded."""
-        if isinstance(groups, DTensor):
-            groups = groups.full_tensor()
+        """Keep the groups that are True, remove the others.
+
+        Args:
+            groups: whole, or sharded in the order of the ranks. Where groups lie in the rows of one process each, a
+                sharded mask is made of them without gathering.
+        """
         for member in self.members:
-            member.masked.mask.copy_(member.pattern.expand(groups, tuple(member.masked.mask.shape)))
+            shape = tuple(member.masked.mask.shape)
+            if isinstance(groups, DTensor) and member.divisible and row_group(groups) == row_group(member.dense):
+                expand = partial(_expand_rows, member.pattern, shape[0] // len(groups), shape[1:])
+                member.masked.renew(on_shards(expand, groups, shape[0]), member.dense)
+            else:
+                groups = whole(groups)
+                member.masked.renew(member.pattern.expand(groups, shape), member.dense)
 
     def grow(self, groups: Tensor) -> None:
         """Keep the groups that are True, and start at 0 those that were removed."""
@@ -218,10 +261,14 @@ class Unit:
             if member.has_bias and isinstance(bias, nn.Parameter):
                 # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
                 # before this: behind it the exit is masked.
-                kept = oriented(member.module, member.masked.mask).any(1)
+                kept = oriented(member.module, whole(member.masked.mask)).any(1)
                 bias.data.masked_fill_(placed_as(~kept, bias), 0.0)
             bake_mask(member.module)
             member.mask = member.gradient = None
+
+
+def _expand_rows(pattern: Pattern, height: int, columns: tuple[int, ...], groups: Tensor) -> Tensor:
+    return pattern.expand(groups, (len(groups) * height, *columns))
 
 
 def find_units(

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ...errors import RecipeError
 from ...modeling.model_state import is_marked
 from ...pruning.group import refuse_shards
-from ...pruning.masked_weight import placed_as
+from ...pruning.shards import placed_as
 from ...pruning.pruner import Pruner
 from .. import patches
 from ..quantization.state_dict import read_state

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...pruning.mask_state_dict import bake_mask
 from ...pruning.masked_weight import masked_weight
+from ...pruning.shards import count_true
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,7 @@ def take_over(model: nn.Module) -> None:
     if reference is None:
         return
     masks = [masked.mask for module in model.modules() if (masked := masked_weight(module)) is not None]
-    if not all(bool(mask.all()) for mask in masks):
+    if count_true(masks) < sum(mask.numel() for mask in masks):
         logger.warning(
             "the model has masks of an earlier SparsityCallback whose training did not end. They are taken off: its "
             "dense weights are back, and pruning starts over"

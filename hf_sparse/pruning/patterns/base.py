@@ -54,6 +54,10 @@ class Pattern:
         """Return the shape of the group scores of a weight of this shape."""
         raise NotImplementedError
 
+    def divides(self, rows: int) -> bool:
+        """Return whether rows of a weight, taken so many at a time, have whole groups: no group spans two such parts."""
+        return False
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         """Turn scores of entries `(out, in)` into scores of groups, by the mean or the sum of each group."""
         raise NotImplementedError

@@ -53,6 +53,9 @@ class Block(Pattern):
     def groups_shape(self, shape: Shape) -> Shape:
         return shape[0] // self.rows, shape[1] // self.cols
 
+    def divides(self, rows: int) -> bool:
+        return rows % self.rows == 0
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         height, width = self.groups_shape(tuple(scores.shape))
         blocks = scores.reshape(height, self.rows, width, self.cols)

@@ -30,6 +30,9 @@ class Element(Pattern):
     def groups_shape(self, shape: Shape) -> Shape:
         return tuple(shape)
 
+    def divides(self, rows: int) -> bool:
+        return True
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         return scores
 

@@ -61,6 +61,9 @@ class NM(Pattern):
     def groups_shape(self, shape: Shape) -> Shape:
         return tuple(shape)
 
+    def divides(self, rows: int) -> bool:
+        return True
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         return scores
 

@@ -24,6 +24,9 @@ class Row(Pattern):
     def groups_shape(self, shape: Shape) -> Shape:
         return (shape[0],)
 
+    def divides(self, rows: int) -> bool:
+        return True
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         return scores.mean(1) if reduce == "mean" else scores.sum(1)
 

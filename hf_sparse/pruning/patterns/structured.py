@@ -44,6 +44,9 @@ class Lines(Pattern):
     def groups_shape(self, shape: Shape) -> Shape:
         return (shape[self.axis] // self._size(shape),)
 
+    def divides(self, rows: int) -> bool:
+        return self.axis == 0 and self.size > 0 and rows % self.size == 0
+
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
         lines = scores if self.axis == 0 else scores.t()
         groups = lines.reshape(*self.groups_shape(tuple(scores.shape)), -1)

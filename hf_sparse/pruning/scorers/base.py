@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ...errors import RecipeError
 from ...utils.validation import check_number, check_one_of
-from ..patterns import Element, Pattern
+from ..patterns import Pattern
 from ..selection import Selection
+from ..shards import whole
 from ..state_fields import StateField, tensor_field
 from ..unit import Unit
 
@@ -51,6 +52,8 @@ class Scorer:
             pruning; "training" for parameters that are learned with the model; "heads" for a measurement on data
             before pruning; "inputs" of the layers on calibration data, block by block.
         fields: what a checkpoint holds of the method for each weight.
+        elementwise: whether the score of an entry depends on that entry alone. Where weights are sharded, others are
+            gathered for it, one unit at a time.
         keeps_largest: whether the first masks keep the weights with the largest absolute values.
         learning_rate: of learned scores; their parameter group has no weight decay.
         warmup: fraction of training over which their learning rate rises from 0.
@@ -59,6 +62,7 @@ class Scorer:
     name: ClassVar[str]
     source: ClassVar[Source] = "weights"
     fields: ClassVar[tuple[StateField, ...]] = ()
+    elementwise: ClassVar[bool] = False
     keeps_largest: ClassVar[bool] = False
     learning_rate: float = 0.0
     warmup: float = 0.0
@@ -106,8 +110,11 @@ class Scorer:
         """Look at the gradients of one optimizer step (`Member.gradient`); for the source "gradients"."""
 
     def scores(self, unit: Unit) -> Tensor:
-        """Return the score of each group of a unit."""
-        return unit.pool([self.element_scores(member.dense) for member in unit.members])
+        """Return the score of each group of a unit, divided among the processes as its weights are."""
+        pooled = unit.pool_shards(self.element_scores) if self.elementwise else None
+        if pooled is not None:
+            return pooled
+        return unit.placed(unit.pool([self.element_scores(whole(member.dense)) for member in unit.members]))
 
     def update(self, group: Group) -> bool:
         """Choose the masks anew, and return whether the weights were scored for it."""
@@ -127,7 +134,7 @@ class Scorer:
 
     def works_on_shards(self, pattern: Pattern) -> bool:
         """Return whether scores can be computed where each process has some rows of each weight (fully_shard)."""
-        return isinstance(pattern, Element)
+        return True
 
     def penalty(self, scores: Sequence[Tensor]) -> Tensor:
         """Return what is to be added to the loss, a scalar; for methods that have a loss term."""

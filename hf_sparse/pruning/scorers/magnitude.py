@@ -23,6 +23,7 @@ class Magnitude(Scorer):
     Source: Han et al. 2015, "Learning both Weights and Connections", section 3; Zhu and Gupta 2017.
     """
 
+    elementwise = True
     keeps_largest = True
 
     def element_scores(self, weight: Tensor) -> Tensor:

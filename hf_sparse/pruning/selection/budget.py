@@ -15,6 +15,7 @@ from ...errors import PatternError, SparsityError
 from ...modeling.layer_kinds import matrix_shape
 from ...profiling.latency_table import LatencyTable, Shape
 from ...utils.validation import check_number, check_one_of, check_positive_int
+from ..shards import whole
 from .base import Selection
 from .topk import refuse_nan
 
@@ -85,7 +86,6 @@ class Budget(Selection):
     Fast Post-Training Pruning Framework for Transformers", section 4.1.
     """
 
-    works_on_shards: ClassVar[bool] = False
     of: str = "flops"
     remaining: float = 0.5
     length: int = 128
@@ -147,7 +147,8 @@ class Budget(Selection):
         if len(scores) != len(self._costs):
             raise SparsityError(f"the budget knows {len(self._costs)} units, and was given the scores of {len(scores)}")
         refuse_nan(scores)
-        flat = [tensor.detach().reshape(-1).double().cpu() for tensor in scores]
+        scores = [whole(tensor.detach()) for tensor in scores]  # of heads and neurons, which are few
+        flat = [tensor.reshape(-1).double().cpu() for tensor in scores]
         total = sum(float(times[-1]) for times in self._times)
         limit = (1.0 - (1.0 - self.remaining) * sparsity) * total
         if limit >= total:

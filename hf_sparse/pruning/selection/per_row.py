@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...config.sparsity import SELECTIONS
+from ..shards import by_rows
 from .base import Selection, kept_count
-from .topk import refuse_nan
+from .topk import keep_highest, refuse_nan
 
 
 @SELECTIONS.register("per_row")
@@ -29,7 +31,6 @@ class PerRow(Selection):
     Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models", section 3.
     """
 
-    works_on_shards: ClassVar[bool] = False
     weight_by_weight: ClassVar[bool] = True
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
@@ -38,8 +39,15 @@ class PerRow(Selection):
 
     def select_alone(self, scores: Tensor, sparsity: float) -> Tensor:
         refuse_nan([scores])
-        rows = scores.reshape(len(scores), -1) if scores.ndim > 1 else scores[None, :]
-        keep = kept_count(rows.shape[1], sparsity)
-        # A stable sort keeps the lower index of equal scores, so that ties break the same way everywhere.
-        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-        return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)
+        if scores.ndim == 1:
+            (kept,), _ = keep_highest([scores], kept_count(len(scores), sparsity))
+            return kept
+        return by_rows(partial(_highest, sparsity), scores)
+
+
+def _highest(sparsity: float, scores: Tensor) -> Tensor:
+    rows = scores.reshape(len(scores), -1)
+    keep = kept_count(rows.shape[1], sparsity)
+    # A stable sort keeps the lower index of equal scores, so that ties break the same way everywhere.
+    order = rows.sort(dim=1, descending=True, stable=True).indices[:, :keep]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).view(scores.shape)

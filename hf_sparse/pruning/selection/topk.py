@@ -14,9 +14,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ...errors import SparsityError
+from ..shards import any_nan, row_group
 from .topk_radix import keep_highest_across, keep_highest_alone
 
 _SAMPLE = 1 << 14
@@ -67,8 +68,12 @@ def refuse_nan(scores: Sequence[Tensor]) -> None:
 
     The maximum passes NaN on, and costs a fraction of a comparison of all scores; the ranks alone would not tell.
     """
-    highest = [tensor.detach().amax().to(scores[0].device) for tensor in scores if tensor.numel()]
-    if highest and bool(torch.stack(highest).isnan().any()):
+    if any(isinstance(tensor, DTensor) for tensor in scores):
+        broken = any_nan(scores)
+    else:
+        highest = [tensor.detach().amax().to(scores[0].device) for tensor in scores if tensor.numel()]
+        broken = bool(highest) and bool(torch.stack(highest).isnan().any())
+    if broken:
         raise SparsityError(
             "cannot select by importance: there are NaN among the scores. The training has diverged; lower the "
             "learning rate, or look at the loss before this step"
@@ -160,14 +165,14 @@ def _with_ties(masks: list[Array], ties: Iterable[Array], left: int) -> list[Ten
 
 
 def _on_shards(scores: Sequence[DTensor], keep: int) -> tuple[list[Tensor], float | None]:
+    group = row_group(scores[0])
     for tensor in scores:
-        # Copies would be counted twice, and columns would not be in the order in which ties are kept.
-        if tensor.placements != (Shard(0),) or tensor.device_mesh != scores[0].device_mesh:
+        # Columns would not be in the order in which ties are kept.
+        if group is None or row_group(tensor) != group:
             raise SparsityError(
                 f"cannot select among scores that are placed as {tensor.placements} on {tensor.device_mesh}: only rows "
-                "divided over one dimension of processes (fully_shard on a 1-D mesh, as it does by default)"
+                "divided over one dimension of processes (as fully_shard does), with copies over the others"
             )
-    group = scores[0].device_mesh.get_group()
     masks, cut = keep_highest_across([tensor.to_local() for tensor in scores], keep, group)
     return [
         DTensor.from_local(

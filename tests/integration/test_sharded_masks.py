@@ -1,0 +1,51 @@
+"""Masks of weights that fully_shard (FSDP2) has divided are sharded beside them, and those of DDP at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tests.helpers.ranks import on_ranks
+from tests.helpers.sharded import MORE_PATTERNS, PATTERNS, SCORERS, STEPS, trained
+
+
+def compare(folder: Path, families: tuple[str, ...] = ("bert",)) -> None:
+    """On each rank: every scorer with every pattern, by DDP and sharded."""
+    dist.init_process_group("gloo")
+    found: dict[str, list[int]] = {}
+    for family in families:
+        patterns = {**PATTERNS, **MORE_PATTERNS} if len(families) > 1 else PATTERNS
+        for name, options in patterns.items():
+            for scorer in SCORERS:
+                pruner, masks = trained(family, scorer, options, "fsdp")
+                for member in (member for unit in pruner.units for member in unit.members):
+                    mask = member.masked.mask
+                    assert isinstance(mask, DTensor) and mask.placements == member.dense.placements
+                    assert mask.to_local().shape == member.dense.to_local().shape
+                sparsity = pruner.logs()["sparsity"]
+                other, expected = trained(family, scorer, options, "ddp")
+                assert masks == expected, (family, name, scorer)
+                assert sparsity == other.logs()["sparsity"] > 0.25, (family, name, scorer)
+                assert len(set(masks)) == STEPS + 1 or scorer == "magnitude", (family, name, scorer)
+                found[f"{family} {name} {scorer}"] = masks
+    (folder / f"{dist.get_world_size()}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def compare_all(folder: Path) -> None:
+    """On each rank, for three families."""
+    compare(folder, ("bert", "t5", "llama"))
+
+
+def test_masks_of_ddp_at_every_step(tmp_path: Path) -> None:
+    on_ranks(__name__, "compare", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_masks_of_ddp_for_every_family(ranks: int, tmp_path: Path) -> None:
+    on_ranks(__name__, "compare_all", tmp_path, ranks)
