@@ -315,8 +315,8 @@ def refuse_shards(group: PruningGroup) -> None:
     """Raise `RecipeError` if this group does not work on weights that are going to be sharded."""
     if not group.scorer.works_on_shards(group.pattern):
         raise RecipeError(
-            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: it keeps the gradient "
-            "of each weight, whole, on every process. Use scorer 'movement' or 'magnitude'"
+            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: it keeps the "
+            "gradient of each weight, whole, on every process. Use scorer 'movement' or 'magnitude'"
         )
     if not group.selection.works_on_shards:
         raise RecipeError(

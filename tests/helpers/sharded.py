@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_sparse import Pruner, SparsityConfig
 from hf_sparse.pruning.mask_sync import digest
@@ -42,10 +49,11 @@ def build(family: str) -> Any:
         no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **_SIZES, **no_dropout))
     if family == "t5":
+        options: dict[str, Any] = {"decoder_start_token_id": 0}
         return T5ForConditionalGeneration(
             T5Config(
                 vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
-                decoder_start_token_id=0,
+                **options,
             )
         )  # fmt: skip
     return LlamaForCausalLM(
@@ -63,7 +71,9 @@ def shard(model: Any) -> Any:
 
 def batch(step: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """Return the share of a rank of the batch of a step, the same over all ranks however many there are."""
-    ids = torch.randint(1, VOCABULARY, (BATCH, 6), generator=torch.Generator().manual_seed(step))[rank::ranks].contiguous()
+    ids = torch.randint(1, VOCABULARY, (BATCH, 6), generator=torch.Generator().manual_seed(step))[
+        rank::ranks
+    ].contiguous()
     return {"input_ids": ids, "labels": ids}
 
 

@@ -24,14 +24,16 @@ def compare(folder: Path, families: tuple[str, ...] = ("bert",)) -> None:
             for scorer in SCORERS:
                 pruner, masks = trained(family, scorer, options, "fsdp")
                 for member in (member for unit in pruner.units for member in unit.members):
-                    mask = member.masked.mask
-                    assert isinstance(mask, DTensor) and mask.placements == member.dense.placements
-                    assert mask.to_local().shape == member.dense.to_local().shape
+                    mask, dense = member.masked.mask, member.dense
+                    assert isinstance(mask, DTensor)
+                    assert isinstance(dense, DTensor)
+                    assert mask.placements == dense.placements
+                    assert mask.to_local().shape == dense.to_local().shape
                 sparsity = pruner.logs()["sparsity"]
                 other, expected = trained(family, scorer, options, "ddp")
                 assert masks == expected, (family, name, scorer)
                 assert sparsity == other.logs()["sparsity"] > 0.25, (family, name, scorer)
-                assert len(set(masks)) == STEPS + 1 or scorer == "magnitude", (family, name, scorer)
+                assert len(set(masks)) >= STEPS, (family, name, scorer)  # 2:4 passes through 3:4
                 found[f"{family} {name} {scorer}"] = masks
     (folder / f"{dist.get_world_size()}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -127,7 +127,7 @@ class PackedTensor(StoredTensor):
                 return lazy_weight(self.entry.shape, kind, lambda: decode(self.entry, parts, self.key).to(kind))
             weight = decode(self.entry, parts, self.key)
             self._check_shape()  # after decoding: corruption is reported before a wrong shape caused by it
-            return weight[index]
+            return weight if index is Ellipsis else weight[index].clone()  # a view would keep the whole in memory
 
     def _check_shape(self) -> None:
         if self.expected is not None and self.entry.shape != self.expected:

@@ -7,8 +7,8 @@ checkpoint of a Trainer is one consistent thing: `from_pretrained` reads the mas
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ...modeling.model_state import sparse_weights
 from ...modeling.ownership import names_of
 from ...pruning.compaction import edits_of
 from ...pruning.compressions.saved_forms import forms_of
+from ...pruning.shards import whole
 from ...pruning.state_fields import state_suffixes
 
 FORMATS = {"packed": "auto", "smallest": "smallest", "dense": "dense"}
@@ -49,6 +50,49 @@ class _Stored(NamedTuple):
     target: bool
 
 
+class Share:
+    """The tensors that one of several processes packs: about as many bytes as each other one.
+
+    Every process has to ask for the same tensors in the same order.
+    """
+
+    def __init__(self, rank: int, processes: int) -> None:
+        self._rank = rank
+        self._bytes = [0] * processes
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Return whether the next tensor is packed here."""
+        owner = self._bytes.index(min(self._bytes))
+        self._bytes[owner] += tensor.nbytes
+        return owner == self._rank
+
+
+class Packed(NamedTuple):
+    """The tensors that were packed here.
+
+    Attributes:
+        tensors: to write, under the names of the checkpoint format of the model.
+        entries: of the manifest, by the place of the tensor in the whole model.
+        targets: keys of the weights that were asked to be sparse, of the whole model.
+        extra: of the manifest.
+    """
+
+    tensors: dict[str, Tensor]
+    entries: dict[int, dict[str, TensorEntry]]
+    targets: tuple[str, ...]
+    extra: dict[str, Any]
+
+    def manifest(self, others: Iterable[Mapping[int, Mapping[str, TensorEntry]]] = ()) -> Manifest:
+        """Return the manifest of the whole model.
+
+        Args:
+            others: entries of what other processes have packed.
+        """
+        places = {place: entries for part in (self.entries, *others) for place, entries in part.items()}
+        found = {key: entry for place in sorted(places) for key, entry in places[place].items()}
+        return Manifest(found, targets=self.targets, extra=self.extra)
+
+
 def pack_state(
     model: PreTrainedModel, state: Mapping[str, Tensor], codec: str = "auto"
 ) -> tuple[dict[str, Tensor], Manifest]:
@@ -65,25 +109,48 @@ def pack_state(
         RecipeError: if the model has a tensor of its own under the name of a part, or stores a weight that is being
             pruned in another form than it has in memory.
     """
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, TensorEntry] = {}
+    packed = pack_share(model, state, _collected(model, state), codec, Share(0, 1))
+    return packed.tensors, packed.manifest()
+
+
+def pack_share(
+    model: PreTrainedModel, state: Mapping[str, Tensor], plain: Mapping[str, Tensor], codec: str, share: Share
+) -> Packed:
+    """Pack the share of one of several processes, as `pack_state` packs all.
+
+    Every process has to call it. Sharded tensors are gathered one at a time.
+
+    Args:
+        plain: what is to be saved by its name in memory (`keys_to_save`).
+    """
+    packed = Packed({}, {}, (), {})
     targets = []
-    for key, tensor, name, target in _stored(model, _collected(model, state)):
+    for place, (key, tensor, name, target) in enumerate(_stored(model, plain)):
+        mine = share.takes(tensor)
         training = {} if name is None or not target else _training_parts(state, name)
-        if name is not None and tensor.is_meta:
-            tensor = load_offloaded_parameter(model, name)
-        entries[key], parts = encode(tensor, ("bitmask" if training else codec) if target else "dense")
-        tensors.update({key + suffix: part for suffix, part in parts.items()})
-        for suffix, part in training.items():
-            entries[key + suffix], dense = encode(part, "dense")
-            tensors[key + suffix] = dense[""]
+        tensor = whole(tensor)
         if target:
             targets.append(key)
+        if not mine:
+            continue
+        if name is not None and tensor.is_meta:
+            tensor = load_offloaded_parameter(model, name)
+        entry, parts = encode(tensor, ("bitmask" if training else codec) if target else "dense")
+        entries = packed.entries[place] = {key: entry}
+        packed.tensors.update({key + suffix: part for suffix, part in parts.items()})
+        for suffix, part in training.items():
+            entries[key + suffix], dense = encode(part, "dense")
+            packed.tensors[key + suffix] = dense[""]
     edits = edits_of(model)
     extra = {EDITS_KEY: edits.to_dict()} if edits else {}
     if forms := forms_of(model):
         extra[FORMS_KEY] = forms.to_dict()
-    return tensors, Manifest(entries, targets=tuple(targets), extra=extra)
+    return packed._replace(targets=tuple(targets), extra=extra)
+
+
+def keys_to_save(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in memory of the tensors to save: of tied ones, one."""
+    return list(_collected(model, state))
 
 
 def _collected(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +246,7 @@ def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:
 
 def _training_parts(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the training state of a weight as it goes to disk, by suffix: nothing that the weight itself holds."""
-    parts = {suffix: state[name + suffix].cpu() for suffix in state_suffixes() if name + suffix in state}
+    parts = {suffix: whole(state[name + suffix]).cpu() for suffix in state_suffixes() if name + suffix in state}
     if parts:
         removed = ~parts["_kept"]
         parts["_hidden"] = parts["_hidden"][removed]

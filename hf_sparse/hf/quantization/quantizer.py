@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
 from ...errors import BackendError, RecipeError
+from ...formats.manifest import Manifest
 from ...formats.safetensors_io import MANIFEST_KEY
 from ...formats.zero_patterns import looks_sparse
 from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
@@ -91,7 +92,7 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        _refuse_shards(model)
+        _check_shards(model, self.quantization_config.backend)
         self.device_map = kwargs.get("device_map")
         self.plan = self._plan(checkpoint_files or ())
         if self.plan is not None:
@@ -169,6 +170,8 @@ class SparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Pack the model for `save_pretrained`, and put the manifest into its config."""
         request = save_request()
+        if request.manifest is not None:
+            return {}, self._describe(model, request.manifest)
         state = model.state_dict() if request.state is None else request.state
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapters, and nothing else
             return dict(state), {}
@@ -178,8 +181,12 @@ class SparseQuantizer(HfQuantizer):
                 "adapters (PeftModel.save_pretrained), or the model that merge_and_unload() or unload() returns"
             )
         tensors, manifest = pack_state(model, state, request.codec)
+        return tensors, self._describe(model, manifest)
+
+    def _describe(self, model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
+        """Put a manifest into the config of a model, and return the metadata of its files."""
         model.config.quantization_config = SparseConfig(self.quantization_config.intent, manifest)
-        return tensors, {MANIFEST_KEY: manifest.to_json()}
+        return {MANIFEST_KEY: manifest.to_json()}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_edited(model, "made a model without marks")
@@ -212,15 +219,18 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def _refuse_shards(model: PreTrainedModel) -> None:
-    """Raise if transformers would cut the tensors of the file into one piece per process."""
+def _check_shards(model: PreTrainedModel, backend: str | None) -> None:
+    """Raise if a model that is divided over processes is to run with packed weights.
+
+    Loading alone works: each tensor is decoded when transformers reads it, and cut then.
+    """
     asked = getattr(model.config, "distributed_config", None)
     sizes = {name: getattr(asked, f"{name}_size", None) for name in ("tp", "fsdp", "dp", "ep", "pp")}
     parallel = [f"{name}_size={size}" for name, size in sizes.items() if (size or 1) > 1]
-    if parallel:
+    if parallel and backend not in (None, "dense"):
         raise BackendError(
-            f"a packed checkpoint cannot be loaded into shards ({', '.join(parallel)}): transformers cuts the tensors "
-            "of the file before they are decoded. Save it with format='dense' and load that with tp_plan"
+            f"backend '{backend}' does not work on a model that is divided over processes ({', '.join(parallel)}): it "
+            "packs whole weights, and each process has a part. Load it without backend"
         )
 
 

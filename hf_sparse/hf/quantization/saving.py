@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...errors import RecipeError
+from ...formats.manifest import Manifest
 from ...formats.safetensors_io import settle_header, writing
 from ...modeling.model_state import EDITS
 from ...modeling.zero_preservation import warn_of_lost_zeros
@@ -26,6 +27,7 @@ from ..hub.push import push_model
 from ..hub.sentence_card import watch_cards
 from ..per_layer_config import expressed_in_config
 from .pack_state import FORMATS, dense_state
+from .shared_saving import is_divided, of_first, pack_together, write_together
 from .state_dict import hook_load, unhook_load
 
 
@@ -35,10 +37,12 @@ class SaveRequest(NamedTuple):
     Attributes:
         state: the state dict to save; None = that of the model.
         codec: of the weights that are sparse.
+        manifest: of what is packed and written already, by all processes together; None = nothing is yet.
     """
 
     state: Mapping[str, Tensor] | None = None
     codec: str = FORMATS["packed"]
+    manifest: Manifest | None = None
 
 
 _REQUEST: ContextVar[SaveRequest | None] = ContextVar("hf_sparse_save_request", default=None)
@@ -87,6 +91,9 @@ def _save_pretrained(
     Each file is written beside the old one and put in its place when it is complete, so that an interrupted save
     leaves the old one whole.
 
+    A model that is divided over processes (FSDP2, tensor parallelism) is packed and written by all of them together, so
+    each has to call this; the files are the same.
+
     Args:
         format: "packed" for small files that need `import hf_sparse` before `from_pretrained`, "smallest" for still
             smaller ones whose values are coded too and take longer to read, "dense" for files with plain zeros that any
@@ -111,14 +118,14 @@ def _save_pretrained(
         warn_of_lost_zeros(self)
     watch_cards()  # a model of sentence-transformers around this one writes its card next
     save = type(self).save_pretrained
+    if is_divided(self, state_dict) and not getattr(self, "_hf_peft_config_loaded", False):
+        _save_divided(self, save_directory, state_dict, format, kwargs)
+        return
     with staged(save_directory, is_main_process) as directory:
         if format != "dense":
-            token = _REQUEST.set(SaveRequest(state_dict, FORMATS[format]))
-            try:
+            with _requested(SaveRequest(state_dict, FORMATS[format])):
                 # The names are reverted before packing (`pack_state`), so not a second time.
                 save(self, directory, is_main_process, None, save_original_format=False, **kwargs)
-            finally:
-                _REQUEST.reset(token)
         else:
             with _unmarked(self, config):
                 save(self, directory, is_main_process, dense_state(self, state_dict), **kwargs)
@@ -132,6 +139,55 @@ def refuse_forms(model: PreTrainedModel, what: str) -> None:
             f"the model cannot be {what}: {len(forms.layers)} layers (first: '{name}') have the form '{form.form}', "
             "which config.json cannot express, so no tool could load it. Save it packed (the default)"
         )
+
+
+def _save_divided(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Tensor] | None,
+    format: str,  # noqa: A002
+    options: dict[str, Any],
+) -> None:
+    """Save a model of which every process has a share; process 0 also writes the config and all that goes with it."""
+    if options.pop("push_to_hub", False):
+        raise RecipeError("a model that is divided over processes cannot be pushed as it is saved: push the folder")
+    limits = {"limit": options.get("max_shard_size", "50GB"), "variant": options.get("variant")}
+    dense = format == "dense"
+    save: Any = type(model).save_pretrained
+    with contextlib.ExitStack() as stack:
+        place = of_first(lambda: stack.enter_context(staged(folder, True)))
+        tensors, manifest = pack_together(model, state, FORMATS[format], training=not dense)
+
+        def write_config() -> None:
+            with _undivided(model), _unmarked(model) if dense else _requested(SaveRequest({}, manifest=manifest)):
+                save(model, place, True, {}, **options)
+
+        of_first(write_config)
+        write_together(tensors, manifest, Path(place), **limits, described=not dense)
+        of_first(stack.pop_all().close)  # the new files take the place of the old ones
+
+
+@contextlib.contextmanager
+def _requested(request: SaveRequest) -> Iterator[None]:
+    token = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        _REQUEST.reset(token)
+
+
+@contextlib.contextmanager
+def _undivided(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers save a config alone, on one process: it would gather the shards for it."""
+    config: Any = model.config
+    asked = vars(config).get("distributed_config")
+    if asked is not None:
+        config.distributed_config = None
+    try:
+        yield
+    finally:
+        if asked is not None:
+            config.distributed_config = asked
 
 
 def refuse_edited(model: PreTrainedModel, what: str) -> None:

@@ -221,7 +221,7 @@ class SparsityCallback(LogsFirst):
             check_best_model(pruner, args, state)
         assert self._terms is not None
         self._terms.count_batches(args)
-        self._resumed_at = record_sparsity(state, resolved(self.config), self._data)
+        self._resumed_at = record_sparsity(state, resolved(self.config), self._data, args.world_size)
         pruner.progress = self._progress(state)
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)

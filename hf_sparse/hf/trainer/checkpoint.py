@@ -9,7 +9,10 @@ import shutil
 from pathlib import Path
 
 from ...errors import CheckpointError, RecipeError
-from .run_record import STATE
+from .run_record import STATE, read_record
+
+SHARDS, OPTIMIZER_SHARDS = "pytorch_model_fsdp_0", "optimizer_0"
+"""Folders of a checkpoint that torch.distributed.checkpoint writes for accelerate; `.metadata` in them comes last."""
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?")
@@ -58,7 +61,8 @@ def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> s
 
     Args:
         output_dir: of the `TrainingArguments`.
-        processes: that train together; each has a random state of its own in the checkpoint.
+        processes: that train together; each has a random state of its own in the checkpoint. What SparsityCallback
+            has recorded comes first: the checkpoint of another number of processes can be complete too.
 
     Returns:
         The path, or None where there is no checkpoint at all.
@@ -91,17 +95,30 @@ def last_checkpoint(output_dir: str | os.PathLike[str], processes: int = 1) -> s
 
 def _missing(path: Path, processes: int) -> str:
     """Return the first thing that a checkpoint lacks, or nothing."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        state = None
+    processes = _written_by(path, processes)
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    if not any((path / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):  # the second under FSDP
+    # The second and third under FSDP, with whole and with sharded state.
+    if not any((path / n).is_file() for n in ("optimizer.pt", "optimizer.bin", f"{OPTIMIZER_SHARDS}/.metadata")):
         return "optimizer.pt"
     for name in ("scheduler.pt", *random):
         if not (path / name).is_file():
             return name
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob("*.safetensors")) and not (path / SHARDS / ".metadata").is_file():
         return "its weights"
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if state is None:
         return f"a readable {STATE}"
     step = int(path.name.rpartition("-")[2])
     return "" if isinstance(state, dict) and state.get("global_step") == step else f"a {STATE} of its step"
+
+
+def _written_by(path: Path, processes: int) -> int:
+    """Return how many processes wrote a checkpoint, which can be resumed by another number of them."""
+    try:
+        recorded = (read_record(path, "sparsity") or {}).get("processes")
+    except CheckpointError:
+        return processes
+    return recorded if type(recorded) is int and 0 < recorded < 1 << 20 else processes

@@ -1,10 +1,15 @@
 """FSDP2 in the Trainer: what it cannot do is refused before step one, and its checkpoints hold the model once.
 
-The Trainer loads a model by the names that parameters have in memory, and broadcasts it from process 0. Masked weights
-have other names in a state dict, so they would silently keep their values. But the Trainer also writes
-`model.safetensors` into each checkpoint, and ours has the whole state of the training. So the two functions for the
-model are wrapped (see `hf.patches`): they leave out the second copy, and read the first. For models without masks the
-wrappers change nothing. The state of the optimizer is saved and loaded by the Trainer.
+With `state_dict_type: SHARDED_STATE_DICT`, the default of accelerate, a checkpoint has the model and the optimizer as
+`torch.distributed.checkpoint` writes them: each process its shards, masks and scores among them, and any number of
+processes reads them again. The Trainer never writes a model that `from_pretrained` loads then, so `save_model` is given
+one (`save_packed_model`).
+
+With `FULL_STATE_DICT` the Trainer loads a model by the names that parameters have in memory, and broadcasts it from
+process 0. Masked weights have other names in a state dict, so they would silently keep their values. But the Trainer
+also writes `model.safetensors` into each checkpoint, and ours has the whole state of the training. So the two functions
+for the model are wrapped (see `hf.patches`): they leave out the second copy, and read the first. For models without
+masks the wrappers change nothing. The state of the optimizer is saved and loaded by the Trainer.
 """
 
 from __future__ import annotations
@@ -18,13 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ...errors import RecipeError
+from ...errors import CheckpointError, RecipeError
 from ...modeling.model_state import is_marked
 from ...pruning.group import refuse_shards
-from ...pruning.shards import placed_as
 from ...pruning.pruner import Pruner
+from ...pruning.shards import placed_as
 from .. import patches
 from ..quantization.state_dict import read_state
+from .checkpoint import SHARDS
 
 logger = logging.get_logger(__name__)
 
@@ -41,28 +47,27 @@ def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
             )
         return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
-    settings = {
-        f"version={plugin.fsdp_version}": plugin.fsdp_version != 2,
-        "cpu_ram_efficient_loading=true": plugin.cpu_ram_efficient_loading,
-        "state_dict_type=SHARDED_STATE_DICT": "FULL_STATE_DICT" not in str(plugin.state_dict_type),
-    }
-    reasons = {
-        f"version={plugin.fsdp_version}": "it flattens weights, and masks are of their shape. Use version 2",
-        "cpu_ram_efficient_loading=true": "it takes the weights away when masks are on them already. Leave it out",
-        "state_dict_type=SHARDED_STATE_DICT": "its checkpoints hold no model that can be loaded. Use FULL_STATE_DICT",
-    }
-    for setting, wrong in settings.items():
-        if wrong:
-            raise RecipeError(f"SparsityCallback does not work with fsdp_config {setting}: {reasons[setting]}")
+    if plugin.fsdp_version != 2:
+        raise RecipeError(
+            f"SparsityCallback does not work with fsdp_config version={plugin.fsdp_version}: it flattens weights, and "
+            "masks are of their shape. Use version 2"
+        )
     for group in pruner.groups:
         refuse_shards(group)
+
+
+def is_sharded(plugin: Any) -> bool:
+    """Return whether checkpoints have the shards of each process."""
+    return "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
 
 
 def save_fsdp_model(
     original: Callable[..., Any], plugin: Any, accelerator: Any, model: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
     """Wrap the function of that name: `model.safetensors` of the checkpoint has the whole state of a masked model."""
-    return None if is_marked(model) else original(plugin, accelerator, model, *args, **kwargs)
+    if is_marked(model) and not is_sharded(plugin):
+        return None
+    return original(plugin, accelerator, model, *args, **kwargs)
 
 
 def load_fsdp_model(
@@ -74,13 +79,45 @@ def load_fsdp_model(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Wrap the function of that name: each process reads a masked model from `model.safetensors`."""
+    """Wrap the function of that name: each process reads a masked model from `model.safetensors`, or its shards.
+
+    Raises:
+        CheckpointError: if the checkpoint was written with another `state_dict_type`.
+    """
     if not is_marked(model):
+        return original(plugin, accelerator, model, folder, *args, **kwargs)
+    sharded = (Path(folder) / SHARDS).is_dir()
+    if sharded != is_sharded(plugin):
+        kinds = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+        raise CheckpointError(
+            f"checkpoint {folder} was written with fsdp_config state_dict_type={kinds[sharded]}, and this run has "
+            f"{kinds[not sharded]}. Resume with the former"
+        )
+    if sharded:
         return original(plugin, accelerator, model, folder, *args, **kwargs)
     accelerator.wait_for_everyone()
     loaded = load_whole_state(model, read_state(Path(folder), cast(PreTrainedModel, model)))
     accelerator.wait_for_everyone()
     return loaded
+
+
+def writes_no_model(trainer: Any) -> bool:
+    """Return whether `Trainer.save_model` would write nothing for a sparse model, as it does with sharded state."""
+    model = trainer.model
+    return (
+        trainer.is_fsdp_enabled
+        and is_sharded(trainer.accelerator.state.fsdp_plugin)
+        and isinstance(model, PreTrainedModel)
+        and is_marked(model)
+    )
+
+
+def save_packed_model(trainer: Any, folder: str) -> None:
+    """Write the model of a Trainer packed, by all processes together, and on one of them what goes with it."""
+    if trainer.args.should_save:
+        trainer._save(folder)
+    else:
+        trainer.model.save_pretrained(folder, is_main_process=False)
 
 
 def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> Any:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ...errors import CheckpointError
 from .. import patches
 from .checkpoint import is_checkpoint
+from .fsdp import save_packed_model, writes_no_model
 from .run_record import STATE, read_record
 from .wrapped import load_training_state, save_training_state
 
@@ -79,6 +80,9 @@ def guard_checkpoints(trainer: Any) -> None:
 
     @wraps(save)
     def save_model(output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if writes_no_model(trainer) and not is_checkpoint(folder := output_dir or trainer.args.output_dir):
+            save_packed_model(trainer, folder)
+            return None
         if output_dir is None or not is_checkpoint(output_dir) or not trainer.is_world_process_zero():
             return save(output_dir, *args, **kwargs)
         (Path(output_dir) / STATE).unlink(missing_ok=True)

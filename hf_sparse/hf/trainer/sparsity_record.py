@@ -51,7 +51,9 @@ def check_sparsity_record(trainer: Trainer, folder: Path, config: Mapping[str, A
     check_resume(folder, flatten(old), flatten(new), allow, "SparsityCallback(..., allow=['{}'])")
 
 
-def record_sparsity(state: TrainerState, config: Mapping[str, Any], data: Mapping[str, Any]) -> float:
+def record_sparsity(
+    state: TrainerState, config: Mapping[str, Any], data: Mapping[str, Any], processes: int = 1
+) -> float:
     """Record a config in the state of a Trainer, and return the progress that a resumed run starts from.
 
     A run that is resumed with more steps is less far along its schedule than its masks are. The schedule then holds
@@ -59,6 +61,7 @@ def record_sparsity(state: TrainerState, config: Mapping[str, Any], data: Mappin
 
     Args:
         data: facts of the training data.
+        processes: that train together.
     """
     recorded = recorded_in(state, SECTION)
     steps, before = recorded.get("max_steps"), 0.0
@@ -71,7 +74,13 @@ def record_sparsity(state: TrainerState, config: Mapping[str, Any], data: Mappin
                 f"would go back from {before:.0%} to {now:.0%} of the training and prune less. Masks stay at "
                 f"{before:.0%} until the longer run gets there, so the sparsity does not fall"
             )
-    write_record(
-        state, SECTION, {"config": config, "data": dict(data), "max_steps": state.max_steps, "progress": before}
-    )
+    others = recorded.get("processes", processes)
+    if state.global_step and others != processes:
+        logger.warning(
+            f"the checkpoint of step {state.global_step} was written by {others} processes, and there are {processes} "
+            "now. Masks, scores and optimizer state go on; the random numbers of dropout do not, and the batches are "
+            "the same only if the number of examples in each step, over all processes, is"
+        )
+    facts = {"config": config, "data": dict(data), "max_steps": state.max_steps, "progress": before}
+    write_record(state, SECTION, {**facts, "processes": processes})
     return before

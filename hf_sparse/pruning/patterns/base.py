@@ -55,7 +55,7 @@ class Pattern:
         raise NotImplementedError
 
     def divides(self, rows: int) -> bool:
-        """Return whether rows of a weight, taken so many at a time, have whole groups: no group spans two such parts."""
+        """Return whether rows of a weight, taken so many at a time, have whole groups: none spans two parts."""
         return False
 
     def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:

@@ -1,0 +1,73 @@
+"""The Trainer under FSDP2 with SHARDED_STATE_DICT, the default of accelerate: saved, evaluated, resumed by others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForSequenceClassification
+
+from hf_sparse import CheckpointError, last_checkpoint, summarize
+from hf_sparse.pruning.shards import whole
+from tests.helpers.ranks import on_ranks
+from tests.integration.test_fsdp_trainer import LAYERS, trainer_of
+
+SHARDED = {**LAYERS, "state_dict_type": "SHARDED_STATE_DICT"}
+GLOBAL_BATCH = 8
+
+
+def run(folder: Path, method: str, resume: str | None = None, **options: Any) -> Any:
+    """Train, or go on from a checkpoint, and save the model."""
+    defaults: dict[str, Any] = {
+        "save_strategy": "steps", "save_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-3,
+        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
+        "fsdp_config": dict(SHARDED),
+    }  # fmt: skip
+    trainer = trainer_of(folder, method, True, **{**defaults, **options})
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "out"))
+    return trainer
+
+
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def saved(folder: Path) -> None:
+    """On each rank: what a sharded run leaves behind, and that it goes on from its middle as if it had not ended."""
+    trainer = run(folder / "whole", "movement")
+    checkpoint = folder / "whole" / "checkpoint-8"
+    assert {path.name for path in (checkpoint / "pytorch_model_fsdp_0").iterdir()} >= {".metadata", "__1_0.distcp"}
+    assert not list(checkpoint.glob("*.safetensors"))
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    found = AutoModelForSequenceClassification.from_pretrained(folder / "whole" / "out")
+    expected = whole_state(trainer.model)
+    assert found.state_dict().keys() == expected.keys()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert summarize(found).sparsity == summarize(trainer.model).sparsity > 0.85
+    if trainer.is_world_process_zero():
+        found.save_pretrained(folder / "alone")
+        names = [path.name for path in sorted((folder / "alone").iterdir())]
+        assert "model.safetensors" in names
+        for name in names:  # those of one process, to the last byte
+            assert (folder / "alone" / name).read_bytes() == (folder / "whole" / "out" / name).read_bytes(), name
+        shutil.copytree(checkpoint, folder / "again" / "checkpoint-8")
+    dist.barrier()
+    assert last_checkpoint(folder / "again", dist.get_world_size()) == str(folder / "again" / "checkpoint-8")
+    run(folder / "again", "movement", last_checkpoint(folder / "again"))
+    dist.barrier()
+    whole_run, resumed = (folder / name / "out" / "model.safetensors" for name in ("whole", "again"))
+    assert whole_run.read_bytes() == resumed.read_bytes()
+    with pytest.raises(CheckpointError, match="written with fsdp_config state_dict_type=SHARDED_STATE_DICT"):
+        run(folder / "full", "movement", str(checkpoint), fsdp_config=dict(LAYERS))
+
+
+def test_sharded_run_saves_and_resumes(tmp_path: Path) -> None:
+    on_ranks(__name__, "saved", tmp_path)
