@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PatternError, SparsityError
+from ..errors import PatternError, RecipeError, SparsityError
 from .head_importance import head_sensitivity, loss_of
 from .masked_weight import hidden
+from .processes import are_several, sum_of_counts
 from .scorers import HeadImportance, Scorer
 from .unit import Unit
 
@@ -20,11 +21,19 @@ Batch = Mapping[str, Any]
 def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches: Iterable[Batch]) -> None:
     """Show each batch's gradients to scorers that look at gradients. The model runs as in evaluation (no dropout).
 
-    Gradients of the parameters (`grad`) are left as they are.
+    Gradients of the parameters (`grad`) are left as they are. Several processes show batches of their own, and what
+    they have seen is added up, as if one had shown them all.
 
     Raises:
+        RecipeError: if there are several processes, and a scorer weighs batches by their order.
         SparsityError: if there is no batch, or the model returns no loss.
     """
+    for scorer, _ in pairs if are_several() else ():
+        if not scorer.additive:
+            raise RecipeError(
+                f"{scorer} weighs the last batches most, so it depends on their order, and there is none among several "
+                "processes. Use momentum=1, or one process"
+            )
     weights = [hidden(member.module) for _, unit in pairs for member in unit.members]
     training, seen = model.training, 0
     model.eval()
@@ -35,13 +44,15 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
                 torch.autograd.grad(loss_of(model, batch, "a scorer of gradients"), weights, allow_unused=True)
             with torch.no_grad():
                 for scorer, unit in pairs:
-                    if unit.take_gradients():
+                    if unit.take_gradients(average=False):
                         scorer.on_gradient(unit)
                     unit.drop_gradients()
             seen += 1
     finally:
         model.train(training)
-    if not seen:
+    for scorer, unit in pairs:
+        scorer.sum_over_processes(unit)
+    if not sum_of_counts(seen):
         raise SparsityError("scorers of gradients need data, and there was no batch")
 
 

@@ -12,6 +12,7 @@ from ..errors import SparsityError
 from ..formats.structure import Cut
 from ..modeling.architectures import SubBlock, find_sub_blocks
 from .compaction import edits_of
+from .processes import sum_of_counts, sum_over_processes
 
 
 def head_importance(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
@@ -70,6 +71,9 @@ def head_sensitivity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> 
         model.train(training)
         for hook in hooks:
             hook.remove()
+    samples = sum_of_counts(samples)
+    for values in sums.values():
+        sum_over_processes(values)
     if not samples:
         raise SparsityError("head importance needs data, and there was no batch")
     if not all(bool(values.isfinite().all()) for values in sums.values()):

@@ -203,11 +203,12 @@ class Unit:
         for member in self.members:
             member.masked.watching = watching
 
-    def take_gradients(self, scale: float = 1.0) -> bool:
+    def take_gradients(self, scale: float = 1.0, average: bool = True) -> bool:
         """Give each member the gradient gathered since the last optimizer step, averaged over all processes.
 
         Args:
             scale: of the loss that they are gradients of.
+            average: False for the gradient of this process alone.
 
         Returns:
             Whether they were finite; otherwise no member has one. A loss scaler that overflowed skips its step, and
@@ -218,7 +219,7 @@ class Unit:
             gradient, member.masked.gathered = member.masked.gathered, None
             if gradient is not None:
                 gathered.append((member, gradient))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if average and torch.distributed.is_available() and torch.distributed.is_initialized():
             for _, gradient in gathered:
                 torch.distributed.all_reduce(gradient)
                 gradient /= torch.distributed.get_world_size()

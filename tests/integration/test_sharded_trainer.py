@@ -71,3 +71,73 @@ def saved(folder: Path) -> None:
 
 def test_sharded_run_saves_and_resumes(tmp_path: Path) -> None:
     on_ranks(__name__, "saved", tmp_path)
+
+
+def efficient(folder: Path) -> None:
+    """On each rank: weights that process 0 alone has at first, and sends to the others, masks and scores with them."""
+    for method in ("magnitude", "soft"):
+        outputs = []
+        for kind, settings in (("plain", {}), ("efficient", {"cpu_ram_efficient_loading": True})):
+            place = folder / method / kind
+            run(place, method, save_strategy="no", max_steps=8, fsdp_config={**SHARDED, **settings})
+            dist.barrier()
+            outputs.append((place / "out" / "model.safetensors").read_bytes())
+        assert outputs[0] == outputs[1], method
+
+
+@pytest.mark.slow
+def test_efficient_loading(tmp_path: Path) -> None:
+    on_ranks(__name__, "efficient", tmp_path)
+
+
+PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1}  # see `trainer_of`
+RESUMED = ("movement", "soft", "neurons")
+
+
+def whole_run(folder: Path) -> None:
+    """On each rank: whole runs, which leave checkpoints in the middle."""
+    for method in RESUMED:
+        run(folder / method / "whole", method, **PLAIN)
+
+
+def resumed(folder: Path) -> None:
+    """On each rank: go on from the checkpoints of another number of processes."""
+    for method in RESUMED:
+        place = folder / method / os.environ["WORLD_SIZE"]
+        if os.environ["RANK"] == "0":
+            shutil.copytree(folder / method / "whole" / "checkpoint-8", place / "checkpoint-8")
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+        assert last_checkpoint(place, int(os.environ["WORLD_SIZE"])) == str(place / "checkpoint-8")
+        run(place, method, last_checkpoint(place, int(os.environ["WORLD_SIZE"])), **PLAIN)
+
+
+@pytest.mark.slow
+def test_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
+    on_ranks(__name__, "whole_run", tmp_path, 2)
+    for count in (1, 4):
+        on_ranks(__name__, "resumed", tmp_path, count)
+        for method in RESUMED:
+            expected, found = (
+                AutoModelForSequenceClassification.from_pretrained(tmp_path / method / name / "out").state_dict()
+                for name in ("whole", str(count))
+            )
+            for name, tensor in expected.items():
+                if "layer." in name and tensor.ndim == 2:
+                    assert torch.equal(found[name] != 0, tensor != 0), (count, method, name)
+                torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def best(folder: Path) -> None:
+    """On each rank: a run that ends with the best of its sharded checkpoints."""
+    trainer = run(
+        folder / "best", "movement", save_steps=5, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True
+    )
+    assert trainer.state.best_global_step >= 15  # the ramp ends at 12
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_best_model_at_the_end(tmp_path: Path) -> None:
+    on_ranks(__name__, "best", tmp_path)

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import SparsityError
 from ...modeling.layer_kinds import MatrixLayer, matrix_shape
+from ..processes import are_several, sum_of_counts, sum_over_processes
 
 KeptTokens = Callable[[Tensor], Tensor | None]
 """Takes the input of a layer, returns which of its tokens are not padding; None = all."""
@@ -55,6 +56,11 @@ class InputStatistics:
             self._products.addmm_(rows.t(), rows)
         else:
             self._squares += rows.square().sum(0).double().cpu()
+
+    def sum_over_processes(self) -> None:
+        """Add up what all processes have seen."""
+        self.tokens = sum_of_counts(self.tokens)
+        sum_over_processes(self._squares if self._products is None else self._products)
 
     @property
     def squares(self) -> Tensor:
@@ -109,6 +115,23 @@ class InputObserver:
         for handle in self._handles:
             handle.remove()
         self._inputs.clear()
+
+    @property
+    def leaders(self) -> dict[str, str]:
+        """The layer whose statistics each layer that was called has; its own, if it shares none."""
+        return dict(sorted(self._leader.items()))
+
+    def sum_over_processes(self) -> None:
+        """Add up what all processes have seen, also of layers that one of them never called (experts)."""
+        if not are_several():
+            return
+        seen: set[int] = set()
+        for name, layer in self.layers.items():
+            if name not in self.found:
+                self.found[name] = self._nothing(layer, name in self.with_products)
+            if id(self.found[name]) not in seen:
+                seen.add(id(self.found[name]))
+                self.found[name].sum_over_processes()
 
     def begin(self, kept: KeptTokens) -> None:
         """Forget the inputs of the call before; called once for each batch.
@@ -167,11 +190,13 @@ class InputObserver:
             layer = self.layers[name]
             # All that share have products, if one of them needs them: who follows is not known yet.
             products = name in self.with_products or (self.share and bool(self.with_products))
-            kind = compute_type(layer.weight)
-            self.found[name] = InputStatistics(matrix_shape(layer)[1], products, kind, layer.weight.device)
+            self.found[name] = self._nothing(layer, products)
         self._inputs.append((inputs, inputs._version, name, first))
         kept = self._kept(inputs)
         self.found[name].add(inputs if kept is None else inputs[kept])
+
+    def _nothing(self, layer: MatrixLayer, products: bool) -> InputStatistics:
+        return InputStatistics(matrix_shape(layer)[1], products, compute_type(layer.weight), layer.weight.device)
 
 
 def _same(entry: tuple[Tensor, int, str, bool], inputs: Tensor) -> bool:

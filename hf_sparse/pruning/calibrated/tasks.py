@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from ...modeling.layer_kinds import MatrixLayer, oriented
 from ..compressions import Compression, FormGroup
 from ..group import PruningGroup
 from ..patterns import Transposed
+from ..processes import have_same
 from ..scorers import Choice, InputScorer, Scorer
 from ..unit import Member
 from .reconstruction import Reconstruction
@@ -190,13 +192,17 @@ def inside(step: Step, names: Mapping[str, object]) -> list[str]:
 
 
 def observe(step: Step, layers: Mapping[str, MatrixLayer], with_products: Sequence[str]) -> InputObserver:
-    """Run a block on all batches and return what its layers were given."""
-    try:
-        with InputObserver(layers, with_products) as observer:
+    """Run a block on all batches and return what its layers were given, on all processes together."""
+    observer = InputObserver(layers, with_products)
+    shared: dict[str, str] | None = None
+    with contextlib.suppress(UnsharedInputError), observer:
+        step.run(observer.begin)
+        shared = observer.leaders
+    if not have_same(shared) or shared is None:  # every process goes the same way
+        observer = InputObserver(layers, with_products, share=False)
+        with observer:
             step.run(observer.begin)
-    except UnsharedInputError:
-        with InputObserver(layers, with_products, share=False) as observer:
-            step.run(observer.begin)
+    observer.sum_over_processes()
     return observer
 
 

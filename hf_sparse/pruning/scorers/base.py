@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...errors import RecipeError
 from ...utils.validation import check_number, check_one_of
 from ..patterns import Pattern
+from ..processes import sum_over_processes
 from ..selection import Selection
 from ..shards import whole
 from ..state_fields import StateField, tensor_field
@@ -109,6 +110,9 @@ class Scorer:
     def on_gradient(self, unit: Unit) -> None:
         """Look at the gradients of one optimizer step (`Member.gradient`); for the source "gradients"."""
 
+    def sum_over_processes(self, unit: Unit) -> None:
+        """Add up what processes have seen of gradients of their own; where `additive`."""
+
     def scores(self, unit: Unit) -> Tensor:
         """Return the score of each group of a unit, divided among the processes as its weights are."""
         pooled = unit.pool_shards(self.element_scores) if self.elementwise else None
@@ -139,6 +143,11 @@ class Scorer:
     def penalty(self, scores: Sequence[Tensor]) -> Tensor:
         """Return what is to be added to the loss, a scalar; for methods that have a loss term."""
         raise NotImplementedError
+
+    @property
+    def additive(self) -> bool:
+        """Whether what the method keeps of gradients is a sum over them, in any order."""
+        return False
 
     @property
     def penalized(self) -> bool:
@@ -203,6 +212,10 @@ class GradientScorer(Scorer):
         for member in unit.members:
             if member.gradient is not None:
                 self.observe(member.masked.get_buffer("importance"), member.dense, member.gradient)
+
+    def sum_over_processes(self, unit: Unit) -> None:
+        for member in unit.members:
+            sum_over_processes(member.masked.get_buffer("importance"))
 
     def scores(self, unit: Unit) -> Tensor:
         return unit.pool([member.masked.get_buffer("importance") for member in unit.members])

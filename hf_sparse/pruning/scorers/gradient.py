@@ -24,6 +24,10 @@ class _Decaying(GradientScorer):
     def __post_init__(self) -> None:
         check_number("momentum", self.momentum, "[0, 1]")
 
+    @property
+    def additive(self) -> bool:
+        return self.momentum == 1.0
+
 
 @SCORERS.register("gradient")
 @dataclasses.dataclass
