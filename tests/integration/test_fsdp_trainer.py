@@ -43,7 +43,7 @@ class Sharded(TrainerCallback):
         assert isinstance(mask, MaskedWeight)
         for parameter in (hidden(layer), mask.scores):
             assert parameter is None or isinstance(parameter, DTensor)
-            assert parameter is None or parameter.to_local().numel() == parameter.numel() // 2
+            assert parameter is None or parameter.to_local().numel() == parameter.numel() // args.world_size
         assert mask.mask.shape == layer.weight.shape
 
 

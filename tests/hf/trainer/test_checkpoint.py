@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,9 +42,15 @@ def test_a_state_that_was_cut_off_or_is_of_another_step_is_passed_over(text: str
     assert last_checkpoint(run) == str(run / "checkpoint-10")
 
 
-def test_every_process_needs_its_random_state(run: Path) -> None:
+def test_every_process_that_wrote_it_needs_its_random_state(run: Path) -> None:
+    assert last_checkpoint(run, processes=2) == str(run / "checkpoint-15")  # of one, which two can go on from
+    for state in run.glob("*/trainer_state.json"):
+        data = json.loads(state.read_text())
+        assert data["stateful_callbacks"]["hf_sparse"]["sparsity"]["processes"] == 1
+        data["stateful_callbacks"]["hf_sparse"]["sparsity"]["processes"] = 2
+        state.write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match=r"checkpoint-15 lacks rng_state_0\.pth"):
-        last_checkpoint(run, processes=2)
+        last_checkpoint(run, processes=1)
 
 
 def test_only_half_checkpoints_are_an_error_and_not_a_new_start(run: Path) -> None:
