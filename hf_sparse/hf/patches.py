@@ -78,7 +78,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "transformers.trainer.save_fsdp_model",
         "wrap",
-        "masked weights have other names in a state dict; the checkpoint has them in `model.safetensors` already",
+        "masked weights have other names in a state dict; with whole state they are in `model.safetensors` already",
         "none filed",
         "Trainer saves and loads an FSDP2 model through `save_pretrained` and `load_state_dict`",
     ),
