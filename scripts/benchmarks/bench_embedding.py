@@ -1,10 +1,12 @@
 """Sentences per second and quality of a sentence-embedding model: torch, ours, and sentence-transformers' back ends.
 
     python scripts/benchmarks/bench_embedding.py DENSE --data DATA --sparse "4x1 80 %=runs/4x1" --threads 1 2 \
-        --onnx ort/bin/python --openvino ov/bin/python --json embedding.json --plot embedding.svg
+        --onnx ort/bin/python --openvino ov/bin/python --json embedding.json --plot embedding.png
 
 --onnx and --openvino are the Pythons of environments with `sentence-transformers[onnx]` and `[openvino]`, which cannot
-be installed together; without them, torch and ours alone.
+be installed together; without them, torch and ours alone. In a folder --work, embeddings and exported models are kept:
+`--prepare` makes them, so that a later run on an idle machine takes times alone. `--plot` also draws the rows of files
+that were written before: --from one.json two.json.
 Every engine runs in a process of its own and encodes the same sentences through `SentenceTransformer.encode`: a sample
 of STS-B with its lengths, and of bbc-news, cut at the model's 256 tokens. Engines take turns, in the reverse order each
 round, so that other load on the machine affects all; medians and quartiles. Quality is the Spearman correlation on all
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -57,10 +61,12 @@ class Engine:
     """A process that encodes on request."""
 
     def __init__(self, python: str, kind: str, model: str, folder: Path, threads: int, batch: int) -> None:
-        self.output = folder / f"{abs(hash((kind, model)))}.npy"
+        digest = hashlib.sha256(f"{kind} {Path(model).resolve()}".encode()).hexdigest()[:16]
+        self.output = folder / f"{digest}.npy"
         environment = {**os.environ, "PYTHONPATH": str(ROOT) if python == sys.executable else ""}
         environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         command = [python, str(ENGINE), kind, model, str(folder / "sentences.json"), str(self.output)]
+        command.append(str(folder / f"exported-{digest}"))
         self.log = (folder / f"{self.output.stem}.log").open("w+")
         self.process = subprocess.Popen(
             [*command, str(threads), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
@@ -90,6 +96,15 @@ class Engine:
         self.process.wait()
 
 
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """An engine that is ready."""
+
+    name: str
+    engine: Engine
+    version: str
+
+
 def engines_of(options: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
     """Return Python, kind and model of each engine, by the name it is reported under."""
     found = {"torch fp32, dense": (sys.executable, "torch", options.dense)}
@@ -105,44 +120,53 @@ def engines_of(options: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-@contextlib.contextmanager
-def started(options: argparse.Namespace, folder: Path, threads: int) -> Iterator[dict[str, tuple[Engine, str]]]:
-    """Yield the engines that could start, one after the other; name those that could not."""
-    ready: dict[str, tuple[Engine, str]] = {}
-    with contextlib.ExitStack() as stack:
-        for name, (python, kind, model) in engines_of(options).items():
-            engine = Engine(python, kind, model, folder, threads, options.batch)
-            stack.callback(engine.close)
-            try:
-                ready[name] = engine, engine.version()
-            except RuntimeError as error:
-                print(f"left out: {name}: {error}", file=sys.stderr)
-        yield ready
+def start(options: argparse.Namespace, folder: Path, threads: int, close: bool = False) -> Iterator[Started]:
+    """Yield the engines that could start, one after the other; name those that could not.
+
+    Args:
+        close: end each before the next one starts.
+    """
+    for name, (python, kind, model) in engines_of(options).items():
+        engine = Engine(python, kind, model, folder, threads, options.batch)
+        try:
+            yield Started(name, engine, engine.version())
+        except RuntimeError as error:
+            engine.close()
+            print(f"left out: {name}: {error}", file=sys.stderr)
+        if close:
+            engine.close()
 
 
-def measure(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
-    """Return the rows of one number of threads."""
+def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of one number of threads; none where the engines are only to be prepared."""
     given, truth = sentences_of(options.data, options.count, options.long)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "sentences.json").write_text(json.dumps(given), encoding="utf-8")
-        with started(options, folder, threads) as ready:
-            seconds: dict[str, dict[str, list[float]]] = {
-                engine: {data: [] for data in given["timed"]} for engine in ready
-            }
-            for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):
-                for engine in list(ready) if turn % 2 else list(reversed(ready)):
-                    for data in given["timed"]:
-                        seconds[engine][data].append(ready[engine][0].seconds(data))
-            rows = []
-            for engine, (process, version) in ready.items():
-                found = np.load(process.output, allow_pickle=False)
-                quality = spearman(cosine(found[: len(truth)], found[len(truth) :]), np.asarray(truth))
-                rates = {
-                    data: [len(given["timed"][data]) / value for value in reversed(quartiles(times))]
-                    for data, times in seconds[engine].items()
-                }
-                rows.append({"engine": engine, "version": version, "threads": threads, "stsb": quality, "rate": rates})
+    (folder / "sentences.json").write_text(json.dumps(given), encoding="utf-8")
+    if options.prepare:
+        for each in start(options, folder, threads, close=True):
+            print(f"ready: {each.name}: {each.version}", file=sys.stderr)
+        return []
+    ready: list[Started] = []
+    try:
+        ready += start(options, folder, threads)
+        seconds: dict[str, dict[str, list[float]]] = {
+            each.name: {data: [] for data in given["timed"]} for each in ready
+        }
+        for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):
+            for each in ready if turn % 2 else reversed(ready):
+                for data in given["timed"]:
+                    seconds[each.name][data].append(each.engine.seconds(data))
+    finally:
+        for each in ready:
+            each.engine.close()
+    rows = []
+    for each in ready:
+        found = np.load(each.engine.output, allow_pickle=False)
+        quality = spearman(cosine(found[: len(truth)], found[len(truth) :]), np.asarray(truth))
+        rates = {
+            data: [len(given["timed"][data]) / value for value in reversed(quartiles(times))]
+            for data, times in seconds[each.name].items()
+        }
+        rows.append({"engine": each.name, "version": each.version, "threads": threads, "stsb": quality, "rate": rates})
     return rows
 
 
@@ -184,8 +208,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print, and write what is requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense", help="folder of the dense SentenceTransformer")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("dense", nargs="?", help="folder of the dense SentenceTransformer")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--sparse", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--int8", action="store_true", help="also ours with int8")
     parser.add_argument("--onnx", metavar="PYTHON")
@@ -195,10 +219,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="sentences of STS-B that are timed (512)")
     parser.add_argument("--long", type=int, default=32, help="examples of bbc-news that are timed (32)")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--work", type=Path, help="folder for embeddings and exported models (one that is removed)")
+    parser.add_argument("--prepare", action="store_true", help="make what is kept in --work, and take no times")
+    parser.add_argument("--from", dest="files", type=Path, nargs="+", help="print and plot these; measure nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    rows = [row for threads in options.threads for row in measure(options, threads)]
+    if options.files:
+        rows = [row for file in options.files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    elif options.dense is None or options.data is None:
+        parser.error("give DENSE and --data, or --from")
+    else:
+        with contextlib.ExitStack() as stack:
+            folder = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = [row for threads in options.threads for row in measure(options, threads, folder)]
+    if not rows:
+        return
     print(table(rows))
     if options.json:
         text = json.dumps({"machine": machine(), "batch": options.batch, "rows": rows}, indent=1)

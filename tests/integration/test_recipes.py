@@ -292,7 +292,7 @@ WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED
 def test_shipped_recipe_trains_a_tiny_model_of_sentences(tmp_path, path):
     embeds = "task: embedding" in path.read_text(encoding="utf-8")
     model = (sentence.sentence_transformer if embeds else sentence.cross_encoder)(tmp_path)
-    if path.stem == "embed_minilm_recover":
+    if path.stem == "embed_minilm":
         sparsify(model, SparsityConfig(sparsity=0.8))
     model.save_pretrained(str(tmp_path / "model"))
     rows = [{"text": one, "one": one, "two": two, "score": float(n % 5)}
@@ -309,7 +309,7 @@ def test_shipped_recipe_trains_a_tiny_model_of_sentences(tmp_path, path):
         "training.use_cpu": "true",
         "training.disable_tqdm": "true",
     }
-    if path.stem == "embed_minilm_recover":
+    if path.stem == "embed_minilm":
         overrides["distillation.teacher"] = tmp_path / "model"
     if path.stem == "embed_minilm_hybrid":
         overrides["sparsity.groups.0.pattern"] = "{name: block, rows: 8, cols: 8}"
