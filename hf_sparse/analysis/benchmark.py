@@ -22,6 +22,9 @@ from ..runtime import RuntimeReport, to_runtime
 TOLERANCE = 1e-3
 """Largest difference of outputs, relative to the largest output, that counts as rounding."""
 
+LENGTH = 128
+"""Tokens of each example, where nothing else is requested."""
+
 INT8_TOLERANCE = 0.25
 """The same for int8: rounding to 8 bits in a model of some layers differs by less."""
 
@@ -86,7 +89,7 @@ def bench(
     against: str | None = None,
     threads: int | None = None,
     batch: int = 1,
-    length: int = 128,
+    length: int | None = None,
     backend: str = "auto",
     rounds: int = 15,
     revision: str = "main",
@@ -98,7 +101,7 @@ def bench(
         against: the dense model; None = the same weights dense.
         threads: of torch; None = the current number.
         batch: examples in a batch.
-        length: tokens of each example.
+        length: tokens of each example; None = 128, or what the model takes where that is less.
         backend: see `to_runtime`.
         rounds: passes of each model, interleaved.
 
@@ -111,6 +114,7 @@ def bench(
             raise RecipeError(f"`{name}` must be at least 1, got {value}")
     sparse: nn.Module = load_whole(model, revision, dtype=torch.float32)
     dense: nn.Module = load_whole(model, revision, dtype=torch.float32)
+    length = min(LENGTH, most_tokens(sparse) or LENGTH) if length is None else length
     with threads_of_torch(threads):
         inputs = make_inputs(sparse, batch, length)
         report = _in_runtime_form(sparse, backend)

@@ -6,13 +6,14 @@
 
 The folder that it is started in has models/all-MiniLM-L6-v2, data/ and out/sentences, as the recipes say. `run` prunes
 with the sentences that its seed draws and trains with the recipe; RUNS lists all. `knn` gives the accuracy on bbc-news
-validation of the 10 nearest training articles, each cut at 128 tokens, by the embedding alone. `collect` reads the
+validation of the 10 nearest training articles, each cut at 64 tokens, by the embedding alone. `collect` reads the
 folders of runs: what each scored at the end and on the way, and its kNN accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 from pathlib import Path
@@ -44,6 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
 """Pattern and sparsity, sentences that SparseGPT sees, steps; or the recipe that prunes during training."""
 RECIPES = Path(__file__).parents[2] / "recipes"
 KNN = "bbc_knn.json"
+TOKENS = 64
+"""Of each article of bbc-news."""
 
 
 def prune(output: Path, pattern: Any, drawn: int, seed: int, sparsity: float | None = None) -> None:
@@ -54,7 +57,7 @@ def prune(output: Path, pattern: Any, drawn: int, seed: int, sparsity: float | N
     texts = sorted(texts[:drawn], key=len)
     options = {"truncation": True, "max_length": 64, "padding": True, "return_tensors": "pt"}
     batches = [dict(model.tokenizer(texts[i : i + 64], **options)) for i in range(0, drawn, 64)]
-    given = {} if sparsity is None else {"sparsity": sparsity}
+    given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
     sparsify(model[0].model, SparsityConfig(scorer="sparsegpt", pattern=pattern, **given), batches)
     model.save_pretrained(str(output))
 
@@ -79,10 +82,9 @@ def knn(folders: list[str], data: Path, work: Path) -> None:
     examples = load_sentences(section, ["knn_accuracy"], labelled=False)
     for folder in folders:
         model = load_sentence_transformer(folder, device="cpu")
-        model.max_seq_length = 128
-        found = embedding_metrics(
-            lambda texts, m=model: m.encode(texts, batch_size=64, show_progress_bar=False), examples, ["knn_accuracy"]
-        )
+        model.max_seq_length = TOKENS
+        encode = functools.partial(model.encode, batch_size=64, show_progress_bar=False)
+        found = embedding_metrics(encode, examples, ["knn_accuracy"])
         print(folder, found, flush=True)
         target = work if folder.rstrip("/") == DENSE else Path(folder)
         write_text(target / KNN, json.dumps(found) + "\n")

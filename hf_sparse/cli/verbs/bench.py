@@ -25,7 +25,9 @@ class Bench(Verb):
         add_against(parser, "dense baseline (the same weights, dense)")
         parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (as configured)")
         parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (1)")
-        parser.add_argument("--length", type=int, default=128, metavar="N", help="sequence length (128)")
+        parser.add_argument(
+            "--length", type=int, metavar="N", help="sequence length (128, or what the model takes where that is less)"
+        )
         parser.add_argument(
             "--rounds", type=int, default=15, metavar="N", help="forward passes of each model, interleaved (15)"
         )

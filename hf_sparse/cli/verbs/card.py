@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ..options import add_against, add_folder
 from ..verb import VERBS, Verb
@@ -22,7 +23,14 @@ class Card(Verb):
         parser.add_argument("--force", action="store_true", help="overwrite a card that was written by hand")
 
     def run(self, options: argparse.Namespace) -> None:
-        from ...hf.hub.model_card import card_text, facts_of, write_card
+        from ...hf.hub.model_card import CARD, card_text, facts_of, is_ours, write_card
+        from ...hf.hub.sentence_card import add_section, own_kind
 
-        text = card_text(facts_of(options.folder, options.against, options.license))
-        print(f"Wrote {write_card(options.folder, text, options.force)}")
+        facts = facts_of(options.folder, options.against, options.license)
+        path = Path(options.folder) / CARD
+        kind = own_kind(options.folder)
+        if kind is not None and facts.pruned and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+            add_section(options.folder, kind, facts)  # all else in the card stays, so nothing is lost
+            print(f"Wrote the section about sparsity in {path}")
+        else:
+            print(f"Wrote {write_card(options.folder, card_text(facts), options.force)}")

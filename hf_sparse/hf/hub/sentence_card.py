@@ -16,14 +16,16 @@ from huggingface_hub import ModelCard
 from transformers.utils import logging
 
 from ...errors import SparsityError
-from ...utils.atomic_io import write_text
+from ...utils.atomic_io import read_json, write_text
 from .. import patches
+from ..embedding.pooling import MODULES
 from ..embedding.wrapper import BASE
 from .model_card import CARD, CardFacts, facts_of, section_tables
 
 logger = logging.get_logger(__name__)
 BEGIN, END = "<!-- hf_sparse: begin -->", "<!-- hf_sparse: end -->"
 _SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
+KINDS = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 TAGS = ("hf_sparse", "sparse", "pruning")
 
 
@@ -42,11 +44,12 @@ def _create_model_card(original: Callable[..., None], model: Any, path: str, *ar
         logger.warning("the card in %s has no section about sparsity: %s", path, error)
 
 
-def add_section(folder: str | Path, kind: str) -> None:
+def add_section(folder: str | Path, kind: str, facts: CardFacts | None = None) -> None:
     """Add the section to the card of a saved model, or replace it; a dense model's card stays as it is.
 
     Args:
         kind: class of the model, as in `SentenceTransformer`.
+        facts: what it says; None = what the files of the model say.
 
     Raises:
         CheckpointError: if the files of the model are missing or corrupted.
@@ -54,15 +57,25 @@ def add_section(folder: str | Path, kind: str) -> None:
     path = Path(folder) / CARD
     if not path.is_file() or not (Path(folder) / "config.json").is_file():
         return
-    facts = facts_of(folder)
+    facts = facts or facts_of(folder)
     if facts.pruned:
         write_text(path, with_section(path.read_text(encoding="utf-8"), facts, kind))
+
+
+def own_kind(folder: str | Path) -> str | None:
+    """Return the class of the model of sentence-transformers in a folder whose card it wrote; else None."""
+    folder = Path(folder)
+    if not (folder / MODULES).is_file() or not (folder / CARD).is_file():
+        return None
+    kind = (read_json(folder / "config_sentence_transformers.json") or {}).get("model_type")
+    return kind if kind in KINDS else KINDS[0]
 
 
 def with_section(text: str, facts: CardFacts, kind: str) -> str:
     """Return a card with the section at its end, and with our tags among its own."""
     card = ModelCard(text, ignore_metadata_errors=True)
     metadata: Any = card.data
+    metadata.license = facts.license or metadata.get("license")
     metadata.tags = list(dict.fromkeys([*(metadata.get("tags") or []), *TAGS]))
     tables = "\n\n".join(f"### {title}\n\n{body}" for title, body in section_tables(facts))
     loading = (
