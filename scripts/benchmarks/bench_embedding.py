@@ -113,7 +113,7 @@ def engines_of(options: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
         found[f"ours fp32, {name}"] = (sys.executable, "ours", path)
         if options.int8:
             found[f"ours int8, {name}"] = (sys.executable, "ours-int8", path)
-    for kind in PEERS:
+    for kind in options.peers:
         engine, _, dtype = kind.partition("-")
         if python := getattr(options, engine):
             found[f"{engine} {dtype or 'fp32'}, dense"] = (python, kind, options.dense)
@@ -199,7 +199,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             kind = row["engine"].split()[0]
             rate = row["rate"]["stsb"][1]
             axes.scatter(rate, row["stsb"], marker=marks[kind], s=120 if kind == "ours" else 50)
-            axes.annotate(row["engine"], (rate, row["stsb"]), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            axes.annotate(
+                row["engine"], (rate, row["stsb"]), textcoords="offset points", xytext=(4, 5), fontsize=8, rotation=25
+            )
+    axes.margins(0.2)  # room for the names
     axes.set_xlabel(f"STS-B sentences per second, {threads} thread{'s' if threads > 1 else ''}")
     axes.set_ylabel("Spearman on STS-B validation")
     write_figure(figure, path)
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="also ours with int8")
     parser.add_argument("--onnx", metavar="PYTHON")
     parser.add_argument("--openvino", metavar="PYTHON")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="which of their engines (all)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--count", type=int, default=512, help="sentences of STS-B that are timed (512)")

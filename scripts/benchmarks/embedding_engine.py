@@ -27,13 +27,13 @@ def onnx(model: str, int8: bool, folder: Path) -> tuple[Any, str]:
     from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
 
     config = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "avx2"
-    if not (folder / "modules.json").is_file():
+    if not _files(folder, ".onnx", int8):
         options = {"provider": "CPUExecutionProvider", "export": True}
         loaded = SentenceTransformer(model, backend="onnx", device="cpu", model_kwargs=options)
         loaded.save_pretrained(str(folder))
         if int8:
             export_dynamic_quantized_onnx_model(loaded, config, str(folder))
-    options = {"provider": "CPUExecutionProvider", "file_name": _file(folder, ".onnx", int8)}
+    options = {"provider": "CPUExecutionProvider", "file_name": _files(folder, ".onnx", int8)[0]}
     loaded = SentenceTransformer(str(folder), backend="onnx", device="cpu", model_kwargs=options)
     return loaded, f"onnxruntime {onnxruntime.__version__}{f', {config}' if int8 else ''}, {_package()}"
 
@@ -44,7 +44,7 @@ def openvino(model: str, int8: bool, folder: Path, sentences: list[str]) -> tupl
     from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
 
     config = {} if int8 else {"INFERENCE_PRECISION_HINT": "f32"}
-    if not (folder / "modules.json").is_file():
+    if not _files(folder, ".xml", int8):
         options: dict[str, Any] = {"export": True, "ov_config": config}
         loaded = SentenceTransformer(model, backend="openvino", device="cpu", model_kwargs=options)
         loaded.save_pretrained(str(folder))
@@ -56,15 +56,15 @@ def openvino(model: str, int8: bool, folder: Path, sentences: list[str]) -> tupl
                 loaded, None, str(folder), dataset_name=str(data), dataset_config_name="default", dataset_split="train",
                 column_name="text",
             )  # fmt: skip
-    options = {"file_name": _file(folder, ".xml", int8), "ov_config": config}
+    options = {"file_name": _files(folder, ".xml", int8)[0], "ov_config": config}
     loaded = SentenceTransformer(str(folder), backend="openvino", device="cpu", model_kwargs=options)
     return loaded, f"openvino {engine.__version__}{', static int8' if int8 else ''}, {_package()}"
 
 
-def _file(folder: Path, end: str, int8: bool) -> str:
-    """Return the name of the exported program, relative to the folder's."""
+def _files(folder: Path, end: str, int8: bool) -> list[str]:
+    """Return the names of exported programs, relative to the folder."""
     found = [path for path in folder.rglob(f"*{end}") if ("qint8" in path.name or "quint8" in path.name) == int8]
-    return found[0].relative_to(folder).as_posix()
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def _package() -> str:
