@@ -107,13 +107,13 @@ def measured(pruner: Pruner, optimizer: torch.optim.Optimizer) -> dict[str, int]
     known = {id(score) for score in scores}
     weights = [parameter for parameter in pruner.model.parameters() if id(parameter) not in known]
     states = {key: [t for t in state.values() if t.ndim] for key, state in optimizer.state.items()}
-    of_scores = [*scores, *_gradients(scores), *(t for score in scores for t in states.get(score, ()))]
+    of_scores = [*scores, *(t for score in scores for t in states.get(score, ()))]
     return {
         "weights": _bytes(weights),
-        "gradients": _bytes(_gradients(weights)),
+        "gradients": _bytes_of_gradients(weights),
         "optimizer": _bytes([t for weight in weights for t in states.get(weight, ())]),
         "masks": _bytes([masked.mask for masked in masks]),
-        "scores": _bytes(of_scores),
+        "scores": _bytes(of_scores) + _bytes_of_gradients(scores),
     }
 
 
@@ -123,6 +123,11 @@ def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 def _bytes(tensors: Any) -> int:
     return sum(local(tensor).untyped_storage().nbytes() for tensor in tensors)
+
+
+def _bytes_of_gradients(parameters: list[nn.Parameter]) -> int:
+    # fully_shard has the gradients of a block in one storage, those of weights and scores.
+    return sum(local(gradient).nbytes for gradient in _gradients(parameters))
 
 
 def large_models() -> dict[str, nn.Module]:

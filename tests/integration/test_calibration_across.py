@@ -28,7 +28,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": each, "labels": each} for each in ids]
 
 
-# In float64, as the order of the sums is another one, and solving systems makes a small difference large.
+# In float64, as the order of the sums is another one.
 def pruned(method: str, share: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return dict(sparsify(build("llama").double(), SparsityConfig(sparsity=0.5, **METHODS[method]), share).state_dict())
 
@@ -48,7 +48,9 @@ def across(folder: Path) -> None:
         for name, tensor in expected[method].items():
             if "layers." in name and tensor.ndim == 2:
                 assert torch.equal(found[name] == 0, tensor == 0), (method, name)
-            torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-9)
+            # A fixed number of steps of conjugate gradients makes the last digits of the sums larger.
+            close = 1e-4 if method == "reconstruction" else 1e-9
+            torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=close)
         assert any((tensor == 0).float().mean() > 0.4 for tensor in found.values())
     with pytest.raises(RecipeError, match=r"weighs the last batches most.*momentum=1"):
         sparsify(build("llama"), SparsityConfig(sparsity=0.5, scorer={"name": "taylor", "momentum": 0.5}), share)
