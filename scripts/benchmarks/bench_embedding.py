@@ -39,7 +39,7 @@ from hf_sparse.profiling.machine import machine
 from hf_sparse.profiling.timer import quartiles
 from hf_sparse.recipe.metrics import spearman
 from hf_sparse.recipe.ranking import cosine
-from hf_sparse.reporting.plotting import new_figure, write_figure
+from hf_sparse.reporting.plotting import new_figure, write_figure, write_labels
 
 ENGINE = Path(__file__).with_name("embedding_engine.py")
 ROOT = Path(__file__).parents[2]
@@ -194,17 +194,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     marks = {"torch": "o", "ours": "*", "onnx": "s", "openvino": "D"}
-    for row in rows:
-        if row["threads"] == threads:
-            kind = row["engine"].split()[0]
-            rate = row["rate"]["stsb"][1]
-            axes.scatter(rate, row["stsb"], marker=marks[kind], s=120 if kind == "ours" else 50)
-            axes.annotate(
-                row["engine"], (rate, row["stsb"]), textcoords="offset points", xytext=(4, 5), fontsize=8, rotation=25
-            )
-    axes.margins(0.2)  # room for the names
+    shown = [row for row in rows if row["threads"] == threads]
+    points, names, colors = [], [], []
+    for row in shown:
+        kind = row["engine"].split()[0]
+        points.append((row["rate"]["stsb"][1], row["stsb"]))
+        names.append(row["engine"].replace("ours", "hf_sparse").replace("element", "unstructured"))
+        colors.append("tab:red" if kind == "ours" else "tab:gray")
+        axes.scatter(*points[-1], marker=marks[kind], s=120 if kind == "ours" else 50, color=colors[-1])
+    axes.margins(0.15)  # room for the names
     axes.set_xlabel(f"STS-B sentences per second, {threads} thread{'s' if threads > 1 else ''}")
     axes.set_ylabel("Spearman on STS-B validation")
+    write_labels(figure, axes, points, names, colors, size=9)
     write_figure(figure, path)
 
 
