@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import RecipeError
+from ..utils.collection import collection_paused
 from .choice import Choice, Criteria, choose, in_scripts, requested_ids
 from .counting import TokenCounts, count_tokens
 from .held_out import measure
@@ -76,17 +77,20 @@ def trim_vocabulary(
         True
     """  # words: ok
     criteria = Criteria(coverage, min_count, keep, scripts, keep_characters, pad_to_multiple_of)
-    file, tables = read_tokenizer(tokenizer), find_tables(model)
+    tables = find_tables(model)
+    with collection_paused():
+        file = read_tokenizer(tokenizer)
     ids, backend = file.ids, tokenizer.backend_tokenizer
     size = max(tables.rows, max(ids.values(), default=-1) + 1)
     configs = [config for config in configs_of(model) if speaks_of(config, tables.rows)]
     special = _special(model, tokenizer, file, tables, configs, size)
     requested = requested_ids(ids, keep, size) | in_scripts(backend, size, scripts)
-    counts = count_tokens(backend, texts, size, file.kind.ids)
+    counts = count_tokens(backend, texts, size, file.data)
     _check_chosen_by(counts, criteria)
-    choice = choose(file.kind, criteria, counts.tokens, special, requested, tables.rows)
-    numbers = {old: new for new, old in enumerate(choice.kept)}
-    trimmed = file.trimmed(numbers.get)
+    with collection_paused():
+        choice = choose(file.kind, criteria, counts.tokens, special, requested, tables.rows)
+        numbers = {old: new for new, old in enumerate(choice.kept)}
+        trimmed = file.trimmed(numbers.get)
     after = type(backend).from_str(trimmed)
     _check_ids(after, ids, numbers)
     held = None

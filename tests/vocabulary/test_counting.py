@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse.errors import RecipeError
-from hf_sparse.vocabulary import counting
+from hf_sparse.vocabulary import counting, words
 from hf_sparse.vocabulary.counting import count_tokens
 from hf_sparse.vocabulary.tokenizer import read_tokenizer
 from tests.helpers.tokenizers import CORPUS, KINDS
@@ -35,7 +35,7 @@ def plainly(kind: str, corpus: list[str]) -> np.ndarray:
 def counted(kind: str, corpus: list[str]) -> counting.TokenCounts:
     """Count as trimming does."""
     tokenizer = TOKENIZERS[kind]
-    return count_tokens(tokenizer.backend_tokenizer, corpus, len(tokenizer), read_tokenizer(tokenizer).kind.ids)
+    return count_tokens(tokenizer.backend_tokenizer, corpus, len(tokenizer), read_tokenizer(tokenizer).data)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +48,7 @@ def test_counts_are_those_of_tokenizing_all(kind: str, corpus: list[str], more: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_are_counted_once(kind: str) -> None:
-    assert counted(kind, list(CORPUS)).by_words
+    assert counted(kind, list(CORPUS)).whole is None
 
 
 def test_corpus_may_be_a_generator_and_is_read_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +57,9 @@ def test_corpus_may_be_a_generator_and_is_read_in_batches(monkeypatch: pytest.Mo
             yield from CORPUS
 
     monkeypatch.setattr(counting, "BATCH", 100)
-    monkeypatch.setattr(counting, "WORDS", 5)
+    monkeypatch.setattr(words, "WORDS", 5)
     tokenizer = TOKENIZERS["word_piece"]
-    found = count_tokens(tokenizer.backend_tokenizer, corpus(), len(tokenizer), tokenizer.get_vocab())
+    found = count_tokens(tokenizer.backend_tokenizer, corpus(), len(tokenizer), read_tokenizer(tokenizer).data)
     assert np.array_equal(found.tokens, 30 * plainly("word_piece", list(CORPUS)))
     assert found.characters == 30 * sum(map(len, CORPUS))
 
@@ -69,7 +69,7 @@ def test_truncation_and_padding_of_the_tokenizer_do_not_count_and_stay() -> None
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(2)
     backend.enable_padding(length=50, pad_token="[PAD]")  # noqa: S106
-    found = count_tokens(backend, CORPUS, len(tokenizer), tokenizer.get_vocab())
+    found = count_tokens(backend, CORPUS, len(tokenizer), read_tokenizer(tokenizer).data)
     assert found.tokens[tokenizer.pad_token_id] == 0
     assert found.total > 2 * len(CORPUS)
     assert (backend.truncation or {})["max_length"] == 2
@@ -81,8 +81,8 @@ def test_words_that_a_normalizer_changes_by_what_is_before_them_are_not_counted_
 
     tokenizer = KINDS["byte_bpe"]()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("fox jumps", "dog")
-    found = count_tokens(tokenizer.backend_tokenizer, CORPUS, len(tokenizer), tokenizer.get_vocab())
-    assert not found.by_words
+    found = count_tokens(tokenizer.backend_tokenizer, CORPUS, len(tokenizer), read_tokenizer(tokenizer).data)
+    assert found.whole == "normalizer Replace"
     ids = [tokenizer.backend_tokenizer.encode(sequence, add_special_tokens=False).ids for sequence in CORPUS]
     assert found.total == sum(map(len, ids))
 

@@ -29,12 +29,11 @@ class BPE(TokenizerKind):
         self.prefix: str = model.get("continuing_subword_prefix") or ""
         self.suffix: str = model.get("end_of_word_suffix") or ""
         self.merges: list[Pair] = [_pair(merge) for merge in model["merges"]]
-        self._ranks: dict[Pair, int] = {}
+        self._made = [self._joined(pair) for pair in self.merges] if self.prefix else list(map("".join, self.merges))
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}  # of a pair listed twice, the last counts
         self._makers: dict[str, list[Pair]] = {}
-        for rank, pair in enumerate(self.merges):
-            if pair not in self._ranks:
-                self._makers.setdefault(self._joined(pair), []).append(pair)
-            self._ranks[pair] = rank  # of a pair that is listed twice, the last rank counts
+        for pair, text in zip(self.merges, self._made, strict=True):
+            self._makers.setdefault(text, []).append(pair)
         self._texts = {token: text for text, token in self.ids.items()}
 
     def required(self) -> set[int]:
@@ -57,7 +56,9 @@ class BPE(TokenizerKind):
     def trimmed(self, new_id: Callable[[int], int | None]) -> JSON:
         kept = self.trimmed_ids(new_id)
         merges = [
-            list(pair) for pair in self.merges if pair[0] in kept and pair[1] in kept and self._joined(pair) in kept
+            list(pair)
+            for pair, text in zip(self.merges, self._made, strict=True)
+            if text in kept and pair[0] in kept and pair[1] in kept
         ]
         return {**self.model, "vocab": kept, "merges": merges}
 
