@@ -28,7 +28,19 @@ CROSSING = 32
 """Most texts for which a corpus is searched before it is cut."""
 
 _LOCAL_NORMALIZERS = frozenset(
-    ("NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Lowercase", "BertNormalizer", "Precompiled", "Nmt", "Prepend", "Strip")
+    (
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "StripAccents",
+        "Lowercase",
+        "BertNormalizer",
+        "Precompiled",
+        "Nmt",
+        "Prepend",
+        "Strip",
+    )
 )
 """Normalizers of single characters and their marks, and of the ends of a sequence."""
 
@@ -100,7 +112,10 @@ def find_borders(data: JSON) -> Borders:
         if others := [step["type"] for step in steps if not _splits(step, normalizers) and step["type"] not in _LOCAL]:
             return Borders(f"pre-tokenizer {others[0]}")
     elif model["type"] == "BPE" and SPACE_MARK in model["vocab"] and _only_marks(normalizers, steps):
-        unsafe += [SPACE_MARK, *(text.replace(SPACE_MARK, " ") for text in filter(_CROSSES_MARK.search, model["vocab"]))]
+        unsafe += [
+            SPACE_MARK,
+            *(text.replace(SPACE_MARK, " ") for text in filter(_CROSSES_MARK.search, model["vocab"])),
+        ]
     else:
         return Borders(" and ".join([model["type"], *(f"pre-tokenizer {step['type']}" for step in steps)]))
     unsafe = list(dict.fromkeys(unsafe))

