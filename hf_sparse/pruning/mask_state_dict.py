@@ -16,6 +16,7 @@ sharded (`fully_shard`), every process gives full tensors or its shards.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -69,27 +70,39 @@ def bake_mask(module: nn.Module) -> None:
             dense.copy_(apply_mask(dense, masked.mask))
         masked.sealed = True
         return
-    for hook in masked.hooks:  # type: ignore[union-attr]
+    take_off(module, masked.order, masked.hooks, keep_values=True)  # type: ignore[arg-type]
+
+
+def take_off(module: nn.Module, order: Iterable[str], hooks: Iterable[Any], keep_values: bool) -> None:
+    """Take the parametrisation off `module.weight`; the parameter stays the same object.
+
+    Args:
+        order: names of the parameters of the module before.
+        hooks: to remove.
+        keep_values: give the parameter the values that the parametrisation shows.
+    """
+    for hook in hooks:
         hook.remove()
     # A copy of the model (copy.deepcopy) has the same class, and torch takes `weight` off the class here.
     kind = type(module)
     members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
     module.__class__ = type(kind.__name__, kind.__bases__, members)
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_values)
     # torch puts the weight behind the bias, but the state of an optimizer knows parameters by their place.
-    for name in masked.order:
+    for name in order:
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
 
 
-_INNER = "parametrizations.weight."
+INNER = "parametrizations.weight."
+"""What torch puts in front of the keys of a parametrised weight."""
 
 
 def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: what torch wrote for the parametrised weight becomes the keys of the module docstring."""
     masked = masked_weight(module)
     assert masked is not None
-    inner = prefix + _INNER
+    inner = prefix + INNER
     for key in [key for key in state if key.startswith(inner)]:
         del state[key]
     # A module under two names gives the same tensors twice, so that savers see that they are tied.
@@ -121,7 +134,7 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     masked = masked_weight(module)
     assert masked is not None
     name = prefix + "weight"
-    inner, dense_weight = prefix + _INNER, hidden(module)
+    inner, dense_weight = prefix + INNER, hidden(module)
     if name not in state:
         if (
             isinstance(dense_weight, DTensor) and inner + "original" in state

@@ -14,7 +14,7 @@ from ..errors import RecipeError, SparsityError
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import check_model, mark_sparse_weights
-from ..modeling.ownership import count_owners, names_of
+from ..modeling.ownership import count_owners
 from ..modeling.zero_preservation import free_zeros, keep_zeros, keeps_zeros
 from ..utils.text import shorten
 from ..utils.validation import check_batches, check_integer, is_number
@@ -27,6 +27,7 @@ from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
 from .summary import Summary, summarize
+from .tied_masks import attach_tied, free_tied, sharers, tied_modules
 from .training_logs import training_logs
 from .unit import Unit
 
@@ -89,7 +90,6 @@ class Pruner:
             group.check_renewable()
         for form in self.forms:
             form.check_renewable()
-        self._refuse_tied()
         self.put_masks()
         self.mark()
         frozen = [
@@ -106,27 +106,23 @@ class Pruner:
             )
         return self
 
-    def _refuse_tied(self) -> None:
-        """Refuse masks on embeddings that share their weight: the LM head would use the weight under the mask."""
-        owners = count_owners(self.model)
-        for member in (member for group in self.groups for member in group.members):
-            if owners[id(member.module._parameters.get("weight"))] > 1:
-                tied = [other for other in names_of(self.model, member.module.weight) if other != member.name]
-                raise RecipeError(
-                    f"'{member.name}' is tied to '{tied[0]}', so it can be pruned in one shot only: call "
-                    "hf_sparse.sparsify(model, config) and fine-tune afterwards, which keeps the zeros of both"
-                )
-
     def put_masks(self) -> None:
         """Put the masks on, and change nothing else of the model; `attach` without `mark`."""
         for group in self.groups:
             group.check_free()
+        members = [member for group in self.groups for member in group.members]
+        owners = count_owners(self.model)
+        shared = [member for member in members if owners[id(member.module._parameters.get("weight"))] > 1]
+        tied = [(member, sharers(self.model, member.module, member.name)) for member in shared]
         layers = [layer for group in self.groups for layer in group.layers.values()]
         self._kept_zeros = [layer for layer in layers if keeps_zeros(layer)]
         free_zeros(layers)  # of an earlier pruning: from here on the masks decide
         for group in self.groups:
             group.attach()
-        self._presence = Presence(self.model, [member for group in self.groups for member in group.members])
+        for member, others in tied:
+            for other in others:
+                attach_tied(other, member.module, member.masked)
+        self._presence = Presence(self.model, members)
         learned = [group for group in self.groups if group.scores]
         self._optimizers = SteppedOptimizers([weight for group in learned for weight in group.hidden])
         self.attached = True
@@ -152,7 +148,7 @@ class Pruner:
         for group in self.groups:
             for unit in group.units:
                 unit.keep_all()
-            group.bake()
+        self._take_masks_off()
         keep_zeros(self._kept_zeros)
         self._optimizers.close()
         self.attached = False
@@ -304,12 +300,17 @@ class Pruner:
         have no effect on anything any more, and state dicts are those of the plain model.
         """
         self._must_be_attached()
-        for group in self.groups:
-            group.bake()
+        self._take_masks_off()
         keep_zeros([member.module for group in self.groups for member in group.members])
         self._optimizers.close()
         self.attached = False
         return self.model
+
+    def _take_masks_off(self) -> None:
+        for module in list(tied_modules(self.model)):
+            free_tied(module)
+        for group in self.groups:
+            group.bake()
 
     def summary(self) -> Summary:
         """Return how sparse the model is now, per weight and in total."""

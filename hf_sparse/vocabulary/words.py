@@ -1,8 +1,8 @@
 """The words of a corpus, each different one tokenized once.
 
-A corpus of 100 MB has some 20 million words, and a hundredth of that of different ones. Sequences are cut at the borders
-that `borders` has proven to change nothing. Words that occur equally often are tokenized together, behind the letter
-"a", which is subtracted again: so each is read as inside a sequence, and few objects are made.
+A corpus of 100 MB has some 20 million words, and a hundredth of that of different ones. Sequences are cut at the
+borders that `borders` has proven to change nothing. Words that occur equally often are tokenized together, behind the
+letter "a", which is subtracted again: so each is read as inside a sequence, and few objects are made.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def speed(name: str, data: Path) -> dict[str, Any]:
 def prose(data: Path) -> Iterator[str]:
     """Yield sequences of 1 to 12 sentences of all data sets in random order, without end."""
     columns = {"bbc-news": ["text"], "sst2": ["sentence"], "e2e-nlg": ["target"]}
-    columns |= dict.fromkeys(("mrpc", "rte", "stsb"), ["sentence1", "sentence2"])
+    columns |= {name: ["sentence1", "sentence2"] for name in ("mrpc", "rte", "stsb")}
     found = [text for name, names in columns.items() for column in names for text in rows(data, name, "train", column)]
     found += [line for part in ("valid", "test") for line in
               (data / "wikitext2" / f"{part}.txt").read_text(encoding="utf-8").split("\n") if line.strip()]  # fmt: skip

@@ -21,6 +21,8 @@ import hf_sparse
 from hf_sparse import Pruner, RecipeError, sparsify, summarize
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.modeling.layer_matching import match_layers
+from hf_sparse.modeling.ownership import count_owners
+from hf_sparse.pruning.masked_weight import hidden
 
 
 def bert(tied: bool = True) -> Any:
@@ -105,22 +107,99 @@ def test_fine_tuning_keeps_the_zeros(name: str, tmp_path: Path) -> None:
         assert not torch.equal(weight, before)
 
 
-def test_training_prunes_untied_embeddings_and_refuses_tied_ones() -> None:
-    model = bert(tied=False)
-    pruner = Pruner(model, {"targets": "*word_embeddings", "sparsity": 0.5}).attach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def trained(model: Any, pruner: Pruner, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Train a model on one sequence."""
     ids = torch.arange(40)[None]
-    for step in range(4):
+    for step in steps:
         optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        pruner.observe()
         optimizer.step()
         pruner.step((step + 1) / 4)
+
+
+@pytest.mark.parametrize("scorer", ["magnitude", "movement"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_prunes_embeddings_and_what_is_tied_to_them(name: str, scorer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied, holders, size = weight is head, count_owners(model)[id(weight)], weight.numel()
+    pruner = Pruner(model, {"targets": TARGETS.get(name, "*embed*"), "sparsity": 0.5, "scorer": scorer}).attach()
+    optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.1)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    trained(model, pruner, optimizer, range(2))
+    shown, of_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert bool((shown == 0).any())
+    assert torch.equal(shown, of_head) == tied
+    assert summarize(model).parameters == size
+
+    state = model.state_dict()
+    of_tied = [key for key, value in state.items() if value.shape == weight.shape and torch.equal(value, shown)]
+    assert len({state[key].data_ptr() for key in of_tied}) == 1
+    assert len(of_tied) == holders
+    other = MODELS[name]()
+    again = Pruner(other, {"targets": TARGETS.get(name, "*embed*"), "sparsity": 0.5, "scorer": scorer}).attach()
+    assert not any(other.load_state_dict(state))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+    model.save_pretrained(tmp_path / "training")
+    del again
+
+    trained(model, pruner, optimizer, range(2, 4))
+    before = [model.get_input_embeddings().weight.clone(), model.get_output_embeddings().weight.clone()]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, labels=ids).logits
     pruner.bake()
-    assert int((model.get_input_embeddings().weight == 0).sum()) == 40 * 16 // 2
-    with pytest.raises(
-        RecipeError, match=r"tied to 'cls\.predictions\.decoder\.weight', so it can be pruned in one shot"
-    ):
-        Pruner(bert(), {"targets": "*word_embeddings", "sparsity": 0.5}).attach()
+    assert model.get_input_embeddings().weight is weight
+    assert model.get_output_embeddings().weight is head
+    assert count_owners(model)[id(weight)] == holders
+    assert size // 2 <= int((weight == 0).sum()) <= size // 2 + 16  # the row of the padding is zero anyway
+    assert torch.equal(weight, before[0])
+    assert torch.equal(head, before[1])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, labels=ids).logits, logits)
+    model.save_pretrained(tmp_path / "baked")
+    loaded = type(model).from_pretrained(tmp_path / "baked").eval()
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids, labels=ids).logits, logits)
+    stored = [entry for entry in inspect(tmp_path / "baked").tensors if entry.parameters == size]
+    assert len(stored) == (1 if tied else 2)
+    trained_on = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    zeros = weight == 0
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    trained_on.step()
+    assert torch.equal(weight == 0, zeros)
+
+
+def test_gradient_of_a_tied_weight_is_that_of_both_uses_under_the_mask() -> None:
+    torch.manual_seed(0)
+    model, plain = llama(True), llama(True)
+    plain.load_state_dict(model.state_dict())
+    pruner = Pruner(model, {"targets": "*embed*", "sparsity": 0.5, "schedule": "constant"}).attach()
+    pruner.step(0.5)
+    weight = plain.get_input_embeddings().weight
+    mask = model.get_input_embeddings().weight.detach() != 0
+    with torch.no_grad():
+        weight.mul_(mask)
+    ids = torch.arange(40)[None]
+    losses = [side(input_ids=ids, labels=ids).loss for side in (model, plain)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert torch.allclose(hidden(model.get_input_embeddings()).grad, weight.grad * mask, atol=1e-7)
+    assert pruner.detach() is model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not bool((model.get_input_embeddings().weight == 0).any())
+
+
+def test_a_weight_that_is_tied_to_another_name_is_refused() -> None:
+    model = bert()
+    model.cls.own = torch.nn.Module()
+    model.cls.own.register_parameter("table", model.get_input_embeddings().weight)
+    with pytest.raises(RecipeError, match=r"tied to 'cls\.own\.table', and only a `weight`"):
+        Pruner(model, {"targets": "*word_embeddings", "sparsity": 0.5}).attach()
 
 
 def test_trimmed_then_pruned_then_trimmed(tmp_path: Path) -> None:

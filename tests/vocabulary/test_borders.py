@@ -29,8 +29,8 @@ GPT4O = (
 MARKS = normalizers.Replace(" ", "\u2581")
 LETTERS = ["\u2581", *"abce12,.<>'\u0301\u00e9\u6f22", "\n"]
 PIECES = ["a", "b", "ab", "c", "E\u0301", "\u00e9", " ", " ", " ", "  ", "\n", "\t", "12", "1", ",", "'s", "<x>", "<y>",
-          "\u200b", "\u00a8", "\u0301", "\u037a", "\u3000", "\u00a0", "\ufeff", "\u2581", "\u6f22", "\u0600", "\x1c", HEAD,
-          SPACE, "> <", "\u0e33", "\ufdfa"]  # fmt: skip
+          "\u200b", "\u00a8", "\u0301", "\u037a", "\u3000", "\u00a0", "\ufeff", "\u2581", "\u6f22", "\u0600", "\x1c",
+          HEAD, SPACE, "> <", "\u0e33", "\ufdfa"]  # fmt: skip
 
 
 def bpe(pairs: list[tuple[str, str]], **options: Any) -> models.BPE:
