@@ -84,6 +84,8 @@ def _load(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         if "Unsupported" in str(error) or "weights_only" in str(error):
             reason = f"it is a pickle with more than tensors in it, which could run code: {_refused(str(error))}"
+        elif not zipped:
+            reason = f"it is not a file of torch.save, or damaged ({shorten(reason)})"
         raise CheckpointError(
             f"cannot read {path}: {reason}. Nothing was executed. Download the file again, or save the model as "
             "safetensors with the program that wrote it"

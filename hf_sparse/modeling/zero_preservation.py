@@ -56,6 +56,7 @@ def keep_zeros(layers: Iterable[nn.Module], nonzeros: Iterable[int | None] | Non
             guard = _Guard(layer, _count(layer) if nonzeros is None else count)
             ZERO_GUARD.set(layer, guard)
             layer.register_forward_pre_hook(_arm)
+            layer.register_load_state_dict_post_hook(_read_again)
         weight = _weight(layer)
         if weight is not None and weight.requires_grad and not weight.is_meta:
             guard.arm(weight)
@@ -69,6 +70,8 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
             guard.disarm()
             _guarded.discard(layer)
             _remove_hook(layer)
+            for key in [key for key, hook in layer._load_state_dict_post_hooks.items() if hook is _read_again]:
+                del layer._load_state_dict_post_hooks[key]
     if not _guarded:
         _step_hooks.remove()
 
@@ -228,6 +231,18 @@ def _arm(layer: nn.Module, _: Any) -> None:
             "a layer whose weight is offloaded cannot train: its gradient would be lost. Load the model onto one "
             "device (without device_map) to train it, or call eval() and torch.no_grad() for inference"
         )
+
+
+@torch.no_grad()
+def _read_again(layer: nn.Module, _: Any) -> None:
+    """Load hook: from here on the zeros of the new values stay, and a gradient of the old ones does not touch them."""
+    guard: _Guard | None = ZERO_GUARD.get(layer)
+    weight = _weight(layer)
+    if guard is None or weight is None:
+        return
+    guard.nonzeros = None
+    if weight.grad is not None and weight.grad.layout == torch.strided:
+        mask_values_(_local(weight.grad), _local(weight) != 0)
 
 
 def _refuse_computed(layer: nn.Module) -> None:

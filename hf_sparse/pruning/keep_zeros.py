@@ -14,7 +14,7 @@ from ..formats.zero_patterns import MIN_ZEROS, looks_sparse
 from ..modeling import zero_preservation
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import match_layers, refuse_runtime
-from ..modeling.model_state import mark_sparse_weights
+from ..modeling.model_state import check_model, mark_sparse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def keep_zeros(model: M, targets: Sequence[str] | str | None = None) -> M:
         >>> (model[0].weight != 0).tolist()
         [[True, False], [False, True]]
     """
+    check_model(model)
     refuse_runtime(model, "keep_zeros()")
     _refuse_wrapped(model)
     modules = dict(model.named_modules())

@@ -27,7 +27,7 @@ from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
 from .summary import Summary, summarize
-from .tied_masks import attach_tied, free_tied, sharers, tied_modules
+from .tied_masks import attach_tied, free_tied, sharers
 from .training_logs import training_logs
 from .unit import Unit
 
@@ -74,6 +74,7 @@ class Pruner:
         check_disjoint([*self.groups, *self.forms])
         self.attached = False
         self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
+        self._tied: list[nn.Module] = []  # modules that share a masked weight
         self.progress = 0.0  # of the last `step`
 
     def attach(self) -> Pruner:
@@ -122,6 +123,7 @@ class Pruner:
         for member, others in tied:
             for other in others:
                 attach_tied(other, member.module, member.masked)
+                self._tied.append(other)
         self._presence = Presence(self.model, members)
         learned = [group for group in self.groups if group.scores]
         self._optimizers = SteppedOptimizers([weight for group in learned for weight in group.hidden])
@@ -307,8 +309,8 @@ class Pruner:
         return self.model
 
     def _take_masks_off(self) -> None:
-        for module in list(tied_modules(self.model)):
-            free_tied(module)
+        while self._tied:
+            free_tied(self._tied.pop())
         for group in self.groups:
             group.bake()
 

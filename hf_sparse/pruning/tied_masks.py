@@ -7,7 +7,6 @@ that savers see that it is tied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,11 +83,6 @@ def free_tied(module: nn.Module) -> None:
     tied = _tied(module)
     if tied is not None and not tied.masked.sealed:
         take_off(module, tied.order, tied.hooks, keep_values=False)
-
-
-def tied_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that apply the mask of another one."""
-    return (module for module in model.modules() if _tied(module) is not None)
 
 
 def _tied(module: nn.Module) -> TiedMask | None:

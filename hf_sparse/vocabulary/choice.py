@@ -59,6 +59,14 @@ class Criteria:
             if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
                 raise RecipeError(f"`{name}` must be a list, got {shorten(getattr(self, name))}")
 
+    def check_rows(self, rows: int) -> None:
+        """Raise `RecipeError` for a multiple that no part of so many rows can have."""
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of > rows:
+            raise RecipeError(
+                f"`pad_to_multiple_of` must be at most {rows}, the rows of the embeddings, got "
+                f"{self.pad_to_multiple_of}: trimming adds no rows"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments that are not at their default, in plain JSON types."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}

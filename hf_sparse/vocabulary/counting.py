@@ -59,6 +59,8 @@ def batches(corpus: Iterable[str], name: str = "texts") -> Iterator[list[str]]:
     """
     if isinstance(corpus, str):
         raise RecipeError(f"`{name}` must be a list of strings, got one string: {shorten(corpus)}")
+    if not isinstance(corpus, Iterable):
+        raise RecipeError(f"`{name}` must be a list of strings, or another iterable of them, got {shorten(corpus)}")
     batch: list[str] = []
     size = 0
     length = len(corpus) if isinstance(corpus, Sized) else None

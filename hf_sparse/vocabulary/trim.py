@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import RecipeError
+from ..modeling.model_state import check_model
 from ..utils.collection import collection_paused
 from .choice import Choice, Criteria, choose, in_scripts, requested_ids
 from .counting import TokenCounts, count_tokens
@@ -77,7 +78,9 @@ def trim_vocabulary(
         True
     """  # words: ok
     criteria = Criteria(coverage, min_count, keep, scripts, keep_characters, pad_to_multiple_of)
+    check_model(model)
     tables = find_tables(model)
+    criteria.check_rows(tables.rows)
     with collection_paused():
         file = read_tokenizer(tokenizer)
     ids, backend = file.ids, tokenizer.backend_tokenizer

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
+from hf_sparse.modeling.zero_preservation import free_zeros, keep_zeros
 from tests.helpers.layers import one_layer, two_layers
 from tests.helpers.training import RAMP, Rows, arguments, bert, sparse_trainer
 
@@ -257,3 +258,21 @@ def test_zeros_that_something_else_than_an_optimizer_filled_are_named_at_save(
     caplog.clear()
     model.save_pretrained(tmp_path / "again")
     assert "overwritten" not in caplog.text
+
+
+def test_a_state_dict_brings_its_own_zeros() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0, 1.0]]))
+    keep_zeros([layer])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(3)).sum().backward()
+    layer.load_state_dict({"weight": torch.tensor([[0.0, 2.0, 0.0]])})
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.tolist() == [[0.0, 0.0, 0.0]]
+    layer.load_state_dict({"weight": torch.tensor([[0.0, 2.0, 1.0]])})
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert layer.weight.tolist() == [[0.0, pytest.approx(1.9), pytest.approx(0.9)]]
+    free_zeros([layer])
+    assert not layer._load_state_dict_post_hooks

@@ -202,3 +202,8 @@ def test_recipe_keeps_zeros_or_prunes() -> None:
         ModelSection("m", fill=True, keep_zeros=True)
     with pytest.raises(RecipeError, match="keep_zeros"):
         ModelSection("m", keep_zeros="yes")  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"`model` must be a torch.nn.Module, got None"):
+        keep_zeros(None)  # type: ignore[type-var]

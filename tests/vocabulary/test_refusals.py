@@ -47,6 +47,10 @@ def refused(message: str, model: Any, tokenizer: Any, *arguments: Any, **options
         ({"scripts": ["Klingon"]}, "Unicode scripts, such as Latin, Cyrillic or Han, got 'Klingon'"),
         ({"scripts": ["Latin}|."]}, "Unicode scripts"),
         ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be a positive integer"),
+        (
+            {"pad_to_multiple_of": 10**9},
+            "`pad_to_multiple_of` must be at most .*, the rows of the embeddings, got 1000000000",
+        ),
         ({"keep_characters": "no"}, "`keep_characters` must be true or false"),
     ],
 )
@@ -61,11 +65,17 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
         ([""], {"coverage": 0.9}, "need a corpus that has tokens"),
         ("one string", {}, "`texts` must be a list of strings, got one string"),
         (["a", 5], {}, "`texts` must be strings, got 5 at position 1"),
+        (None, {}, "`texts` must be a list of strings, or another iterable of them, got None"),
         ([b"a"], {}, "`texts` must be strings"),
     ],
 )
 def test_corpus_that_is_none(corpus: Any, options: dict[str, Any], message: str) -> None:
     refused(message, *make(), corpus, **options)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(RecipeError, match=r"`model` must be a torch.nn.Module, got 'bert-base-uncased'"):
+        trim_vocabulary("bert-base-uncased", word_piece(), DOMAIN)  # type: ignore[arg-type]
 
 
 def test_held_out_that_is_one_string() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, SparsityError
 from ...formats.manifest import Manifest
 from ...formats.model_folder import weight_files
 from ...formats.safetensors_io import read_manifest
@@ -70,8 +70,17 @@ def compact_folder(folder: Path) -> Manifest | None:
 
     Raises:
         PatternError: if no architecture knows the model.
+        CheckpointError: if transformers cannot build the model from its config.json.
     """
-    model = load_whole(str(folder))
+    try:
+        model = load_whole(str(folder))
+    except SparsityError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            "`compact` needs a model that transformers can build, and it cannot from this config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     before = model.num_parameters()
     with torch.no_grad():
         compact(model)

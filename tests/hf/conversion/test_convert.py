@@ -370,3 +370,19 @@ def test_a_compacted_checkpoint_is_not_written_dense(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"old"
     convert(tmp_path / "small", tmp_path / "smallest", format="smallest")
     assert_same_bits(state(tmp_path / "smallest"), state(tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "wide"), ("num_hidden_layers", [2]), ("num_attention_heads", None)]
+)
+def test_compacting_with_wrong_types_in_the_config_is_refused(dense, tmp_path, key, value):
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        convert(dense, tmp_path / "out", compact=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_that_is_no_path_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="the source must be a folder, a file or a Hub name, got None"):
+        convert(None, tmp_path / "out")

@@ -36,7 +36,9 @@ class PrunedHeads(Dense):
         heads: dict[str, Cut] = {}
         for layer, gone in _stated(self.checkpoint.config).items():
             if layer not in blocks:
-                raise CheckpointError(f"`{KEY}` of config.json names layer {layer}, and the model has {len(blocks)}")
+                raise CheckpointError(
+                    f"`{KEY}` of config.json must name layers from 0 to {len(blocks) - 1}, got layer {layer}"
+                )
             block = blocks[layer]
             if any(head >= block.groups for head in gone):
                 raise CheckpointError(f"`{KEY}` names head {max(gone)} of layer {layer}, which has {block.groups}")
