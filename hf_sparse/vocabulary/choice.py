@@ -15,8 +15,8 @@ from ..errors import RecipeError
 from ..registry import nearest
 from ..utils.text import shorten
 from ..utils.validation import check_bool, check_number, check_positive_int, is_integer
-from .counting import Counts
 from .kinds import TokenizerKind
+from .words import Counts
 
 CURVE = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999, 0.99995, 0.99999, 1.0)
 """Coverages at which the size of the vocabulary is recorded."""

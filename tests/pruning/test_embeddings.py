@@ -175,7 +175,8 @@ def test_training_prunes_embeddings_and_what_is_tied_to_them(name: str, scorer: 
 
 def test_gradient_of_a_tied_weight_is_that_of_both_uses_under_the_mask() -> None:
     torch.manual_seed(0)
-    model, plain = llama(True), llama(True)
+    model: Any = llama(True)
+    plain: Any = llama(True)
     plain.load_state_dict(model.state_dict())
     pruner = Pruner(model, {"targets": "*embed*", "sparsity": 0.5, "schedule": "constant"}).attach()
     pruner.step(0.5)
@@ -188,8 +189,10 @@ def test_gradient_of_a_tied_weight_is_that_of_both_uses_under_the_mask() -> None
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    assert torch.allclose(hidden(model.get_input_embeddings()).grad, weight.grad * mask, atol=1e-7)
-    assert pruner.detach() is model
+    gradient = hidden(model.get_input_embeddings()).grad
+    assert gradient is not None
+    assert torch.allclose(gradient, weight.grad * mask, atol=1e-7)
+    pruner.detach()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not bool((model.get_input_embeddings().weight == 0).any())
 

@@ -69,7 +69,7 @@ def test_text_model_in_a_model_of_text_and_images_is_trimmed(tmp_path: Path) -> 
     tokenizer = byte_bpe()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     vision = CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 2}, image_size=8, patch_size=4)
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    image: Any = tokenizer.convert_tokens_to_ids("<image>")
     text_config = LlamaConfig(**SIZES, vocab_size=len(tokenizer))
     config = LlavaConfig(vision_config=vision, text_config=text_config, image_token_index=image)
     model: Any = LlavaForConditionalGeneration(config).eval()

@@ -385,4 +385,4 @@ def test_compacting_with_wrong_types_in_the_config_is_refused(dense, tmp_path, k
 
 def test_source_that_is_no_path_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="the source must be a folder, a file or a Hub name, got None"):
-        convert(None, tmp_path / "out")
+        convert(None, tmp_path / "out")  # type: ignore[arg-type]
