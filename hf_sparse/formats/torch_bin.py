@@ -71,6 +71,7 @@ def read_torch_bin(paths: Sequence[Path]) -> TorchTensors:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    zipped = True
     try:
         require_regular(path)
         zipped = zipfile.is_zipfile(path)

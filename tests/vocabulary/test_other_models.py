@@ -109,11 +109,14 @@ def test_tokenizer_of_a_sentencepiece_file(cls: Any, kind: str, tmp_path: Path) 
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=100, model_type=kind,
         hard_vocab_limit=False, pad_id=3, minloglevel=2,
     )  # fmt: skip
-    tokenizer = cls(vocab_file=str(tmp_path / "spiece.model"))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "spiece.model").rename(tmp_path / "whole" / cls.vocab_files_names["vocab_file"])
+    tokenizer = cls.from_pretrained(tmp_path / "whole")
+    assert len(tokenizer) > 50
     names = copy.deepcopy(tokenizer)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(tokenizer)))
     report = trim_vocabulary(model, tokenizer, DOMAIN[:1])
-    assert report.tokens_after == len(tokenizer) < len(names)
+    assert report.rows_after == len(tokenizer) < len(names)
     tokenizer.save_pretrained(tmp_path / "trimmed")
     assert not list((tmp_path / "trimmed").glob("*.model"))  # it would be read as that of this vocabulary
     again = AutoTokenizer.from_pretrained(tmp_path / "trimmed")
