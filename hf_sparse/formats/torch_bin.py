@@ -86,7 +86,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         if "Unsupported" in str(error) or "weights_only" in str(error):
             reason = f"it is a pickle with more than tensors in it, which could run code: {_refused(str(error))}"
         elif not zipped:
-            reason = f"it is not a file of torch.save, or damaged ({shorten(reason)})"
+            reason = f"it is not a file of torch.save, or is corrupted ({shorten(reason)})"
         raise CheckpointError(
             f"cannot read {path}: {reason}. Nothing was executed. Download the file again, or save the model as "
             "safetensors with the program that wrote it"

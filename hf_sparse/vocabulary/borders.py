@@ -25,7 +25,7 @@ SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space."""
 
 CROSSING = 32
-"""Most texts for which a corpus is searched before it is cut."""
+"""Most strings for which a corpus is searched before it is cut."""
 
 _LOCAL_NORMALIZERS = frozenset(
     (
@@ -76,7 +76,7 @@ class Borders:
 
     Attributes:
         reason: why not; None = they may.
-        unsafe: texts with which a sequence may not.
+        unsafe: strings with which a sequence may not.
     """
 
     reason: str | None = None

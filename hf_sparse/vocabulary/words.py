@@ -27,7 +27,7 @@ TOGETHER = 200
 """Words of one count that are tokenized as one sequence."""
 
 HEAD, SPACE = "\1", "\2"
-"""Characters that mark the start of a sequence, and spaces that are no borders."""
+"""Characters that mark the start of a sequence, and spaces that do not separate words."""
 
 FIRST = "a"
 """A plain sequence, behind which words are tokenized."""
