@@ -1,4 +1,4 @@
-"""Fact: which heads, neurons and experts a model has lost, so that it can be built without them.
+"""Fact: which heads, neurons, experts and filters a model has lost, so that it can be built without them.
 
 `manifest` lists the tensors.
 
@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..utils.text import shorten
 
-KINDS = {"attention": "heads", "feed_forward": "neurons", "experts": "experts"}
+KINDS = {"attention": "heads", "feed_forward": "neurons", "experts": "experts", "convolution": "filters"}
 """The key of FORMAT.md for each kind of sub-block, and field of `Edits`."""
 
 EDITS_KEY = "edits"
@@ -97,12 +97,13 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """List the sub-blocks of a model that have lost heads, neurons or experts. Falsy if there are none.
+    """List the sub-blocks of a model that have lost heads, neurons, experts or filters. Falsy if there are none.
 
     Args:
         heads: by name of the attention.
         neurons: by name of the feed-forward sub-block.
         experts: by name of the mixture of experts.
+        filters: by name of the convolution.
 
     Example:
         >>> edits = Edits({"layer.0.attention": Cut.of(4, (1, 2))})
@@ -113,12 +114,13 @@ class Edits:
     heads: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
     neurons: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
     experts: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
+    filters: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.heads or self.neurons or self.experts)
+        return bool(self.heads or self.neurons or self.experts or self.filters)
 
     def __iter__(self) -> Iterator[tuple[str, str, Cut]]:
-        """Yield kind ("heads", "neurons" or "experts"), name and cut."""
+        """Yield kind ("heads", "neurons", "experts" or "filters"), name and cut."""
         for kind in KINDS.values():
             for name, cut in getattr(self, kind).items():
                 yield kind, name, cut

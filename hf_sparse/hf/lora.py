@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, SparsityError
 from ..modeling.forms import LowRankPart, add_low_rank
-from ..modeling.layer_kinds import is_matrix_layer, is_transposed, matrix_shape
+from ..modeling.layer_kinds import is_linear, is_plain, matrix_shape
 from ..modeling.model_state import check_model
 from ..utils.atomic_io import read_json, replace_files
 
@@ -50,7 +50,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             'sparsify(model, {"sparsity": ..., "compress": {"name": "low_rank", "rank": ...}}, batches)'
         )
     ranks = sorted({part.down.shape[0] for part in parts.values()})
-    transposed = {is_transposed(model.get_submodule(name)) for name in parts}
+    transposed = {not is_plain(model.get_submodule(name)) for name in parts}
     if len(ranks) > 1 or len(transposed) > 1:
         raise SparsityError(f"an adapter has one rank and one kind of layers, and this model has ranks {ranks}")
     config = {
@@ -108,7 +108,7 @@ def _pairs(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, tuple[Tens
         name = full.removeprefix(_PREFIX)
         down, up = tensors.get(f"{full}.lora_A.weight"), tensors.get(f"{full}.lora_B.weight")
         layer = modules.get(name)
-        if down is None or up is None or layer is None or not is_matrix_layer(layer):
+        if down is None or up is None or layer is None or not is_linear(layer):
             raise CheckpointError(
                 f"the adapter has tensors for '{name}', and the model has no linear layer of that name"
             )

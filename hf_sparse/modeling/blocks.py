@@ -8,12 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 from ..utils.text import kind_of_name
 from .forms.low_rank import LowRankPart
-from .layer_kinds import is_matrix_layer, stored_shape
+from .layer_kinds import is_linear, slots_of
 from .ownership import count_owners
 
 _HEAD = re.compile(r"(^|_)heads?$")
@@ -36,7 +35,7 @@ class _List:
     def is_composite(self) -> bool:
         """Whether its items are more than single linear layers or norms."""
         has_matrices = any(parameter.ndim > 1 for parameter in self.module.parameters())
-        return has_matrices and not all(is_matrix_layer(item) for item in self.module)
+        return has_matrices and not all(is_linear(item) for item in self.module)
 
     def has(self, *words: str) -> bool:
         """Return whether any module in it is of a class with one of these words in its name."""
@@ -121,7 +120,8 @@ class Coverage:
     Attributes:
         covered: entries of those weights inside the blocks.
         total: entries of all weights in the blocks: everything with two or more dimensions but embedding tables.
-        missed: what is not in linear layers, by kind: "model.layers.*.mlp.experts.gate_up_proj (parameter)" -> entries.
+        missed: what is neither covered nor in linear layers, by kind, as in
+            "model.layers.*.mlp.experts.gate_up_proj (parameter)" -> entries.
     """
 
     covered: int
@@ -141,43 +141,38 @@ class Coverage:
 
 
 def block_coverage(model: nn.Module, names: Collection[str]) -> Coverage:
-    """Measure how much of the transformer blocks the weights of these linear layers are.
+    """Measure how much of the transformer blocks some weights are.
 
     Args:
-        names: of layers, as in `named_modules`.
+        names: of their layers, as in `named_modules`; of the weights where a module has several.
     """
     prefixes, wanted, owners = tuple(block_prefixes(model)), set(names), count_owners(model)
     covered = total = 0
     missed: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not name.startswith(prefixes):
+        if not name.startswith(prefixes) or ".parametrizations" in name:
             continue
-        if name in wanted:
-            covered += math.prod(stored_shape(module)) if is_matrix_layer(module) else 0
+        if isinstance(module, (nn.Embedding, LowRankPart)):
             continue
-        for kind, parameter in _matrices(name, module, owners):
-            entries = _entries(module, parameter)
+        for attribute, entries, known in _matrices(module, owners):
+            path = name if attribute == "weight" else f"{name}.{attribute}"
+            if path in wanted:
+                covered += entries
+                continue
             total += entries
-            if kind is not None:
+            if not known:
+                what = type(module).__name__ if attribute == "weight" else "parameter"
+                kind = f"{kind_of_name(path)} ({what})"
                 missed[kind] = missed.get(kind, 0) + entries
     return Coverage(covered, covered + total, missed)
 
 
-def _matrices(name: str, module: nn.Module, owners: Counter[int]) -> Iterator[tuple[str | None, Tensor]]:
-    """Yield the weights that a module itself holds, each with its kind unless it is that of a linear layer."""
-    if isinstance(module, (nn.Embedding, LowRankPart)) or ".parametrizations" in name:
-        return
-    if parametrize.is_parametrized(module, "weight"):
-        yield None, module.weight  # type: ignore[misc]
+def _matrices(module: nn.Module, owners: Counter[int]) -> Iterator[tuple[str, int, bool]]:
+    """Yield name and entries of the weights that a module itself holds, and whether it is a default target."""
+    slots = slots_of(module)
+    for slot in slots:
+        default = is_linear(module) and owners.get(id(module._parameters.get(slot.attribute)), 1) == 1
+        yield slot.attribute, math.prod(slot.shape), default
     for key, parameter in module.named_parameters(recurse=False):
-        if key == "weight" and is_matrix_layer(module) and owners[id(parameter)] == 1:
-            yield None, parameter
-        elif parameter.ndim > 1:
-            path, what = (name, type(module).__name__) if key == "weight" else (f"{name}.{key}", "parameter")
-            yield f"{kind_of_name(path)} ({what})", parameter
-
-
-def _entries(module: nn.Module, parameter: Tensor) -> int:
-    if is_matrix_layer(module):  # the weight may be packed (bitsandbytes)
-        return math.prod(stored_shape(module))
-    return parameter.numel()
+        if parameter.ndim > 1 and all(slot.attribute != key for slot in slots):
+            yield key, parameter.numel(), False

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from ..config.module_names import ALL_LINEAR, ModuleNames, NamePattern, entries,
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
 from .blocks import block_coverage, block_prefixes
-from .layer_kinds import MatrixLayer, is_matrix_layer, known_kinds, stored_shape
+from .layer_kinds import MatrixLayer, Slot, is_linear, is_matrix_layer, known_kinds, slots_of
 from .ownership import count_owners, names_of
 
 logger = logging.getLogger(__name__)
@@ -59,22 +59,31 @@ def refuse_runtime(model: nn.Module, requested: str) -> None:
         )
 
 
-def prunable_layers(model: nn.Module) -> dict[str, MatrixLayer]:
-    """Return every linear layer by name, except those that share their weight with another module (tied embeddings).
+def prunable_weights(model: nn.Module) -> dict[str, Slot]:
+    """Return every weight of a known kind, except those that are shared with another module (tied embeddings).
 
-    Layers that compaction has left empty are left out.
+    The name is that of the layer, or of the weight where the module has several. Weights that compaction has left empty
+    are left out.
     """
     owners = count_owners(model)
     return {
-        name: module
-        for name, module in model.named_modules()
-        if is_matrix_layer(module)
-        and owners.get(id(module._parameters.get("weight")), 1) == 1
-        and all(stored_shape(module))
+        path if slot.attribute == "weight" else slot.name(path): slot
+        for path, module in model.named_modules()
+        for slot in slots_of(module)
+        if owners.get(id(module._parameters.get(slot.attribute)), 1) == 1 and all(slot.shape)
     }
 
 
-def embedding_tables(model: nn.Module) -> dict[str, MatrixLayer]:
+def prunable_layers(model: nn.Module) -> dict[str, MatrixLayer]:
+    """Return every layer of `prunable_weights`, without the modules that hold several weights."""
+    return _layers(prunable_weights(model))
+
+
+def _layers(weights: Mapping[str, Slot]) -> dict[str, MatrixLayer]:
+    return {name: slot.module for name, slot in weights.items() if slot.attribute == "weight"}
+
+
+def embedding_tables(model: nn.Module) -> dict[str, Slot]:
     """Return every embedding by name, tied ones once: only a target that says "embed", or the very name, matches them.
 
     A table is a matrix with a row for each token (or position). It may be tied to other embeddings and to an LM head.
@@ -84,7 +93,7 @@ def embedding_tables(model: nn.Module) -> dict[str, MatrixLayer]:
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Embedding) and weight is not None and weight.ndim == 2:
             found.setdefault(id(weight), (name, module))
-    return {name: cast(MatrixLayer, module) for name, module in found.values()}
+    return {name: Slot(module) for name, module in found.values()}
 
 
 def _says_embedding(glob: NamePattern, name: str) -> bool:
@@ -92,18 +101,31 @@ def _says_embedding(glob: NamePattern, name: str) -> bool:
 
 
 def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
-    """Return the linear layers inside the transformer blocks, the default targets.
+    """Return the default targets: the linear layers inside the blocks, or the convolutions where there are none.
 
-    Embeddings, poolers, projections between parts of the model and task heads are outside the blocks.
+    Embeddings, poolers, projections between parts of the model and task heads are outside the blocks. A model of
+    convolutions without blocks has all of them as default targets. Stacked experts and convolutions beside linear
+    layers are to be named, see `warn_of_missed`.
     """
-    prefixes = tuple(block_prefixes(model))
-    return {name: module for name, module in prunable_layers(model).items() if name.startswith(prefixes)}
+    every, prefixes = prunable_layers(model), tuple(block_prefixes(model))
+    inside = {name: layer for name, layer in every.items() if name.startswith(prefixes)}
+    linear = {name: layer for name, layer in inside.items() if is_linear(layer)}
+    if linear or prefixes:
+        return linear or inside
+    return {name: layer for name, layer in every.items() if not is_linear(layer)}
 
 
 def match_layers(
     model: nn.Module, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern] = ()
 ) -> dict[str, MatrixLayer]:
-    """Return the layers that a group targets, by name.
+    """Return the layers that a group targets, by name, as `match_weights`."""
+    return _layers(match_weights(model, targets, exclude))
+
+
+def match_weights(
+    model: nn.Module, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern] = ()
+) -> dict[str, Slot]:
+    """Return the weights that a group targets, by the name of the layer, or of the weight where a module has several.
 
     Args:
         targets: shell globs over names of modules (or of their weights), or names as in PEFT; None = `block_layers`.
@@ -116,38 +138,45 @@ def match_layers(
         BackendError: if the model is in runtime form.
     """
     refuse_runtime(model, "pruning")
-    every = prunable_layers(model)
+    every = prunable_weights(model)
     wrapped = next((name for name in every if name.rpartition(".")[2] == "base_layer"), None)
     if wrapped is not None:
         raise RecipeError(
             f"'{wrapped.removesuffix('.base_layer')}' is wrapped in adapters. Prune the model first and put adapters "
             "on then, or merge them first: merge_and_unload()"
         )
-    layers, tables = block_layers(model) if targets is None else {}, embedding_tables(model)
+    default = block_layers(model) if targets is None else {}
+    layers, tables = {name: Slot(layer) for name, layer in default.items()}, embedding_tables(model)
     for glob, stated in entries(targets or (), "targets"):
         among = _outside_head(model, every) if isinstance(glob, ModuleNames) and glob.is_all_linear else every
-        matched = {name: module for name, module in among.items() if matches(name, glob)}
+        matched = {name: slot for name, slot in among.items() if _matches(name, slot, glob)}
         matched |= {
             name: table for name, table in tables.items() if _says_embedding(glob, name) and matches(name, glob)
         }
         if not matched:
-            raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
+            raise RecipeError(f"{stated} matches no layer of the model. {_why(model, every, glob)}")
         layers.update(matched)
     for glob, stated in entries(exclude, "exclude"):
-        if not any(matches(name, glob) for name in (*every, *layers)):
-            raise RecipeError(f"{stated} matches no linear layer of the model. {_why(model, every, glob)}")
-    layers = {name: module for name, module in layers.items() if not any(matches(name, glob) for glob in exclude)}
+        if not any(_matches(name, slot, glob) for name, slot in (every | layers).items()):
+            raise RecipeError(f"{stated} matches no layer of the model. {_why(model, every, glob)}")
+    layers = {name: slot for name, slot in layers.items() if not any(_matches(name, slot, glob) for glob in exclude)}
     if not layers:
         requested = "the default targets" if targets is None else f"`targets` {list(map(str, targets))}"
         without = f" without {list(map(str, exclude))}" if exclude else ""
         raise RecipeError(
-            f"{requested}{without} match no linear layer of the model. {_unsupported(model)}{_could_match(every)}"
+            f"{requested}{without} match no layer of the model. {_unsupported(model)}{_could_match(every)}"
         )
-    return {name: layers[name] for name, _ in model.named_modules() if name in layers}
+    order = {module: number for number, module in enumerate(model.modules())}
+    return dict(sorted(layers.items(), key=lambda item: order[item[1].module]))
+
+
+def _matches(name: str, slot: Slot, glob: NamePattern) -> bool:
+    """Return whether a pattern means a weight: by its name, or by that of the module where it has several."""
+    return matches(name, glob) or (slot.attribute != "weight" and matches(name.rpartition(".")[0], glob))
 
 
 def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
-    """Warn, once for all of them, of weights in the blocks that the default targets cannot cover.
+    """Warn, once for all of them, of weights in the blocks that the default targets do not cover.
 
     Args:
         layers: names of the targeted layers.
@@ -156,19 +185,24 @@ def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
     if sum(coverage.missed.values()) > NEGLIGIBLE * coverage.total:
         logger.warning(
             f"the targeted layers have {coverage.share:.1%} of the weights in the blocks of {type(model).__name__}. "
-            f"These cannot be pruned as layers, and stay dense: {coverage.describe_missed()}. The requested "
-            "sparsity is that of the targeted layers"
+            f"These are not among the default targets, and stay dense: {coverage.describe_missed()}. The requested "
+            "sparsity is that of the targeted layers. Stacked experts and convolutions are pruned where `targets` "
+            "names them, as in targets: ['*.experts.*']"
         )
 
 
-def _outside_head(model: nn.Module, layers: dict[str, MatrixLayer]) -> dict[str, MatrixLayer]:
-    """Return the layers inside the base model, without the output embeddings: what PEFT calls "all-linear"."""
+def _outside_head(model: nn.Module, layers: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Return the linear layers inside the base model, without the output embeddings: what PEFT calls "all-linear"."""
     base, output = getattr(model, "base_model", model), getattr(model, "get_output_embeddings", lambda: None)()
     inside = set(base.modules()) if isinstance(base, nn.Module) else set(model.modules())
-    return {name: module for name, module in layers.items() if module in inside and module is not output}
+    return {
+        name: slot
+        for name, slot in layers.items()
+        if slot.module in inside and slot.module is not output and is_linear(slot.module)
+    }
 
 
-def _why(model: nn.Module, layers: dict[str, MatrixLayer], glob: NamePattern) -> str:
+def _why(model: nn.Module, layers: Mapping[str, Slot], glob: NamePattern) -> str:
     """Explain why a glob matches no prunable layer, and what would."""
     modules = {name: module for name, module in model.named_modules() if name and matches(name, glob)}
     for name, module in modules.items():
@@ -186,7 +220,7 @@ def _why(model: nn.Module, layers: dict[str, MatrixLayer], glob: NamePattern) ->
     return _nearest(layers, glob) + (_could_match(layers) or _unsupported(model))
 
 
-def _nearest(layers: dict[str, MatrixLayer], glob: NamePattern) -> str:
+def _nearest(layers: Mapping[str, Slot], glob: NamePattern) -> str:
     """Name the spellings that are nearest to a glob, or to what PEFT would call target modules."""
     requested, hint, start = str(glob), "", "*."
     if isinstance(glob, ModuleNames):
@@ -212,7 +246,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _unsupported(model: nn.Module) -> str:
-    """Name the layers of a model whose blocks have no linear layers."""
+    """Name the layers of a model whose blocks have no layers of a known kind."""
     classes: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if _has_matrix(module) and not (is_matrix_layer(module) or isinstance(module, nn.Embedding)):
@@ -223,7 +257,7 @@ def _unsupported(model: nn.Module) -> str:
     return f"Its layers are {len(names)} {kind} ({_listed(names, 6)}), and only {known_kinds()} are supported. "
 
 
-def _could_match(layers: dict[str, MatrixLayer]) -> str:
+def _could_match(layers: Mapping[str, Slot]) -> str:
     return f"It could match: {_listed(layers, 40)}." if layers else ""
 
 

@@ -5,7 +5,7 @@
 | `hf_sparse_weights` | a model, pruned or loaded | names of the weights meant to be sparse | `fill`, `dequantize` |
 | `hf_sparse_edits` | the model that was compacted | the `Edits` that made its shape | never |
 | `hf_sparse_heads_per_kv` | an attention with grouped queries | heads that read each KV head, if uneven | never |
-| `hf_sparse_zero_guard` | a layer | what keeps the zeros of its weight | `free_zeros` (`fill`, attaching) |
+| `hf_sparse_zero_guard` | a layer | what keeps the zeros of its weights | `free_zeros` (`fill`, attaching) |
 | `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
 | `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
 | `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |

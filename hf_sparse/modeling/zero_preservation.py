@@ -8,7 +8,7 @@ Two mechanisms, and no mask that is stored between steps:
   step, and set them to 0 after it. This covers optimizers that mix entries (Muon, LAMB-like, low-rank projections), and
   momentum from before the guard. It needs no forward pass of the layer (`F.linear(x, layer.weight)`).
 
-The layers stay plain `nn.Linear`. Copies (`copy.deepcopy`, `pickle`, EMA) are guarded too: the guard is an attribute of
+The layers stay plain. Copies (`copy.deepcopy`, `pickle`, EMA) are guarded too: the guard is an attribute of
 the module, while hooks on parameters are dropped by copies; the copy gets its gradient hook in its first forward pass
 or optimizer step. The optimizer hooks are installed with the first guard and removed with the last.
 """
@@ -28,16 +28,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import RecipeError, SparsityError
+from .layer_kinds import Slot
 from .masked_values import mask_values, mask_values_
 from .model_state import DECODE, ZERO_GUARD
 
 logger = logging.getLogger(__name__)
 
 
-def keep_zeros(layers: Iterable[nn.Module], nonzeros: Iterable[int | None] | None = None) -> None:
-    """Keep the weights of these layers that are zero at zero in training, until `free_zeros`.
+def keep_zeros(weights: Iterable[nn.Module | Slot], nonzeros: Iterable[int | None] | None = None) -> None:
+    """Keep the entries of these weights that are zero at zero in training, until `free_zeros`.
 
     Args:
+        weights: a layer stands for its `weight`.
         nonzeros: of each weight, for `warn_of_lost_zeros`; None = they are counted here.
 
     Example:
@@ -48,26 +50,31 @@ def keep_zeros(layers: Iterable[nn.Module], nonzeros: Iterable[int | None] | Non
         >>> layer.weight.grad.tolist()
         [[0.0, 1.0]]
     """
-    layers = list(layers)
-    counts = [None] * len(layers) if nonzeros is None else list(nonzeros)
-    for layer, count in zip(layers, counts, strict=True):
-        guard: _Guard | None = ZERO_GUARD.get(layer)
-        if guard is None:
-            guard = _Guard(layer, _count(layer) if nonzeros is None else count)
-            ZERO_GUARD.set(layer, guard)
-            layer.register_forward_pre_hook(_arm)
-            layer.register_load_state_dict_post_hook(_read_again)
-        weight = _weight(layer)
+    slots = [_slot(weight) for weight in weights]
+    counts = [None] * len(slots) if nonzeros is None else list(nonzeros)
+    for slot, count in zip(slots, counts, strict=True):
+        guards = _guards(slot.module)
+        if not guards:
+            ZERO_GUARD.set(slot.module, guards)
+            slot.module.register_forward_pre_hook(_arm)
+            slot.module.register_load_state_dict_post_hook(_read_again)
+        if slot.attribute not in guards:
+            guards[slot.attribute] = _Guard(slot, _count(slot) if nonzeros is None else count)
+        weight = slot.parameter
         if weight is not None and weight.requires_grad and not weight.is_meta:
-            guard.arm(weight)
+            guards[slot.attribute].arm(weight)
 
 
-def free_zeros(layers: Iterable[nn.Module]) -> None:
-    """Let all weights of these layers train again, and remove every hook that kept them at zero."""
-    for layer in layers:
-        guard: _Guard | None = ZERO_GUARD.pop(layer)
+def free_zeros(weights: Iterable[nn.Module | Slot]) -> None:
+    """Let all entries of these weights train again, and remove every hook that kept them at zero."""
+    for slot in map(_slot, weights):
+        guards = _guards(slot.module)
+        guard = guards.pop(slot.attribute, None)
         if guard is not None:
             guard.disarm()
+        if guard is not None and not guards:
+            layer = slot.module
+            ZERO_GUARD.pop(layer)
             _guarded.discard(layer)
             _remove_hook(layer)
             for key in [key for key, hook in layer._load_state_dict_post_hooks.items() if hook is _read_again]:
@@ -79,14 +86,14 @@ def free_zeros(layers: Iterable[nn.Module]) -> None:
 def suspend_guards(layers: Iterable[nn.Module]) -> None:
     """Take the forward hook off guarded layers that have no weight to train for a while: it costs time in each call."""
     for layer in layers:
-        if keeps_zeros(layer):
+        if _guards(layer):
             _remove_hook(layer)
 
 
 def resume_guards(layers: Iterable[nn.Module]) -> None:
     """Put the forward hook back on guarded layers."""
     for layer in layers:
-        if keeps_zeros(layer) and not any(map(is_guard, layer._forward_pre_hooks.values())):
+        if _guards(layer) and not any(map(is_guard, layer._forward_pre_hooks.values())):
             layer.register_forward_pre_hook(_arm)
 
 
@@ -95,9 +102,20 @@ def _remove_hook(layer: nn.Module) -> None:
         del layer._forward_pre_hooks[key]
 
 
-def keeps_zeros(layer: nn.Module) -> bool:
-    """Return whether the zeros of this layer stay zero."""
-    return ZERO_GUARD.get(layer) is not None
+def keeps_zeros(weight: nn.Module | Slot) -> bool:
+    """Return whether the zeros of this weight stay zero."""
+    slot = _slot(weight)
+    return slot.attribute in _guards(slot.module)
+
+
+def _slot(weight: nn.Module | Slot) -> Slot:
+    return Slot(weight) if isinstance(weight, nn.Module) else weight
+
+
+def _guards(layer: nn.Module) -> dict[str, _Guard]:
+    """Return the guards of the weights of a module, by attribute."""
+    guards: dict[str, _Guard] | None = ZERO_GUARD.get(layer)
+    return {} if guards is None else guards
 
 
 def warn_of_lost_zeros(model: nn.Module) -> None:
@@ -107,11 +125,12 @@ def warn_of_lost_zeros(model: nn.Module) -> None:
     `load_state_dict` of a dense model.
     """
     lost = {}
-    for name, layer in model.named_modules():
-        guard: _Guard | None = ZERO_GUARD.get(layer)
-        now = None if guard is None or guard.count is None else _count(layer)
-        if guard is not None and guard.count is not None and now is not None and now > guard.count:
-            lost[f"{name}.weight"] = now - guard.count
+    for path, layer in model.named_modules():
+        for attribute, guard in _guards(layer).items():
+            slot = Slot(layer, attribute)
+            now = None if guard.count is None else _count(slot)
+            if guard.count is not None and now is not None and now > guard.count:
+                lost[slot.name(path)] = now - guard.count
     if lost:
         logger.warning(
             f"{sum(lost.values())} zeros of {len(lost)} sparse weights (first: {next(iter(lost))}) were overwritten "
@@ -120,9 +139,9 @@ def warn_of_lost_zeros(model: nn.Module) -> None:
         )
 
 
-def _count(layer: nn.Module) -> int | None:
-    """Return the nonzeros of the weight of a layer; None where it is not in memory, lazy, or sharded."""
-    weight = _weight(layer)
+def _count(slot: Slot) -> int | None:
+    """Return the nonzeros of a weight; None where it is not in memory, lazy, or sharded."""
+    weight = slot.parameter
     if weight is None or weight.is_meta or DECODE.get(weight) is not None or isinstance(weight, DTensor):
         return None
     return int(torch.count_nonzero(weight.detach()))
@@ -134,7 +153,7 @@ def is_guard(hook: object) -> bool:
 
 
 class _Guard:
-    """The guard of one layer, held by the layer itself.
+    """The guard of one weight, held by its module.
 
     Attributes:
         count: nonzeros of the weight when it was guarded; None where it had no values to count.
@@ -142,22 +161,22 @@ class _Guard:
         nonzeros: of the weight at the last backward pass before that.
     """
 
-    def __init__(self, layer: nn.Module, count: int | None) -> None:
-        self._layer = weakref.ref(layer)
+    def __init__(self, slot: Slot, count: int | None) -> None:
+        self._layer, self._attribute = weakref.ref(slot.module), slot.attribute
         self.count = count
         self._handle: RemovableHandle | None = None
         self._armed: int | None = None
         self.covered = False
         self.nonzeros: int | None = None
-        _guarded.add(layer)
+        _guarded.add(slot.module)
         _step_hooks.install()
 
     # A copy of the layer has a guard of its own, which knows that copy.
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self._layer(), "count": self.count}
+        return {"layer": self._layer(), "attribute": self._attribute, "count": self.count}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layer"], state.get("count"))  # type: ignore[misc]
+        self.__init__(Slot(state["layer"], state["attribute"]), state.get("count"))  # type: ignore[misc]
 
     def is_armed(self, weight: Tensor) -> bool:
         """Return whether the gradient hook is on this very parameter; not on one that has replaced it."""
@@ -183,7 +202,7 @@ class _Guard:
             SparsityError: if zeros were lost since the last backward pass.
         """
         layer = self._layer()
-        weight = None if layer is None else _weight(layer)
+        weight = None if layer is None else Slot(layer, self._attribute).parameter
         if weight is None or gradient.layout != torch.strided:  # a sparse gradient is left to the step hooks
             return gradient
         kept = weight.detach() != 0
@@ -216,12 +235,16 @@ class _GradientHook:
 
 def _arm(layer: nn.Module, _: Any) -> None:
     """Forward pre-hook: put the gradient hook on a parameter that is new (a copy, `fully_shard`, a replaced weight)."""
-    guard: _Guard | None = ZERO_GUARD.get(layer)
-    if guard is None or torch.compiler.is_compiling():  # the first optimizer step does it then
+    if torch.compiler.is_compiling():  # the first optimizer step does it then
         return
-    weight = _weight(layer)
+    for attribute, guard in _guards(layer).items():
+        _arm_one(guard, Slot(layer, attribute))
+
+
+def _arm_one(guard: _Guard, slot: Slot) -> None:
+    layer, weight = slot.module, slot.parameter
     if weight is None:
-        if isinstance(vars(layer).get("weight"), Tensor):
+        if isinstance(vars(layer).get(slot.attribute), Tensor):
             _refuse_computed(layer)
     elif weight.requires_grad and not weight.is_meta:
         guard.arm(weight)
@@ -236,13 +259,13 @@ def _arm(layer: nn.Module, _: Any) -> None:
 @torch.no_grad()
 def _read_again(layer: nn.Module, _: Any) -> None:
     """Load hook: from here on the zeros of the new values stay, and a gradient of the old ones does not touch them."""
-    guard: _Guard | None = ZERO_GUARD.get(layer)
-    weight = _weight(layer)
-    if guard is None or weight is None:
-        return
-    guard.nonzeros = None
-    if weight.grad is not None and weight.grad.layout == torch.strided:
-        mask_values_(_local(weight.grad), _local(weight) != 0)
+    for attribute, guard in _guards(layer).items():
+        weight = Slot(layer, attribute).parameter
+        if weight is None:
+            continue
+        guard.nonzeros = None
+        if weight.grad is not None and weight.grad.layout == torch.strided:
+            mask_values_(_local(weight.grad), _local(weight) != 0)
 
 
 def _refuse_computed(layer: nn.Module) -> None:
@@ -252,14 +275,6 @@ def _refuse_computed(layer: nn.Module) -> None:
             "weight_norm), so its zeros cannot be kept in training. Use fully_shard (fsdp_version: 2), or call "
             "hf_sparse.fill(model) if the zeros are meant to train"
         )
-
-
-def _weight(layer: nn.Module) -> Tensor | None:
-    """Return the parameter that an optimizer trains: the weight, or what a parametrization computes it from."""
-    if "weight" in layer._parameters or "parametrizations" not in layer._modules:
-        return layer._parameters.get("weight")
-    parametrizations: Any = layer._modules["parametrizations"]
-    return getattr(parametrizations["weight"], "original", None) if "weight" in parametrizations else None
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -293,9 +308,10 @@ class _StepHooks:
         """Note the zeros of every guarded weight that this optimizer trains."""
         guards: dict[int, _Guard] = {}
         for layer in list(_guarded):
-            guard, weight = ZERO_GUARD.get(layer), _weight(layer)
-            if guard is not None and weight is not None and weight.requires_grad and not weight.is_meta:
-                guards[id(weight)] = guard
+            for attribute, guard in _guards(layer).items():
+                weight = Slot(layer, attribute).parameter
+                if weight is not None and weight.requires_grad and not weight.is_meta:
+                    guards[id(weight)] = guard
         noted = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -40,7 +40,7 @@ class Presence:
             return
         present = set(self._model.modules())
         for member in self._members:
-            if member.module not in present or masked_weight(member.module) is not member.masked:
+            if member.module not in present or masked_weight(member.module, member.attribute) is not member.masked:
                 layer = member.name.removesuffix(".weight")
                 raise SparsityError(
                     f"'{layer}' was replaced after its mask was put on, so the model has a layer there that is not "

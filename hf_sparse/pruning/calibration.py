@@ -10,7 +10,6 @@ from torch import nn
 
 from ..errors import PatternError, RecipeError, SparsityError
 from .head_importance import head_sensitivity, loss_of
-from .masked_weight import hidden
 from .processes import are_several, sum_of_counts
 from .scorers import HeadImportance, Scorer
 from .unit import Unit
@@ -34,7 +33,7 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
                 f"{scorer} weighs the last batches most, so it depends on their order, and there is none among several "
                 "processes. Use momentum=1, or one process"
             )
-    weights = [hidden(member.module) for _, unit in pairs for member in unit.members]
+    weights = [member.hidden for _, unit in pairs for member in unit.members]
     training, seen = model.training, 0
     model.eval()
     try:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, SparsityError
 from ..formats.structure import KINDS, Cut, Edits
-from ..modeling.architectures import ExpertBlock, SubBlock, find_sub_blocks, known_experts, known_sub_blocks
+from ..modeling.architectures import (
+    ExpertBlock,
+    FilterBlock,
+    SubBlock,
+    find_blocks,
+    known_experts,
+    known_filters,
+    known_sub_blocks,
+)
 from ..modeling.architectures.base import Attention, FeedForward, Heads
 from ..modeling.architectures.parts import remove_lines, taken
 from ..modeling.integration import integration_of
@@ -50,13 +58,14 @@ def remember_edits(model: nn.Module, edits: Edits) -> None:
 
 @torch.no_grad()
 def compact(model: nn.Module) -> Edits:
-    """Remove every head and neuron whose weights are zero from a model, in place, and return what is left of it.
+    """Remove every head, neuron and filter whose weights are zero from a model, in place; return what is left of it.
 
     The model computes the same as before, up to the order of additions. A head goes if its output columns are zero, or
     its value rows with their biases; with grouped queries a KV head goes with the last head that reads it. A neuron
     goes if its output column is zero, or what comes to it is always 0; one whose rows alone are zero is a constant,
     which is added to the bias of the next layer. A sub-block that has lost all of its heads or neurons gives the bias
-    of its last layer and costs nothing.
+    of its last layer and costs nothing. A filter goes with its entries of the batch norm if the input channels of the
+    next layer that read it are zero, as pattern "filter" leaves them; one filter of each convolution stays.
 
     What is left is smaller matrices, not zeros: it is faster on every device. The layers get new parameters, so make
     the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
@@ -85,7 +94,7 @@ def compact(model: nn.Module) -> Edits:
         >>> model.encoder.layer[0].attention.self.query.weight.shape
         torch.Size([8, 32])
     """
-    blocks = find_sub_blocks(model, "compact()")
+    blocks = find_blocks(model, "compact()")
     for block in blocks:
         for name, layer in (*block.inputs.items(), (block.output_name, block.output)):
             if masked_weight(layer) is not None:
@@ -119,11 +128,13 @@ def settle_edits(model: nn.Module, cuts: Cuts) -> None:
 
 
 @torch.no_grad()
-def living_groups(block: SubBlock) -> Tensor:
-    """Return a flag for each head or neuron of a sub-block: whether it contributes to the outputs.
+def living_groups(block: SubBlock | FilterBlock) -> Tensor:
+    """Return a flag for each head, neuron or filter: whether it contributes to the outputs.
 
     What a neuron contributes as a constant goes into the bias of the output layer, in place.
     """
+    if isinstance(block, FilterBlock):
+        return block.living()
     return _living_heads(block) if block.kind == "attention" else _living_neurons(block)
 
 
@@ -166,8 +177,11 @@ def _living_neurons(block: SubBlock) -> Tensor:
     return ~dead
 
 
-def cut_block(block: SubBlock, kept: Sequence[int], cut: Cut) -> None:
+def cut_block(block: SubBlock | FilterBlock, kept: Sequence[int], cut: Cut) -> None:
     """Keep the groups with these numbers, counted now; `cut` has them as they were at first."""
+    if isinstance(block, FilterBlock):
+        block.cut(kept)
+        return
     readers = Counter(block.kv_of[head] for head in kept) if block.heads_per_kv else Counter()
     if isinstance(block.table, Attention):
         per_kv = tuple(readers[kv] for kv in sorted(readers))
@@ -203,7 +217,7 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> None:
     Raises:
         CheckpointError: if the edits do not fit the model.
     """
-    every: list[Cuttable] = [*known_sub_blocks(model), *known_experts(model)]
+    every: list[Cuttable] = [*known_sub_blocks(model), *known_experts(model), *known_filters(model)]
     blocks = {(KINDS[block.kind], block.name): block for block in every}
     modules = {name for name, _ in model.named_modules()}
     parts: dict[str, dict[str, Cut]] = {kind: {} for kind in KINDS.values()}

@@ -23,7 +23,7 @@ from ..utils.validation import check_batches, check_one_of
 from .compaction import edits_of, remember_edits
 from .even_cuts import follow, scalars
 from .head_importance import loss_of
-from .masked_weight import masked_weight
+from .masked_weight import masks_on
 
 Criterion = Literal["cosine", "loss"]
 CRITERIA = ("cosine", "loss")
@@ -162,7 +162,7 @@ def drop_layers(model: nn.Module, dropped: Sequence[int]) -> None:
     count, gone = len(layers), set(dropped)
     if len(gone) != len(dropped) or not gone <= set(range(count)) or len(gone) == count:
         raise RecipeError(f"`dropped` must be some of the layers 0 to {count - 1}, each once, got {list(dropped)}")
-    masked = next((path for path, module in model.named_modules() if masked_weight(module) is not None), None)
+    masked = next((path for path, module in model.named_modules() if masks_on(module)), None)
     if masked is not None:
         raise SparsityError(f"'{masked}' still has a mask. End the pruning first: Pruner.bake()")
     if not gone:

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..formats.structure import KINDS, Cut
-from ..modeling.architectures import ExpertBlock, SubBlock, known_experts, known_sub_blocks
+from ..modeling.architectures import ExpertBlock, FilterBlock, SubBlock, known_experts, known_filters, known_sub_blocks
 from ..modeling.integration import integration_of
+from ..modeling.layer_kinds import Slot
 from ..modeling.model_state import SPARSE_WEIGHTS, sparse_weights
 from ..modeling.zero_preservation import free_zeros
 
-Cuttable = SubBlock | ExpertBlock
+Cuttable = SubBlock | ExpertBlock | FilterBlock
 
 Cuts = dict[str, dict[str, Cut]]
 """Kind of edits -> name of the sub-block -> what is left of it."""
@@ -27,7 +28,7 @@ def move_to_config(model: nn.Module, cuts: Cuts) -> Cuts:
 
     They are expressed if a model that is built from the changed config has the same shapes and the same attributes.
     """
-    blocks: list[Cuttable] = [*known_sub_blocks(model), *known_experts(model)]
+    blocks: list[Cuttable] = [*known_sub_blocks(model), *known_experts(model), *known_filters(model)]
     kinds = [kind for kind, key in KINDS.items() if cuts.get(key)]
     # All kinds together, or as many as the config can express.
     for count in range(len(kinds), 0, -1):
@@ -71,13 +72,12 @@ def follow(model: nn.Module, before: nn.Module | None, after: nn.Module) -> None
 def unmark_dense(model: nn.Module) -> None:
     """Forget of the weights that are meant to be sparse those that have no zeros any more."""
     names = sparse_weights(model)
-    weights = {name: (model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)) for name in names}
-    dense = {name for name, (_, weight) in weights.items() if bool((weight != 0).all())}
+    dense = {name for name in names if bool((model.get_parameter(name) != 0).all())}
     if dense:
         for module in model.modules():
             SPARSE_WEIGHTS.pop(module)
         SPARSE_WEIGHTS.set(model, tuple(name for name in names if name not in dense))
-        free_zeros([weights[name][0] for name in dense])
+        free_zeros([Slot.of(model, name) for name in dense])
 
 
 def _changes(blocks: Sequence[Cuttable], kinds: Sequence[str]) -> Mapping[str, int] | None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import SparsityError
+from ..modeling.layer_kinds import Slot
 from ..modeling.model_state import check_model, sparse_weights, unmark_sparse_weights
 from ..modeling.zero_preservation import free_zeros
 
@@ -41,10 +42,10 @@ def fill(model: M) -> M:
     names = sparse_weights(model)
     if not names:
         raise SparsityError("the model holds no weights at zero, so there is nothing to fill; prune it first")
-    layers = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    if any("parametrizations" in dict(layer.named_children()) for layer in layers):
+    slots = [Slot.of(model, name) for name in names]
+    if any("parametrizations" in slot.module._modules for slot in slots):
         raise SparsityError("there are masks on the model. End the pruning first: Pruner.bake()")
-    free_zeros(layers)
+    free_zeros(slots)
     unmark_sparse_weights(model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

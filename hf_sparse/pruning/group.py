@@ -13,15 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError, SparsityError
+from ..modeling.layer_kinds import kind_of
 from ..modeling.zero_preservation import keeps_zeros
 from .compressions import Compression, FormGroup, bind_beside
-from .masked_weight import check_free, hidden
+from .masked_weight import check_free
 from .patterns import Element, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
 from .selection import Selection, Uniform, kept_count
 from .shards import any_nan
-from .unit import Member, Unit, find_units
+from .unit import Member, Unit
+from .unit_finding import find_units
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +83,8 @@ class PruningGroup:
     def check_free(self) -> None:
         """Raise `RecipeError` if a weight cannot be given a mask, or is frozen though the scorer needs its gradient."""
         for member in self.members:
-            check_free(member.module, member.name)
-            if self.scorer.source == "gradients" and not member.module.weight.requires_grad:
+            check_free(member.module, member.name, member.attribute)
+            if self.scorer.source == "gradients" and not member.weight.requires_grad:
                 raise RecipeError(
                     f"scorer '{self.scorer.name}' looks at gradients, but '{member.name}' is frozen "
                     "(requires_grad=False) and has none. Unfreeze it, exclude it, or use scorer 'magnitude'"
@@ -93,6 +95,18 @@ class PruningGroup:
         """Whether it looks at the inputs of layers, so that it is pruned in one shot, block by block."""
         wants = self.scorer.source == "inputs" or self.selection.needs_inputs
         return wants or self.config.reconstruction is not None or self.compression is not None
+
+    def check_observable(self) -> None:
+        """Raise `RecipeError` if it looks at inputs of layers, and those of a weight cannot be seen."""
+        for member in self.members if self.by_blocks else ():
+            kind = kind_of(member.module)
+            reason = None if kind is None else kind.not_observable(member.module)
+            if reason is not None:
+                raise RecipeError(
+                    f"scorer '{self.scorer.name}' with selection '{self.selection.name}' needs the inputs of "
+                    f"'{member.name}', and these cannot be observed: {reason}. Exclude it, or prune it in a group of "
+                    "its own with scorer 'magnitude'"
+                )
 
     def check_renewable(self) -> None:
         """Raise `RecipeError` if the masks cannot be renewed in training."""
@@ -107,7 +121,7 @@ class PruningGroup:
 
     def attach(self) -> None:
         """Put a mask that keeps everything on each weight, and make the state of the scorer."""
-        shared = self.scorer.shared_state(sum(member.module.weight.numel() for member in self.members))
+        shared = self.scorer.shared_state(sum(member.weight.numel() for member in self.members))
         for unit in self.units:
             unit.make_masks(self.scorer.fields, shared)
             self.scorer.on_attach(unit)
@@ -173,13 +187,13 @@ class PruningGroup:
 
     @property
     def layers(self) -> dict[str, nn.Linear]:
-        """Every layer with a weight in this group, by name."""
+        """Every layer with a weight in this group, by name; a module with several weights by their names."""
         return {member.layer_name: member.module for member in self.members}
 
     @property
     def hidden(self) -> list[nn.Parameter]:
         """The dense weights of all units, under their masks."""
-        return [hidden(member.module) for member in self.members]
+        return [member.hidden for member in self.members]
 
     @property
     def scores(self) -> list[nn.Parameter]:
@@ -230,11 +244,12 @@ def warn_of_freed_zeros(groups: Sequence[PruningGroup]) -> None:
     for group in groups:
         # Masks that begin with the smallest weights cover the zeros, if they begin with as many of them.
         smallest = isinstance(group.pattern, Element) and group.scorer.keeps_largest
-        for name, layer in group.layers.items():
-            if keeps_zeros(layer) and not layer.weight.is_meta:  # offloaded: attaching refuses it
-                left = int(torch.count_nonzero(layer.weight))
-                covered = smallest and kept_count(layer.weight.numel(), group.sparsity_at(0.0)) <= left
-                freed += [] if covered or left == layer.weight.numel() else [f"{name}.weight"]
+        for member in group.members:
+            weight = member.weight
+            if keeps_zeros(member.slot) and not weight.is_meta:  # offloaded: attaching refuses it
+                left = int(torch.count_nonzero(weight))
+                covered = smallest and kept_count(weight.numel(), group.sparsity_at(0.0)) <= left
+                freed += [] if covered or left == weight.numel() else [member.name]
     if freed:
         logger.warning(
             f"{len(freed)} weights (first: {freed[0]}) have zeros of an earlier pruning, and these are free to train "
@@ -307,7 +322,7 @@ def _layers_of(model: nn.Module, group: GroupConfig) -> list[str]:
 
 def check_shards(group: PruningGroup) -> None:
     """Raise `RecipeError` if the weights are sharded and the scores of this group cannot be computed on shards."""
-    if any(isinstance(hidden(unit.module), DTensor) for unit in group.units):
+    if any(isinstance(member.hidden, DTensor) for member in group.members):
         refuse_shards(group)
 
 

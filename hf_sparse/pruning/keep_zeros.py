@@ -13,7 +13,8 @@ from ..errors import SparsityError
 from ..formats.zero_patterns import MIN_ZEROS, looks_sparse
 from ..modeling import zero_preservation
 from ..modeling.integration import integration_of
-from ..modeling.layer_matching import match_layers, refuse_runtime
+from ..modeling.layer_kinds import Slot
+from ..modeling.layer_matching import match_weights, refuse_runtime
 from ..modeling.model_state import check_model, mark_sparse_weights
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,12 @@ def keep_zeros(model: M, targets: Sequence[str] | str | None = None) -> M:
 
     Args:
         model: without masks; call it before DistributedDataParallel or `fully_shard` wrap the model.
-        targets: shell globs over names of linear layers, whose zeros all stay. None = every weight with two or more
+        targets: shell globs over names of layers, whose zeros all stay. None = every weight with two or more
             dimensions of which at least a tenth is zero, except embeddings.
 
     Raises:
         SparsityError: if no weight is sparse, or there are masks or adapters on the model.
-        RecipeError: for a glob that matches no linear layer.
+        RecipeError: for a glob that matches no layer.
         BackendError: if the model is in runtime form.
 
     Example:
@@ -52,10 +53,10 @@ def keep_zeros(model: M, targets: Sequence[str] | str | None = None) -> M:
     check_model(model)
     refuse_runtime(model, "keep_zeros()")
     _refuse_wrapped(model)
-    modules = dict(model.named_modules())
+    paths = {module: path for path, module in model.named_modules()}
     if targets is not None:
         globs = GroupConfig(targets=targets, sparsity=0.5).target_names  # checks what they are
-        names = [f"{name}.weight" for name in match_layers(model, globs)]
+        names = [slot.name(paths[slot.module]) for slot in match_weights(model, globs).values()]
     else:
         names = [name for name, parameter in model.named_parameters() if looks_sparse(name, parameter)]
         _warn_of_others(model, names)
@@ -65,7 +66,7 @@ def keep_zeros(model: M, targets: Sequence[str] | str | None = None) -> M:
             "elements. Prune it first (hf_sparse.sparsify), or name layers with `targets`"
         )
     mark_sparse_weights(model, names)
-    zero_preservation.keep_zeros(modules[name.rpartition(".")[0]] for name in names)
+    zero_preservation.keep_zeros([Slot.of(model, name) for name in names])
     integration_of(model).after_keep_zeros(model)
     return model
 

@@ -33,61 +33,71 @@ from .shards import placed_as
 from .state_fields import HIDDEN, KEPT
 
 
-def attach_mask(module: nn.Module, masked: MaskedWeight, where: str) -> None:
-    """Put a mask on `module.weight`.
+def attach_mask(module: nn.Module, masked: MaskedWeight, where: str, attribute: str = "weight") -> None:
+    """Put a mask on a weight of a module.
 
     Raises:
         RecipeError: as `check_free`.
     """
-    check_free(module, where)
-    masked.order = tuple(module._parameters)
-    parametrize.register_parametrization(module, "weight", masked)
+    check_free(module, where, attribute)
+    masked.order, masked.attribute = tuple(module._parameters), attribute
+    parametrize.register_parametrization(module, attribute, masked)
     masked.hooks = (  # type: ignore[assignment]
-        module.register_state_dict_post_hook(_plain_keys),
-        module.register_load_state_dict_pre_hook(_own_keys),
+        module.register_state_dict_post_hook(partial(_plain_keys, attribute)),
+        module.register_load_state_dict_pre_hook(partial(_own_keys, attribute)),
     )
-    for suffix in training_state(module):
+    for suffix in training_state(module, attribute):
         if suffix:  # the class is one of this module alone, made by torch, and goes with the parametrisation
-            setattr(type(module), f"weight{suffix}", property(partial(_entry, suffix)))
+            setattr(type(module), f"{attribute}{suffix}", property(partial(_entry, attribute, suffix)))
 
 
-def _entry(suffix: str, module: nn.Module) -> Tensor:
-    return training_state(module)[suffix]
+def _entry(attribute: str, suffix: str, module: nn.Module) -> Tensor:
+    return training_state(module, attribute)[suffix]
 
 
-def bake_mask(module: nn.Module) -> None:
+def bake_mask(module: nn.Module, attribute: str = "weight") -> None:
     """Make the zeros part of the weight and take the mask off; the parameter stays the same object.
 
     `fully_shard` puts the weights of each forward pass where it found them, so from weights that it has divided nothing
     can be taken off. There the mask stays, but state dicts show a plain weight from now on.
     """
-    masked = masked_weight(module)
+    masked = masked_weight(module, attribute)
     if masked is None:
         return
-    dense = hidden(module)
+    dense = hidden(module, attribute)
     if isinstance(dense, DTensor):
         with torch.no_grad():
             dense.copy_(apply_mask(dense, masked.mask))
         masked.sealed = True
         return
-    take_off(module, masked.order, masked.hooks, keep_values=True)  # type: ignore[arg-type]
+    shown = [f"{attribute}{suffix}" for suffix in training_state(module, attribute) if suffix]
+    take_off(module, masked.order, masked.hooks, True, attribute, shown)  # type: ignore[arg-type]
 
 
-def take_off(module: nn.Module, order: Iterable[str], hooks: Iterable[Any], keep_values: bool) -> None:
-    """Take the parametrisation off `module.weight`; the parameter stays the same object.
+def take_off(
+    module: nn.Module,
+    order: Iterable[str],
+    hooks: Iterable[Any],
+    keep_values: bool,
+    attribute: str = "weight",
+    shown: Iterable[str] = (),
+) -> None:
+    """Take the parametrisation off a weight of a module; the parameter stays the same object.
 
     Args:
         order: names of the parameters of the module before.
         hooks: to remove.
         keep_values: give the parameter the values that the parametrisation shows.
+        shown: names of properties of the class that go with it.
     """
     for hook in hooks:
         hook.remove()
-    # A copy of the model (copy.deepcopy) has the same class, and torch takes `weight` off the class here.
+    # A copy of the model (copy.deepcopy) has the same class, and torch takes the weight off the class here.
     kind = type(module)
-    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    gone = {"__dict__", "__weakref__", *shown}
+    members = {key: value for key, value in vars(kind).items() if key not in gone}
     module.__class__ = type(kind.__name__, kind.__bases__, members)
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_values)
+    parametrize.remove_parametrizations(module, attribute, leave_parametrized=keep_values)
     # torch puts the weight behind the bias, but the state of an optimizer knows parameters by their place.
     for name in order:
         if name in module._parameters:
@@ -95,30 +105,34 @@ def take_off(module: nn.Module, order: Iterable[str], hooks: Iterable[Any], keep
 
 
 INNER = "parametrizations.weight."
-"""What torch puts in front of the keys of a parametrised weight."""
+"""What torch puts in front of the keys of a parametrised `weight`."""
 
 
-def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _inner(prefix: str, attribute: str) -> str:
+    return f"{prefix}parametrizations.{attribute}."
+
+
+def _plain_keys(attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: what torch wrote for the parametrised weight becomes the keys of the module docstring."""
-    masked = masked_weight(module)
+    masked = masked_weight(module, attribute)
     assert masked is not None
-    inner = prefix + INNER
+    inner = _inner(prefix, attribute)
     for key in [key for key in state if key.startswith(inner)]:
         del state[key]
     # A module under two names gives the same tensors twice, so that savers see that they are tied.
-    first = f"{masked.prefix}weight"
+    first = f"{masked.prefix}{attribute}"
     if masked.prefix != prefix and state.get(f"{first}_kept") is masked.mask:
-        entries = {suffix: state[first + suffix] for suffix in training_state(module)}
+        entries = {suffix: state[first + suffix] for suffix in training_state(module, attribute)}
     else:
-        masked.prefix, entries = prefix, training_state(module)
-    state.update({f"{prefix}weight{suffix}": tensor for suffix, tensor in entries.items()})
+        masked.prefix, entries = prefix, training_state(module, attribute)
+    state.update({f"{prefix}{attribute}{suffix}": tensor for suffix, tensor in entries.items()})
 
 
-def training_state(module: nn.Module) -> dict[str, Tensor]:
+def training_state(module: nn.Module, attribute: str = "weight") -> dict[str, Tensor]:
     """Return what a state dict holds of a masked weight: key suffix -> tensor ("" is the masked weight itself)."""
-    masked = masked_weight(module)
+    masked = masked_weight(module, attribute)
     assert masked is not None
-    dense = hidden(module).detach()
+    dense = hidden(module, attribute).detach()
     if masked.sealed:
         return {"": dense}
     state = {"": apply_mask(dense, masked.mask)}
@@ -129,12 +143,12 @@ def training_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _own_keys(attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook: the keys of the module docstring, dense or packed, become what torch expects."""
-    masked = masked_weight(module)
+    masked = masked_weight(module, attribute)
     assert masked is not None
-    name = prefix + "weight"
-    inner, dense_weight = prefix + INNER, hidden(module)
+    name = prefix + attribute
+    inner, dense_weight = _inner(prefix, attribute), hidden(module, attribute)
     if name not in state:
         if (
             isinstance(dense_weight, DTensor) and inner + "original" in state

@@ -1,7 +1,8 @@
 """The mask on a weight: a torch parametrisation, so that an `nn.Linear` stays an `nn.Linear`.
 
 While a weight is masked, `module.weight` is the masked weight and `hidden(module)` the dense one underneath, which the
-optimizer trains. How such a module looks in a state dict is in `mask_state_dict`.
+optimizer trains. Some modules hold several weights, or call them otherwise (stacked experts): then the name of the
+attribute goes with the module. How such a module looks in a state dict is in `mask_state_dict`.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class MaskedWeight(nn.Module):
         self.watching = False
         self.order: tuple[str, ...] = ()  # of the parameters of the module, before the mask
         self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
+        self.attribute = "weight"  # of the module, once it is put on
         self.sealed = False  # the zeros are permanent, and nothing continues
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         self.register_parameter("scores", None)
@@ -168,31 +170,39 @@ class MaskedWeight(nn.Module):
         return f"pattern={self.pattern}, learned={self.scores is not None}, exit={self._exit[0] is None}"
 
 
-def masked_weight(module: nn.Module) -> MaskedWeight | None:
-    """Return the mask on `module.weight`, or None if it has none."""
-    if not parametrize.is_parametrized(module, "weight"):
+def masked_weight(module: nn.Module, attribute: str = "weight") -> MaskedWeight | None:
+    """Return the mask on a weight of a module, or None if it has none."""
+    if not parametrize.is_parametrized(module, attribute):
         return None
-    first = module.parametrizations["weight"][0]  # type: ignore[index]
+    first = module.parametrizations[attribute][0]  # type: ignore[index]
     return first if isinstance(first, MaskedWeight) else None
 
 
-def hidden(module: nn.Module) -> nn.Parameter:
+def masks_on(module: nn.Module) -> dict[str, MaskedWeight]:
+    """Return all masks on a module, by the name of the weight; not those on modules inside it."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    found = {name: masked_weight(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+    return {name: masked for name, masked in found.items() if masked is not None}
+
+
+def hidden(module: nn.Module, attribute: str = "weight") -> nn.Parameter:
     """Return the dense weight under the mask, the parameter that the optimizer trains."""
-    parameter: nn.Parameter = module.parametrizations["weight"].original  # type: ignore[index,union-attr]
+    parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index,union-attr]
     return parameter
 
 
-def check_free(module: nn.Module, where: str) -> None:
-    """Raise `RecipeError` if `module.weight` cannot be given a mask: it has one, is not in memory, or is quantized."""
-    if parametrize.is_parametrized(module, "weight"):
+def check_free(module: nn.Module, where: str, attribute: str = "weight") -> None:
+    """Raise `RecipeError` if a weight cannot be given a mask: it has one, is not in memory, or is quantized."""
+    if parametrize.is_parametrized(module, attribute):
         raise RecipeError(
             f"'{where}' already has a mask or another parametrisation. One callback or Pruner at a time: bake the "
             "first, or exclude the weight here"
         )
-    if isinstance(module.weight, Tensor) and module.weight.is_meta:
-        raise RecipeError(f"'{where}' is not in memory (meta device), so it cannot be pruned. Load the model first")
-    weight = module.weight
+    weight = getattr(module, attribute)
     assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        raise RecipeError(f"'{where}' is not in memory (meta device), so it cannot be pruned. Load the model first")
     shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else weight.shape
     if not weight.is_floating_point() or weight.shape != shape:
         raise RecipeError(

@@ -108,6 +108,7 @@ def _check_blockwise(pruner: Pruner, batches: object) -> None:
                 "(hf-sparse prune: --data)"
             )
     for group in pruner.groups:
+        group.check_observable()
         if group.by_blocks and batches is None:
             if group.compression is not None:
                 raise RecipeError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError, SparsityError
 from ..modeling.integration import integration_of
+from ..modeling.layer_kinds import Slot
 from ..modeling.layer_matching import warn_of_missed
 from ..modeling.model_state import check_model, mark_sparse_weights
 from ..modeling.ownership import count_owners
@@ -22,7 +23,6 @@ from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
 from .compressions import bind_forms
 from .group import bind_group, check_disjoint, check_shards, warn_of_rounding
-from .masked_weight import hidden
 from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
@@ -38,7 +38,7 @@ class Pruner:
     """Put masks on a model, renew them as training goes on, and make them permanent.
 
     Args:
-        model: any `nn.Module` with linear layers.
+        model: any `nn.Module` with linear layers, convolutions or stacked experts.
         config: `SparsityConfig`, or a mapping with its keys.
 
     Raises:
@@ -73,7 +73,7 @@ class Pruner:
         self.forms = bind_forms(model, self.config.groups)
         check_disjoint([*self.groups, *self.forms])
         self.attached = False
-        self._kept_zeros: list[nn.Linear] = []  # layers that kept zeros of an earlier pruning before `attach`
+        self._kept_zeros: list[Slot] = []  # weights that kept zeros of an earlier pruning before `attach`
         self._tied: list[nn.Module] = []  # modules that share a masked weight
         self.progress = 0.0  # of the last `step`
 
@@ -98,7 +98,7 @@ class Pruner:
             for group in self.groups
             if group.scorer.source != "training"
             for member in group.members
-            if not hidden(member.module).requires_grad
+            if not member.hidden.requires_grad
         ]
         if frozen:
             logger.warning(
@@ -113,11 +113,11 @@ class Pruner:
             group.check_free()
         members = [member for group in self.groups for member in group.members]
         owners = count_owners(self.model)
-        shared = [member for member in members if owners[id(member.module._parameters.get("weight"))] > 1]
+        shared = [member for member in members if owners[id(member.slot.parameter)] > 1]
         tied = [(member, sharers(self.model, member.module, member.name)) for member in shared]
-        layers = [layer for group in self.groups for layer in group.layers.values()]
-        self._kept_zeros = [layer for layer in layers if keeps_zeros(layer)]
-        free_zeros(layers)  # of an earlier pruning: from here on the masks decide
+        slots = list(dict.fromkeys(slot for unit in self.units for slot in unit.slots))
+        self._kept_zeros = [slot for slot in slots if keeps_zeros(slot)]
+        free_zeros(slots)  # of an earlier pruning: from here on the masks decide
         for group in self.groups:
             group.attach()
         for member, others in tied:
@@ -131,10 +131,10 @@ class Pruner:
 
     def mark(self) -> None:
         """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
-        names = [name for group in self.groups for name in group.layers]
-        mark_sparse_weights(self.model, [f"{name}.weight" for name in names])
+        names = [name for unit in self.units for name in unit.names]
+        mark_sparse_weights(self.model, dict.fromkeys(names))
         if any(group.config.target_names is None and not isinstance(group.pattern, Structure) for group in self.groups):
-            warn_of_missed(self.model, names)
+            warn_of_missed(self.model, [member.layer_name for unit in self.units for member in unit.members])
         warn_of_rounding(self.groups)
         for form in self.forms:
             form.replace(self.model)
@@ -303,7 +303,7 @@ class Pruner:
         """
         self._must_be_attached()
         self._take_masks_off()
-        keep_zeros([member.module for group in self.groups for member in group.members])
+        keep_zeros(dict.fromkeys(slot for unit in self.units for slot in unit.slots))
         self._optimizers.close()
         self.attached = False
         return self.model

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..config.module_names import NamePattern
 from ..errors import SparsityError
-from ..modeling.architectures import SubBlock, match_sub_blocks
-from ..modeling.layer_kinds import MatrixLayer, is_transposed, oriented, stored_shape
-from ..modeling.layer_matching import match_layers
+from ..modeling.architectures import FilterBlock
+from ..modeling.layer_kinds import MatrixLayer, Slot, oriented
 from .mask_state_dict import attach_mask, bake_mask
 from .masked_weight import MaskedWeight, hidden
-from .patterns import AssignedLines, Pattern, Structure, Transposed
+from .patterns import AssignedLines, Lines, Pattern
 from .shards import count_true, on_shards, placed_as, row_group, rows_per_process, whole
 from .state_fields import StateField
 
@@ -28,8 +26,8 @@ class Member:
     """One weight of a unit.
 
     Attributes:
-        layer_name: name of its layer in the model.
-        module: the layer.
+        layer_name: name of its layer in the model; of one weight of several, of the weight itself.
+        module: the layer, or what holds the weight.
         pattern: which entries of the weight, as it is stored, belong to a group.
         has_bias: whether the bias of the layer belongs to the groups too, one entry with each output.
         mask: on the weight, while it is attached.
@@ -43,11 +41,27 @@ class Member:
     has_bias: bool = False
     mask: MaskedWeight | None = None
     gradient: Tensor | None = None
+    attribute: str = "weight"
+
+    @property
+    def slot(self) -> Slot:
+        """Where the weight is."""
+        return Slot(self.module, self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the model computes with it: masked, while there is a mask."""
+        return self.slot.tensor
+
+    @property
+    def hidden(self) -> nn.Parameter:
+        """The dense weight under the mask, the parameter that the optimizer trains."""
+        return hidden(self.module, self.attribute)
 
     @property
     def name(self) -> str:
         """Name of the weight."""
-        return f"{self.layer_name}.weight"
+        return f"{self.layer_name}.weight" if self.attribute == "weight" else self.layer_name
 
     @property
     def masked(self) -> MaskedWeight:
@@ -63,7 +77,7 @@ class Member:
     @property
     def dense(self) -> Tensor:
         """The dense weight under the mask, without its history."""
-        return hidden(self.module).detach()
+        return self.hidden.detach()
 
     @property
     def divisible(self) -> bool:
@@ -79,11 +93,14 @@ class Unit:
     Attributes:
         members: at least one. The first is where the groups leave (the output layer of an attention), and has the
             scores if they are learned: one for each group, with the gradient summed over all members.
-        kind: of the sub-block, "attention" or "feed_forward"; None for a weight alone.
+        kind: of the sub-block, "attention", "feed_forward" or "convolution"; None for a weight alone.
+        source: the convolution whose filters are the groups. They leave by the one member, the weight that reads them;
+            their own weight may be a member of another unit, that of the filters which it reads.
     """
 
     members: list[Member]
     kind: str | None = None
+    source: FilterBlock | None = None
 
     @property
     def name(self) -> str:
@@ -108,7 +125,28 @@ class Unit:
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return math.prod(self.pattern.groups_shape(stored_shape(self.module)))
+        return math.prod(self.pattern.groups_shape(self.members[0].slot.shape))
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The weights that have zeros once it is pruned."""
+        own = [] if self.source is None else [Slot(self.source.module)]
+        return [*(member.slot for member in self.members), *own]
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of `slots`."""
+        return [member.name for member in self.members] + (
+            [] if self.source is None else [f"{self.source.name}.weight"]
+        )
+
+    def score(self, element_scores: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the score of each group from scores of the entries of dense weights."""
+        if self.source is None:
+            return self.pool([element_scores(whole(member.dense)) for member in self.members])
+        parameter = Slot(self.source.module).parameter
+        assert parameter is not None
+        return Lines(axis=0, size=1).pool(element_scores(whole(parameter.detach())))
 
     def pool(self, elements: Sequence[Tensor]) -> Tensor:
         """Return the score of each group: the mean over all its entries in all members.
@@ -128,7 +166,7 @@ class Unit:
         """Return how many entries each group has in all members."""
         counts = []
         for member in self.members:
-            shape, pattern = stored_shape(member.module), member.pattern
+            shape, pattern = member.slot.shape, member.pattern
             if isinstance(pattern, AssignedLines):
                 counts.append(pattern.entries(shape, torch.device("cpu")))
             else:
@@ -162,12 +200,12 @@ class Unit:
         return on_shards(
             lambda rows: member.pattern.pool(element_scores(rows)),
             dense,
-            member.pattern.groups_shape(stored_shape(member.module))[0],
+            member.pattern.groups_shape(member.slot.shape)[0],
         )
 
     def alive(self) -> Tensor:
         """Return which groups have an entry that is not zero in any weight; for weights without masks."""
-        counts = [member.pattern.pool((member.module.weight != 0).float(), "sum") for member in self.members]
+        counts = [member.pattern.pool((member.weight != 0).float(), "sum") for member in self.members]
         return torch.stack(counts).sum(0) > 0
 
     def keep(self, groups: Tensor) -> None:
@@ -190,7 +228,7 @@ class Unit:
         """Keep the groups that are True, and start at 0 those that were removed."""
         for member in self.members:
             mask = member.pattern.expand(groups, tuple(member.masked.mask.shape))
-            hidden(member.module).data.masked_fill_(mask & ~member.masked.mask, 0.0)
+            member.hidden.data.masked_fill_(mask & ~member.masked.mask, 0.0)
         self.keep(groups)
 
     def keep_all(self) -> None:
@@ -243,7 +281,7 @@ class Unit:
         """
         leader: MaskedWeight | None = None
         for member in self.members:
-            member.mask = MaskedWeight(member.module.weight, member.pattern, fields, shared, exit=leader)
+            member.mask = MaskedWeight(member.weight, member.pattern, fields, shared, exit=leader)
             leader = leader or member.mask
 
     def attach(self) -> None:
@@ -253,7 +291,7 @@ class Unit:
             RecipeError: as `attach_mask`.
         """
         for member in self.members:
-            attach_mask(member.module, member.masked, member.name)
+            attach_mask(member.module, member.masked, member.name, member.attribute)
 
     def bake(self) -> None:
         """Make the zeros part of weights and of the biases that belong to removed groups, and take the masks off."""
@@ -264,44 +302,11 @@ class Unit:
                 # before this: behind it the exit is masked.
                 kept = oriented(member.module, whole(member.masked.mask)).any(1)
                 bias.data.masked_fill_(placed_as(~kept, bias), 0.0)
-            bake_mask(member.module)
+            if self.source is not None:
+                self.source.zero(~self.kept())
+            bake_mask(member.module, member.attribute)
             member.mask = member.gradient = None
 
 
 def _expand_rows(pattern: Pattern, height: int, columns: tuple[int, ...], groups: Tensor) -> Tensor:
     return pattern.expand(groups, (len(groups) * height, *columns))
-
-
-def find_units(
-    model: nn.Module, pattern: Pattern, targets: Sequence[NamePattern] | None, exclude: Sequence[NamePattern]
-) -> list[Unit]:
-    """Return the units that a pattern makes of the weights that are targeted; without masks.
-
-    Raises:
-        PatternError: if the pattern does not fit a weight, or needs an architecture that is not known.
-        RecipeError: if targets or exclude match nothing.
-    """
-    if isinstance(pattern, Structure):
-        blocks = match_sub_blocks(model, pattern.kinds, targets, exclude, f"pattern {pattern}")
-        return [Unit(_members(block, pattern), block.kind) for block in blocks]
-    layers = match_layers(model, targets, exclude)
-    for name, layer in layers.items():
-        as_stored(pattern, layer).check(tuple(layer.weight.shape), f"{name}.weight")
-    return [Unit([Member(name, layer, as_stored(pattern, layer))]) for name, layer in layers.items()]
-
-
-def as_stored(pattern: Pattern, layer: MatrixLayer) -> Pattern:
-    """Return a pattern of `(out, in)` as one of the weight as its layer stores it."""
-    return Transposed(pattern) if is_transposed(layer) else pattern
-
-
-def _members(block: SubBlock, pattern: Structure) -> list[Member]:
-    """Return the weights of a sub-block that have lines of a group, the one that the groups leave by first."""
-    exit_pattern = pattern.divide(block, [block.exit])
-    assert exit_pattern is not None
-    members = [Member(block.output_name, block.output, exit_pattern)]
-    for name, layer in block.inputs.items():
-        divided = pattern.divide(block, [part for part in block.parts if part.layer is layer])
-        if divided is not None:
-            members.append(Member(name, layer, divided, True))
-    return members

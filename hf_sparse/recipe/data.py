@@ -7,7 +7,7 @@ import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from datasets import Dataset
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError
 from ..registry import nearest
+from ..utils.text import shorten
 from .metrics import Predicts
 from .sections import FORMATS, DataSection
 
@@ -82,6 +83,35 @@ def load_examples(section: DataSection, predicts: Predicts = "class") -> Labelle
     return LabelledExamples(train, validation, names, section.text_columns)
 
 
+def load_images(section: DataSection) -> LabelledExamples:
+    """Read the images and classes that a recipe names: files as they are stored, in the column `text`, and "labels".
+
+    Raises:
+        RecipeError: as `load_examples`; or for a column that holds no images.
+    """
+    column, splits = section.text_columns[0], []
+    if len(section.text_columns) != 1:
+        raise RecipeError(f"`data.text` must be the one column with the images, got {shorten(section.text)}")
+    for split in ("train", "validation"):
+        dataset = _columns(_read(section, split), section, split, (column,), section.label, kind="images")
+        if not _holds_images(dataset.features[column]):
+            raise RecipeError(
+                f"data.{split}: column '{column}' holds no images: it must be one of images, or of their files as "
+                f"bytes, got {dataset.features[column]}"
+            )
+        splits.append(dataset.cast_column(column, datasets.Image(decode=False)))
+    classes, names = _classes(splits[0])
+    train, validation = (
+        _as_classes(part, classes, of) for part, of in zip(splits, ("train", "validation"), strict=True)
+    )
+    return LabelledExamples(train, validation, names, (column,))
+
+
+def _holds_images(feature: Any) -> bool:
+    stored = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return stored or isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
 def load_split(section: DataSection, split: str) -> Dataset:
     """Read the examples of one split, with "labels" as they are in the data.
 
@@ -128,6 +158,9 @@ def _read(section: DataSection, split: str) -> Dataset:
 
 def _read_file(path: str, where: str) -> Dataset:
     suffix = Path(path).suffix.lower()
+    if Path(path).is_dir():  # of images, in a folder for each class
+        with _readable(where, f"the folder {path}"):
+            return datasets.load_dataset("imagefolder", data_dir=path, split="train")
     if suffix not in FORMATS:
         raise RecipeError(f"`{where}` must be a file with suffix {', '.join(FORMATS)}, got {path}")
     options = {"sep": "\t"} if suffix == ".tsv" else {}
@@ -172,7 +205,14 @@ def read_column(path: str, column: str = "text") -> list[str]:
     return found
 
 
-def _columns(dataset: Dataset, section: DataSection, split: str, texts: Sequence[str], label: str | None) -> Dataset:
+def _columns(
+    dataset: Dataset,
+    section: DataSection,
+    split: str,
+    texts: Sequence[str],
+    label: str | None,
+    kind: Literal["text", "images"] = "text",
+) -> Dataset:
     """Return the examples and "labels" only, at most the asked number, with nothing missing."""
     wanted = [*texts, *([] if label is None else [label])]
     for column in wanted:
@@ -193,7 +233,7 @@ def _columns(dataset: Dataset, section: DataSection, split: str, texts: Sequence
             raise RecipeError(
                 f"data.{split}: column '{column}' is empty in {len(missing)} rows, first in row {missing[0]}"
             )
-    for column in texts:
+    for column in texts if kind == "text" else ():
         if not isinstance(dataset[0][column], str):
             raise RecipeError(f"data.{split}: column '{column}' holds {dataset[0][column]!r}, which is not text")
     return dataset if label is None else dataset.rename_column(label, "labels")

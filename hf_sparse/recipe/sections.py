@@ -24,7 +24,8 @@ class ModelSection:
         name: folder or Hub name. A recipe may write it alone, as in `model: bert-base-uncased`.
         task: "sequence-classification"; "seq2seq" for encoder-decoders such as T5, which generate text; "embedding" for
             a SentenceTransformer, which needs no labels; "reranking" for a CrossEncoder; "causal-lm" for decoders,
-            which predict the next token of text that is packed into sequences of `data.max_length`.
+            which predict the next token of text that is packed into sequences of `data.max_length`;
+            "image-classification" for images.
         num_labels: None = as many as the data has; 1 = regression.
         revision: branch, tag or commit on the Hub.
         fill: train the zeros of a pruned model again, see `hf_sparse.fill`.
@@ -74,11 +75,12 @@ class DataSection:
     """Which examples to train and to measure on.
 
     Args:
-        train: local json, jsonl, csv, tsv or parquet file; with `name`, a split (None = "train").
+        train: local json, jsonl, csv, tsv or parquet file, or a folder with a folder of images for each class; with
+            `name`, a split (None = "train").
         validation: the same for the examples the metric is measured on; with `name`, None = "validation".
         name: dataset on the Hub; None for local files.
         config: configuration of that dataset ("sst2" of "glue").
-        text: column with the text, or two columns for pairs.
+        text: column with the text, or two columns for pairs; of task "image-classification", with the images.
         label: column with the label: integers, strings, fractions for regression, or the target text. Training examples
             of task "embedding" need none.
         validation_text: the same as `text` for the validation examples of embeddings and rerankers; None = `text`.

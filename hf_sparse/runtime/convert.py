@@ -23,7 +23,7 @@ from .lazy_weights import materialize, trim_memory
 from .packed_linear import PackedLinear, become_dense
 from .planner import choose, choose_for_decoding, generates, token_counts
 from .report import LayerReport, RuntimeReport
-from .survey import LayerDecision, refuse_dense, survey
+from .survey import LayerDecision, refuse_dense, survey, warn_of_others
 
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
@@ -100,6 +100,7 @@ def to_runtime(
     if backend == "auto" and gpu.is_on_gpu(model):
         return _to_gpu_runtime(model, keep_dense, tokens, table or SpeedTable())
     decisions = survey(model)
+    warn_of_others(model)
     refuse_dense(model, decisions)
     conversion = _Conversion(model, decisions, keep_dense)
     if backend == "dense":

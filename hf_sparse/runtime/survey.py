@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,11 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BackendError
-from ..modeling.layer_kinds import is_matrix_layer, is_transposed
+from ..modeling.layer_kinds import Slot, slots_of
 from ..modeling.layer_matching import InRuntimeForm
+from ..modeling.model_state import sparse_weights
 from ..modeling.ownership import count_owners
 from ..pruning.masked_weight import MaskedWeight
 from .lazy_weights import peek
+
+logger = logging.getLogger(__name__)
 
 MIN_SPARSITY = 0.1
 """Fraction of zeros below which no kernel is tried: none is faster than dense there."""
@@ -73,6 +78,19 @@ def survey(model: nn.Module, *, gpu: bool = False) -> dict[str, LayerDecision]:
     return decisions
 
 
+def warn_of_others(model: nn.Module) -> None:
+    """Warn, once for all, of sparse weights that no kernel computes: of convolutions, `Conv1D`, stacked experts."""
+    slots = {name: Slot.of(model, name) for name in sparse_weights(model)}
+    sizes = {name: math.prod(slot.shape) for name, slot in slots.items()}
+    others = [name for name, slot in slots.items() if not isinstance(slot.module, nn.Linear)]
+    if others:
+        share = sum(sizes[name] for name in others) / max(1, sum(sizes.values()))
+        logger.warning(
+            f"to_runtime packs linear layers. {len(others)} sparse weights of other layers (first: {others[0]}), "
+            f"{share:.1%} of all entries that are pruned, are computed dense, with their zeros"
+        )
+
+
 def refuse_dense(model: nn.Module, decisions: Mapping[str, LayerDecision]) -> None:
     """Raise `BackendError` if no layer can be packed."""
     if any(decision.reason is None for decision in decisions.values()):
@@ -96,13 +114,14 @@ def refuse_dense(model: nn.Module, decisions: Mapping[str, LayerDecision]) -> No
 
 
 def _sparse_of_other_kinds(model: nn.Module) -> str:
-    """Return which layers that store a matrix another way have enough zeros, as in "8 Conv1D (first: 'h.0.c_fc')"."""
+    """Return which layers that are no `nn.Linear` have enough zeros, as in "8 Conv1D (first: 'h.0.c_fc')"."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if is_matrix_layer(module) and is_transposed(module) and module.weight.numel():
-            weight = peek(module.weight)
+        slots = [] if isinstance(module, nn.Linear) else [slot for slot in slots_of(module) if slot.tensor.numel()]
+        for weight in (peek(slot.tensor) for slot in slots):
             if 1.0 - int(torch.count_nonzero(weight)) / weight.numel() >= MIN_SPARSITY:
                 found.setdefault(type(module).__name__, []).append(name)
+                break
     return " and ".join(f"{len(names)} {kind} (first: '{names[0]}')" for kind, names in found.items())
 
 

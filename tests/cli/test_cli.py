@@ -78,7 +78,7 @@ def test_prune_takes_a_model_without_head_and_without_tokenizer(tmp_path, capsys
         ([], "`sparsity` is missing"),
         (["--sparsity", "0.5", "--scorer", "magnitud"], "unknown scorer 'magnitud'; did you mean 'magnitude'"),
         (["--sparsity", "0.5", "--scorer", "movement"], "'movement' learns from training"),
-        (["--sparsity", "0.5", "--targets", "*.quarry"], "`targets` '*.quarry' matches no linear layer"),
+        (["--sparsity", "0.5", "--targets", "*.quarry"], "`targets` '*.quarry' matches no layer"),
         (["--sparsity", "0.5", "--pattern", "{name: block, rows: 5, cols: 5}"], "PatternError"),
     ],
 )

@@ -77,7 +77,7 @@ def test_two_spellings_of_the_target_at_once_are_refused() -> None:
 
 
 def test_names_that_match_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match="matches no linear layer"):
+    with pytest.raises(RecipeError, match="matches no layer"):
         sparsify(bert(), SparsityConfig(sparsity=0.5, target_modules=["quarry"]))
 
 
@@ -94,7 +94,7 @@ def test_names_that_match_nothing_are_refused() -> None:
         ),
         ({"target_modules": "*.query"}, r"'\*\.query' is not a regular expression: .*globs go under `targets`"),
         ({"exclude_modules": ["query", "valeu"]}, r"`exclude_modules` 'valeu' matches no .* Did you mean 'value'"),
-        ({"targets": ["*query*", "*qurey*"]}, r"`targets` '\*qurey\*' matches no linear layer"),
+        ({"targets": ["*query*", "*qurey*"]}, r"`targets` '\*qurey\*' matches no layer"),
         ({"pattern": "head", "target_modules": ["query", "qurey"]}, r"`target_modules` 'qurey' matches no attention"),
     ],
     ids=str,

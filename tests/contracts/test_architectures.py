@@ -14,12 +14,15 @@ from torch import Tensor
 from hf_sparse import compact, to_runtime
 from hf_sparse.kernels import LibraryStatus
 from hf_sparse.modeling.architectures import FAMILIES, Family, known_sub_blocks
-from tests.helpers import decoders, structures, tiny_encoder
-from tests.helpers.architecture_contract import blocks_of, check_family, load_example
+from hf_sparse.modeling.architectures.filters import filters_in
+from tests.helpers import convolutional, decoders, structures, tiny_encoder
+from tests.helpers.architecture_contract import blocks_of, check_family, check_filters, load_example
 from tests.helpers.contributing import example as read_example
 
-NAMES = (*structures.FAMILIES, *decoders.FAMILIES)
-SLOW = ("mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma", "gemma2", "mixtral", "qwen3-moe")
+VISION = ("vit", "deit")
+NAMES = (*structures.FAMILIES, *decoders.FAMILIES, *VISION)
+CONVOLUTIONAL = tuple(name for name in convolutional.FAMILIES if name not in VISION)
+SLOW = ("mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma", "gemma2", "mixtral", "qwen3-moe", "deit")
 """Each has a family that is tested with another of its models."""
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
 
@@ -34,12 +37,14 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def family_of(model: Any) -> Family:
     """Return the family that describes a model."""
-    (found,) = [family for family in FAMILIES.values() if blocks_of(family, model)]
+    (found,) = [family for family in FAMILIES.values() if blocks_of(family, model) or filters_in(model, family.filters)]
     return found
 
 
 def outputs(name: str) -> Any:
-    """Return a function that gives the logits for 18 tokens, without and with padding."""
+    """Return a function that gives the logits for 18 tokens, without and with padding, or for images."""
+    if name in VISION:
+        return convolutional.outputs
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, structures.VOCABULARY, (2, 18), generator=generator)
     mask = torch.ones_like(ids)
@@ -56,6 +61,8 @@ def outputs(name: str) -> Any:
 
 
 def build(name: str) -> Any:
+    if name in convolutional.FAMILIES:
+        return convolutional.build(name)
     return decoders.build(name) if name in decoders.FAMILIES else structures.build(name)
 
 
@@ -64,8 +71,13 @@ def test_family_keeps_its_promises(name: str) -> None:
     check_family(family_of(build(name)), lambda: build(name), outputs(name))
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_filters_of_a_family_leave_with_all_that_belongs_to_them(name: str) -> None:
+    check_filters(family_of(build(name)), lambda: build(name), convolutional.outputs)
+
+
 def test_every_registered_family_is_tested() -> None:
-    tested = {family_of(build(name)).name for name in NAMES}
+    tested = {family_of(build(name)).name for name in (*NAMES, *CONVOLUTIONAL)}
     assert tested == set(FAMILIES)
 
 

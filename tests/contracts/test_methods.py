@@ -12,6 +12,7 @@ from torch import nn
 from hf_sparse import PatternError, Pruner, SparsityConfig, summarize
 from hf_sparse.config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS
 from hf_sparse.pruning.patterns import AssignedLines, Lines
+from hf_sparse.pruning.patterns.kernel_position import Positions
 from hf_sparse.pruning.selection import Owl
 from hf_sparse.pruning.selection.budget import Budget, Costs
 
@@ -46,8 +47,24 @@ class T5Attention(nn.Module):
         return self.o(torch.sigmoid(self.q(x) * self.k(x)) * self.v(x))
 
 
+class VGG(nn.Module):
+    """Convolutions with names that an architecture knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv1d(SHAPE[1], SHAPE[0], 1), nn.ReLU(), nn.Conv1d(SHAPE[0], 64, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.features(x)
+        return out
+
+
 def model_for(pattern: str) -> nn.Module:
     """Return a model whose groups are all equally large, so that a fraction of them is that fraction of the weights."""
+    if pattern == "kernel_position":
+        return nn.Sequential(nn.Unflatten(1, (SHAPE[1] // 4, 4)), nn.Conv1d(SHAPE[1] // 4, SHAPE[0], 4))
+    if pattern == "filter":
+        return nn.Sequential(nn.Unflatten(1, (SHAPE[1], 1)), VGG())
     if not PATTERNS[pattern].structural:
         return nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0]), nn.ReLU(), nn.Linear(SHAPE[0], 64))
     return (
@@ -86,7 +103,8 @@ def test_every_scorer_works_with_every_pattern(scorer: str, pattern: str) -> Non
 
 @pytest.mark.parametrize(
     "made",
-    [PATTERNS.build(spec(name)) for name in PATTERNS if not PATTERNS[name].structural]
+    [PATTERNS.build(spec(name)) for name in PATTERNS if not PATTERNS[name].structural and name != "kernel_position"]
+    + [Positions(4), Positions(4, by_filter=True)]
     + [Lines(axis, size) for size in (0, 8) for axis in (0, 1)]
     + [AssignedLines(axis, 8, tuple(range(8)) * (SHAPE[axis] // 8)) for axis in (0, 1)],
     ids=str,

@@ -52,7 +52,7 @@ def with_cut(**change: Any) -> dict[str, Any]:
     [
         ([], "edits must be a mapping"),
         (None, "edits must be a mapping"),
-        ({"layers": {}}, "no other keys than heads, neurons, experts, checksum"),
+        ({"layers": {}}, "no other keys than heads, neurons, experts, filters, checksum"),
         ({"heads": []}, "heads of the edits must be a mapping"),
         ({"heads": {"../x": {"of": 8, "kept": "00"}}}, "is not a name of a module"),
         ({"heads": {"a" * 501: {"of": 8, "kept": "00"}}}, "is not a name of a module"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse import Pruner, SparsityConfig, compact, sparsify, to_dense_runtime, to_runtime
 from hf_sparse.modeling.architectures import Attention, Family, FeedForward, SubBlock, known_experts, known_sub_blocks
+from hf_sparse.modeling.architectures.filters import filters_in
 from hf_sparse.modeling.layer_kinds import matrix_shape
 from hf_sparse.runtime.fused_attention import FusedAttentionBlock, FusedSelfAttention
 from hf_sparse.runtime.fused_ffn import FusedFeedForward
@@ -211,3 +212,30 @@ def load_example(source: str, name: str, folder: Any, modules: dict[str, Any]) -
 def logits(inputs: Mapping[str, Tensor]) -> Outputs:
     """Return a function that gives the logits of a model of transformers."""
     return lambda model: model(**inputs).logits
+
+
+def check_filters(family: Family, build: Build, outputs: Outputs) -> None:
+    """Pruned filters compute nothing while they are masked, and once they are gone; the next layers read fewer.
+
+    Raises:
+        AssertionError: if that does not hold.
+    """
+    model = build()
+    blocks = filters_in(model, family.filters)
+    assert blocks
+    before, parameters = run(outputs, model), sum(own.numel() for own in model.parameters())
+    sizes = {block.name: (block.groups, matrix_shape(block.output)[1]) for block in blocks}
+    pruner = Pruner(model, SparsityConfig(sparsity=0.5, pattern="filter", schedule="constant")).attach()
+    pruner.step(1.0)
+    masked = run(outputs, model)
+    assert not torch.allclose(masked, before, atol=1e-4), "nothing was pruned"
+    pruner.bake()
+    torch.testing.assert_close(run(outputs, model), masked, atol=1e-5, rtol=1e-5)
+    compact(model)
+    assert sum(own.numel() for own in model.parameters()) < parameters
+    for block in filters_in(model, family.filters):
+        filters, columns = sizes[block.name]
+        assert block.groups == block.module.weight.shape[0] == filters // 2, block.name
+        assert matrix_shape(block.output)[1] == columns * block.groups // filters, block.name
+    for changed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  made here
+        torch.testing.assert_close(run(outputs, changed), masked, atol=1e-5, rtol=1e-5)

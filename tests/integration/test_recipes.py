@@ -17,13 +17,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from hf_sparse import CheckpointError, RecipeError, SparsityConfig, compact, sparsify, summarize
+from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.cli.main import main
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.stages import has_stages
 from hf_sparse.recipe.train import run
-from tests.helpers import oneshot, sentence
+from tests.helpers import convolutional, oneshot, sentence
 from tests.helpers.tiny import save_bert, save_t5, write_sentences, write_spellings
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -208,7 +208,7 @@ def test_encoder_decoder_is_pruned_while_it_learns_to_write(recipe, tmp_path):
             "num_labels is 3, but the training examples have 2 classes: 0, 1",
         ),
         ({"model": "missing"}, "cannot load the tokenizer of model 'missing'"),
-        ({"sparsity": {"sparsity": 0.5, "targets": "*.quarry"}}, r"'\*\.quarry' matches no linear layer"),
+        ({"sparsity": {"sparsity": 0.5, "targets": "*.quarry"}}, r"'\*\.quarry' matches no layer"),
         ({"sparsity": {"sparsity": 0.5, "pattern": {"name": "block", "rows": 5, "cols": 5}}}, "block"),
         ({"sparsity": {"sparsity": 0.5, "schedule": {"name": "cubic", "every": 500}}}, "every 500 steps"),
         (
@@ -285,7 +285,19 @@ SENTENCES = [
     for path in sorted(SHIPPED.glob("*.yaml"))
     if any(f"task: {task}" in path.read_text(encoding="utf-8") for task in ("embedding", "reranking"))
 ]
-WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL, *SENTENCES)]
+IMAGES = [path for path in sorted(SHIPPED.glob("*.yaml")) if "task: image-class" in path.read_text(encoding="utf-8")]
+WHOLE = [path for path in sorted(SHIPPED.glob("*.yaml")) if path not in (*STAGED, *CAUSAL, *SENTENCES, *IMAGES)]
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
+def test_shipped_recipe_of_images_prunes_a_tiny_vgg(tmp_path, path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.parquet").touch()
+    made = Recipe.load(path, [f"data.{split}={tmp_path}/{split}.parquet" for split in ("train", "validation")])
+    assert made.sparsity is not None
+    model = convolutional.build("vgg")
+    pruner = Pruner(model, made.sparsity).attach()
+    assert {unit.source is not None for unit in pruner.units} == {"filters" in path.stem}
 
 
 @pytest.mark.parametrize("path", SENTENCES, ids=lambda path: path.stem)

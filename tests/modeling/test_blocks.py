@@ -134,7 +134,7 @@ def test_blocks_of_own_modules(name: str) -> None:
 
 def test_own_module_with_nothing_but_heads_has_no_default_targets() -> None:
     model = Around(nn.LSTM(8, 32), outputs=linears())
-    with pytest.raises(RecipeError, match=r"default targets match no linear layer .* could match: outputs\.\* \(2\)"):
+    with pytest.raises(RecipeError, match=r"default targets match no layer .* could match: outputs\.\* \(2\)"):
         sparsify(model, SparsityConfig(sparsity=0.5))
 
 

@@ -86,23 +86,23 @@ def test_layers_of_gpt2_are_matched_though_their_weights_are_stored_the_other_wa
         match_layers(gpt2(), ["lm_head"])
 
 
-class Convolutional(nn.Module):
-    """A model whose blocks have convolutions alone."""
+class Bilinear(nn.Module):
+    """A model whose blocks have layers of no known kind alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Bilinear(4, 4, 4), nn.BatchNorm1d(4)) for _ in range(2))
         self.score = nn.Linear(4, 2)
 
 
 def test_model_of_unsupported_layers_names_them() -> None:
-    kind = r"Its layers are 2 Conv1d \(layers\.\*\.\* \(2\)\), and only nn\.Linear and Conv1D are supported"
-    with pytest.raises(RecipeError, match=rf"the default targets match no linear layer of the model. {kind}"):
-        match_layers(Convolutional(), None)
+    kind = r"Its layers are 2 Bilinear \(layers\.\*\.\* \(2\)\), and only nn\.Conv1d, .* are supported"
+    with pytest.raises(RecipeError, match=rf"the default targets match no layer of the model. {kind}"):
+        match_layers(Bilinear(), None)
     with pytest.raises(RecipeError, match=rf"{kind}\. It could match: score \(1\)"):
-        match_layers(Convolutional(), None)
-    with pytest.raises(RecipeError, match=r"It matches 2 Conv1d \(first: 'layers\.0\.0'\), and only nn"):
-        match_layers(Convolutional(), ["layers.?.0"])
+        match_layers(Bilinear(), None)
+    with pytest.raises(RecipeError, match=r"It matches 2 Bilinear \(first: 'layers\.0\.0'\), and only nn"):
+        match_layers(Bilinear(), ["layers.?.0"])
     with pytest.raises(RecipeError, match=r"It matches the parameter 'layers\.0\.self_attn\.in_proj_weight', and only"):
         match_layers(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 1), ["*in_proj_weight"])
 
@@ -117,9 +117,7 @@ def test_model_of_unsupported_layers_names_them() -> None:
     ],
 )
 def test_targets_with_a_typo_name_the_nearest_layers(glob: str, nearest: str) -> None:
-    with pytest.raises(
-        RecipeError, match=rf"`targets` .* matches no linear layer of the model\. Did you mean .*{nearest}"
-    ):
+    with pytest.raises(RecipeError, match=rf"`targets` .* matches no layer of the model\. Did you mean .*{nearest}"):
         match_layers(bert(), [glob])
 
 
@@ -129,10 +127,10 @@ def test_targets_with_a_typo_name_the_nearest_layers(glob: str, nearest: str) ->
         (
             ["*.nothing"],
             [],
-            r"`targets` '\*\.nothing' matches no linear layer .* could match: .*intermediate\.dense \(2\)",
+            r"`targets` '\*\.nothing' matches no layer .* could match: .*intermediate\.dense \(2\)",
         ),
-        (None, ["*.nothing"], r"`exclude` '\*\.nothing' matches no linear layer"),
-        (["classifier"], ["class*"], r"without \['class\*'\] match no linear layer"),
+        (None, ["*.nothing"], r"`exclude` '\*\.nothing' matches no layer"),
+        (["classifier"], ["class*"], r"without \['class\*'\] match no layer"),
     ],
 )
 def test_globs_that_leave_nothing_are_errors(targets: Any, exclude: list[str], message: str) -> None:

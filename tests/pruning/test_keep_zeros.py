@@ -130,7 +130,7 @@ def test_targets_name_the_layers_whatever_share_of_zeros_they_have(upstream: Pat
     with pytest.raises(SparsityError, match="no sparse weight"):
         keep_zeros(few)
     keep_zeros(few, targets="*")
-    with pytest.raises(RecipeError, match="matches no linear layer"):
+    with pytest.raises(RecipeError, match="matches no layer"):
         keep_zeros(few, targets="nothing")
 
 

@@ -67,7 +67,7 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ({"model": {"task": "sequence-classification"}}, "`name` is missing in the model section"),
         (
             {"model": {"name": "bert", "task": "chess"}},
-            "`model.task` must be one of 'causal-lm', 'embedding', 'reranking', 'seq2seq', 'sequence-classification', ",
+            "`model.task` must be one of 'causal-lm', 'embedding', 'image-classification', 'reranking', 'seq2seq', ",
         ),
         (
             {"model": {"name": "t5", "task": "seq2seq", "num_labels": 3}},

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, exporters
 from transformers.exporters import ExportedModel
 
 from ...errors import BackendError, RecipeError
-from ...pruning.masked_weight import masked_weight
+from ...pruning.masked_weight import masks_on
 from ...utils.text import format_bytes
 from ..auto import load_tokenizer, load_whole
 from .backends import TARGETS, Target, require
@@ -159,7 +159,7 @@ def export_model(
     target = require(to)
     if opset is not None and to != "onnx":
         raise RecipeError(f"opset is for onnx, but the export is to {to}")
-    if masked := [path for path, module in model.named_modules() if masked_weight(module) is not None]:
+    if masked := [path for path, module in model.named_modules() if masks_on(module)]:
         raise RecipeError(f"'{masked[0]}' is still being pruned: bake the model first (Pruner.bake), or save and load")
     sizes = sizes_for(model, batch, length)
     settings = {} if opset is None else {"opset_version": opset}

@@ -111,6 +111,8 @@ def as_in_memory(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[st
         else:
             converter = pending.setdefault(name, copy.deepcopy(rules.by_pattern[pattern]))
             converter.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]
+    # That of a weight which is merged or split has its name in memory already.
+    out |= {key: state[key] for key in training if key.rpartition("_")[0] not in state}
     for name, converter in pending.items():
         for target, tensor in converter.convert(name, model=model, config=model.config).items():
             out[target] = tensor[0] if isinstance(tensor, list) else tensor

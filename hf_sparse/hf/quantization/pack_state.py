@@ -106,8 +106,7 @@ def pack_state(
         The tensors to write, under the names of the checkpoint format of the model, and the manifest.
 
     Raises:
-        RecipeError: if the model has a tensor of its own under the name of a part, or stores a weight that is being
-            pruned in another form than it has in memory.
+        RecipeError: if the model has a tensor of its own under the name of a part.
     """
     packed = pack_share(model, state, _collected(model, state), codec, Share(0, 1))
     return packed.tensors, packed.manifest()
@@ -124,11 +123,14 @@ def pack_share(
         plain: what is to be saved by its name in memory (`keys_to_save`).
     """
     packed = Packed({}, {}, (), {})
-    targets = []
-    for place, (key, tensor, name, target) in enumerate(_stored(model, plain)):
+    targets: list[str] = []
+    written: set[str] = set()
+    stored = list(_stored(model, plain))
+    for place, (key, tensor, name, target) in enumerate(stored):
         mine = share.takes(tensor)
         training = {} if name is None or not target else _training_parts(state, name)
         tensor = whole(tensor)
+        written |= {name} if name is not None and training else set()
         if target:
             targets.append(key)
         if not mine:
@@ -138,9 +140,12 @@ def pack_share(
         entry, parts = encode(tensor, ("bitmask" if training else codec) if target else "dense")
         entries = packed.entries[place] = {key: entry}
         packed.tensors.update({key + suffix: part for suffix, part in parts.items()})
-        for suffix, part in training.items():
-            entries[key + suffix], dense = encode(part, "dense")
-            packed.tensors[key + suffix] = dense[""]
+        _write_training(packed.tensors, entries, key, training)
+    # Of a weight that is merged, split or rearranged on loading (stacked experts) it keeps the name in memory.
+    for place, name in enumerate(sorted(_in_training(state) - written), len(stored)):
+        mine, training = share.takes(state[name]), _training_parts(state, name)
+        if mine:
+            _write_training(packed.tensors, packed.entries.setdefault(place, {}), name, training)
     edits = edits_of(model)
     extra = {EDITS_KEY: edits.to_dict()} if edits else {}
     if forms := forms_of(model):
@@ -151,6 +156,21 @@ def pack_share(
 def keys_to_save(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[str]:
     """Return the names in memory of the tensors to save: of tied ones, one."""
     return list(_collected(model, state))
+
+
+def _write_training(
+    tensors: dict[str, Tensor], entries: dict[str, TensorEntry], owner: str, parts: Mapping[str, Tensor]
+) -> None:
+    """Add the training state of a weight to the tensors and entries of a file."""
+    for suffix, part in parts.items():
+        entries[owner + suffix], dense = encode(part, "dense")
+        tensors[owner + suffix] = dense[""]
+
+
+def _in_training(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the weights that have a training state."""
+    kept = (key.removesuffix("_kept") for key in state if key.endswith("_kept") and is_training_state(key, state))
+    return {name for name in kept if name in state}
 
 
 def _collected(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +190,7 @@ def _stored(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> Iterator[_St
     """Yield the tensors as the checkpoint format of the model has them, in the order of their keys.
 
     Raises:
-        RecipeError: as `pack_state`.
+        RecipeError: if a tensor has a name that loading takes for a part of another.
     """
     marked = sparse_weights(model, aliases=True)
     # Of a weight that is tied, the file has another name than the model was pruned under.
@@ -194,13 +214,6 @@ def _tied_names(model: PreTrainedModel, name: str) -> list[str]:
 
 def _sources(model: PreTrainedModel, plain: Mapping[str, Tensor], converted: set[str]) -> set[str]:
     """Return the keys of the stored tensors that hold values of converted weights (merged, split, permuted)."""
-    for name in converted:
-        if (layer := model.get_submodule(name.rpartition(".")[0])) is not None and "parametrizations" in layer._modules:
-            raise RecipeError(
-                f"'{name}' is being pruned, and files of {type(model).__name__} hold it merged or rearranged, so a "
-                "checkpoint of its training state could not be resumed from. Set save_strategy='no' and save after "
-                "training, or exclude it"
-            )
     marks = {key: torch.tensor(key in converted).expand(tensor.shape) for key, tensor in plain.items()}
     return {key for key, mark in revert_weight_conversion(model, marks).items() if bool(mark.any())}
 
@@ -219,7 +232,8 @@ def is_training_state(key: str, keys: Container[str]) -> bool:
     """Return whether a key is of the training state of a weight, and not of a tensor that the model itself calls so.
 
     Args:
-        keys: all that there are. Every weight in training has its `_kept` and `_hidden` among them.
+        keys: all that there are. Every weight in training has its `_kept` and `_hidden` among them; it is there itself
+            under that name unless a file holds it merged or split.
 
     Example:
         >>> keys = {"w", "w_kept", "w_hidden", "v", "v_hidden"}
@@ -229,7 +243,7 @@ def is_training_state(key: str, keys: Container[str]) -> bool:
     if not key.endswith(state_suffixes()):
         return False
     owner = key[: key.rindex("_")]
-    return all(each in keys for each in (owner, f"{owner}_kept", f"{owner}_hidden"))
+    return all(each in keys for each in (f"{owner}_kept", f"{owner}_hidden"))
 
 
 def _refuse_taken_names(stored: Mapping[str, Tensor]) -> None:

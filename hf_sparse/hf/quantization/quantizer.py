@@ -20,6 +20,7 @@ from ...errors import BackendError, RecipeError
 from ...formats.manifest import Manifest
 from ...formats.safetensors_io import MANIFEST_KEY
 from ...formats.zero_patterns import looks_sparse
+from ...modeling.layer_kinds import Slot
 from ...modeling.model_state import SPARSE_WEIGHTS, sparse_weights, unmark_sparse_weights
 from ...modeling.zero_preservation import free_zeros, keep_zeros
 from ...pruning.keep_zeros import keep_zeros as keep_all_zeros
@@ -148,7 +149,7 @@ class SparseQuantizer(HfQuantizer):
             if not parameter.numel():  # left by compaction, which does the same
                 parameter.requires_grad_(False)
         if self.second is None or self.prune_to is not None:
-            keep_zeros(_layers(model), map(plan.nonzeros.get, sparse_weights(model)))
+            keep_zeros(_slots(model), map(plan.nonzeros.get, sparse_weights(model)))
             save_packed(model)
             save_parts_packed(model)
 
@@ -160,7 +161,7 @@ class SparseQuantizer(HfQuantizer):
         names = tuple(name for name, parameter in model.named_parameters() if looks_sparse(name, parameter))
         if names:
             SPARSE_WEIGHTS.set(model, names)
-            keep_zeros(_layers(model))
+            keep_zeros(_slots(model))
             save_packed(model)
             save_parts_packed(model)
         else:
@@ -195,7 +196,7 @@ class SparseQuantizer(HfQuantizer):
             to_dense_runtime(model)
         # The weights are plain already; what goes are the marks that keep zeros and make saving pack them.
         save_plain(model)
-        free_zeros(_layers(model))
+        free_zeros(_slots(model))
         unmark_sparse_weights(model)
         return model
 
@@ -234,8 +235,8 @@ def _check_shards(model: PreTrainedModel, backend: str | None) -> None:
         )
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [model.get_submodule(name.rpartition(".")[0]) for name in sparse_weights(model)]
+def _slots(model: nn.Module) -> list[Slot]:
+    return [Slot.of(model, name) for name in sparse_weights(model)]
 
 
 def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ...pruning.mask_state_dict import bake_mask
-from ...pruning.masked_weight import masked_weight
+from ...pruning.masked_weight import masks_on
 from ...pruning.shards import count_true
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ def take_over(model: nn.Module) -> None:
     reference = _OWNERS.pop(model, None)
     if reference is None:
         return
-    masks = [masked.mask for module in model.modules() if (masked := masked_weight(module)) is not None]
+    masks = [masked.mask for module in model.modules() for masked in masks_on(module).values()]
     if count_true(masks) < sum(mask.numel() for mask in masks):
         logger.warning(
             "the model has masks of an earlier SparsityCallback whose training did not end. They are taken off: its "
@@ -62,6 +62,6 @@ def take_over(model: nn.Module) -> None:
 def remove_masks(model: nn.Module) -> None:
     """Take all masks off a model, with the dense weights that were under them in place."""
     for module in model.modules():
-        if (masked := masked_weight(module)) is not None:
+        for attribute, masked in masks_on(module).items():
             masked.mask.fill_(True)
-            bake_mask(module)
+            bake_mask(module, attribute)

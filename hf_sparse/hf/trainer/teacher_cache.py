@@ -323,9 +323,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         options = ("truncation", "padding")
         rules: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in options}
     else:
-        rules = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+        vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+        rules = vocabulary or (tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else [])  # of an image processor
     facts = [type(tokenizer).__name__, getattr(tokenizer, "padding_side", None), rules]
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def data_fingerprint(keys: Iterable[str]) -> str:

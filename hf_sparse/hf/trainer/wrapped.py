@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
+from ...modeling.layer_kinds import Slot
 from ...pruning.mask_state_dict import training_state
-from ...pruning.masked_weight import masked_weight
+from ...pruning.masked_weight import masks_on
 from ...utils.atomic_io import replace_file
 
 FILE = "sparsity_state.safetensors"
@@ -59,10 +60,10 @@ def load_training_state(model: nn.Module, folder: str | os.PathLike[str]) -> Non
 def _masked_entries(model: nn.Module) -> dict[str, Tensor]:
     """Return the state-dict entries of all masked weights."""
     return {
-        f"{name}.weight{suffix}": tensor
-        for name, module in model.named_modules()
-        if masked_weight(module) is not None
-        for suffix, tensor in training_state(module).items()
+        f"{Slot(module, attribute).name(path)}{suffix}": tensor
+        for path, module in model.named_modules()
+        for attribute in masks_on(module)
+        for suffix, tensor in training_state(module, attribute).items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  each registers its family
     bert,
+    convolutional,
     deberta,
     distilbert,
     gemma,
@@ -14,11 +15,13 @@ from . import (  # noqa: F401  each registers its family
     opt,
     phi3,
     t5,
+    vit,
 )
 from .base import FAMILIES, Attention, Family, FeedForward, HeadKeys, Heads, Kind, SubBlock, register_family
 from .experts import ExpertBlock, Experts
+from .filters import FilterBlock, Filters
 from .fusion import AttentionFusion, FeedForwardFusion, ResidualNorm
-from .matching import find_sub_blocks, known_experts, known_sub_blocks, match_sub_blocks
+from .matching import find_blocks, find_sub_blocks, known_experts, known_filters, known_sub_blocks, match_sub_blocks
 from .parts import Part
 
 __all__ = [
@@ -30,14 +33,18 @@ __all__ = [
     "Family",
     "FeedForward",
     "FeedForwardFusion",
+    "FilterBlock",
+    "Filters",
     "HeadKeys",
     "Heads",
     "Kind",
     "Part",
     "ResidualNorm",
     "SubBlock",
+    "find_blocks",
     "find_sub_blocks",
     "known_experts",
+    "known_filters",
     "known_sub_blocks",
     "match_sub_blocks",
     "register_family",

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..class_swap import plain_class_of
-from ..layer_kinds import is_matrix_layer, is_transposed, matrix_shape
+from ..layer_kinds import is_linear, is_plain, matrix_shape
 from ..model_state import HEADS_PER_KV
 from .experts import Experts
+from .filters import Filters
 from .fusion import AttentionFusion, FeedForwardFusion
 from .parts import Layout, Part, exit_part, input_parts
 
-Kind = Literal["attention", "feed_forward"]
+Kind = Literal["attention", "feed_forward", "convolution"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class SubBlock:
         """Whether all layers store `(out, in)` and each input layer is one part with a line for each column."""
         layers = [*self.inputs.values(), self.output]
         same = all(part.count * part.size == self.groups * self.size for part in self.parts)
-        return len(layers) == len(self.parts) + 1 and same and not any(map(is_transposed, layers))
+        return len(layers) == len(self.parts) + 1 and same and all(map(is_plain, layers))
 
     @property
     def layer_names(self) -> list[str]:
@@ -287,8 +288,9 @@ class Family:
     """
 
     name: str
-    attentions: tuple[Attention, ...]
-    feed_forwards: tuple[FeedForward, ...]
+    attentions: tuple[Attention, ...] = ()
+    feed_forwards: tuple[FeedForward, ...] = ()
+    filters: tuple[Filters, ...] = ()
     experts: tuple[Experts, ...] = ()
     package: str = "transformers.models."
 
@@ -325,7 +327,7 @@ def _layers(
             layer = module.get_submodule(path)
         except AttributeError:
             return None
-        if not is_matrix_layer(layer):
+        if not is_linear(layer):
             return None
         found.append((_join(name, path), layer))
     return found

@@ -15,6 +15,7 @@ from ..model_state import check_model
 from ..ownership import count_owners
 from .base import FAMILIES, Attention, Family, FeedForward, Kind, SubBlock
 from .experts import ExpertBlock
+from .filters import FilterBlock, filters_in
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,29 @@ def known_experts(model: nn.Module) -> list[ExpertBlock]:
     return [block for block in found if block is not None]
 
 
+def known_filters(model: nn.Module) -> list[FilterBlock]:
+    """Return the convolutions that a family describes and whose filters can leave, in the order of the model."""
+    return filters_in(model, [table for family in FAMILIES.values() for table in family.filters])
+
+
+def find_blocks(model: nn.Module, wanted: str) -> list[SubBlock | FilterBlock]:
+    """Return the sub-blocks of a model and the convolutions whose filters can leave.
+
+    Args:
+        wanted: what they are for, the subject of the error.
+
+    Raises:
+        PatternError: if no family knows any module of the model.
+        BackendError: if the model is in runtime form.
+    """
+    check_model(model)
+    filters = known_filters(model)
+    if filters:
+        refuse_runtime(model, wanted)
+        return [*known_sub_blocks(model), *filters]
+    return [*find_sub_blocks(model, wanted)]
+
+
 def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
     """Return the sub-blocks of a model.
 
@@ -63,8 +87,8 @@ def find_sub_blocks(model: nn.Module, wanted: str) -> list[SubBlock]:
     found = known_sub_blocks(model)
     if not found:
         raise PatternError(
-            f"{wanted} needs to know which weights form a head or a neuron, and hf_sparse does not know that of "
-            f"{type(model).__name__}. It knows the families {', '.join(FAMILIES)}; another is one file in "
+            f"{wanted} needs to know which weights form a head, a neuron or a filter, and hf_sparse does not know "
+            f"that of {type(model).__name__}. It knows the families {', '.join(FAMILIES)}; another is one file in "
             "hf_sparse/modeling/architectures (its tables name the modules, as bert.py does). Patterns element, block, "
             "row, column and n:m work on any model"
         )
@@ -77,11 +101,11 @@ def match_sub_blocks(
     targets: Sequence[NamePattern] | None,
     exclude: Sequence[NamePattern],
     wanted: str,
-) -> list[SubBlock]:
+) -> list[SubBlock | FilterBlock]:
     """Return the sub-blocks that a group means.
 
     Args:
-        kinds: "attention", "feed_forward" or both.
+        kinds: "attention", "feed_forward", "convolution", or several.
         targets: shell globs over names of sub-blocks or of their layers; None = all.
         exclude: globs of what to leave out.
         wanted: the pattern, for messages.
@@ -92,7 +116,7 @@ def match_sub_blocks(
     """
     experts = known_experts(model) if "feed_forward" in kinds else []
     # One that compaction has left without a head or a neuron has none to remove.
-    every = [block for block in find_sub_blocks(model, wanted) if block.kind in kinds and block.groups]
+    every = [block for block in find_blocks(model, wanted) if block.kind in kinds and block.groups]
     if not every:
         why = f". {_of_experts(model, experts)}" if experts else ""
         raise RecipeError(f"{wanted} finds no {' or '.join(kinds)} in this {type(model).__name__}{why}")
@@ -125,5 +149,5 @@ def _of_experts(model: nn.Module, experts: Collection[ExpertBlock]) -> str:
     )
 
 
-def _matches(block: SubBlock, glob: NamePattern) -> bool:
+def _matches(block: SubBlock | FilterBlock, glob: NamePattern) -> bool:
     return any(matches(name, glob) for name in (block.name, *block.inputs, block.output_name))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layer_kinds import is_matrix_layer, matrix_shape
+from ..layer_kinds import is_linear, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,5 @@ def size_of(layer: nn.Module) -> tuple[int, int]:
     """Return outputs and inputs of a linear layer, or entries and features of an embedding."""
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    assert is_matrix_layer(layer)
+    assert is_linear(layer)
     return matrix_shape(layer)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ...errors import CheckpointError, RecipeError
 from ...utils.validation import check_integer, check_positive_int
-from ..layer_kinds import is_matrix_layer, matrix_shape, oriented
+from ..layer_kinds import is_linear, matrix_shape, oriented
 from .base import Form, register_form, size_of
 from .hashing import MAX_BUCKETS, column_keys, row_keys, slots
 
@@ -251,7 +251,7 @@ def hashed_like(layer: nn.Module, buckets: int, seed: int) -> HashedLinear | Has
         if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
             raise RecipeError("an embedding with max_norm, scale_grad_by_freq or sparse cannot be hashed; exclude it")
         return HashedEmbedding(*size_of(layer), buckets, seed, layer.padding_idx, **place)
-    assert is_matrix_layer(layer)
+    assert is_linear(layer)
     rows, columns = matrix_shape(layer)
     new = HashedLinear(columns, rows, buckets, seed, layer.bias is not None, **place)
     new.bias = layer.bias  # the parameter itself

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import CheckpointError
-from ..layer_kinds import is_matrix_layer, matrix_shape
+from ..layer_kinds import is_linear, matrix_shape
 from .base import Form, register_form
 
 
@@ -99,7 +99,7 @@ def add_low_rank(layer: nn.Module, down: Tensor, up: Tensor) -> None:
 
 def low_rank_like(layer: nn.Module, rank: int) -> LowRankLinear:
     """Return a layer of two thin matrices in the place of another, with its bias and random values."""
-    assert is_matrix_layer(layer)
+    assert is_linear(layer)
     rows, columns = matrix_shape(layer)
     weight = layer.weight
     new = LowRankLinear(columns, rows, rank, layer.bias is not None, weight.device, weight.dtype)
@@ -134,7 +134,7 @@ def _build_alone(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
 
 
 def _rank(layer: nn.Module, facts: Mapping[str, int]) -> int:
-    if not is_matrix_layer(layer) or not 1 <= facts["rank"] <= min(facts["rows"], facts["columns"]):
+    if not is_linear(layer) or not 1 <= facts["rank"] <= min(facts["rows"], facts["columns"]):
         raise CheckpointError(
             f"a {type(layer).__name__} of {facts['rows']} x {facts['columns']} cannot have rank {facts['rank']}"
         )

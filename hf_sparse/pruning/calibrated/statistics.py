@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import SparsityError
-from ...modeling.layer_kinds import MatrixLayer, matrix_shape
+from ...modeling.layer_kinds import MatrixLayer, kind_of, matrix_shape
 from ..processes import are_several, sum_of_counts, sum_over_processes
 
 KeptTokens = Callable[[Tensor], Tensor | None]
@@ -192,8 +192,9 @@ class InputObserver:
             products = name in self.with_products or (self.share and bool(self.with_products))
             self.found[name] = self._nothing(layer, products)
         self._inputs.append((inputs, inputs._version, name, first))
-        kept = self._kept(inputs)
-        self.found[name].add(inputs if kept is None else inputs[kept])
+        kept, of_layer = self._kept(inputs), kind_of(self.layers[name])
+        rows = inputs if of_layer is None else of_layer.input_rows(self.layers[name], inputs)
+        self.found[name].add(rows if kept is None else rows[kept])
 
     def _nothing(self, layer: MatrixLayer, products: bool) -> InputStatistics:
         return InputStatistics(matrix_shape(layer)[1], products, compute_type(layer.weight), layer.weight.device)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ...config.sparsity import RECONSTRUCTIONS
 from ...errors import SparsityError
-from ...modeling.layer_kinds import MatrixLayer, oriented
+from ...modeling.layer_kinds import MatrixLayer, Slot, oriented
 from ..compressions import Compression, FormGroup
 from ..group import PruningGroup
-from ..patterns import Transposed
+from ..patterns import OnMatrix
 from ..processes import have_same
 from ..scorers import Choice, InputScorer, Scorer
 from ..unit import Member
@@ -74,8 +74,8 @@ class Task:
 
     def apply(self, inputs: InputStatistics) -> LayerUpdate:
         """Prune the weight in place."""
-        weight = oriented(self.layer, self.layer.weight.data)
-        dense = weight.to(compute_type(weight))
+        weight = self.layer.weight.data
+        dense = oriented(self.layer, weight).to(compute_type(weight))
         if bool(dense.isnan().any()):
             raise SparsityError(f"there are NaN among the entries of '{self.member.name}', so nothing can be selected")
         if self.mask is not None:
@@ -92,7 +92,7 @@ class Task:
             added = self.compression.add_fitted(self.layer, dense - new, inputs.hessian())
         # Before the copy, which may be into the tensor `dense` itself.
         update = self._update(dense, new, kept, added, inputs)
-        weight.copy_(new)
+        weight.copy_(Slot(self.layer).view.to_stored(new))
         return update
 
     def _update(
@@ -166,7 +166,7 @@ def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dic
             for member in unit.members:
                 scorer, choice = None, None
                 if member.layer_name not in masks:
-                    pattern = member.pattern.inner if isinstance(member.pattern, Transposed) else member.pattern
+                    pattern = member.pattern.inner if isinstance(member.pattern, OnMatrix) else member.pattern
                     sparsity = group.selection.sparsity_of(index, group.sparsity)
                     scorer = group.scorer if isinstance(group.scorer, InputScorer) else EntryScores(group.scorer)
                     choice = Choice(pattern, group.selection, sparsity)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config.module_names import matches
 from ...config.sparsity import COMPRESSIONS, GroupConfig
 from ...errors import RecipeError
-from ...modeling.layer_kinds import MatrixLayer
+from ...modeling.layer_kinds import MatrixLayer, is_linear
 from ...modeling.layer_matching import match_layers
 from ...modeling.ownership import count_owners, names_of
 from ..patterns import Pattern, Structure
@@ -37,6 +37,11 @@ class Compression:
 
     def check(self, layer: nn.Module, name: str) -> None:
         """Raise `RecipeError` if a layer cannot have this form."""
+        if not (is_linear(layer) or isinstance(layer, nn.Embedding)):
+            raise RecipeError(
+                f"'{name}' is a {type(layer).__name__}, and compression '{self.name}' is for linear layers and "
+                "embeddings; exclude it"
+            )
 
     def replace(self, model: nn.Module, name: str, layer: nn.Module) -> None:
         """Put the form in the place of a layer; where no inputs are needed."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...config.sparsity import COMPRESSIONS
 from ...errors import RecipeError
 from ...modeling.forms import add_low_rank, low_rank_like, put_layer
-from ...modeling.layer_kinds import MatrixLayer, is_matrix_layer, matrix_shape, oriented
+from ...modeling.layer_kinds import MatrixLayer, is_linear, matrix_shape, oriented
 from ...utils.validation import check_bool, check_number, check_positive_int
 from .base import Compression
 
@@ -50,7 +50,7 @@ class LowRank(Compression):
         check_number("damping", self.damping, "[0, inf)")
 
     def check(self, layer: nn.Module, name: str) -> None:
-        if not is_matrix_layer(layer):
+        if not is_linear(layer):
             raise RecipeError(f"'{name}' is a {type(layer).__name__}, which has no inputs to fit to; exclude it")
         if self.rank > min(matrix_shape(layer)):
             raise RecipeError(

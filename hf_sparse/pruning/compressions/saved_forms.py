@@ -7,7 +7,7 @@ from torch import nn
 from ...errors import CheckpointError
 from ...formats.layer_forms import LayerForm, LayerForms
 from ...modeling.forms import FORMS, put_layer, size_of
-from ...modeling.layer_kinds import is_matrix_layer
+from ...modeling.layer_kinds import is_linear
 from ...utils.text import shorten
 
 
@@ -50,7 +50,7 @@ def apply_forms(model: nn.Module, forms: LayerForms, prefix: str = "") -> None:
         wanted = {"rows", "columns", *form.facts}
         if set(stated.facts) != wanted:
             raise CheckpointError(f"the form of '{name}' must have exactly {', '.join(sorted(wanted))}")
-        if not (is_matrix_layer(layer) or isinstance(layer, nn.Embedding)):
+        if not (is_linear(layer) or isinstance(layer, nn.Embedding)):
             raise CheckpointError(f"'{name}' has the form '{form.name}', but it is a {type(layer).__name__} here")
         size = (stated.facts["rows"], stated.facts["columns"])
         if size != size_of(layer):

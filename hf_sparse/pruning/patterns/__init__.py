@@ -4,10 +4,12 @@ from .base import Pattern
 from .block import Block
 from .connectivity import Expander, Radix, RandomFanIn, StaticElement
 from .element import Element
+from .kernel_position import KernelPosition
+from .lines import AssignedLines, Lines
 from .nm import NM
+from .on_matrix import OnMatrix
 from .row_column import Column, Row
-from .structured import AssignedLines, Head, HeadNeuron, KVHead, KVHeadNeuron, Layer, Lines, Neuron, Structure
-from .transposed import Transposed
+from .structured import Filter, Head, HeadNeuron, KVHead, KVHeadNeuron, Layer, Neuron, Structure
 
 __all__ = [
     "NM",
@@ -16,18 +18,20 @@ __all__ = [
     "Column",
     "Element",
     "Expander",
+    "Filter",
     "Head",
     "HeadNeuron",
     "KVHead",
     "KVHeadNeuron",
+    "KernelPosition",
     "Layer",
     "Lines",
     "Neuron",
+    "OnMatrix",
     "Pattern",
     "Radix",
     "RandomFanIn",
     "Row",
     "StaticElement",
     "Structure",
-    "Transposed",
 ]

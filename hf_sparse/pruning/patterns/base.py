@@ -14,7 +14,7 @@ Reduce = Literal["mean", "sum"]
 
 
 class Pattern:
-    """Base of all patterns. Weights are `(out, in)`, as in `nn.Linear`.
+    """Base of all patterns. Weights are matrices `(out, in)`, as in `nn.Linear`; others are seen as one (`OnMatrix`).
 
     Attributes:
         fixed_sparsity: the sparsity that the pattern itself decides (n:m), or None.
@@ -49,6 +49,10 @@ class Pattern:
                 f"pattern {self.name} needs a matrix, but '{where}' has shape {tuple(shape)}. Exclude it with "
                 f'exclude: "{where.removesuffix(".weight")}" or use pattern element.'
             )
+
+    def for_kernel(self, kernel: int) -> Pattern:
+        """Return the pattern for a matrix in which each input is a channel of `kernel` columns: a convolution."""
+        return self
 
     def groups_shape(self, shape: Shape) -> Shape:
         """Return the shape of the group scores of a weight of this shape."""

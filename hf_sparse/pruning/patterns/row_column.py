@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ...config.sparsity import PATTERNS
 from .base import Pattern, Reduce, Shape
+from .lines import Lines
 
 
 @PATTERNS.register("row")
 @dataclasses.dataclass(frozen=True)
 class Row(Pattern):
-    """Each output of a linear layer: one row of its weight. The bias is left alone.
+    """Each output: one row of the weight, of a convolution one filter. The bias is left alone.
 
     Example:
         >>> import torch
@@ -37,13 +38,16 @@ class Row(Pattern):
 @PATTERNS.register("column")
 @dataclasses.dataclass(frozen=True)
 class Column(Pattern):
-    """Each input of a linear layer: one column of its weight.
+    """Each input: one column of the weight, of a convolution one input channel with all positions of the kernel.
 
     Example:
         >>> import torch
         >>> Column().expand(torch.tensor([True, False]), (2, 2)).tolist()
         [[True, False], [True, False]]
     """
+
+    def for_kernel(self, kernel: int) -> Pattern:
+        return self if kernel == 1 else Lines(axis=1, size=kernel)
 
     def groups_shape(self, shape: Shape) -> Shape:
         return (shape[1],)

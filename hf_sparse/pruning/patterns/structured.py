@@ -11,97 +11,13 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from ...config.sparsity import PATTERNS
 from ...errors import PatternError
 from ...modeling.architectures import Kind, Part, SubBlock
 from ..selection import Global, Selection
-from .base import Pattern, Reduce, Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Lines(Pattern):
-    """Groups of consecutive rows or columns: the part that one weight has in the groups of a structure.
-
-    Args:
-        axis: 0 = rows (outputs), 1 = columns (inputs).
-        size: of a group; 0 = all rows or columns together are one.
-
-    Example:
-        >>> import torch
-        >>> Lines(axis=0, size=2).pool(torch.tensor([[1.0], [3.0], [5.0], [7.0]])).tolist()
-        [2.0, 6.0]
-    """
-
-    axis: int
-    size: int
-    name: ClassVar[str] = "lines"
-
-    def _size(self, shape: Shape) -> int:
-        return self.size or shape[self.axis]
-
-    def groups_shape(self, shape: Shape) -> Shape:
-        return (shape[self.axis] // self._size(shape),)
-
-    def divides(self, rows: int) -> bool:
-        return self.axis == 0 and self.size > 0 and rows % self.size == 0
-
-    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
-        lines = scores if self.axis == 0 else scores.t()
-        groups = lines.reshape(*self.groups_shape(tuple(scores.shape)), -1)
-        return groups.mean(1) if reduce == "mean" else groups.sum(1)
-
-    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
-        lines = kept.repeat_interleave(self._size(shape))
-        return (lines[:, None] if self.axis == 0 else lines[None, :]).expand(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class AssignedLines(Pattern):
-    """Groups of any rows or columns: parts of a fused projection, or heads that read one KV head.
-
-    Args:
-        axis: dimension of the weight that has the lines.
-        groups: number of groups.
-        owners: the group of each line; -1 = of none, and never masked.
-
-    Example:
-        >>> import torch
-        >>> pattern = AssignedLines(axis=0, groups=2, owners=(0, 1, -1, 0))
-        >>> pattern.pool(torch.tensor([[1.0], [3.0], [9.0], [2.0]]), "sum").tolist()
-        [3.0, 3.0]
-        >>> pattern.expand(torch.tensor([False, True]), (4, 1)).flatten().tolist()
-        [False, True, True, False]
-    """
-
-    axis: int
-    groups: int
-    owners: tuple[int, ...]
-    name: ClassVar[str] = "lines"
-
-    def groups_shape(self, shape: Shape) -> Shape:
-        return (self.groups,)
-
-    def _owners(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.owners, device=device)
-
-    def pool(self, scores: Tensor, reduce: Reduce = "mean") -> Tensor:
-        sums = scores.sum(1 - self.axis)
-        # One more group, for what belongs to none.
-        owners = self._owners(scores.device)
-        totals = sums.new_zeros(self.groups + 1).index_add_(0, owners % (self.groups + 1), sums)[:-1]
-        return totals / self.entries(tuple(scores.shape), scores.device) if reduce == "mean" else totals
-
-    def expand(self, kept: Tensor, shape: Shape) -> Tensor:
-        lines = torch.cat([kept, kept.new_ones(1)])[self._owners(kept.device)]
-        return (lines[:, None] if self.axis == 0 else lines[None, :]).expand(shape)
-
-    def entries(self, shape: Shape, device: torch.device) -> Tensor:
-        """Return how many entries of a weight of this shape each group has."""
-        owners = self._owners(device)
-        counts = torch.bincount(owners % (self.groups + 1), minlength=self.groups + 1)[:-1]
-        return counts * shape[1 - self.axis]
+from .base import Pattern, Shape
+from .lines import AssignedLines, Lines
 
 
 class Structure(Pattern):
@@ -217,6 +133,20 @@ class HeadNeuron(Structure):
     """Heads of all attentions and neurons of all feed-forward parts, which share one selection: a budget, above all."""
 
     kinds = ("attention", "feed_forward")
+
+
+@PATTERNS.register("filter")
+@dataclasses.dataclass(frozen=True)
+class Filter(Structure):
+    """Filters of convolutions in a row: what the next layer reads of them is masked, so they compute nothing.
+
+    `hf_sparse.compact` removes them with their entries of the batch norm. Scorers of weights look at the filter itself
+    (`magnitude`: its L1 norm), those of gradients at the weights that read it.
+
+    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets", section 3.
+    """
+
+    kinds = ("convolution",)
 
 
 @PATTERNS.register("layer")

@@ -19,7 +19,6 @@ from ...utils.validation import check_number, check_one_of
 from ..patterns import Pattern
 from ..processes import sum_over_processes
 from ..selection import Selection
-from ..shards import whole
 from ..state_fields import StateField, tensor_field
 from ..unit import Unit
 
@@ -115,10 +114,10 @@ class Scorer:
 
     def scores(self, unit: Unit) -> Tensor:
         """Return the score of each group of a unit, divided among the processes as its weights are."""
-        pooled = unit.pool_shards(self.element_scores) if self.elementwise else None
+        pooled = unit.pool_shards(self.element_scores) if self.elementwise and unit.source is None else None
         if pooled is not None:
             return pooled
-        return unit.placed(unit.pool([self.element_scores(whole(member.dense)) for member in unit.members]))
+        return unit.placed(unit.score(self.element_scores))
 
     def update(self, group: Group) -> bool:
         """Choose the masks anew, and return whether the weights were scored for it."""
@@ -175,7 +174,7 @@ class LearnedScorer(Scorer):
         check_one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
     def on_attach(self, unit: Unit) -> None:
-        weight = unit.module.weight
+        weight = unit.members[0].weight
         shape = unit.pattern.groups_shape(tuple(weight.shape))
         unit.masked.scores = nn.Parameter(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=weight.device))
 
@@ -204,7 +203,7 @@ class GradientScorer(Scorer):
 
     def on_attach(self, unit: Unit) -> None:
         for member in unit.members:
-            zeros = torch.zeros_like(member.module.weight, dtype=torch.float32, requires_grad=False)
+            zeros = torch.zeros_like(member.weight, dtype=torch.float32, requires_grad=False)
             member.masked.register_buffer("importance", zeros)
         unit.watch(True)
 

@@ -13,7 +13,7 @@ from ...config.sparsity import SCORERS
 from ...errors import SparsityError
 from ...utils.validation import check_number, check_positive_int
 from ..calibrated.statistics import InputStatistics
-from ..patterns import NM, Transposed
+from ..patterns import NM, OnMatrix
 from .inputs import Choice, InputScorer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class SparseGPT(InputScorer):
         del hessian
         weight = weight.masked_fill(dead, 0.0)
         kept = torch.ones_like(weight, dtype=torch.bool)
-        pattern = choice.pattern.inner if isinstance(choice.pattern, Transposed) else choice.pattern
+        pattern = choice.pattern.inner if isinstance(choice.pattern, OnMatrix) else choice.pattern
         together = pattern.inputs or 1
         width = -(-self.block // together) * together
         step = together if isinstance(pattern, NM) else width

@@ -113,6 +113,11 @@ class Budget(Selection):
             )
         costs = []
         for unit in units:
+            if unit.kind == "convolution":
+                raise PatternError(
+                    "selection 'budget' does not know what a filter costs. Request a sparsity of them, as in pattern "
+                    "'filter' with sparsity 0.5"
+                )
             width, inner = matrix_shape(unit.module)
             size, each = inner // unit.groups, int(unit.entries().sum()) / unit.groups
             inputs = round(each / (width * size)) - 1

@@ -3,7 +3,8 @@
 from .causal import CausalLM
 from .classification import SequenceClassification
 from .embedding import Embedding
+from .images import ImageClassification
 from .reranking import Reranking
 from .seq2seq import Seq2Seq
 
-__all__ = ["CausalLM", "Embedding", "Reranking", "Seq2Seq", "SequenceClassification"]
+__all__ = ["CausalLM", "Embedding", "ImageClassification", "Reranking", "Seq2Seq", "SequenceClassification"]

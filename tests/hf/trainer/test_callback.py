@@ -341,7 +341,7 @@ def test_short_ramp_warns_for_learned_scores_only(tmp_path: Path, caplog: pytest
 
 
 def test_targets_that_match_nothing_are_an_error_when_the_trainer_is_made(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'\*.no_such' matches no linear layer .*bert.encoder.layer.\*.output.dense"):
+    with pytest.raises(RecipeError, match=r"'\*.no_such' matches no layer .*bert.encoder.layer.\*.output.dense"):
         sparse_trainer(tmp_path, SparsityConfig(sparsity=0.5, targets="*.no_such"))
 
 

@@ -177,7 +177,7 @@ def test_query_heads_leave_key_and_value_that_others_read(family: str) -> None:
 
 def test_score_of_a_kv_head_is_the_mean_of_all_its_weights() -> None:
     from hf_sparse.config.sparsity import PATTERNS
-    from hf_sparse.pruning.unit import find_units
+    from hf_sparse.pruning.unit_finding import find_units
 
     model = decoders.build("phi3")
     (unit,) = find_units(model, PATTERNS.build("kv_head"), ["*.0.self_attn"], ())

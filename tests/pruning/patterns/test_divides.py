@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sparse.pruning.patterns import NM, Block, Column, Element, Pattern, Row, Transposed
-from hf_sparse.pruning.patterns.structured import AssignedLines, Lines
+from hf_sparse.modeling.layer_kinds import MatrixView
+from hf_sparse.pruning.patterns import NM, Block, Column, Element, OnMatrix, Pattern, Row
+from hf_sparse.pruning.patterns.lines import AssignedLines, Lines
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from hf_sparse.pruning.patterns.structured import AssignedLines, Lines
         (Lines(axis=0, size=0), ()),
         (Lines(axis=1, size=8), ()),
         (AssignedLines(axis=0, groups=1, owners=(0,) * 32), ()),
-        (Transposed(Element()), ()),
+        (OnMatrix(Element(), MatrixView((4, 4), (1, 0))), ()),
     ],
 )
 def test_parts_are_those_of_the_whole(pattern: Pattern, dividing: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, Sparsit
 from hf_sparse.config.sparsity import PATTERNS, SCHEDULES
 from hf_sparse.profiling.latency_table import LatencyTable, Shape, measure
 from hf_sparse.pruning.selection.budget import Budget, Costs
-from hf_sparse.pruning.unit import find_units
+from hf_sparse.pruning.unit_finding import find_units
 from tests.helpers import decoders
 from tests.helpers.structures import FAMILIES
 from tests.helpers.training import RAMP, sparse_trainer

@@ -1,0 +1,300 @@
+"""VGG16 on CIFAR-10 images: 20 %, 50 % and 80 % of the weights by magnitude, filters by L1 and by Taylor.
+
+    python scripts/reference/vgg16.py fit --data DATA/cifar10-6k --features MODELS/vgg16-features OUT
+    python scripts/reference/vgg16.py measure --data DATA/cifar10-6k OUT-0
+    python scripts/reference/vgg16.py time OUT-0
+    python scripts/reference/vgg16.py train RECIPE
+
+`fit` trains a classifier on the 13 convolutions, which stay as they are. `measure` prunes copies in one shot, without
+training after it, and writes accuracy on the validation images and stored bytes. `time` compares each copy with the
+dense model, interleaved batch by batch, and counts multiply-accumulates. `train` runs a recipe with this model known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+
+MEANS = (123.68, 116.779, 103.939)
+"""Of red, green and blue, as the convolutions were trained."""
+
+
+class VGG(nn.Module):
+    """The layout of torchvision's VGG with a small classifier.
+
+    Args:
+        layers: filters of each convolution, and "M" for a pooling.
+        hidden: width of the classifier.
+        classes: outputs.
+    """
+
+    def __init__(self, layers: list[Any], hidden: int, classes: int) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        channels = 3
+        for each in layers:
+            if each == "M":
+                modules.append(nn.MaxPool2d(2))
+            else:
+                modules += [nn.Conv2d(channels, each, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = each
+        self.features = nn.Sequential(*modules)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images `(batch, 3, height, width)`."""
+        out: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return out
+
+
+class VGGConfig(PretrainedConfig):
+    """Sizes of a VGG."""
+
+    model_type = "vgg"
+
+    def __init__(self, layers: list[Any] | None = None, hidden: int = 512, **rest: Any) -> None:
+        self.layers = layers or [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"]
+        self.hidden: int = hidden
+        super().__init__(**rest)
+
+
+class VGGForImageClassification(PreTrainedModel):
+    """A VGG as a model of transformers."""
+
+    config_class = VGGConfig
+    base_model_prefix = "vgg"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.vgg = VGG(config.layers, config.hidden, config.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
+        """Return loss and logits."""
+        logits = self.vgg(pixel_values)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register("vgg", VGGConfig)
+AutoModelForImageClassification.register(VGGConfig, VGGForImageClassification)
+
+
+def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Return pixels as the convolutions take them, and labels."""
+    table = datasets.load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")[:]
+    files = [each["bytes"] if isinstance(each, dict) else each for each in table["image"]]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.float32) for file in files])
+    return torch.from_numpy(pixels - np.asarray(MEANS, dtype=np.float32)).permute(
+        0, 3, 1, 2
+    ).contiguous(), torch.tensor(table["label"])
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Train a classifier on the convolutions, and save the model."""
+    model: Any = VGGForImageClassification(VGGConfig(num_labels=10))
+    model.eval()
+    weights = safetensors.torch.load_file(arguments.features / "model.safetensors")
+    first = next(key for key in weights if weights[key].shape[1:2] == (3,))
+    weights[first] = weights[first].flip(1)  # trained on blue, green, red
+    own = {key.removeprefix("features."): tensor.float() for key, tensor in weights.items()}
+    model.vgg.features.load_state_dict(own)
+    if not arguments.epochs:
+        model.save_pretrained(arguments.folder)
+        return
+    pixels, labels = images(arguments.data, "train")
+    with torch.no_grad():
+        parts = [model.vgg.avgpool(model.vgg.features(part)).flatten(1) for part in pixels.split(50)]
+    seen = torch.cat(parts)
+    for seed in arguments.seeds:
+        fit_classifier(model.vgg.classifier, seen, labels, arguments.epochs, seed)
+        model.eval().save_pretrained(f"{arguments.folder}-{seed}")
+
+
+def fit_classifier(head: Any, seen: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
+    """Train a new classifier on what the convolutions give for the training images."""
+    torch.manual_seed(seed)
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    scale = seen.std()
+    with torch.no_grad():
+        head[0].weight.mul_(1 / scale)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3 / float(scale), weight_decay=0.05)
+    head.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(seen)).split(100):
+            nn.functional.cross_entropy(head(seen[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def accuracy(model: Any, pixels: Tensor, labels: Tensor) -> float:
+    """Return the fraction of images whose class is predicted."""
+    with torch.inference_mode():
+        found = torch.cat([model(pixel_values=part).logits.argmax(1) for part in pixels.split(50)])
+    return float((found == labels).float().mean())
+
+
+def in_turns(models: list[Any], pixels: Tensor, repeats: int) -> list[float]:
+    """Return the median milliseconds of each model for one batch."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for turn in range(repeats + 2):
+            for model, own in zip(models, times, strict=True):
+                begin = time.perf_counter()
+                model(pixel_values=pixels)
+                own += [time.perf_counter() - begin] if turn >= 2 else []
+    return [statistics.median(own) * 1000 for own in times]
+
+
+def multiply_accumulates(model: nn.Module, pixels: Tensor) -> int:
+    """Return those of one image, counted by hooks on the layers that are there."""
+    count = 0
+
+    def add(layer: Any, _: Any, out: Tensor) -> None:
+        nonlocal count
+        count += out[0].numel() * layer.weight[0].numel()
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    with torch.inference_mode():
+        model(pixel_values=pixels[:1])
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+def stored_bytes(model: Any) -> int:
+    """Return the size of the weight file that the model is saved in."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "element 20 %": {"sparsity": 0.2, "targets": "*features*"},
+    "element 50 %": {"sparsity": 0.5, "targets": "*features*"},
+    "element 80 %": {"sparsity": 0.8, "targets": "*features*"},
+    "filters 20 %, L1": {"sparsity": 0.2, "pattern": "filter"},
+    "filters 50 %, L1": {"sparsity": 0.5, "pattern": "filter"},
+    "filters 80 %, L1": {"sparsity": 0.8, "pattern": "filter"},
+    "filters 20 %, Taylor": {"sparsity": 0.2, "pattern": "filter", "scorer": "taylor"},
+}
+
+
+def variants(
+    folder: Path, calibration: list[dict[str, Tensor]] | None, methods: str = ""
+) -> Iterator[tuple[str, Any, float]]:
+    """Yield the dense model and pruned copies: name, model, and by how much compacting has changed the logits.
+
+    Args:
+        calibration: for Taylor scores; None = without those.
+    """
+    dense: Any = VGGForImageClassification.from_pretrained(folder)
+    yield "dense", dense.eval(), 0.0
+    probe = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 60
+    for name, config in METHODS.items():
+        if not name.startswith(methods):
+            continue
+        taylor = config.get("scorer") == "taylor"
+        if taylor and calibration is None:
+            continue
+        model, error = copy.deepcopy(dense), 0.0
+        hf_sparse.sparsify(model, SparsityConfig(**config), calibration if taylor else None)
+        if config.get("pattern") == "filter":
+            with torch.no_grad():
+                masked = model(pixel_values=probe).logits
+                hf_sparse.compact(model)
+                error = float((model(pixel_values=probe).logits - masked).abs().max() / masked.abs().max())
+        yield name, model, error
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Write accuracy and stored bytes of the model and of its pruned copies."""
+    pixels, labels = images(arguments.data, "validation")
+    seen, classes = images(arguments.data, "train")
+    calibration = [{"pixel_values": seen[:200], "labels": classes[:200]}]
+    rows = []
+    for name, model, error in variants(arguments.folder, calibration):
+        right, size = accuracy(model, pixels, labels), stored_bytes(model)
+        rows.append({"method": name, "accuracy": right, "bytes": size, "masked_to_compacted": error})
+        print(rows[-1], flush=True)
+    (arguments.folder / "measured.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def compare_times(arguments: argparse.Namespace) -> None:
+    """Write times and multiply-accumulates of the pruned copies beside those of the dense model."""
+    made = list(variants(arguments.folder, None, arguments.methods))
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+    for _, model, _ in made:
+        model.to(memory_format=layout)
+    _, dense, _ = made[0]
+    rows = []
+    for size in arguments.sizes:
+        pixels = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)) * 60
+        pixels = pixels.to(memory_format=layout)
+        whole = multiply_accumulates(dense, pixels)
+        for name, model, error in made[1:]:
+            before, after = in_turns([dense, model], pixels, arguments.repeats)
+            fewer = whole / multiply_accumulates(model, pixels)
+            row = {"size": size, "method": name, "dense_ms": before, "ms": after, "faster": before / after}
+            rows.append({**row, "fewer_macs": fewer, "masked_to_compacted": error})
+            print(json.dumps(rows[-1]), flush=True)
+    (arguments.folder / "times.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train a recipe."""
+    from hf_sparse.cli.main import main as hf_sparse_main
+
+    raise SystemExit(hf_sparse_main(["train", str(arguments.folder)]))
+
+
+def main() -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("fit", "measure", "time", "train"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--features", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", default="", help="of those whose name begins with this")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    {"fit": fit, "measure": measure, "time": compare_times, "train": train}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()
