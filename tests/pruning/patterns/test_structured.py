@@ -17,7 +17,8 @@ from hf_sparse.pruning.masked_weight import hidden
 from hf_sparse.pruning.patterns import Lines
 from tests.helpers import structures
 
-STRUCTURES = [name for name in PATTERNS if PATTERNS[name].structural]
+STRUCTURES = [name for name in PATTERNS if PATTERNS[name].structural and name != "filter"]
+"""Those of transformers; filters are tested in tests/pruning/test_filters.py."""
 
 
 class T5DenseActDense(nn.Module):
