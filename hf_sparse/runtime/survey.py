@@ -114,7 +114,7 @@ def refuse_dense(model: nn.Module, decisions: Mapping[str, LayerDecision]) -> No
 
 
 def _sparse_of_other_kinds(model: nn.Module) -> str:
-    """Return which layers that are no `nn.Linear` have enough zeros, as in "8 Conv1D (first: 'h.0.c_fc')"."""
+    """Return which layers other than `nn.Linear` have enough zeros, as in "8 Conv1D (first: 'h.0.c_fc')"."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         slots = [] if isinstance(module, nn.Linear) else [slot for slot in slots_of(module) if slot.tensor.numel()]
