@@ -191,7 +191,7 @@ def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypat
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "C++ kernels" in text
-    assert text.count("verified") == (4 if why_not_int8() is None else 3)
+    assert text.count("verified") == (6 if why_not_int8() is None else 5)
     monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: torch.zeros(len(x), self.out_features))
     wrong = {finding.name: finding for finding in diagnose().findings}
     assert not wrong["kernel 'csr'"].works
