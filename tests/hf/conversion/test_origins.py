@@ -205,7 +205,7 @@ def test_single_bin_file_becomes_a_safetensors_file(tmp_path: Path) -> None:
     ("stated", "reason"),
     [
         ({"0": [8, 4, 12]}, "names head 12 of layer 0, which has 12"),
-        ({"9": [1]}, "names layer 9"),
+        ({"9": [1]}, "must name layers from 0 to 2, got layer 9"),
         ({"0": [-1]}, "must be a list of numbers of heads"),
         ({"0": "84"}, "must be a list of numbers of heads"),
         ({"x": [1]}, "numbers of layers as keys"),
