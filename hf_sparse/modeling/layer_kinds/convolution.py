@@ -43,10 +43,10 @@ class Convolution(LayerKind):
         if inputs.ndim == len(kernel) + 1:  # a single example
             inputs = inputs[None]
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        patches = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        pieces = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
         for axis, (size, stride, dilation) in enumerate(zip(kernel, module.stride, module.dilation, strict=True)):
-            patches = patches.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        places = patches.movedim(1, len(kernel) + 1)
+            pieces = pieces.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        places = pieces.movedim(1, len(kernel) + 1)
         return places.reshape(*places.shape[: len(kernel) + 1], -1)
 
 
