@@ -48,6 +48,11 @@ def test_masks_of_ddp_at_every_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_masks_of_ddp_for_every_family(ranks: int, tmp_path: Path) -> None:
     on_ranks(__name__, "compare_all", tmp_path, ranks)
+
+
+@pytest.mark.slow
+def test_masks_of_ddp_on_four_ranks(tmp_path: Path) -> None:
+    on_ranks(__name__, "compare", tmp_path, 4)
