@@ -43,7 +43,7 @@ def top_logits(logits: Tensor, count: int, temperature: float) -> TopLogits:
 
     Example:
         >>> top = top_logits(torch.tensor([[0.0, 2.0, 1.0, 0.0]]), 2, 1.0)
-        >>> top.index.tolist(), (top.values.exp().sum() + top.rest.exp()).item()
+        >>> top.index.tolist(), round((top.values.exp().sum() + top.rest.exp()).item(), 5)
         ([[1, 2]], 1.0)
     """
     logs = F.log_softmax(logits.float() / temperature, dim=-1)

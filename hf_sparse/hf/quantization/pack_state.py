@@ -142,7 +142,7 @@ def pack_share(
         packed.tensors.update({key + suffix: part for suffix, part in parts.items()})
         _write_training(packed.tensors, entries, key, training)
     # Of a weight that is merged, split or rearranged on loading (stacked experts) it keeps the name in memory.
-    for place, name in enumerate(sorted(_in_training(state) - written), len(stored)):
+    for place, name in enumerate(sorted((_in_training(state) & plain.keys()) - written), len(stored)):
         mine, training = share.takes(state[name]), _training_parts(state, name)
         if mine:
             _write_training(packed.tensors, packed.entries.setdefault(place, {}), name, training)

@@ -54,6 +54,7 @@ def slots(rows: Tensor, columns: Tensor, buckets: int) -> Tensor:
     Shapes: -> `(rows, columns)`, int64 in [0, 2 buckets).
 
     Example:
+        >>> import torch
         >>> rows, columns = row_keys(torch.arange(2), 7), column_keys(torch.arange(3), 7)
         >>> slots(rows, columns, 4).shape
         torch.Size([2, 3])
