@@ -19,7 +19,9 @@ def test_committed_guide_and_pictures_show_the_committed_results(tmp_path: Path)
     image_module = pytest.importorskip("PIL.Image")
     make_guide.write(tmp_path)
     assert (tmp_path / "GUIDE.md").read_bytes() == (ROOT / "recipes" / "GUIDE.md").read_bytes()
-    pictures, committed = (sorted((folder / "reference").glob("pareto-*.png")) for folder in (tmp_path, ROOT / "recipes"))
+    pictures, committed = (
+        sorted((folder / "reference").glob("pareto-*.png")) for folder in (tmp_path, ROOT / "recipes")
+    )
     assert [path.name for path in pictures] == [path.name for path in committed]
     for written, kept in zip(pictures, committed, strict=True):
         # What they show, not how this version of matplotlib and its fonts draw it.
