@@ -21,7 +21,7 @@ from ..errors import BackendError
 from .library import Library, checked, library, readable, why_not_built
 from .operators import define
 from .registry import Kernel, Layout, register
-from .validation import check_bias
+from .validation import check_bias, check_input
 
 WORD = 64
 """Columns of one word of bits."""
@@ -140,18 +140,16 @@ def unpack(values: Tensor, bits: Tensor, pointers: Tensor, out_features: int, in
 
 
 @cache
-def _function(loaded: Library) -> Callable[..., int]:
+def bound_function(loaded: Library, name: str, structure: type[ctypes.Structure]) -> Callable[..., int]:
+    """Return the C function of this name, as `call` calls it."""
     pointer = ctypes.c_void_p
-    return loaded.bound(
-        "hf_sparse_bitmask", [ctypes.POINTER(_Bitmask), pointer, pointer, ctypes.c_int64, ctypes.c_int32]
-    )
+    return loaded.bound(name, [ctypes.POINTER(structure), pointer, pointer, ctypes.c_int64, ctypes.c_int32])
 
 
 def _check(
     x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
 ) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise BackendError(f"x has shape {tuple(x.shape)}, but the weight takes {in_features} features")
+    check_input(x, "none", in_features)
     shapes = (bits.shape == (out_features, -(-in_features // WORD)), pointers.shape == (out_features + 1,))
     dtypes = (values.dtype in (torch.bfloat16, torch.float32), bits.dtype == torch.int64, pointers.dtype == torch.int32)
     if values.dim() != 1 or not all(shapes) or not all(dtypes):
@@ -160,8 +158,24 @@ def _check(
             f"({values.dtype}, {bits.dtype}, {pointers.dtype}) do not form a weight of {out_features} x {in_features} "
             "as hf_sparse.kernels.bitmask.pack makes it"
         )
-    if bias is not None:
-        check_bias(bias, out_features)
+    check_bias(bias, out_features)
+
+
+def is_native(x: Tensor, *others: Tensor | None) -> bool:
+    """Return whether a C++ kernel reads these: an input in float32, and all of them on the CPU."""
+    return x.dtype == torch.float32 and all(part is None or part.is_cpu for part in (x, *others))
+
+
+def call(function: Callable[..., int], structure: ctypes.Structure, x: Tensor, out_features: int) -> Tensor:
+    """Return what a C function of a weight in bits makes of an input.
+
+    Raises:
+        BackendError: with what the result of the function says.
+    """
+    x = readable(x)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
+    return checked(function(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
 
 
 def _run(
@@ -169,20 +183,16 @@ def _run(
 ) -> Tensor:
     _check(x, values, bits, pointers, bias, out_features, in_features)
     loaded = library()
-    parts = (x, values, bits, pointers) if bias is None else (x, values, bits, pointers, bias)
-    if loaded is None or x.dtype != torch.float32 or not all(part.is_cpu for part in parts):
+    if loaded is None or not is_native(x, values, bits, pointers, bias):
         weight = unpack(values, bits, pointers, out_features, in_features).to(x)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    x = readable(x)
-    y = x.new_empty((*x.shape[:-1], out_features))
     values, bits, pointers = values.contiguous(), bits.contiguous(), pointers.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     structure = _Bitmask(
         *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), None if bias is None else bias.data_ptr()),
         *(values.numel(), out_features, in_features, values.dtype == torch.bfloat16),
     )
-    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    return checked(_function(loaded)(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
+    return call(bound_function(loaded, "hf_sparse_bitmask", _Bitmask), structure, x, out_features)
 
 
 def _fake(

@@ -7,8 +7,6 @@ the largest of each `GROUP` columns / 127, so that one large number costs its ne
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
-from .bitmask import WORD, pack_rows, unpack_rows
+from .bitmask import WORD, bound_function, call, is_native, pack_rows, unpack_rows
 from .int8_layout import NOTHING, STEPS, refusal
-from .library import Library, checked, library, readable, why_not_built
+from .library import library, why_not_built
 from .operators import define
 from .registry import Kernel, Layout, register
-from .validation import check_bias
+from .validation import check_bias, check_input
 
 GROUP = 128
 """Columns that share a scale."""
@@ -106,16 +104,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(x.dtype)
 
 
-@cache
-def _function(loaded: Library) -> Callable[..., int]:
-    pointer = ctypes.c_void_p
-    types = [ctypes.POINTER(_BitmaskInt8), pointer, pointer, ctypes.c_int64, ctypes.c_int32]
-    return loaded.bound("hf_sparse_bitmask_int8", types)
-
-
 def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_features: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise BackendError(f"x has shape {tuple(x.shape)}, but the weight takes {in_features} features")
+    check_input(x, "none", in_features)
     values, bits, pointers, scales = parts
     groups = -(-in_features // GROUP)
     shapes = [tuple(part.shape) for part in (bits, pointers, scales)]
@@ -126,8 +116,7 @@ def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_f
             f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a "
             f"weight of {out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
         )
-    if bias is not None:
-        check_bias(bias, out_features)
+    check_bias(bias, out_features)
 
 
 def _run(
@@ -143,19 +132,15 @@ def _run(
     parts = (values, bits, pointers, scales)
     _check(x, parts, bias, out_features, in_features)
     loaded = library()
-    on_cpu = all(part.is_cpu for part in (x, *parts)) and (bias is None or bias.is_cpu)
-    if loaded is None or x.dtype != torch.float32 or not on_cpu:
+    if loaded is None or not is_native(x, *parts, bias):
         return matmul(x, unpack(*parts, out_features, in_features).to(x), bias)
-    x = readable(x)
-    y = x.new_empty((*x.shape[:-1], out_features))
     parts = (values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous())
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     structure = _BitmaskInt8(
         *[part.data_ptr() for part in parts],
         *(None if bias is None else bias.data_ptr(), values.numel(), out_features, in_features),
     )
-    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    return checked(_function(loaded)(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
+    return call(bound_function(loaded, "hf_sparse_bitmask_int8", _BitmaskInt8), structure, x, out_features)
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
