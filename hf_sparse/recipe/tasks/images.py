@@ -67,21 +67,12 @@ class ImageClassification(LabelledTask):
     def collator(self, setup: Setup) -> Any:
         return DefaultDataCollator()
 
-    def trainer(self, setup: Setup) -> Any:
+    def datasets(self, setup: Setup) -> tuple[Dataset, Dataset]:
         train, validation = (
             _prepared(split, setup.tokenizer, setup.examples.text_columns[0])
             for split in (setup.examples.train, setup.examples.validation)
         )
-        return self.trainer_class(
-            model=setup.model,
-            args=setup.arguments,
-            data_collator=self.collator(setup),
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=setup.tokenizer,
-            compute_metrics=build_metrics(setup.recipe.metric, "class"),
-            callbacks=list(setup.callbacks),
-        )
+        return train, validation
 
     def teacher_batches(self, setup: Setup) -> Any:
         train = _prepared(setup.examples.train, setup.tokenizer, setup.examples.text_columns[0])

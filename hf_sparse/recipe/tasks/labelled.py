@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from ...hf.auto import check_length, dropout_options, load_tokenizer
@@ -51,9 +52,13 @@ class LabelledTask(Task):
         """Return what makes padded batches of tokenized examples."""
         return DataCollatorWithPadding(setup.tokenizer)
 
-    def trainer(self, setup: Setup) -> Trainer:
+    def datasets(self, setup: Setup) -> tuple[Dataset, Dataset]:
+        """Return train and validation as the model takes them."""
         data = setup.recipe.data
-        train, validation = setup.examples.tokenized(setup.tokenizer, data.max_length, data.max_target_length)
+        return setup.examples.tokenized(setup.tokenizer, data.max_length, data.max_target_length)
+
+    def trainer(self, setup: Setup) -> Trainer:
+        train, validation = self.datasets(setup)
         return self.trainer_class(
             model=setup.model,
             args=setup.arguments,
