@@ -70,6 +70,11 @@ def block_prefixes(model: nn.Module) -> list[str]:
     return [f"{name}." for name in dict.fromkeys(found.name for found in (*chosen, *_beside(chosen, inside)))]
 
 
+def has_attention(module: nn.Module) -> bool:
+    """Return whether any part of a module is attention, by the name of its class."""
+    return any("Attention" in type(part).__name__ or "Attn" in type(part).__name__ for part in module.modules())
+
+
 def _beside(chosen: list[_List], inside: list[_List]) -> Iterator[_List]:
     """Yield the lists next to lists of bare attentions, which have the other half of each block."""
     bare = {(_parent(found.name), len(found.module)) for found in chosen if not found.has("Norm")}

@@ -14,7 +14,7 @@ from torch import nn
 from ..config.module_names import ALL_LINEAR, ModuleNames, NamePattern, entries, matches
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
-from .blocks import block_coverage, block_prefixes
+from .blocks import block_coverage, block_prefixes, has_attention
 from .layer_kinds import MatrixLayer, Slot, is_linear, is_matrix_layer, known_kinds, slots_of
 from .ownership import count_owners, names_of
 
@@ -104,13 +104,13 @@ def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     """Return the default targets: the linear layers inside the blocks, or the convolutions where there are none.
 
     Embeddings, poolers, projections between parts of the model and task heads are outside the blocks. A model of
-    convolutions without blocks has all of them as default targets. Stacked experts and convolutions beside linear
-    layers are to be named, see `warn_of_missed`.
+    convolutions, without blocks and without attention, has all of them as default targets. Stacked experts and
+    convolutions beside linear layers are to be named, see `warn_of_missed`.
     """
     every, prefixes = prunable_layers(model), tuple(block_prefixes(model))
     inside = {name: layer for name, layer in every.items() if name.startswith(prefixes)}
     linear = {name: layer for name, layer in inside.items() if is_linear(layer)}
-    if linear or prefixes:
+    if linear or prefixes or has_attention(model):
         return linear or inside
     return {name: layer for name, layer in every.items() if not is_linear(layer)}
 
