@@ -12,18 +12,16 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import BackendError, RecipeError
-from ..hf.auto import load_whole, most_tokens
+from ..hf.auto import load_whole
 from ..profiling.machine import machine
 from ..profiling.speed_record import verdict
 from ..profiling.timer import interleave, quartiles, ratios, threads_of_torch
 from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
+from .bench_inputs import Examples, inputs_of, make_inputs
 
 TOLERANCE = 1e-3
 """Largest difference of outputs, relative to the largest output, that counts as rounding."""
-
-LENGTH = 128
-"""Tokens of each example, where nothing else is requested."""
 
 INT8_TOLERANCE = 0.25
 """The same for int8: rounding to 8 bits in a model of some layers differs by less."""
@@ -34,7 +32,7 @@ class Timing:
     """Time and memory of one model.
 
     Attributes:
-        seconds: quartiles of the time of a forward pass: 25 %, median, 75 %.
+        seconds: quartiles of the time of a forward pass, or of those over all examples: 25 %, median, 75 %.
         bytes: of its parameters and buffers.
     """
 
@@ -80,6 +78,9 @@ class Comparison:
         for name, timing in (("dense", self.dense), ("runtime", self.runtime)):
             low, middle, high = (1e3 * value for value in timing.seconds)
             lines.append(f"{name:<8} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  {timing.bytes / 1e6:9.1f} MB")
+        if "examples" in self.setting:
+            rates = (self.setting["count"] / each.seconds[1] for each in (self.dense, self.runtime))
+            lines.append("examples a second: dense {:.1f}, runtime {:.1f}".format(*rates))
         lines.append(f"{self.verdict}; medians and quartiles, interleaved")
         return "\n".join(lines)
 
@@ -93,6 +94,7 @@ def bench(
     backend: str = "auto",
     rounds: int = 15,
     revision: str = "main",
+    examples: Examples | None = None,
 ) -> Comparison:
     """Compare a saved sparse model in runtime form with a dense one.
 
@@ -101,28 +103,38 @@ def bench(
         against: the dense model; None = the same weights dense.
         threads: of torch; None = the current number.
         batch: examples in a batch.
-        length: tokens of each example; None = 128, or what the model takes where that is less.
+        length: tokens of each example, or the most that is kept of a text; None = what the model takes, at most 128
+            tokens, or 512 of a text.
         backend: see `to_runtime`.
         rounds: passes of each model, interleaved.
+        revision: branch, tag or commit on the Hub.
+        examples: that are timed, sorted by length in padded batches; None = random tokens.
 
     Raises:
         BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.
         RecipeError: if a model cannot be loaded, or a number is below 1.
     """
-    for name, value in (("threads", threads), ("batch", batch), ("length", length), ("rounds", rounds)):
+    counts = {"threads": threads, "batch": batch, "length": length, "rounds": rounds}
+    for name, value in (counts | ({} if examples is None else {"samples": examples.samples})).items():
         if value is not None and value < 1:
             raise RecipeError(f"`{name}` must be at least 1, got {value}")
-    sparse: nn.Module = load_whole(model, revision, dtype=torch.float32)
-    dense: nn.Module = load_whole(model, revision, dtype=torch.float32)
-    length = min(LENGTH, most_tokens(sparse) or LENGTH) if length is None else length
+    sparse = load_whole(model, revision, dtype=torch.float32)
+    dense = load_whole(model, revision, dtype=torch.float32)
     with threads_of_torch(threads):
-        inputs = make_inputs(sparse, batch, length)
+        inputs = inputs_of(sparse, batch, length, examples, model, revision)
         report = _in_runtime_form(sparse, backend)
-        difference = compare(sparse, dense, inputs, INT8_TOLERANCE if backend == "cpu-int8" else TOLERANCE)
+        tolerance = INT8_TOLERANCE if backend == "cpu-int8" else TOLERANCE
+        difference = max(compare(sparse, dense, each, tolerance) for each in inputs.batches)
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)
-            _check_same_inputs(sparse, dense, batch, length)
-        seconds = interleave({"dense": lambda: dense(**inputs), "runtime": lambda: sparse(**inputs)}, rounds)
+            _check_same_inputs(sparse, dense)
+        seconds = interleave(
+            {
+                "dense": lambda: [dense(**each) for each in inputs.batches],
+                "runtime": lambda: [sparse(**each) for each in inputs.batches],
+            },
+            rounds,
+        )
         setting = {
             "model": _public_name(model),
             "against": "the same weights, dense" if against is None else _public_name(against),
@@ -131,7 +143,8 @@ def bench(
             "versions": f"hf_sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
             "dtype": "float32",
             "batch": batch,
-            "length": length,
+            "length": inputs.length,
+            **({} if inputs.examples is None else {"examples": inputs.examples, "count": inputs.count}),
             "layers sparse": f"{len(report.sparse)} of {len(report.layers)}",
         }
     return Comparison(
@@ -167,24 +180,9 @@ def size(model: nn.Module) -> int:
     return sum(own.nbytes for own in (*model.parameters(), *model.buffers()))
 
 
-def make_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    """Return random tokens; those of the decoder too, where there is one."""
-    config: Any = model.config
-    longest = most_tokens(model)
-    if longest is not None and length > longest:
-        raise RecipeError(f"`length` must be at most the {longest} positions of the model, got {length}")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
-    if config.is_encoder_decoder and isinstance(end := config.eos_token_id, int):
-        ids = torch.where(ids == end, (end + 1) % config.vocab_size, ids)
-        ids[:, -1] = end  # a classifier reads its prediction at the one end token of each example
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
-
-
-def _check_same_inputs(model: nn.Module, against: nn.Module, batch: int, length: int) -> None:
+def _check_same_inputs(model: nn.Module, against: nn.Module) -> None:
     """Raise unless two models take the same inputs."""
-    ours, theirs = (make_inputs(each, batch, length) for each in (model, against))
+    ours, theirs = (make_inputs(each, 1, 1) for each in (model, against))
     configs: list[Any] = [each.config for each in (model, against)]
     sizes = [int(config.vocab_size) for config in configs]
     if ours.keys() != theirs.keys() or sizes[1] < sizes[0]:

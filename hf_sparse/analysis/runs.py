@@ -191,7 +191,7 @@ def read_latency(
     """
     stored = {index: read_speed(path) for index, run in enumerate(folders) if (path := Path(run) / SPEED).is_file()}
     speeds = [*(read_speed(path) for path in files), *stored.values()]
-    settings = list(dict.fromkeys((s.machine, s.threads, s.dtype, s.batch, s.length) for s in speeds))
+    settings = list(dict.fromkeys((s.machine, s.threads, s.dtype, s.batch, s.length, s.examples) for s in speeds))
     if len(settings) > 1:
         raise RecipeError(
             f"timings must have one setting to be compared, got {settings[0]} and {settings[1]}; run `hf-sparse bench` "

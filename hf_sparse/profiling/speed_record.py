@@ -34,9 +34,10 @@ class Speed:
     Args:
         model, against: what was measured, and its dense baseline.
         machine, threads, dtype, batch, length: setting of the measurement.
-        dense, sparse: time of a forward pass.
+        dense, sparse: time of a forward pass, or of those over all examples.
         speedup: dense time over sparse time, round by round.
         dense_bytes, sparse_bytes: of parameters and buffers in memory.
+        examples: which were measured, and how long they are; `length` is that of the longest. None = all of one length.
 
     Units: dense and sparse in seconds.
     """
@@ -53,6 +54,7 @@ class Speed:
     speedup: Quartiles
     dense_bytes: int
     sparse_bytes: int
+    examples: str | None = None
 
     @classmethod
     def from_dict(cls, data: Any) -> Speed:
@@ -72,6 +74,9 @@ class Speed:
                 raise CheckpointError(
                     f"the setting of a measured speed must have `{key}` >= 1, got {setting.get(key)!r:.80}"
                 )
+        examples = setting.get("examples")
+        if examples is not None and not isinstance(examples, str):
+            raise CheckpointError(f"`examples` of a measured speed must be a text, got {examples!r:.80}")
         dense, runtime = _mapping(data, "dense"), _mapping(data, "runtime")
         for name, part in (("dense", dense), ("runtime", runtime)):
             if type(part.get("bytes")) is not int or part["bytes"] < 1:
@@ -85,6 +90,7 @@ class Speed:
             speedup=_quartiles(data.get("speedup"), "speedup"),
             dense_bytes=dense["bytes"],
             sparse_bytes=runtime["bytes"],
+            examples=examples,
         )
 
     @property
@@ -96,6 +102,7 @@ class Speed:
             ("gain", verdict(self.speedup)),
             ("in memory", f"{self.sparse_bytes / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB"),
             *((key, str(getattr(self, key))) for key in ("against", "machine", *_COUNTS, "dtype")),
+            *([] if self.examples is None else [("examples", self.examples)]),
         ]
 
 

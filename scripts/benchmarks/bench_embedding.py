@@ -11,7 +11,8 @@ Every engine runs in a process of its own and encodes the same sentences through
 of STS-B with its lengths, and of bbc-news, cut at the model's 256 tokens. Engines take turns, in the reverse order each
 round, so that other load on the machine affects all; medians and quartiles. Quality is the Spearman correlation on all
 of STS-B validation, of the embeddings that each engine gives. Pin the process to as many cores as threads (taskset), or
-engines may spread out.
+engines may spread out. --avx2 keeps torch, ours and OpenVINO to AVX2 code on a processor with more, as far as their own
+switches do; ONNX Runtime has none, and takes its avx2 configuration for int8. That is not a processor with AVX2 alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,13 @@ from hf_sparse.reporting.plotting import new_figure, write_figure, write_labels
 
 ENGINE = Path(__file__).with_name("embedding_engine.py")
 ROOT = Path(__file__).parents[2]
+AVX2 = {
+    "HF_SPARSE_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""What keeps our kernels, torch's, those of oneDNN (OpenVINO's too) and MKL's to AVX2."""
 PEERS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
 
 
@@ -61,7 +70,8 @@ class Engine:
     """A process that encodes on request."""
 
     def __init__(self, python: str, kind: str, model: str, folder: Path, threads: int, batch: int) -> None:
-        digest = hashlib.sha256(f"{kind} {Path(model).resolve()}".encode()).hexdigest()[:16]
+        capped = " avx2" if os.environ.get("HF_SPARSE_ISA") == "avx2" else ""
+        digest = hashlib.sha256(f"{kind} {Path(model).resolve()}{capped}".encode()).hexdigest()[:16]
         self.output = folder / f"{digest}.npy"
         environment = {**os.environ, "PYTHONPATH": str(ROOT) if python == sys.executable else ""}
         environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -151,6 +161,8 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
         seconds: dict[str, dict[str, list[float]]] = {
             each.name: {data: [] for data in given["timed"]} for each in ready
         }
+        while options.wait and not options.wait.exists():
+            time.sleep(0.05)
         for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):
             for each in ready if turn % 2 else reversed(ready):
                 for data in given["timed"]:
@@ -224,12 +236,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="sentences of STS-B that are timed (512)")
     parser.add_argument("--long", type=int, default=32, help="examples of bbc-news that are timed (32)")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--avx2", action="store_true", help="keep to AVX2 what has a switch for it")
     parser.add_argument("--work", type=Path, help="folder for embeddings and exported models (one that is removed)")
+    parser.add_argument("--wait", type=Path, help="when all are ready, time as soon as this file is there")
     parser.add_argument("--prepare", action="store_true", help="make what is kept in --work, and take no times")
     parser.add_argument("--from", dest="files", type=Path, nargs="+", help="print and plot these; measure nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.avx2:
+        os.environ.update(AVX2)
     if options.files:
         rows = [row for file in options.files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     elif options.dense is None or options.data is None:
@@ -243,7 +259,7 @@ def main() -> None:
         return
     print(table(rows))
     if options.json:
-        text = json.dumps({"machine": machine(), "batch": options.batch, "rows": rows}, indent=1)
+        text = json.dumps({"machine": machine(), "batch": options.batch, "avx2": options.avx2, "rows": rows}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)

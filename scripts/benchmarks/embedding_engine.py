@@ -11,7 +11,9 @@ tokenization, sorting by length and pooling are in every time.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -20,13 +22,18 @@ from typing import Any
 
 import numpy as np
 
+CALIBRATION = 16
+"""Sentences that OpenVINO's static int8 is calibrated on."""
+
 
 def onnx(model: str, int8: bool, folder: Path) -> tuple[Any, str]:
     """Load into ONNX Runtime, exported by optimum; int8 with the configuration for this processor."""
     import onnxruntime
     from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
 
-    config = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "avx2"
+    capped = os.environ.get("HF_SPARSE_ISA") == "avx2"
+    vnni = not capped and "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    config = "avx512_vnni" if vnni else "avx2"
     if not _files(folder, ".onnx", int8):
         options = {"provider": "CPUExecutionProvider", "export": True}
         loaded = SentenceTransformer(model, backend="onnx", device="cpu", model_kwargs=options)
@@ -39,7 +46,10 @@ def onnx(model: str, int8: bool, folder: Path) -> tuple[Any, str]:
 
 
 def openvino(model: str, int8: bool, folder: Path, sentences: list[str]) -> tuple[Any, str]:
-    """Load into OpenVINO, exported by optimum-intel; int8 is calibrated on sentences that are not measured."""
+    """Load into OpenVINO, exported by optimum-intel; int8 is calibrated on sentences that are not measured.
+
+    sentence-transformers pads each of them to 384 tokens, so few are enough, and 300 take very long.
+    """
     import openvino as engine
     from sentence_transformers import SentenceTransformer, export_static_quantized_openvino_model
 
@@ -49,16 +59,17 @@ def openvino(model: str, int8: bool, folder: Path, sentences: list[str]) -> tupl
         loaded = SentenceTransformer(model, backend="openvino", device="cpu", model_kwargs=options)
         loaded.save_pretrained(str(folder))
         if int8:
+            few = importlib.import_module("optimum.intel").OVQuantizationConfig(num_samples=CALIBRATION)
             data = Path(tempfile.mkdtemp())
             rows = "".join(json.dumps({"text": text}) + "\n" for text in sentences)
             (data / "train.jsonl").write_text(rows, encoding="utf-8")
             export_static_quantized_openvino_model(
-                loaded, None, str(folder), dataset_name=str(data), dataset_config_name="default", dataset_split="train",
-                column_name="text",
+                loaded, few, str(folder), dataset_name=str(data), dataset_config_name="default",
+                dataset_split="train", column_name="text",
             )  # fmt: skip
     options = {"file_name": _files(folder, ".xml", int8)[0], "ov_config": config}
     loaded = SentenceTransformer(str(folder), backend="openvino", device="cpu", model_kwargs=options)
-    return loaded, f"openvino {engine.__version__}{', static int8' if int8 else ''}, {_package()}"
+    return loaded, f"openvino {engine.__version__}{f', static int8 of {CALIBRATION}' if int8 else ''}, {_package()}"
 
 
 def _files(folder: Path, end: str, int8: bool) -> list[str]:
@@ -82,9 +93,15 @@ def torch_or_ours(engine: str, model: str) -> tuple[Any, str]:
         return SentenceTransformer(model, device="cpu"), f"torch {torch.__version__}"
     import hf_sparse
 
-    loaded = SentenceTransformer(model, device="cpu")
-    if hf_sparse.summarize(loaded).sparsity or engine == "ours-int8":
+    loaded: Any = SentenceTransformer(model, device="cpu")
+    hf_sparse.compact(loaded[0].model)  # heads and neurons that were removed, if any
+    try:
         print(hf_sparse.to_runtime(loaded, "cpu-int8" if engine == "ours-int8" else "auto"), file=sys.stderr)
+    except hf_sparse.BackendError as error:  # nothing else is sparse: it is dense and smaller
+        print(error, file=sys.stderr)
+        if engine == "ours-int8":
+            loaded = SentenceTransformer(model, device="cpu")
+            print(hf_sparse.to_runtime(loaded, "cpu-int8"), file=sys.stderr)
     return loaded, f"hf_sparse {hf_sparse.__version__}, torch {torch.__version__}"
 
 

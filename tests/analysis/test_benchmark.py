@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 from markupsafe import escape
-from transformers import RobertaConfig, RobertaModel, T5Config, T5ForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig, compact, sparsify
-from hf_sparse.analysis.benchmark import Comparison, Timing, make_inputs
+from hf_sparse.analysis.bench_inputs import Examples, inputs_of, make_inputs
+from hf_sparse.analysis.benchmark import Comparison, Timing
 from hf_sparse.analysis.benchmark import compare as compare_outputs
 from hf_sparse.analysis.environment import diagnose
 from hf_sparse.cli.main import main
@@ -25,7 +32,10 @@ from hf_sparse.runtime.packed_weight import Packed
 from hf_sparse.utils.markdown import plain
 from tests.helpers.speeds import speed_file
 from tests.helpers.structures import batch, build
-from tests.helpers.tiny import save_t5
+from tests.helpers.tiny import save_t5, save_tokenizer
+
+ALIKE = ("machine", "threads", "dtype", "batch", "length")
+"""What the settings of two measurements have in common here, but for the examples."""
 
 
 @pytest.fixture
@@ -82,6 +92,64 @@ def test_what_bench_saves_is_what_card_report_and_compare_read(saved: Path, tmp_
     (saved / SPEED).unlink()
     assert main(["compare", str(dense), str(saved), "--bench", str(tmp_path / "out.json")]) == 0
     assert second in capsys.readouterr().out
+
+
+@pytest.fixture
+def examples(saved: Path, tmp_path: Path) -> Path:
+    """Write examples of 1 to 6 words beside a model with its tokenizer."""
+    save_tokenizer(saved)
+    words = ["the film is great and warm", "a plot", "acting", "it was a bad bad film", "great"]
+    rows = [{"text": text, "other": "film"} for text in words]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_bench_times_texts_with_their_lengths(saved: Path, examples: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["bench", str(saved), "--backend", "csr", "--rounds", "2", "--data", str(examples), "--batch", "2"]
+    assert main([*arguments, "--json", str(out), "--save"]) == 0
+    printed = capsys.readouterr().out
+    assert "examples: 5 of texts.jsonl, 3 to 8 tokens, median 4" in printed
+    assert "examples a second: dense" in printed
+    speed = read_speed(saved / SPEED)
+    assert (speed.batch, speed.length, speed.examples) == (2, 8, "5 of texts.jsonl, 3 to 8 tokens, median 4")
+    assert ("examples", speed.examples) in speed.rows
+    assert main([*arguments, "--length", "4", "--samples", "3", "--text", "text", "--text", "other"]) == 0
+    assert "3 of texts.jsonl, 4 to 4 tokens" in capsys.readouterr().out
+
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "fixed" / SPEED).write_text(
+        json.dumps(speed_file(model="fixed", **{key: json.loads(out.read_text())["setting"][key] for key in ALIKE}))
+    )
+    assert main(["compare", str(saved), str(tmp_path / "fixed")]) == 2
+    assert "timings must have one setting" in capsys.readouterr().err
+
+
+def test_batches_of_texts_are_of_like_lengths_and_padded(saved: Path, examples: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    made = inputs_of(model, 2, None, Examples(str(examples)), str(saved))
+    assert [tuple(batch["input_ids"].shape) for batch in made.batches] == [(2, 8), (2, 4), (1, 3)]
+    assert [batch["attention_mask"].sum(1).tolist() for batch in made.batches] == [[8, 8], [4, 3], [3]]
+    assert made.count == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--data", "FILE", "--samples", "0"], "`samples` must be at least 1, got 0"),
+        (["--data", "FILE", "--text", "words"], "has no column 'words'"),
+        (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--text", "words"], "--text names a column of --data, which is not given"),
+        (["--data", "FILE", "--length", "99"], "cut at 99 tokens, but the model takes at most 16"),
+    ],
+)
+def test_texts_that_cannot_be_timed_are_refused(
+    saved: Path, examples: Path, arguments: list[str], reason: str, capsys: Any
+) -> None:
+    given = [str(examples) if each == "FILE" else each for each in arguments]
+    assert main(["bench", str(saved), "--backend", "csr", *given]) == 2
+    assert reason in capsys.readouterr().err
 
 
 def test_compacted_model_is_timed_though_no_layer_is_sparse(saved: Path, tmp_path: Path, capsys: Any) -> None:

@@ -18,7 +18,7 @@ class Bench(Verb):
     """Benchmark a sparse model."""
 
     summary = "benchmark a saved sparse model after to_runtime against a dense baseline"
-    example = "sparse --batch 8 --length 64 --save"
+    example = "sparse --batch 8 --data validation.jsonl --save"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_model(parser)
@@ -26,8 +26,16 @@ class Bench(Verb):
         parser.add_argument("--threads", type=int, metavar="N", help="number of torch threads (as configured)")
         parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (1)")
         parser.add_argument(
-            "--length", type=int, metavar="N", help="sequence length (128, or what the model takes where that is less)"
+            "--length",
+            type=int,
+            metavar="N",
+            help="tokens of each example; longer ones of --data are truncated (128, of --data 512, or what it takes)",
         )
+        parser.add_argument("--data", metavar="FILE", help="time the examples of this file, with their lengths")
+        parser.add_argument(
+            "--text", action="append", metavar="COLUMN", help="text column of --data (text); twice for pairs"
+        )
+        parser.add_argument("--samples", type=int, default=256, metavar="N", help="number of examples of --data (256)")
         parser.add_argument(
             "--rounds", type=int, default=15, metavar="N", help="forward passes of each model, interleaved (15)"
         )
@@ -40,12 +48,18 @@ class Bench(Verb):
         add_revision(parser)
 
     def run(self, options: argparse.Namespace) -> None:
+        from ...analysis.bench_inputs import Examples
         from ...analysis.benchmark import bench
 
         if options.save and not Path(options.model).is_dir():
             raise RecipeError(f"--save needs a local folder, got '{options.model}'; use --json OUT")
         keys = ("against", "threads", "batch", "length", "backend", "rounds", "revision")
-        done = bench(options.model, **given(options, *keys))
+        examples = None
+        if options.data is not None:
+            examples = Examples(options.data, tuple(options.text or ("text",)), options.samples)
+        elif options.text:
+            raise RecipeError("--text names a column of --data, which is not given")
+        done = bench(options.model, **given(options, *keys), examples=examples)
         print(f"{done.report}\n\n{done}" if options.layers else done)
         for path in filter(None, (options.json, options.save and Path(options.model) / SPEED)):
             write_text(path, json.dumps(done.to_dict(), indent=1) + "\n")
