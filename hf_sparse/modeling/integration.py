@@ -49,6 +49,9 @@ class ModelIntegration:
     def change_config(self, model: nn.Module, changes: Mapping[str, Any]) -> None:
         """Change the config of a model that has become another."""
 
+    def retie(self, model: nn.Module) -> None:
+        """Let what the library knows of tied weights name the parts of layers that have another form."""
+
     def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
         """Return the values of a weight on the meta device that is stored elsewhere, or None."""
         return None

@@ -72,7 +72,7 @@ def sparsify(
                 "'magnitude', which needs none"
             )
     _check_blockwise(pruner, batches)
-    fitted = any(form.compression.needs_inputs for form in pruner.forms)
+    fitted = batches is not None and any(form.compression.fits_inputs for form in pruner.forms)
     blind = all(group.scorer.source == "weights" and not group.by_blocks for group in pruner.groups)
     if batches is not None and blind and not fitted:
         raise RecipeError(

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
+from ..modeling.forms import form_of
 from ..modeling.layer_matching import refuse_runtime
 
 GETTERS = ("get_input_embeddings", "get_per_layer_input_embeddings", "get_output_embeddings")
@@ -77,6 +78,11 @@ def find_tables(model: nn.Module) -> Tables:
     """
     refuse_runtime(model, "trimming the vocabulary")
     inputs, per_layer, heads = (dict(_returned(model, getter)) for getter in GETTERS)
+    for name, layer in {**inputs, **heads}.items():
+        if (form := form_of(layer)) is not None:
+            raise RecipeError(
+                f"'{name}' has the form '{form.name}'. Trim the vocabulary of the model that had none yet"
+            )
     tables = {name: layer for name, layer in inputs.items() if isinstance(layer, nn.Embedding)}
     if not tables:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in inputs.values()})) or "nothing"

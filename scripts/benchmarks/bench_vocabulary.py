@@ -1,9 +1,11 @@
 """Trimmed vocabularies of real models: size, exactness, accuracy, perplexity, decoding speed, and time to count.
 
     python scripts/benchmarks/bench_vocabulary.py --data DATA minilm
-    python scripts/benchmarks/bench_vocabulary.py --data DATA decoder PATH [PATH ...] [--timed]
+    python scripts/benchmarks/bench_vocabulary.py --data DATA decoder PATH [PATH ...] [--strings 48]
+    python scripts/benchmarks/bench_vocabulary.py --data DATA embeddings PATH [PATH ...] [--strings 48]
     python scripts/benchmarks/bench_vocabulary.py --data DATA speed PATH [PATH ...]
     python scripts/benchmarks/bench_vocabulary.py --data DATA counting PATH [--megabytes 100] [--corpus prose]
+    python scripts/benchmarks/bench_vocabulary.py plot PICTURE
 
 DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each case adds its figures to the file of
 --json (recipes/reference/vocabulary.json). Nothing that is evaluated was counted.
@@ -14,9 +16,11 @@ DATA has bbc-news, sst2 and wikitext2 (recipes/GUIDE.md says where from). Each c
   test over the same strings, per token of the whole vocabulary. A softmax over fewer tokens alone lowers it, so the
   whole model is evaluated with the removed tokens left out of its softmax too (`renormalized`), on the strings whose
   tokens are all kept.
+* embeddings: what is left at 99.99 % coverage with low-rank or sparse embeddings: perplexity over the same strings.
 * speed: decoding of the model before and after at batch 1, interleaved.
 * counting: wall and CPU seconds to trim with a corpus of so many megabytes: "prose" has the sentences of all data sets
   in random order, 1 to 12 joined; "sources" the paragraphs of installed Python files.
+* plot: parameters against coverage of the corpus, of all models in the file.
 """
 
 from __future__ import annotations
@@ -27,12 +31,10 @@ import gc
 import importlib.util
 import json
 import math
-import random
-import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +46,18 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_sparse
 from hf_sparse.profiling.machine import machine
+from hf_sparse.reporting.plotting import new_figure, write_figure
 from hf_sparse.utils.atomic_io import read_json, write_text
+from scripts.benchmarks.vocabulary_corpora import HELD_OUT, corpus, decoder_corpus, prose, rows, sources, strings
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "vocabulary.json"
 COVERAGES = (0.999, 0.9999, 1.0)
-HELD_OUT = 2000
-WINDOW, WINDOWS = 128, 48
+WINDOWS = 48
 EXACT = 10
+CALIBRATION = 200
+LEFT = 1e-5
+"""Where the plot has a coverage of all tokens."""
 STEPS, BATCH, RATE = 100, 32, 1e-4
-
-
-def rows(data: Path, name: str, split: str, column: str) -> list[Any]:
-    """Return a column of a file of JSON lines."""
-    with (data / name / f"{split}.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line)[column] for line in file]
-
-
-def corpus(data: Path) -> tuple[list[str], list[str]]:
-    """Return the sequences to count, and 2,000 others."""
-    bbc, sst2 = (rows(data, name, "train", column) for name, column in (("bbc-news", "text"), ("sst2", "sentence")))
-    held = rows(data, "bbc-news", "validation", "text") + rows(data, "sst2", "validation", "sentence")
-    held = list(dict.fromkeys(held + sst2[::-1]))[:HELD_OUT]
-    others = set(held)
-    return [sequence for sequence in bbc + sst2 if sequence not in others], held
 
 
 def figures(report: hf_sparse.VocabularyReport) -> dict[str, Any]:
@@ -139,6 +130,7 @@ def minilm(data: Path) -> dict[str, Any]:
         same = same_bits(AutoModel.from_pretrained(name).eval(), model, (whole, tokenizer), found)
         exact = {"sequences": len(held), "all_tokens_kept": len(found), "same_hidden_states": same}
         out[str(coverage)] = {**figures(report), "exact": exact}
+        out["curve"] = curve(report)
         print(f"coverage {coverage}\n{report}\n{exact}\n")
     model, tokenizer = classifier(name, whole, data), copy.deepcopy(whole)
     sentences, labels = (rows(data, "sst2", "validation", column) for column in ("sentence", "label"))
@@ -153,21 +145,6 @@ def minilm(data: Path) -> dict[str, Any]:
     }  # fmt: skip
     print(out["classifier"])
     return out
-
-
-def strings(data: Path, tokenizer: Any) -> list[str]:
-    """Return the first paragraphs of WikiText-2 test, joined to strings of about `WINDOW` tokens."""
-    lines = (data / "wikitext2" / "test.txt").read_text(encoding="utf-8").split("\n")
-    found, window = [], ""
-    for line in lines:
-        joined = f"{window}\n{line}" if window else line
-        if len(tokenizer(joined)["input_ids"]) > WINDOW and window:
-            found.append(window)
-            joined = line
-        window = joined
-        if len(found) == WINDOWS:
-            break
-    return found
 
 
 @torch.no_grad()
@@ -194,18 +171,12 @@ def length(tokenizer: Any, sequences: Sequence[str]) -> int:
     return sum(len(tokenizer(sequence, add_special_tokens=False)["input_ids"]) for sequence in sequences)
 
 
-def decoder_corpus(data: Path) -> tuple[list[str], list[str]]:
-    """Return the sequences to count for a decoder, and held-out ones."""
-    count, held = corpus(data)
-    return count + (data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").split("\n"), held
-
-
-def decoder(name: str, data: Path) -> dict[str, Any]:
+def decoder(name: str, data: Path, number: int) -> dict[str, Any]:
     """Measure a causal language model."""
     whole_model: Any = AutoModelForCausalLM.from_pretrained(name).eval()
     whole = AutoTokenizer.from_pretrained(name)
     count, held = decoder_corpus(data)
-    evaluated = strings(data, whole)
+    evaluated = strings(data, whole, number)
     dense, tokens = nll(whole_model, whole, evaluated), length(whole, evaluated)
     out: dict[str, Any] = {"strings": len(evaluated), "tokens": tokens, "perplexity": math.exp(sum(dense) / tokens)}
     print(f"{name}: perplexity {out['perplexity']:.2f} over {tokens} tokens in {len(evaluated)} strings", flush=True)
@@ -232,7 +203,36 @@ def decoder(name: str, data: Path) -> dict[str, Any]:
             "exact": [len(exact), same_bits(whole_model, model, (whole, tokenizer), exact)],
         }
         out[str(coverage)] = entry
+        out["curve"] = curve(report)
         print(report, {key: entry[key] for key in entry if key not in figures(report)}, "", sep="\n", flush=True)
+    return out
+
+
+def embeddings(name: str, data: Path, number: int) -> dict[str, Any]:
+    """Measure what other forms of the embeddings do to a trimmed causal model, without training."""
+    trimmed: Any = AutoModelForCausalLM.from_pretrained(name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    count, _ = decoder_corpus(data)
+    evaluated = strings(data, tokenizer, number)
+    hf_sparse.trim_vocabulary(trimmed, tokenizer, count, coverage=0.9999)
+    tokens, width = length(tokenizer, evaluated), trimmed.get_input_embeddings().embedding_dim
+    batches = [{"input_ids": tokenizer(text, return_tensors="pt", truncation=True, max_length=128)["input_ids"]}
+               for text in count[:: len(count) // CALIBRATION]]  # fmt: skip
+    low_rank = [{"name": "low_rank", "rank": width * share // 8} for share in (6, 4, 2)]
+    groups: dict[str, dict[str, Any] | None] = {"as they are": None}
+    groups |= {f"rank {spec['rank']}": {"compress": spec} for spec in low_rank}
+    groups |= {f"rank {spec['rank']}, all tokens alike": {"compress": {**spec, "weighted": False}} for spec in low_rank}
+    groups |= {f"{sparsity:.0%} of the entries zero": {"sparsity": sparsity} for sparsity in (0.3, 0.5)}
+    out: dict[str, Any] = {"strings": len(evaluated), "tokens": tokens, "width": width}
+    for title, group in groups.items():
+        model = copy.deepcopy(trimmed)
+        if group is not None:
+            weighted = "compress" in group and group["compress"].get("weighted", True)
+            hf_sparse.sparsify(model, {"targets": "*embed_tokens", **group}, batches if weighted else None)
+        perplexity = math.exp(sum(nll(model, tokenizer, evaluated)) / tokens)
+        parameters = sum(int(torch.count_nonzero(p)) for p in model.parameters())
+        out[title] = {"nonzero_parameters": parameters, "perplexity": perplexity}
+        print(name, title, out[title], flush=True)
     return out
 
 
@@ -251,7 +251,7 @@ def speed(name: str, data: Path) -> dict[str, Any]:
     model, names = copy.deepcopy(whole), AutoTokenizer.from_pretrained(name)
     tokenizer = copy.deepcopy(names)
     hf_sparse.trim_vocabulary(model, tokenizer, decoder_corpus(data)[0], coverage=0.9999)
-    prompt = strings(data, names)[0][:400]
+    prompt = strings(data, names, 1)[0][:400]
     sides = ((whole, names), (model, tokenizer))
     pairs = [[tokens_per_second(*side, prompt, 48) for side in sides] for _ in range(8)][1:]
     out = {
@@ -262,25 +262,6 @@ def speed(name: str, data: Path) -> dict[str, Any]:
     }
     print(name, out, flush=True)
     return out
-
-
-def prose(data: Path) -> Iterator[str]:
-    """Yield sequences of 1 to 12 sentences of all data sets in random order, without end."""
-    columns = {"bbc-news": ["text"], "sst2": ["sentence"], "e2e-nlg": ["target"]}
-    columns |= {name: ["sentence1", "sentence2"] for name in ("mrpc", "rte", "stsb")}
-    found = [text for name, names in columns.items() for column in names for text in rows(data, name, "train", column)]
-    found += [line for part in ("valid", "test") for line in
-              (data / "wikitext2" / f"{part}.txt").read_text(encoding="utf-8").split("\n") if line.strip()]  # fmt: skip
-    sentences = [sentence for text in found for sentence in re.split(r"(?<=[.!?]) ", text)]
-    pick = random.Random(0)  # noqa: S311
-    while True:
-        yield " ".join(pick.choices(sentences, k=pick.randint(1, 12)))
-
-
-def sources() -> Iterator[str]:
-    """Yield the paragraphs of installed Python files."""
-    for path in sorted(Path(torch.__file__).parents[1].rglob("*.py")):
-        yield from path.read_text("utf-8", errors="ignore").split("\n\n")
 
 
 def counting(name: str, data: Path, size: float, kind: str) -> dict[str, Any]:
@@ -303,23 +284,59 @@ def counting(name: str, data: Path, size: float, kind: str) -> dict[str, Any]:
     return out
 
 
+def curve(report: hf_sparse.VocabularyReport) -> list[tuple[float, int]]:
+    """Return coverages, and the parameters of the model with the tokens that reach them."""
+    return [(coverage, report.size_at(tokens)) for coverage, tokens in report.curve]
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the curves of all models."""
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    found = {name: entry for name, entry in results.items() if "curve" in entry}
+    for name, entry in found.items():
+        whole = entry[str(COVERAGES[0])]["model_parameters"]
+        points = [(max(1 - coverage, LEFT), 100 * size / whole) for coverage, size in entry["curve"]]
+        label = f"{name}, {entry[str(COVERAGES[0])]['tokens']:,} tokens"
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    ticks = (0.5, 0.1, 0.01, 0.001, 0.0001, LEFT)
+    axes.set_xticks(ticks, ["50 %", "90 %", "99 %", "99.9 %", "99.99 %", "100 %"])
+    axes.minorticks_off()
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("tokens of the corpus that stay as they are")
+    axes.set_ylabel("parameters of the model, % of the whole")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_figure(figure, path)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("minilm", "decoder", "speed", "counting"))
+    parser.add_argument("case", choices=("minilm", "decoder", "embeddings", "speed", "counting", "plot"))
     parser.add_argument("models", nargs="*", metavar="PATH")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--corpus", choices=("prose", "sources"), default="prose")
     parser.add_argument("--megabytes", type=float, default=100.0)
+    parser.add_argument("--strings", type=int, default=WINDOWS)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     results: dict[str, Any] = read_json(options.json) or {}
+    if options.case == "plot":
+        plot(results, Path(options.models[0]))
+        return
+    if options.data is None:
+        parser.error("give --data")
     if options.case == "minilm":
         results["minilm"] = minilm(options.data)
     for name in options.models:
         entry = results.setdefault(Path(name).name, {})
         if options.case == "decoder":
-            entry.update(decoder(name, options.data))
+            entry.update(decoder(name, options.data, options.strings))
+        elif options.case == "embeddings":
+            entry["embeddings"] = embeddings(name, options.data, options.strings)
         elif options.case == "speed":
             entry["speed"] = speed(name, options.data)
         elif options.case == "counting":

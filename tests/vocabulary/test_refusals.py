@@ -127,3 +127,9 @@ def test_config_of_another_size() -> None:
     model, tokenizer = make()
     model.config.vocab_size += 1
     refused("no config of the model states", model, tokenizer)
+
+
+def test_embeddings_in_another_form() -> None:
+    model, tokenizer = make()
+    hf_sparse.sparsify(model, {"targets": "*word_embeddings", "compress": {"name": "hashed", "ratio": 0.5}})
+    refused("'embeddings.word_embeddings' has the form 'hashed'", model, tokenizer)

@@ -14,6 +14,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
+from ...modeling.forms import form_of
 from ...modeling.integration import ModelIntegration, integration_of
 from ...modeling.model_state import sparse_weights
 from ...pruning.compaction import edits_of
@@ -46,6 +47,15 @@ class AnyModule(ModelIntegration):
     def after_keep_zeros(self, model: nn.Module) -> None:
         for inner in sparse_parts(model):
             integration_of(inner).after_keep_zeros(inner)
+
+    def retie(self, model: nn.Module) -> None:
+        for part in model.modules():
+            if not isinstance(part, PreTrainedModel):
+                continue
+            for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+                tied = getattr(part, name, None)
+                if isinstance(tied, dict) and (renamed := _parts_tied(part, tied)) != tied:
+                    setattr(part, name, renamed)
 
     def read_offloaded(self, model: nn.Module, name: str) -> Tensor | None:
         try:
@@ -112,6 +122,20 @@ class TransformersModel(AnyModule):
 
     def change_config(self, model: nn.Module, changes: Mapping[str, Any]) -> None:
         _set(cast(PreTrainedModel, model).config, changes)
+
+
+def _parts_tied(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
+    """Return which tensors are tied, where the layers of both ends may have another form: its parts are."""
+    modules, found = dict(model.named_modules(remove_duplicate=False)), {}
+    for key, source in tied.items():
+        ends = [modules.get(name.removesuffix(".weight")) for name in (key, source)]
+        forms = [None if end is None else form_of(end) for end in ends]
+        if forms[0] is None or forms[0] is not forms[1]:
+            found[key] = source
+            continue
+        paths = [name.removesuffix("weight") for name in (key, source)]
+        found.update({f"{paths[0]}{part}": f"{paths[1]}{part}" for part in forms[0].parts})
+    return found
 
 
 def _set(config: Any, changes: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..integration import integration_of
 from ..layer_kinds import is_linear, matrix_shape
 
 
@@ -24,12 +25,14 @@ class Form:
         read: returns these integers of a module, with `rows` and `columns`; None if it is not of this form.
         build: puts an empty layer of this form in the place of a plain one, and returns it; raises `CheckpointError`
             for facts that cannot be.
+        parts: names of the parameters that stand in the place of the weight; none = the weight stays.
     """
 
     name: str
     facts: tuple[str, ...]
     read: Callable[[nn.Module], dict[str, int] | None]
     build: Callable[[nn.Module, Mapping[str, int]], nn.Module]
+    parts: tuple[str, ...] = ()
 
 
 FORMS: dict[str, Form] = {}
@@ -48,6 +51,33 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
             if child is old:
                 parent._modules[key] = layer
     layer.train(old.training)
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer of a form in the place of a plain one. Layers that share its weight share its parts from then on.
+
+    Args:
+        name: of the plain layer.
+        layer: of a form that stands in the place of the weight.
+    """
+    old = model.get_submodule(name)
+    weight, form = old._parameters["weight"], form_of(layer)
+    assert form is not None
+    facts = form.read(layer)
+    assert facts is not None
+    put_layer(model, name, layer)
+    tied = [path for path, other in model.named_modules() if other._parameters.get("weight") is weight]
+    for path in tied:
+        twin = form.build(model.get_submodule(path), facts)
+        for part in form.parts:
+            setattr(twin, part, getattr(layer, part))
+        put_layer(model, path, twin)
+    integration_of(model).retie(model)
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """Return the form of a layer that has no weight of its own any more; None = it has one."""
+    return next((form for form in FORMS.values() if form.parts and form.read(module) is not None), None)
 
 
 def size_of(layer: nn.Module) -> tuple[int, int]:

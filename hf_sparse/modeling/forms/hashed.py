@@ -18,6 +18,7 @@ from ...errors import CheckpointError, RecipeError
 from ...utils.validation import check_integer, check_positive_int
 from ..layer_kinds import is_linear, matrix_shape, oriented
 from .base import Form, register_form, size_of
+from .embedding_scale import embedding_scale
 from .hashing import MAX_BUCKETS, column_keys, row_keys, slots
 
 _CHUNK = 1 << 16
@@ -213,6 +214,7 @@ class HashedEmbedding(_Hashed):
     Args:
         num_embeddings, embedding_dim, padding_idx: as in `nn.Embedding`.
         buckets, seed: as in `HashedLinear`.
+        scale: factor of what is looked up.
 
     Example:
         >>> HashedEmbedding(1000, 16, buckets=2000)(torch.tensor([[1, 999]])).shape
@@ -228,15 +230,18 @@ class HashedEmbedding(_Hashed):
         padding_idx: int | None = None,
         device: Any = None,
         dtype: Any = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, buckets, seed, device, dtype)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         nn.init.normal_(self.buckets)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ids."""
         arguments = (ids, self.buckets, self.embedding_dim, self.seed, self.padding_idx)
-        return cast(Tensor, _Lookup.apply(*arguments))  # type: ignore[no-untyped-call]
+        found = cast(Tensor, _Lookup.apply(*arguments))  # type: ignore[no-untyped-call]
+        return found if self.scale == 1.0 else found * self.scale
 
     def extra_repr(self) -> str:
         """Return sizes for `print`."""
@@ -248,9 +253,8 @@ def hashed_like(layer: nn.Module, buckets: int, seed: int) -> HashedLinear | Has
     weight = cast(Tensor, layer.weight)
     place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if isinstance(layer, nn.Embedding):
-        if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
-            raise RecipeError("an embedding with max_norm, scale_grad_by_freq or sparse cannot be hashed; exclude it")
-        return HashedEmbedding(*size_of(layer), buckets, seed, layer.padding_idx, **place)
+        scale = embedding_scale(layer)
+        return HashedEmbedding(*size_of(layer), buckets, seed, layer.padding_idx, scale=scale, **place)
     assert is_linear(layer)
     rows, columns = matrix_shape(layer)
     new = HashedLinear(columns, rows, buckets, seed, layer.bias is not None, **place)
@@ -278,4 +282,4 @@ def _build(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
         raise CheckpointError(f"a hashed layer of the checkpoint cannot be: {error}") from None
 
 
-register_form(Form("hashed", ("buckets", "seed"), _read, _build))
+register_form(Form("hashed", ("buckets", "seed"), _read, _build, parts=("buckets",)))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, RecipeError
 from ..layer_kinds import is_linear, matrix_shape
-from .base import Form, register_form
+from .base import Form, register_form, size_of
+from .embedding_scale import embedding_scale
 
 
 class LowRankPart(nn.Module):
@@ -76,6 +77,56 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.down.shape[0]}"
 
 
+class LowRankEmbedding(nn.Module):
+    """An embedding table that is `U V`: a thin table, and a matrix that makes its rows as wide as the model.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx: as in `nn.Embedding`.
+        rank: columns of U and rows of V.
+        scale: factor of what is looked up.
+
+    Example:
+        >>> table = LowRankEmbedding(1000, 64, rank=8)
+        >>> table(torch.tensor([[1, 999]])).shape, sum(p.numel() for p in table.parameters())
+        (torch.Size([1, 2, 64]), 8512)
+
+    Source: Lan et al. 2020, "ALBERT", section 3.1.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.scale = scale
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.down = nn.Parameter(torch.empty(rank, embedding_dim, **place))
+        self.up = nn.Parameter(torch.empty(num_embeddings, rank, **place))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        nn.init.normal_(self.up)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, a dense copy."""
+        return self.up @ self.down
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ids."""
+        rows = functional.embedding(ids, self.up, self.padding_idx) @ self.down
+        return rows if self.scale == 1.0 else rows * self.scale
+
+    def extra_repr(self) -> str:
+        """Return sizes for `print`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.down.shape[0]}"
+
+
 def is_low_rank(layer: nn.Module) -> bool:
     """Return whether a layer has a low-rank part beside its weight."""
     return isinstance(layer._modules.get("low_rank"), LowRankPart)
@@ -97,13 +148,22 @@ def add_low_rank(layer: nn.Module, down: Tensor, up: Tensor) -> None:
     layer.low_rank = LowRankPart(*parts)
 
 
-def low_rank_like(layer: nn.Module, rank: int) -> LowRankLinear:
-    """Return a layer of two thin matrices in the place of another, with its bias and random values."""
-    assert is_linear(layer)
-    rows, columns = matrix_shape(layer)
-    weight = layer.weight
-    new = LowRankLinear(columns, rows, rank, layer.bias is not None, weight.device, weight.dtype)
-    new.bias = layer.bias
+def low_rank_like(layer: nn.Module, rank: int) -> LowRankLinear | LowRankEmbedding:
+    """Return a layer of two thin matrices in the place of a linear layer or an embedding, with its bias and any values.
+
+    Raises:
+        RecipeError: for an embedding that computes something else beside the look-up.
+    """
+    weight = cast(Tensor, layer.weight)
+    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    new: LowRankLinear | LowRankEmbedding
+    if isinstance(layer, nn.Embedding):
+        new = LowRankEmbedding(*size_of(layer), rank, layer.padding_idx, scale=embedding_scale(layer), **place)
+    else:
+        assert is_linear(layer)
+        rows, columns = matrix_shape(layer)
+        new = LowRankLinear(columns, rows, rank, layer.bias is not None, **place)
+        new.bias = layer.bias
     for part in (new.down, new.up):
         part.requires_grad_(weight.requires_grad)
     return new
@@ -117,24 +177,29 @@ def _read_added(module: nn.Module) -> dict[str, int] | None:
 
 
 def _build_added(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
-    rank, weight = _rank(layer, facts), cast(Tensor, layer.weight)
+    if not is_linear(layer):
+        raise CheckpointError(f"a {type(layer).__name__} cannot have a low-rank part beside its weight")
+    rank, weight = _rank(layer, facts), layer.weight
     place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     add_low_rank(layer, torch.empty(rank, facts["columns"], **place), torch.empty(facts["rows"], rank, **place))
     return layer
 
 
 def _read_alone(module: nn.Module) -> dict[str, int] | None:
-    if not isinstance(module, LowRankLinear):
+    if not isinstance(module, LowRankLinear | LowRankEmbedding):
         return None
-    return {"rows": module.out_features, "columns": module.in_features, "rank": module.down.shape[0]}
+    return {"rows": module.up.shape[0], "columns": module.down.shape[1], "rank": module.down.shape[0]}
 
 
 def _build_alone(layer: nn.Module, facts: Mapping[str, int]) -> nn.Module:
-    return low_rank_like(layer, _rank(layer, facts))
+    try:
+        return low_rank_like(layer, _rank(layer, facts))
+    except RecipeError as error:
+        raise CheckpointError(f"a low-rank layer of the checkpoint cannot be: {error}") from None
 
 
 def _rank(layer: nn.Module, facts: Mapping[str, int]) -> int:
-    if not is_linear(layer) or not 1 <= facts["rank"] <= min(facts["rows"], facts["columns"]):
+    if not 1 <= facts["rank"] <= min(facts["rows"], facts["columns"]):
         raise CheckpointError(
             f"a {type(layer).__name__} of {facts['rows']} x {facts['columns']} cannot have rank {facts['rank']}"
         )
@@ -142,4 +207,4 @@ def _rank(layer: nn.Module, facts: Mapping[str, int]) -> int:
 
 
 register_form(Form("sparse_low_rank", ("rank",), _read_added, _build_added))
-register_form(Form("low_rank", ("rank",), _read_alone, _build_alone))
+register_form(Form("low_rank", ("rank",), _read_alone, _build_alone, parts=("down", "up")))

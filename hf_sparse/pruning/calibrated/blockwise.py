@@ -18,6 +18,7 @@ from ..group import PruningGroup
 from ..pruner import Pruner
 from ..scorers import InputScorer
 from ..selection import Owl
+from .embeddings import fit_embeddings
 from .outliers import outlier_shares
 from .tasks import AnyTask, OnLayer, form_tasks, prune_block, tasks_of
 from .walk import Walk
@@ -49,6 +50,9 @@ def prune_blockwise(
     formed = form_tasks(pruner.model, pruner.forms)
     walk = Walk(pruner.model, batches, [*(name for group in pruner.groups for name in group.layers), *formed], spill)
     with evaluating(pruner.model):
+        fit_embeddings(pruner.model, pruner.forms, batches, on_layer)
+        if not walk.layers:
+            return
         prepare_outliers(pruner.groups, walk)
         tasks = tasks_of(pruner.groups, masks_of(pruner, batches))
         layers = [task.layer for task in tasks.values()]

@@ -177,12 +177,13 @@ def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dic
 
 
 def form_tasks(model: nn.Module, groups: Sequence[FormGroup]) -> dict[str, FormTask]:
-    """Return the tasks of the layers that get another form, fitted to their inputs, by name."""
+    """Return the tasks of the layers that get another form, fitted to their inputs, by name; not embeddings."""
     return {
         name: FormTask(model, name, layer, group.compression)
         for group in groups
-        if group.compression.needs_inputs
+        if group.compression.fits_inputs
         for name, layer in group.layers.items()
+        if not isinstance(layer, nn.Embedding)
     }
 
 

@@ -26,13 +26,15 @@ class Compression:
 
     Attributes:
         form: name of the form that it gives to layers whose weight it replaces.
-        needs_inputs: whether it looks at the inputs of layers on calibration data, in one shot.
+        fits_inputs: whether it can look at the inputs of layers on calibration data, in one shot.
+        needs_inputs: whether it cannot do without.
         goes_beside: whether it can go beside a sparse weight.
     """
 
     name: ClassVar[str]
     form: ClassVar[str]
-    needs_inputs: ClassVar[bool] = False
+    fits_inputs: ClassVar[bool] = False
+    needs_inputs: bool = False
     goes_beside: ClassVar[bool] = False
 
     def check(self, layer: nn.Module, name: str) -> None:
@@ -43,15 +45,19 @@ class Compression:
                 "embeddings; exclude it"
             )
 
+    def check_beside(self, layer: nn.Module, name: str) -> None:
+        """Raise `RecipeError` if a layer cannot have this form beside a sparse weight."""
+
     def replace(self, model: nn.Module, name: str, layer: nn.Module) -> None:
-        """Put the form in the place of a layer; where no inputs are needed."""
+        """Put the form in the place of a layer, and of those it is tied to; where no inputs are needed."""
         raise NotImplementedError
 
     def replace_fitted(self, model: nn.Module, name: str, layer: MatrixLayer, products: Tensor) -> Tensor:
         """Put the form in the place of a layer, fitted to its inputs, and return the matrix that it computes now.
 
         Args:
-            products: `2/n sum x xᵀ` of the inputs, `(in, in)`.
+            products: `2/n sum x xᵀ` of the inputs, `(in, in)`. Of an embedding, whose inputs are tokens: how often each
+                occurs, `(tokens,)`.
         """
         raise NotImplementedError
 
@@ -89,11 +95,12 @@ class FormGroup:
         """Give the layers their form, unless it was fitted to data before; a second call does nothing."""
         if self.compression.needs_inputs:
             return
-        before = sum(layer.weight.numel() for layer in self.layers.values())
-        for name, layer in self.layers.items():
+        left = {name: layer for name, layer in self.layers.items() if model.get_submodule(name) is layer}
+        before = sum(layer.weight.numel() for layer in left.values())
+        for name, layer in left.items():
             self.compression.replace(model, name, layer)
-        if self.layers:
-            logger.info("%s: %d layers with %s weights", self.compression.name, len(self.layers), f"{before:,}")
+        if left:
+            logger.info("%s: %d layers with %s weights", self.compression.name, len(left), f"{before:,}")
         self.layers = {}
 
 
@@ -101,7 +108,7 @@ def bind_forms(model: nn.Module, groups: Sequence[GroupConfig]) -> list[FormGrou
     """Bind the groups that put another form in the place of weights; layers that have it already are left alone.
 
     Raises:
-        RecipeError: if a target matches nothing, a weight is tied, or a layer cannot have the form.
+        RecipeError: if a target matches nothing, or a layer cannot have the form.
     """
     return [_bind(model, group) for group in groups if not group.prunes]
 
@@ -120,13 +127,19 @@ def _bind(model: nn.Module, config: GroupConfig) -> FormGroup:
         layers = match_layers(model, targets, config.exclude_names)
     owners = count_owners(model)
     for name, layer in layers.items():
-        if owners[id(layer._parameters.get("weight"))] > 1:
-            tied = [other for other in names_of(model, layer.weight) if other != f"{name}.weight"]
-            raise RecipeError(
-                f"'{name}' is tied to '{tied[0]}', so one of them alone cannot be {compression.name}; exclude it"
-            )
         compression.check(layer, name)
+        if owners[id(layer._parameters.get("weight"))] > 1:
+            _check_tied(model, name, layer, compression)
     return FormGroup(config, compression, layers)
+
+
+def _check_tied(model: nn.Module, name: str, layer: MatrixLayer, compression: Compression) -> None:
+    """Raise `RecipeError` unless all layers that share a weight can have the form: they share its parts then."""
+    for other in names_of(model, layer.weight):
+        path, _, attribute = other.rpartition(".")
+        if attribute != "weight":
+            raise RecipeError(f"'{name}' is tied to '{other}', which cannot be {compression.name}; exclude it")
+        compression.check(model.get_submodule(path), path)
 
 
 def bind_beside(config: GroupConfig, pattern: Pattern, layers: Mapping[str, MatrixLayer]) -> Compression | None:
@@ -150,4 +163,5 @@ def bind_beside(config: GroupConfig, pattern: Pattern, layers: Mapping[str, Matr
         )
     for name, layer in layers.items():
         compression.check(layer, name)
+        compression.check_beside(layer, name)
     return compression

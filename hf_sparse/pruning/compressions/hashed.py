@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config.sparsity import COMPRESSIONS
 from ...errors import RecipeError
-from ...modeling.forms import hashed_like, plain_weight, put_layer
+from ...modeling.forms import embedding_scale, hashed_like, plain_weight, replace_layer
 from ...utils.validation import check_number, check_one_of
 from ..scorers.base import check_seed
 from .base import Compression
@@ -53,7 +53,7 @@ class Hashed(Compression):
         new = hashed_like(layer, max(1, int(self.ratio * weight.numel())), self.layer_seed(name))
         if self.start == "means":
             new.fit(weight)
-        put_layer(model, name, new)
+        replace_layer(model, name, new)
 
     def layer_seed(self, name: str) -> int:
         """Return the seed of one layer, so that layers of one shape do not share a hash."""
@@ -63,8 +63,6 @@ class Hashed(Compression):
         return number
 
     def check(self, layer: nn.Module, name: str) -> None:
-        if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse):
-            raise RecipeError(
-                f"'{name}' is an embedding with max_norm, scale_grad_by_freq or sparse=True, which a hashed one "
-                "does not have; exclude it"
-            )
+        super().check(layer, name)
+        if isinstance(layer, nn.Embedding):
+            embedding_scale(layer, f"'{name}'")

@@ -7,6 +7,7 @@ from torch import nn
 from ...errors import CheckpointError
 from ...formats.layer_forms import LayerForm, LayerForms
 from ...modeling.forms import FORMS, put_layer, size_of
+from ...modeling.integration import integration_of
 from ...modeling.layer_kinds import is_linear
 from ...utils.text import shorten
 
@@ -60,3 +61,4 @@ def apply_forms(model: nn.Module, forms: LayerForms, prefix: str = "") -> None:
         new = form.build(layer, stated.facts)
         if new is not layer:
             put_layer(model, place, new)
+    integration_of(model).retie(model)

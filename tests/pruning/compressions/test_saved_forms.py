@@ -42,7 +42,8 @@ def test_layers_get_their_form_and_parts_that_are_not_there_are_left_out() -> No
         (forms("0", "low_rank", rows=4, columns=6, rank=5), "cannot have rank 5"),
         (forms("0", "sparse_low_rank", rows=4, columns=6, rank=0), "cannot have rank 0"),
         (forms("1", "hashed", **HASHED), "is a LayerNorm here"),
-        (forms("2", "low_rank", rows=5, columns=3, rank=1), "Embedding"),
+        (forms("2", "low_rank", rows=5, columns=3, rank=4), "Embedding of 5 x 3 cannot have rank 4"),
+        (forms("2", "sparse_low_rank", rows=5, columns=3, rank=1), "Embedding"),
     ],
 )
 def test_what_does_not_fit_is_refused(stated: Any, message: str) -> None:
