@@ -161,6 +161,7 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
         seconds: dict[str, dict[str, list[float]]] = {
             each.name: {data: [] for data in given["timed"]} for each in ready
         }
+        print(f"{len(ready)} engines are ready", file=sys.stderr, flush=True)
         while options.wait and not options.wait.exists():
             time.sleep(0.05)
         for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):

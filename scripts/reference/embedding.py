@@ -68,8 +68,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "hybrid60": {"recipe": "embed_minilm_hybrid", "steps": 260, "seed": 0},
     "hybrid80": blocks(0.6, 240, start="hn50"),
-    "rerank_dense": {"recipe": "rerank_stsb", "steps": 540, "seed": 0, "changes": [f"model.name={DENSE}"]},
-    "rerank_4x1_80": {"recipe": "rerank_stsb", "steps": 540, "seed": 0, "model": "4x1_80"},
+    "rerank_dense": {"recipe": "rerank_stsb", "steps": 360, "seed": 0, "changes": [f"model.name={DENSE}"]},
+    "rerank_4x1_80": {"recipe": "rerank_stsb", "steps": 360, "seed": 0, "model": "4x1_80"},
 }  # fmt: skip
 """Pattern and sparsity, sentences that SparseGPT sees, steps; or the recipe that prunes during training.
 
