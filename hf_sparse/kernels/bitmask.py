@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..errors import BackendError
 from .library import Library, checked, library, readable, why_not_built
-from .operators import define
+from .op_table import WeightFormat
+from .operators import define_all, without_rows
 from .registry import Kernel, Layout, register
-from .validation import check_bias, check_input
 
 WORD = 64
 """Columns of one word of bits."""
@@ -41,6 +41,17 @@ class _Bitmask(ctypes.Structure):
         ("count", ctypes.c_int64),
         *[(name, ctypes.c_int32) for name in ("out_features", "in_features", "halves")],
     )
+
+
+class BitmaskWeight(NamedTuple):
+    """A weight with its bias, as the operator passes it on; see `pack`."""
+
+    values: Tensor
+    bits: Tensor
+    pointers: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
 
 
 def is_bfloat16(weight: Tensor) -> bool:
@@ -146,10 +157,8 @@ def bound_function(loaded: Library, name: str, structure: type[ctypes.Structure]
     return loaded.bound(name, [ctypes.POINTER(structure), pointer, pointer, ctypes.c_int64, ctypes.c_int32])
 
 
-def _check(
-    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
-) -> None:
-    check_input(x, "none", in_features)
+def _check(weight: BitmaskWeight) -> None:
+    values, bits, pointers, _, out_features, in_features = weight
     shapes = (bits.shape == (out_features, -(-in_features // WORD)), pointers.shape == (out_features + 1,))
     dtypes = (values.dtype in (torch.bfloat16, torch.float32), bits.dtype == torch.int64, pointers.dtype == torch.int32)
     if values.dim() != 1 or not all(shapes) or not all(dtypes):
@@ -158,7 +167,6 @@ def _check(
             f"({values.dtype}, {bits.dtype}, {pointers.dtype}) do not form a weight of {out_features} x {in_features} "
             "as hf_sparse.kernels.bitmask.pack makes it"
         )
-    check_bias(bias, out_features)
 
 
 def is_native(x: Tensor, *others: Tensor | None) -> bool:
@@ -178,14 +186,12 @@ def call(function: Callable[..., int], structure: ctypes.Structure, x: Tensor, o
     return checked(function(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
 
 
-def _run(
-    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    _check(x, values, bits, pointers, bias, out_features, in_features)
+def _matmul(x: Tensor, weight: BitmaskWeight) -> Tensor:
+    values, bits, pointers, bias, out_features, in_features = weight
     loaded = library()
     if loaded is None or not is_native(x, values, bits, pointers, bias):
-        weight = unpack(values, bits, pointers, out_features, in_features).to(x)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        dense = unpack(values, bits, pointers, out_features, in_features).to(x)
+        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     values, bits, pointers = values.contiguous(), bits.contiguous(), pointers.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     structure = _Bitmask(
@@ -195,19 +201,7 @@ def _run(
     return call(bound_function(loaded, "hf_sparse_bitmask", _Bitmask), structure, x, out_features)
 
 
-def _fake(
-    x: Tensor, values: Tensor, bits: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    _check(x, values, bits, pointers, bias, out_features, in_features)
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-bitmask_linear = define(
-    "bitmask_linear(Tensor x, Tensor values, Tensor bits, Tensor pointers, Tensor? bias, SymInt out_features, "
-    "SymInt in_features) -> Tensor",
-    _run,
-    _fake,
-)
+bitmask_linear = define_all(WeightFormat("bitmask", BitmaskWeight, _matmul, _check))["linear"]
 
 
 def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
@@ -215,17 +209,11 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return unpack(values, bits, pointers, out_features, in_features)
 
 
-def _matmul(x: Tensor, *arguments: Any) -> Tensor:
-    *parts, bias, _, out_features, in_features = arguments
-    out: Tensor = bitmask_linear(x, *parts, bias, out_features, in_features)
-    return out
-
-
 register(
     Kernel(
         name="bitmask",
         layout=Layout(("values", "bits", "pointers"), lambda weight, rows: pack(weight), _unpack),
-        op=_matmul,
+        op=without_rows(bitmask_linear),
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         unavailable=why_not_built,
     )

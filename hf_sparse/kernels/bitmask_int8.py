@@ -7,7 +7,7 @@ the largest of each `GROUP` columns / 127, so that one large number costs its ne
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ from ..errors import BackendError
 from .bitmask import WORD, bound_function, call, is_native, pack_rows, unpack_rows
 from .int8_layout import NOTHING, STEPS, refusal
 from .library import library, why_not_built
-from .operators import define
+from .op_table import WeightFormat
+from .operators import define_all, without_rows
 from .registry import Kernel, Layout, register
-from .validation import check_bias, check_input
 
 GROUP = 128
 """Columns that share a scale."""
@@ -35,6 +35,18 @@ class _BitmaskInt8(ctypes.Structure):
         ("count", ctypes.c_int64),
         *[(name, ctypes.c_int32) for name in ("out_features", "in_features")],
     )
+
+
+class BitmaskInt8Weight(NamedTuple):
+    """A weight with its bias, as the operator passes it on; see `pack`."""
+
+    values: Tensor
+    bits: Tensor
+    pointers: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    out_features: int
+    in_features: int
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +116,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_features: int) -> None:
-    check_input(x, "none", in_features)
+def _check(weight: BitmaskInt8Weight) -> None:
+    *parts, _, out_features, in_features = weight
     values, bits, pointers, scales = parts
     groups = -(-in_features // GROUP)
     shapes = [tuple(part.shape) for part in (bits, pointers, scales)]
@@ -116,45 +128,23 @@ def _check(x: Tensor, parts: Parts, bias: Tensor | None, out_features: int, in_f
             f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a "
             f"weight of {out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
         )
-    check_bias(bias, out_features)
 
 
-def _run(
-    x: Tensor,
-    values: Tensor,
-    bits: Tensor,
-    pointers: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    parts = (values, bits, pointers, scales)
-    _check(x, parts, bias, out_features, in_features)
+def _matmul(x: Tensor, weight: BitmaskInt8Weight) -> Tensor:
+    *parts, bias, out_features, in_features = weight
     loaded = library()
     if loaded is None or not is_native(x, *parts, bias):
         return matmul(x, unpack(*parts, out_features, in_features).to(x), bias)
-    parts = (values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous())
+    values, bits, pointers, scales = (part.contiguous() for part in parts)
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     structure = _BitmaskInt8(
-        *[part.data_ptr() for part in parts],
+        *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), scales.data_ptr()),
         *(None if bias is None else bias.data_ptr(), values.numel(), out_features, in_features),
     )
     return call(bound_function(loaded, "hf_sparse_bitmask_int8", _BitmaskInt8), structure, x, out_features)
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    *parts, bias, out_features, in_features = arguments
-    _check(x, tuple(parts), bias, out_features, in_features)
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-bitmask_int8_linear = define(
-    "bitmask_int8_linear(Tensor x, Tensor values, Tensor bits, Tensor pointers, Tensor scales, Tensor? bias, "
-    "SymInt out_features, SymInt in_features) -> Tensor",
-    _run,
-    _fake,
-)
+bitmask_int8_linear = define_all(WeightFormat("bitmask_int8", BitmaskInt8Weight, _matmul, _check))["linear"]
 
 
 def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
@@ -162,17 +152,11 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return unpack(values, bits, pointers, scales, out_features, in_features)
 
 
-def _matmul(x: Tensor, *arguments: Any) -> Tensor:
-    *parts, bias, _, out_features, in_features = arguments
-    out: Tensor = bitmask_int8_linear(x, *parts, bias, out_features, in_features)
-    return out
-
-
 register(
     Kernel(
         name="bitmask-int8",
         layout=Layout(("values", "bits", "pointers", "scales"), lambda weight, rows: pack(weight), _unpack),
-        op=_matmul,
+        op=without_rows(bitmask_int8_linear),
         reference=matmul,
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         guard=refusal,

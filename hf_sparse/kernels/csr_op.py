@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .operators import define
+from .op_table import WeightFormat
+from .operators import define_all, without_rows
 from .reference import csr_matmul
 from .registry import Kernel, Layout, register
 
@@ -35,24 +37,31 @@ def _matrix(values: Tensor, columns: Tensor, pointers: Tensor, height: int, widt
     return torch.sparse_csr_tensor(pointers, columns, values, (height, width), check_invariants=False)
 
 
-def _run(
-    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
-) -> Tensor:
-    return csr_matmul(x, _matrix(values, columns, pointers, height, width), bias)
+class CsrWeight(NamedTuple):
+    """A weight with its bias, as the operator passes it on; see `pack`."""
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    bias: Tensor | None
+    height: int
+    width: int
+
+    @property
+    def out_features(self) -> int:
+        return self.height
+
+    @property
+    def in_features(self) -> int:
+        return self.width
 
 
-def _fake(
-    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, height: int, width: int
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], height))
+def _matmul(x: Tensor, weight: CsrWeight) -> Tensor:
+    *parts, bias, height, width = weight
+    return csr_matmul(x, _matrix(*parts, height, width), bias)
 
 
-csr_linear = define(
-    "csr_linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor? bias, SymInt height, SymInt width) "
-    "-> Tensor",
-    _run,
-    _fake,
-)
+csr_linear = define_all(WeightFormat("csr", CsrWeight, _matmul))["linear"]
 
 
 def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -64,18 +73,6 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return unpack(values, columns, pointers, out_features, in_features)
 
 
-def _matmul(
-    x: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    pointers: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    out: Tensor = csr_linear(x, values, columns, pointers, bias, out_features, in_features)
-    return out
-
-
-register(Kernel(name="csr", layout=Layout(("values", "columns", "pointers"), _pack, _unpack), op=_matmul))
+register(
+    Kernel(name="csr", layout=Layout(("values", "columns", "pointers"), _pack, _unpack), op=without_rows(csr_linear))
+)

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .fp32_layout import PackedWeight, check_layout, dense, pack, unpack
 from .functional import attention, attention_norm, ffn, ffn_norm, gated_ffn, linear
 from .library import NativeOps, library, why_not_built
-from .operators import WeightFormat, define_all
+from .op_table import FusedFormat
+from .operators import define_all
 from .reference import csr_matmul
 from .registry import Kernel, Layout, register
 from .types import Weight
@@ -92,7 +93,9 @@ def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_fe
     return unpack(PackedWeight(values, columns, pointers, rows, out_features, in_features))
 
 
-FP32 = WeightFormat("sparse", Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
+FP32 = FusedFormat(
+    *("sparse", Weight, _matmul, _check), native=_native, fuses_norm=_fuses_norm, fuses_heads=_fuses_heads
+)
 OPERATORS = define_all(FP32)
 
 register(

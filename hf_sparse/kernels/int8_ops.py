@@ -17,7 +17,8 @@ from torch import Tensor
 from .functional import attention, attention_norm, ffn_norm, linear
 from .int8_layout import NOTHING, STEPS, check_int8, dense_int8, pack_int8, refusal
 from .library import NativeOps, library, library_status
-from .operators import WeightFormat, define_all
+from .op_table import FusedFormat
+from .operators import define_all
 from .registry import Kernel, Layout, register
 from .types import Int8Weight
 
@@ -106,7 +107,9 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return dense_int8(values, columns, pointers, scales, rows, out_features, in_features)
 
 
-INT8 = WeightFormat("int8", Int8Weight, _check, _native, _matmul, _fuses_norm, _fuses_heads)
+INT8 = FusedFormat(
+    *("int8", Int8Weight, _matmul, _check), native=_native, fuses_norm=_fuses_norm, fuses_heads=_fuses_heads
+)
 OPERATORS = define_all(INT8)
 
 register(

@@ -51,7 +51,7 @@ class Kernel:
     Args:
         name: in `PackedLinear.kernel`.
         layout: how it packs a weight.
-        op: called as `op(x, *parts, bias, rows, out_features, in_features)`; a torch operator of `operators.define`, or
+        op: called as `op(x, *parts, bias, rows, out_features, in_features)`; an operator of `operators.define_all`, or
             a function that calls one.
         reference: (x, unpacked weight, bias) -> what the operator has to compute.
         backend: name in `to_runtime(backend=)`, `name` by default; "" = no backend of its own.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -31,6 +31,21 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(part.nbytes for part in self.parts)
+
+
+class LinearWeight(Protocol):
+    """A packed weight as the operators pass it on: a NamedTuple of tensors, the bias last, and integers.
+
+    Attributes:
+        in_features: None where the integers do not state it.
+    """
+
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int | None: ...
 
 
 class Weight(NamedTuple):

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BackendError
-from ..operators import define
+from ..op_table import WeightFormat
+from ..operators import define_all
 from ..registry import Kernel, Layout, register
 from .block_sparse_layout import EMPTY, SIDES, TRIED, Blocks, block_side, from_codec, pack_blocks, unpack_blocks
 
@@ -97,24 +99,30 @@ def _of_capability(dtype: torch.dtype, capability: tuple[int, int]) -> str | Non
 # -- the operator and the layer --------------------------------------------------------------------------------------
 
 
-def _run(
-    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    _, rows, cols = values.shape
+class BlockWeight(NamedTuple):
+    """A weight with its bias, as the operator passes it on; see `Blocks`."""
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    bias: Tensor | None
+    out_features: int
+
+    @property
+    def in_features(self) -> None:
+        """Not stated: the last block may be padded."""
+
+
+def _multiply(x: Tensor, weight: BlockWeight) -> Tensor:
+    _, rows, cols = weight.values.shape
     fits = rows in SIDES and cols in SIDES and x.dtype in DTYPES
     if x.shape[0] and fits and has_triton() and (x.is_cuda or interprets()):
         from .block_sparse_triton import multiply
 
-        return multiply(x.contiguous(), values, columns, pointers, bias, out_features)
-    if x.shape[0] and x.is_cuda and x.dtype == torch.float32 and len(columns):
-        return _by_bsr(x, values, columns, pointers, bias, out_features)
-    return _by_rows(x, values, columns, pointers, bias, out_features)
-
-
-def _fake(
-    x: Tensor, values: Tensor, columns: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
+        return multiply(x.contiguous(), *weight)
+    if x.shape[0] and x.is_cuda and x.dtype == torch.float32 and len(weight.columns):
+        return _by_bsr(x, *weight)
+    return _by_rows(x, *weight)
 
 
 def _by_bsr(
@@ -146,12 +154,7 @@ def _by_rows(
     return out.contiguous() if bias is None else out + bias
 
 
-block_sparse_linear = define(
-    "block_sparse_linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor? bias, SymInt out_features) "
-    "-> Tensor",
-    _run,
-    _fake,
-)
+block_sparse_linear = define_all(WeightFormat("block_sparse", BlockWeight, _multiply))["linear"]
 """`x W^T + bias`, see `Blocks`. Shapes: `(tokens, in)` -> `(tokens, out_features)`."""
 
 

@@ -8,12 +8,15 @@ This has not yet run on a GPU: packing and its inverse are tested on the CPU, th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import BackendError
-from ..operators import define
+from ..op_table import WeightFormat
+from ..operators import define_all
 from ..registry import Kernel, Layout, register
 from .semi_structured_layout import (
     BACKENDS,
@@ -135,7 +138,21 @@ def _plain(x: Tensor) -> bool:
     return not x.is_cuda
 
 
-def _run(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+class SemiStructuredWeight(NamedTuple):
+    """A weight with its bias, as the operator passes it on; see `semi_structured_linear`."""
+
+    packed: Tensor
+    meta: Tensor | None
+    bias: Tensor | None
+    out_features: int
+
+    @property
+    def in_features(self) -> None:
+        """Not stated: cuSPARSELt has a layout of its own."""
+
+
+def _linear(x: Tensor, weight: SemiStructuredWeight) -> Tensor:
+    packed, meta, bias, out_features = weight
     tokens = x.shape[0]
     if not tokens:
         return x.new_empty((0, out_features))
@@ -147,15 +164,7 @@ def _run(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, ou
     return _multiply(padded, values, meta, bias)[:tokens, :out_features].contiguous()
 
 
-def _fake(x: Tensor, packed: Tensor, meta: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
-    return x.new_empty((x.shape[0], out_features))
-
-
-semi_structured_linear = define(
-    "semi_structured_linear(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, SymInt out_features) -> Tensor",
-    _run,
-    _fake,
-)
+semi_structured_linear = define_all(WeightFormat("semi_structured", SemiStructuredWeight, _linear))["linear"]
 """`x W^T + bias`; `packed` is the values as bytes, for cuSPARSELt without meta, else for CUTLASS.
 
 Shapes: `(tokens, in)` -> `(tokens, out_features)`.
