@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import Tensor, nn
+
+from hf_sparse.profiling.timer import in_rounds, quartiles
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 128, 2048, 8192]
@@ -39,19 +42,19 @@ STATES = {True: "ok", False: "WRONG", None: "not run"}
 
 def times(functions: dict[str, Callable[[], Any]], rounds: int, inner: int = 5) -> dict[str, list[float]]:
     """Return quartiles in microseconds of each function, interleaved."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 3):
-        for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(inner):
-                function()
-            end.record()
-            end.synchronize()
-            if turn >= 3:  # the first ones warm up: Triton compiles, cuSPARSELt plans
-                found[name].append(start.elapsed_time(end) * 1000 / inner)
-    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return {name: torch.tensor(each, dtype=torch.float64).quantile(at).tolist() for name, each in found.items()}
+
+    def microseconds(function: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(inner):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / inner
+
+    runs = {name: partial(microseconds, function) for name, function in functions.items()}
+    found = in_rounds(runs, rounds, warmup=3)  # Triton compiles, cuSPARSELt plans
+    return {name: list(quartiles(each)) for name, each in found.items()}
 
 
 def weight_of(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

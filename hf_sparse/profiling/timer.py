@@ -6,29 +6,36 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 Run = Callable[[], object]
 """What is timed."""
 
+K = TypeVar("K")
+T = TypeVar("T")
+
 
 def interleave(
-    runs: Mapping[str, Run],
+    runs: Mapping[K, Run],
     rounds: int,
     *,
     warmup: int = 2,
+    calls: int = 1,
     min_seconds: float = 0.0,
     max_seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
     inference: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[K, list[float]]:
     """Time several things, interleaved; each round goes in the reverse order of the last.
 
     Args:
         rounds: number of rounds.
         warmup: calls of each before the first round (caches, pages, threads).
-        min_seconds: shortest time between two looks at the clock; faster things are called several times in between.
+        calls: of each between two looks at the clock.
+        min_seconds: shortest time between two looks at the clock; faster things are called more often in between.
         max_seconds: no further round begins after this time, but four are always done.
         clock: `time.thread_time` counts the time of one thread only, which other programs disturb less.
         inference: run under `torch.inference_mode`; False for what trains, or makes parameters that train later.
@@ -42,36 +49,54 @@ def interleave(
         {'a': [1.0, 1.0], 'b': [1.0, 1.0]}
     """
     with torch.inference_mode(inference):
-        return _interleave(runs, rounds, warmup, min_seconds, max_seconds, clock)
+        for run in list(runs.values()) * warmup:
+            run()
+        if min_seconds:
+            began = time.perf_counter()
+            for run in runs.values():
+                run()
+            calls = max(calls, round(len(runs) * min_seconds / max(time.perf_counter() - began, 1e-6)))
+        timed = {name: partial(_seconds, run, calls, clock) for name, run in runs.items()}
+        return in_rounds(timed, rounds, warmup=0, max_seconds=max_seconds)
 
 
-def _interleave(
-    runs: Mapping[str, Run],
-    rounds: int,
-    warmup: int,
-    min_seconds: float,
-    max_seconds: float,
-    clock: Callable[[], float],
-) -> dict[str, list[float]]:
+def _seconds(run: Run, calls: int, clock: Callable[[], float]) -> float:
+    """Return the time of one call."""
+    start = clock()
+    for _ in range(calls):
+        run()
+    return (clock() - start) / calls
+
+
+def in_rounds(
+    runs: Mapping[K, Callable[[], T]], rounds: int, *, warmup: int = 2, max_seconds: float = float("inf")
+) -> dict[K, list[T]]:
+    """Call several things, interleaved as by `interleave`: for what measures itself, in a process of its own, say.
+
+    Args:
+        rounds: number of rounds.
+        warmup: calls of each before the first round, whose results are dropped.
+        max_seconds: no further round begins after this time, but four are always done.
+
+    Returns:
+        The result of each round, by name.
+
+    Example:
+        >>> order = iter(range(100))
+        >>> in_rounds({"a": lambda: next(order), "b": lambda: next(order)}, 2, warmup=0)
+        {'a': [0, 3], 'b': [1, 2]}
+    """
     for run in list(runs.values()) * warmup:
         run()
-    calls, names = 1, list(runs)
-    if min_seconds:
-        began = time.perf_counter()
-        for run in runs.values():
-            run()
-        calls = max(1, round(len(runs) * min_seconds / max(time.perf_counter() - began, 1e-6)))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[K, list[T]] = {name: [] for name in runs}
+    names = list(runs)
     began = time.perf_counter()
     for number in range(rounds):
         for name in reversed(names) if number % 2 else names:
-            start = clock()
-            for _ in range(calls):
-                runs[name]()
-            seconds[name].append((clock() - start) / calls)
+            results[name].append(runs[name]())
         if number >= 3 and time.perf_counter() - began > max_seconds:
             break
-    return seconds
+    return results
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -87,7 +112,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def ratios(seconds: Mapping[str, list[float]], baseline: str, other: str) -> list[float]:
+def ratios(seconds: Mapping[K, list[float]], baseline: K, other: K) -> list[float]:
     """Return the speed-up of one thing over the baseline, round by round.
 
     Example:

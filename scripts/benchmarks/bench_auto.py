@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hf_sparse import to_runtime
 from hf_sparse.errors import BackendError
 from hf_sparse.kernels import library_status
 from hf_sparse.profiling.machine import machine
-from hf_sparse.profiling.timer import quartiles, threads_of_torch
+from hf_sparse.profiling.timer import interleave, quartiles, ratios, threads_of_torch
 from hf_sparse.runtime import SpeedTable
 
 FLOOR = 0.97
@@ -89,25 +90,12 @@ def make(number: int, seed: int, calls: int) -> tuple[str, Any, list[Any]]:
     return f"{said}, {sparsity:.0%} in {rows}x1", model.eval(), inputs
 
 
-@torch.inference_mode()
 def compare(dense: Any, model: Any, x: Any, rounds: int) -> tuple[float, float, float]:
     """Return quartiles of dense time over that of the other model."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    models = (dense, model)
-    start = time.perf_counter()
-    for each in (*models, *models):
-        each(x)
-    calls = max(1, round(0.004 / max((time.perf_counter() - start) / 4, 1e-6)))
-    ratios = []
-    for number in range(rounds):
-        seconds = [0.0, 0.0]
-        for side in (0, 1) if number % 2 else (1, 0):
-            start = clock()
-            for _ in range(calls):
-                models[side](x)
-            seconds[side] = clock() - start
-        ratios.append(seconds[0] / max(seconds[1], 1e-12))
-    return quartiles(ratios)
+    runs = {"dense": partial(dense, x), "runtime": partial(model, x)}
+    seconds = interleave(runs, rounds, warmup=1, min_seconds=0.004, clock=clock)
+    return quartiles(ratios(seconds, "dense", "runtime"))
 
 
 def main() -> int:

@@ -5,7 +5,8 @@
 
 Each checkout has one process, and only one of the two computes at a time. In each round both run each case, in an order
 that alternates; the result is the time of this checkout relative to the other, round by round: median and quartiles.
-Below 1 this checkout is faster. Only names that both have are used, so any two commits with the public API compare.
+Below 1 this checkout is faster. Only names that both have are used, so any two commits with the public API compare:
+the processes time with their own few lines, since the harness of this checkout may be missing in the other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,21 +205,20 @@ def main() -> None:
         work(options.cases, options.threads)
         return
     from hf_sparse.profiling.machine import machine
+    from hf_sparse.profiling.timer import in_rounds, quartiles, ratios
 
     here, other = (Worker(path, options.cases, options.threads) for path in (HERE, options.other.resolve()))
-    ratios: dict[str, list[float]] = {case: [] for case in here.cases}
-    for number in range(options.rounds):
-        for case in here.cases:
-            first, second = (here, other) if number % 2 else (other, here)
-            seconds = {worker: worker.measure(case) for worker in (first, second)}
-            ratios[case].append(seconds[here] / seconds[other])
+    workers = {"here": here, "other": other}
+    runs = {(case, name): partial(worker.measure, case) for case in here.cases for name, worker in workers.items()}
+    seconds = in_rounds(runs, options.rounds, warmup=0)  # each case has its own
+    relative = {case: ratios(seconds, (case, "here"), (case, "other")) for case in here.cases}
     print(f"{machine()}, {options.threads} threads, {options.rounds} rounds: time of this checkout / time of the other")
     print("| case | median | quartiles |\n|---|---|---|")
-    for case, values in ratios.items():
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    for case, values in relative.items():
+        low, middle, high = quartiles(values)
         print(f"| {case} | {middle:.3f} | {low:.3f} - {high:.3f} |")
     if options.json:
-        options.json.write_text(json.dumps(ratios, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(relative, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import statistics
-import time
+from functools import partial
 
 import torch
 from torch import nn
 
 from hf_sparse import sparsify, to_runtime
+from hf_sparse.profiling.timer import interleave
 
 MASKS = {
     "random entries": {"scorer": "random"},
@@ -31,22 +32,18 @@ def main() -> None:
     print(f"| layer | tokens | zeros | {' | '.join(MASKS)} |\n|---|---|---|" + "---|" * len(MASKS))
     for outputs, inputs in ((768, 768), (3072, 768), (768, 3072)):
         for sparsity in (0.8, 0.95):
-            models = []
-            for group in MASKS.values():
+            models = {}
+            for name, group in MASKS.items():
                 torch.manual_seed(0)
                 model = nn.Sequential(nn.Linear(inputs, outputs)).eval()
                 sparsify(model, {"targets": "*", "sparsity": sparsity, **group})
                 to_runtime(model, "cpu")
-                models.append(model)
+                models[name] = model
             for tokens in (16, 128):
                 x = torch.randn(tokens, inputs)
-                times: list[list[float]] = [[] for _ in models]
-                for _ in range(16):
-                    for model, found in zip(models, times, strict=True):
-                        start = time.perf_counter()
-                        model(x)
-                        found.append(time.perf_counter() - start)
-                medians = [statistics.median(found[1:]) for found in times]
+                runs = {name: partial(model, x) for name, model in models.items()}
+                seconds = interleave(runs, 15, warmup=1)
+                medians = [statistics.median(each) for each in seconds.values()]
                 cells = " | ".join(f"{value / medians[0]:.2f}" for value in medians)
                 print(f"| {outputs} x {inputs} | {tokens} | {sparsity:.0%} | {cells} |", flush=True)
 

@@ -123,7 +123,7 @@ def main() -> None:
     from hf_sparse.analysis.perplexity import mean_loss
     from hf_sparse.kernels import KERNELS
     from hf_sparse.profiling.machine import machine
-    from hf_sparse.profiling.timer import quartiles
+    from hf_sparse.profiling.timer import in_rounds, quartiles, ratios
     from hf_sparse.recipe.texts import TokenStream
 
     torch.set_num_threads(options.threads)
@@ -153,17 +153,13 @@ def main() -> None:
     engines = {name: torch_engine(model, ids, options.tokens) for name, model in models.items()}
     for file in (options.gguf or [])[1:]:
         engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(options.gguf[0], file, options.threads, options.tokens)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(options.rounds + 1):
-        for name in reversed(engines) if number % 2 else engines:
-            seconds[name].append(engines[name]())
-    seconds = {name: each[1:] for name, each in seconds.items()}  # the first round warms up
+    seconds = in_rounds(engines, options.rounds, warmup=1)
     best = min((name for name in models if name.startswith("dense")), key=lambda name: sorted(seconds[name])[0])
     print(f"{machine()}, {options.threads} threads, {options.tokens} tokens, {options.rounds} rounds; over {best}")
     print("| engine | tokens/s | speed-up | quartiles | perplexity | deviation of logits |\n|---|---|---|---|---|---|")
     result = {}
     for name, each in seconds.items():
-        low, middle, high = quartiles([a / b for a, b in zip(seconds[best], each, strict=True)])
+        low, middle, high = quartiles(ratios(seconds, best, name))
         rate = 1 / quartiles(each)[1]
         said = f"{losses[name]:.2f}" if name in losses else "-"
         deviation = f"{errors[name]:.1e}" if name in errors else "-"

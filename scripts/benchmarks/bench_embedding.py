@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_sparse.profiling.machine import machine
-from hf_sparse.profiling.timer import quartiles
+from hf_sparse.profiling.timer import in_rounds, quartiles
 from hf_sparse.recipe.metrics import spearman
 from hf_sparse.recipe.ranking import cosine
 from hf_sparse.reporting.plotting import new_figure, write_figure, write_labels
@@ -158,16 +159,18 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
     ready: list[Started] = []
     try:
         ready += start(options, folder, threads)
-        seconds: dict[str, dict[str, list[float]]] = {
-            each.name: {data: [] for data in given["timed"]} for each in ready
-        }
         print(f"{len(ready)} engines are ready", file=sys.stderr, flush=True)
         while options.wait and not options.wait.exists():
             time.sleep(0.05)
-        for turn in tqdm(range(options.rounds), desc=f"{threads} threads"):
-            for each in ready if turn % 2 else reversed(ready):
-                for data in given["timed"]:
-                    seconds[each.name][data].append(each.engine.seconds(data))
+        pairs = [(each, data) for each in ready for data in given["timed"]]
+        with tqdm(total=options.rounds * len(pairs), desc=f"{threads} threads") as bar:
+
+            def seconds_of(each: Started, data: str) -> float:
+                bar.update()
+                return each.engine.seconds(data)
+
+            runs = {(each.name, data): partial(seconds_of, each, data) for each, data in pairs}
+            seconds = in_rounds(runs, options.rounds, warmup=0)  # each engine has computed everything once
     finally:
         for each in ready:
             each.engine.close()
@@ -177,7 +180,8 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
         quality = spearman(cosine(found[: len(truth)], found[len(truth) :]), np.asarray(truth))
         rates = {
             data: [len(given["timed"][data]) / value for value in reversed(quartiles(times))]
-            for data, times in seconds[each.name].items()
+            for (name, data), times in seconds.items()
+            if name == each.name
         }
         rows.append({"engine": each.name, "version": each.version, "threads": threads, "stsb": quality, "rate": rates})
     return rows

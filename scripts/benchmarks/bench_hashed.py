@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_sparse.modeling.forms import HashedLinear, LowRankLinear
+from hf_sparse.profiling.timer import interleave
 from hf_sparse.utils.atomic_io import write_text
 
 INPUTS, HIDDEN, OUTPUTS = 784, 1000, 10
@@ -152,17 +152,6 @@ def accuracy(options: argparse.Namespace) -> None:
         print(f"| {row['network']} | {row['parameters']:,} | {statistics.mean(row['errors']):.2f} % | {each} |")
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Return the median of 15 calls."""
-    function()
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def passes(layer: nn.Module, x: Tensor, above: Tensor) -> None:
     """Run forward and backward."""
     layer(x).backward(above)
@@ -177,7 +166,9 @@ def speed() -> None:
         for rows in (50, 128, 512, 2048):
             x, above = torch.randn(rows, inputs, requires_grad=True), torch.randn(rows, outputs)
             dense, hashed = nn.Linear(inputs, outputs), HashedLinear(inputs, outputs, inputs * outputs // 8)
-            times = [seconds(partial(passes, layer, x, above)) for layer in (dense, hashed)]
+            runs = {"dense": partial(passes, dense, x, above), "hashed": partial(passes, hashed, x, above)}
+            seconds = interleave(runs, 15, warmup=1, inference=False)
+            times = [statistics.median(each) for each in seconds.values()]
             print(
                 f"| {inputs} x {outputs} | {rows} | {1e3 * times[0]:.2f} | {1e3 * times[1]:.2f} | "
                 f"{times[1] / times[0]:.2f} |",

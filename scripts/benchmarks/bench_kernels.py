@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -24,6 +23,9 @@ from hf_sparse.kernels import PackedInt8, library_status, pack, pack_int8
 from hf_sparse.kernels.functional import ffn, linear
 from hf_sparse.kernels.int8_ops import why_not_int8
 from hf_sparse.kernels.library import library
+from hf_sparse.profiling.timer import interleave, quartiles, ratios
+
+Run = Callable[[], Tensor]
 
 
 def masked(out: int, width: int, zeros: float, rows: int) -> Tensor:
@@ -39,24 +41,15 @@ def int8_ffn(x: Tensor, up: PackedInt8, bias: Tensor, down: PackedInt8, back: Te
     return out
 
 
-def ratios(
-    dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int, threads: int, limit: float
-) -> list[float]:
-    """Time both interleaved, in an order that alternates; return dense over sparse for each round."""
+def speed_ups(dense: Run, sparse: Run, rounds: int, threads: int, limit: float) -> tuple[float, float, float]:
+    """Compare the results, then time both; return quartiles of dense over sparse."""
     expected, found = dense(), sparse()
     error = float((expected - found).norm() / expected.norm())
     if not error < limit:
         raise SystemExit(f"the sparse matmul is wrong: relative error {error:.1e}, limit {limit:.1e}")
     clock = time.process_time if threads == 1 else time.perf_counter
-    result = []
-    for turn in range(rounds):
-        spent = {}
-        for run in (dense, sparse) if turn % 2 else (sparse, dense):
-            start = clock()
-            run()
-            spent[run] = clock() - start
-        result.append(spent[dense] / spent[sparse])
-    return result
+    seconds = interleave({"dense": dense, "sparse": sparse}, rounds, warmup=0, clock=clock)
+    return quartiles(ratios(seconds, "dense", "sparse"))
 
 
 def main() -> None:
@@ -109,7 +102,7 @@ def measure(width: int, out: int, tokens: int, rows: int, zeros: float, options:
         )
     for name, (dense, sparse) in cases.items():
         limit = 0.03 if options.int8 else 1e-5
-        low, middle, high = statistics.quantiles(ratios(dense, sparse, options.rounds, options.threads, limit), n=4)
+        low, middle, high = speed_ups(dense, sparse, options.rounds, options.threads, limit)
         if options.json:
             facts = {"case": name, "in": width, "out": out, "tokens": tokens, "rows": rows, "zeros": zeros}
             print(json.dumps({**facts, "ratio": middle, "quartiles": [low, high], "bytes": up.nbytes}), flush=True)

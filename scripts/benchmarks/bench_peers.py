@@ -39,7 +39,7 @@ from hf_sparse import to_runtime
 from hf_sparse.analysis.benchmark import INT8_TOLERANCE
 from hf_sparse.kernels import library_status
 from hf_sparse.profiling.machine import machine
-from hf_sparse.profiling.timer import quartiles, threads_of_torch
+from hf_sparse.profiling.timer import in_rounds, quartiles, ratios, threads_of_torch
 
 BARS = {"element": 1.3, "4x1": 1.6}
 """How many times as fast as DeepSparse ours is asked to be at 90 %."""
@@ -145,17 +145,6 @@ def here(model: Any, ids: Tensor) -> Run:
     return run
 
 
-def in_rounds(runs: dict[str, Run], rounds: int) -> dict[str, list[Seconds]]:
-    """Go round, in the reverse order every other time."""
-    for run in list(runs.values()) * 2:
-        run()
-    seconds: dict[str, list[Seconds]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: -1 if number % 2 else 1]:
-            seconds[name].append(runs[name]())
-    return seconds
-
-
 def measure(options: argparse.Namespace, name: str, batch: int, threads: int, sparsity: float) -> dict[str, Any]:
     """Time everything at one sparsity."""
     ids = torch.randint(5, 1000, (batch, options.length), generator=torch.Generator().manual_seed(0))
@@ -205,7 +194,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int, sp
     seconds = {run: [each[place] for each in found] for run, found in taken.items()}
 
     def ratio(slow: str, fast: str) -> tuple[float, float, float]:
-        return quartiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
+        return quartiles(ratios(seconds, slow, fast))
 
     rivals = {
         f"{ours} over {rival}": ratio(full, ours)

@@ -3,16 +3,14 @@
     python scripts/benchmarks/bench_saved.py runs/sst2_dense runs/small --threads 1 --batch 8 --length 64
     python scripts/benchmarks/bench_saved.py runs/g2p_dense runs/g2p_small --generate 40
 
-Each round runs every model once, in an order that turns from round to round, and divides its time by that of the first
-model in the same round. Printed are the median of these ratios with quartiles, and the sizes of the weight files.
+Each round runs every model once and divides its time by that of the first model in the same round. Printed are the
+median of these ratios with quartiles, and the sizes of the weight files.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.hf.auto import load_whole
+from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 
 def call(model: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -50,23 +49,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = [load_whole(name).eval() for name in options.models]
-    calls = [call(model, options) for model in loaded]
-    ratios: list[list[float]] = [[] for _ in calls]
-    for turn in range(-2, options.rounds):  # the first two rounds warm up
-        seconds = [0.0] * len(calls)
-        for place in range(len(calls)) if turn % 2 else reversed(range(len(calls))):
-            start = time.perf_counter()
-            calls[place]()
-            seconds[place] = time.perf_counter() - start
-        if turn >= 0:
-            for place, taken in enumerate(seconds):
-                ratios[place].append(seconds[0] / taken)
+    seconds = interleave({index: call(model, options) for index, model in enumerate(loaded)}, options.rounds)
     what = f"{options.generate} greedy tokens" if options.generate else "one forward pass"
     print(
         f"{what}, batch {options.batch}, {options.length} tokens in, {options.threads} threads, speed-up over the first"
     )
-    for name, model, own in zip(options.models, loaded, ratios, strict=True):
-        low, middle, high = statistics.quantiles(own, n=4)
+    for index, (name, model) in enumerate(zip(options.models, loaded, strict=True)):
+        low, middle, high = quartiles(ratios(seconds, 0, index))
         size = sum(inspect(name).files.values()) / 1e6
         sizes = f"{model.num_parameters():>13,} parameters{size:9.2f} MB"
         print(f"{Path(name).name:<24}{middle:6.2f} [{low:.2f}, {high:.2f}]{sizes}")

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_sparse.profiling.timer import interleave
 from hf_sparse.pruning.selection import kept_count
 from hf_sparse.pruning.selection.topk import keep_highest
 
@@ -56,13 +57,12 @@ def main() -> None:
         total = sum(tensor.numel() for tensor in scores)
         line = f"{name:12}"
         for sparsity in options.sparsity:
-            keep, times = kept_count(total, sparsity), []
-            for _ in range(options.rounds):
-                start = time.perf_counter()
-                masks, _ = keep_highest(scores, keep)
-                times.append(time.perf_counter() - start)
+            keep = kept_count(total, sparsity)
+            masks, _ = keep_highest(scores, keep)
             assert sum(int(torch.count_nonzero(mask)) for mask in masks) == keep
-            line += f"{statistics.median(times):14.3f}"
+            del masks
+            seconds = interleave({name: partial(keep_highest, scores, keep)}, options.rounds, warmup=0, inference=False)
+            line += f"{statistics.median(seconds[name]):14.3f}"
         print(line, flush=True)
     print(f"\n{total:,} scores")
 

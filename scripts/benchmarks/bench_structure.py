@@ -5,8 +5,8 @@
     python scripts/benchmarks/bench_structure.py --t5 --modes dynamic static compiled
 
 Weights are random, and so are the pruned heads and neurons: the same fraction in every layer, different ones in each.
-All models of a case run once in each round, in an order that rotates from round to round. Ratios are taken within a
-round, so that other load on the machine affects both sides.
+All models of a case run once in each round. Ratios are taken within a round, so that other load on the machine affects
+both sides.
 
 `achieved` is the speed-up divided by the FLOP-implied speed-up: 1 = all that fewer operations can give. `same mode`
 compares with the dense model in the same mode, `over plain` with the dense model that is not compiled.
@@ -44,6 +44,7 @@ import hf_sparse
 from hf_sparse.formats.structure import Edits
 from hf_sparse.hf.export.exporter import export_model
 from hf_sparse.modeling.architectures import find_sub_blocks
+from hf_sparse.profiling.timer import interleave, quartiles
 
 BERT_SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -60,7 +61,6 @@ STEPS = 32
 """Tokens that a T5 generates."""
 
 Call = Callable[[], Any]
-Times = dict[Any, list[float]]
 
 
 def compacted(dense: Any, gone: float) -> tuple[Any, Edits]:
@@ -71,28 +71,9 @@ def compacted(dense: Any, gone: float) -> tuple[Any, Edits]:
     return small, hf_sparse.compact(small)
 
 
-@torch.inference_mode()
-def interleave(runs: dict[Any, Call], rounds: int, repeats: int, clock: Callable[[], float]) -> Times:
-    """Return the mean time of a call of each run, one value for each round."""
-    for run in runs.values():
-        run()
-        run()
-    times: Times = {name: [] for name in runs}
-    names = list(runs)
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            start = clock()
-            for _ in range(repeats):
-                runs[name]()
-            times[name].append((clock() - start) / repeats)
-    return times
-
-
 def speed_up(baseline: list[float], other: list[float]) -> list[float]:
     """Return the quartiles of the speed-ups of the rounds."""
-    ratios = [slow / fast for slow, fast in zip(baseline, other, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return list(quartiles([slow / fast for slow, fast in zip(baseline, other, strict=True)]))
 
 
 def row(case: dict[str, Any], times: list[float], left: float, same: list[float], plain: list[float]) -> dict[str, Any]:
@@ -148,7 +129,7 @@ def measure_bert(options: argparse.Namespace, threads: int, batch: int, length: 
             runs: dict[Any, Call] = {name: functools.partial(model, input_ids=ids) for name, model in models.items()}
             if options.beside and mode != "compiled":
                 runs |= engines(dense, edits, ids, threads)
-            times = interleave(runs, options.rounds, options.repeats, clock_of(options))
+            times = interleave(runs, options.rounds, calls=options.repeats, clock=clock_of(options))
             case = {"part": "encoder", "mode": mode, "threads": threads, "shape": f"{batch}x{length}", "gone": gone}
             found = row(case, times["small"], left, times["dense"], times.get("plain", times["dense"]))
             others = {name: values for name, values in times.items() if name not in ("dense", "small", "plain")}
@@ -244,7 +225,7 @@ def measure_t5(options: argparse.Namespace, threads: int, batch: int, length: in
         modes = modes if "dynamic" in modes else ["dynamic", *modes]
         runs = {(gone, mode): t5_call(model, part, mode, ids) for mode in modes for gone, model in models.items()}
         rounds = options.rounds if part == "generate" else 3 * options.rounds
-        times = interleave(runs, rounds, options.repeats, clock_of(options))
+        times = interleave(runs, rounds, calls=options.repeats, clock=clock_of(options))
         for (gone, mode), own in times.items():
             case = {"part": part, "mode": mode, "threads": threads, "shape": f"{batch}x{length}", "gone": gone}
             yield row(case, own, counts[gone] / counts[0.0], times[0.0, mode], times[0.0, "dynamic"])

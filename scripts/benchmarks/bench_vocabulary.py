@@ -35,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_sparse
 from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.timer import Run, interleave, quartiles, ratios
 from hf_sparse.reporting.plotting import new_figure, write_figure
 from hf_sparse.utils.atomic_io import read_json, write_text
 from scripts.benchmarks.vocabulary_corpora import HELD_OUT, corpus, decoder_corpus, prose, rows, sources, strings
@@ -236,13 +238,10 @@ def embeddings(name: str, data: Path, number: int) -> dict[str, Any]:
     return out
 
 
-@torch.no_grad()
-def tokens_per_second(model: Any, tokenizer: Any, prompt: str, new: int) -> float:
-    """Decode greedily at batch 1."""
+def generation(model: Any, tokenizer: Any, prompt: str, new: int) -> Run:
+    """Return what decodes greedily at batch 1."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    start = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    return new / (time.perf_counter() - start)
+    return partial(model.generate, **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
 
 def speed(name: str, data: Path) -> dict[str, Any]:
@@ -252,11 +251,11 @@ def speed(name: str, data: Path) -> dict[str, Any]:
     tokenizer = copy.deepcopy(names)
     hf_sparse.trim_vocabulary(model, tokenizer, decoder_corpus(data)[0], coverage=0.9999)
     prompt = strings(data, names, 1)[0][:400]
-    sides = ((whole, names), (model, tokenizer))
-    pairs = [[tokens_per_second(*side, prompt, 48) for side in sides] for _ in range(8)][1:]
+    runs = {"before": generation(whole, names, prompt, 48), "after": generation(model, tokenizer, prompt, 48)}
+    seconds = interleave(runs, 7, warmup=1)
     out = {
-        "tokens_per_second": [statistics.median(side) for side in zip(*pairs, strict=True)],
-        "ratio_quartiles": statistics.quantiles([after / before for before, after in pairs]),
+        "tokens_per_second": [48 / statistics.median(each) for each in seconds.values()],
+        "ratio_quartiles": list(quartiles(ratios(seconds, "before", "after"))),
         "dtype": str(whole.dtype),
         "threads": torch.get_num_threads(),
     }

@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,19 @@ from transformers import (
 )
 
 import hf_sparse  # noqa: F401 - importing it lets from_pretrained read packed files
+from hf_sparse.profiling.timer import interleave
 from hf_sparse.recipe.data import load_examples
 from hf_sparse.recipe.metrics import build_metrics
 from hf_sparse.recipe.recipe import Recipe
 
-LOADS = 5
+LOADS = 4
 
 
 def timed_loads(folder: Path) -> tuple[Any, float]:
     """Return the model and the median load time in seconds; the first load, which also imports, is not counted."""
-    seconds = []
-    for _ in range(LOADS):
-        start = time.perf_counter()
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-        seconds.append(time.perf_counter() - start)
-    return model, statistics.median(seconds[1:])
+    load = partial(AutoModelForSequenceClassification.from_pretrained, folder)
+    seconds = interleave({"load": load}, LOADS, warmup=1, inference=False)
+    return load(), statistics.median(seconds["load"])
 
 
 def zeros(model: torch.nn.Module) -> dict[str, list[int]]:

@@ -18,8 +18,8 @@ import io
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.profiling.timer import interleave
 
 MEANS = (123.68, 116.779, 103.939)
 """Of red, green and blue, as the convolutions were trained."""
@@ -164,18 +165,6 @@ def accuracy(model: Any, pixels: Tensor, labels: Tensor) -> float:
     return float((found == labels).float().mean())
 
 
-def in_turns(models: list[Any], pixels: Tensor, repeats: int) -> list[float]:
-    """Return the median milliseconds of each model for one batch."""
-    times: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for turn in range(repeats + 2):
-            for model, own in zip(models, times, strict=True):
-                begin = time.perf_counter()
-                model(pixel_values=pixels)
-                own += [time.perf_counter() - begin] if turn >= 2 else []
-    return [statistics.median(own) * 1000 for own in times]
-
-
 def multiply_accumulates(model: nn.Module, pixels: Tensor) -> int:
     """Return those of one image, counted by hooks on the layers that are there."""
     count = 0
@@ -264,7 +253,9 @@ def compare_times(arguments: argparse.Namespace) -> None:
         pixels = pixels.to(memory_format=layout)
         whole = multiply_accumulates(dense, pixels)
         for name, model, error in made[1:]:
-            before, after = in_turns([dense, model], pixels, arguments.repeats)
+            runs = {"dense": partial(dense, pixel_values=pixels), "pruned": partial(model, pixel_values=pixels)}
+            seconds = interleave(runs, arguments.repeats)
+            before, after = (1000 * statistics.median(each) for each in seconds.values())
             fewer = whole / multiply_accumulates(model, pixels)
             row = {"size": size, "method": name, "dense_ms": before, "ms": after, "faster": before / after}
             rows.append({**row, "fewer_macs": fewer, "masked_to_compacted": error})

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_sparse.profiling.timer import interleave, quartiles, ratios, threads_of_torch
+from hf_sparse.profiling.timer import in_rounds, interleave, quartiles, ratios, threads_of_torch
 
 
 def record(order: list[str], *names: str) -> dict[str, Callable[[], object]]:
@@ -40,6 +40,20 @@ def test_fast_things_are_called_several_times_between_two_looks_at_the_clock(mon
     )
     assert len(order) == 2 + 2 * 2 * 10
     assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}, "the time of one call"
+
+
+def test_a_fixed_number_of_calls_between_two_looks_at_the_clock() -> None:
+    order: list[str] = []
+    clock = itertools.count(step=6)
+    seconds = interleave(record(order, "a"), rounds=2, warmup=0, calls=3, clock=lambda: float(next(clock)))
+    assert order == ["a"] * 6
+    assert seconds == {"a": [2.0, 2.0]}, "the time of one call"
+
+
+def test_results_of_what_measures_itself_are_kept_but_for_the_warm_up() -> None:
+    given = itertools.count()
+    found = in_rounds({"a": lambda: ("a", next(given)), "b": lambda: ("b", next(given))}, 2, warmup=1)
+    assert found == {"a": [("a", 2), ("a", 5)], "b": [("b", 3), ("b", 4)]}
 
 
 def test_no_round_begins_after_the_time_is_up_but_four_are_done() -> None:
