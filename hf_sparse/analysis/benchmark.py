@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import BackendError, RecipeError
 from ..hf.auto import load_whole
+from ..kernels import KERNELS
 from ..profiling.machine import machine
 from ..profiling.speed_record import verdict
 from ..profiling.timer import interleave, quartiles, ratios, threads_of_torch
@@ -123,7 +124,8 @@ def bench(
     with threads_of_torch(threads):
         inputs = inputs_of(sparse, batch, length, examples, model, revision)
         report = _in_runtime_form(sparse, backend)
-        tolerance = INT8_TOLERANCE if backend == "cpu-int8" else TOLERANCE
+        rounds_weights = backend in KERNELS.backends and not KERNELS.backends[backend].exact
+        tolerance = INT8_TOLERANCE if rounds_weights else TOLERANCE
         difference = max(compare(sparse, dense, each, tolerance) for each in inputs.batches)
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)

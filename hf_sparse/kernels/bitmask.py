@@ -216,5 +216,6 @@ register(
         op=without_rows(bitmask_linear),
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         unavailable=why_not_built,
+        few_tokens=True,
     )
 )

@@ -117,12 +117,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check(weight: BitmaskInt8Weight) -> None:
-    *parts, _, out_features, in_features = weight
-    values, bits, pointers, scales = parts
+    values, bits, pointers, scales, _, out_features, in_features = weight
     groups = -(-in_features // GROUP)
     shapes = [tuple(part.shape) for part in (bits, pointers, scales)]
     fits = shapes == [(out_features, groups * GROUP // WORD), (out_features + 1,), (out_features, groups)]
-    dtypes = [part.dtype for part in parts]
+    dtypes = [part.dtype for part in (values, bits, pointers, scales)]
     if values.dim() != 1 or not fits or dtypes != [torch.int8, torch.int64, torch.int32, torch.float32]:
         raise BackendError(
             f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a "
@@ -131,11 +130,11 @@ def _check(weight: BitmaskInt8Weight) -> None:
 
 
 def _matmul(x: Tensor, weight: BitmaskInt8Weight) -> Tensor:
-    *parts, bias, out_features, in_features = weight
+    values, bits, pointers, scales, bias, out_features, in_features = weight
     loaded = library()
-    if loaded is None or not is_native(x, *parts, bias):
-        return matmul(x, unpack(*parts, out_features, in_features).to(x), bias)
-    values, bits, pointers, scales = (part.contiguous() for part in parts)
+    if loaded is None or not is_native(x, values, bits, pointers, scales, bias):
+        return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
+    values, bits, pointers, scales = values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     structure = _BitmaskInt8(
         *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), scales.data_ptr()),
@@ -162,5 +161,6 @@ register(
         guard=refusal,
         unavailable=why_not_built,
         error=0.5 / STEPS,
+        few_tokens=True,
     )
 )

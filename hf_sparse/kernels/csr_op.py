@@ -57,8 +57,8 @@ class CsrWeight(NamedTuple):
 
 
 def _matmul(x: Tensor, weight: CsrWeight) -> Tensor:
-    *parts, bias, height, width = weight
-    return csr_matmul(x, _matrix(*parts, height, width), bias)
+    values, columns, pointers, bias, height, width = weight
+    return csr_matmul(x, _matrix(values, columns, pointers, height, width), bias)
 
 
 csr_linear = define_all(WeightFormat("csr", CsrWeight, _matmul))["linear"]

@@ -68,8 +68,12 @@ def define_all(form: WeightFormat[Any]) -> dict[str, Any]:
     operators = {}
     for spec in form.ops:
         read = _reader(spec, form)
-        make_run, make_fake = (_attention_run, _attention_fake) if spec.has_mask else (_forward_run, _forward_fake)
-        operators[spec.name] = define(spec.schema(form), make_run(form, read), make_fake(form, read))
+        if spec.has_mask:
+            assert isinstance(form, FusedFormat)
+            run, fake = _attention_run(form, read), _attention_fake(form, read)
+        else:
+            run, fake = _forward_run(form, read), _forward_fake(form, read)
+        operators[spec.name] = define(spec.schema(form), run, fake)
     return operators
 
 
@@ -83,7 +87,7 @@ def without_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return op
 
 
-def _reader(spec: OpSpec, form: WeightFormat[W]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+def _reader(spec: OpSpec, form: WeightFormat[Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Return what sorts the arguments after x: (weights, norm, activation) or (weights, norm, mask, heads, scale)."""
     count, width = len(spec.weights), len(form.tensors)
     norm_at = count * width
@@ -91,7 +95,7 @@ def _reader(spec: OpSpec, form: WeightFormat[W]) -> Callable[[tuple[Any, ...]], 
     rows_at = mask_at + spec.has_mask
     end = rows_at + len(spec.all_sizes(form))
     # Not the constructors: at few tokens, each Python call counts.
-    make: Callable[[tuple[Any, ...]], W] = partial(tuple.__new__, form.weight)
+    make: Callable[[tuple[Any, ...]], Any] = partial(tuple.__new__, form.weight)
     make_norm: Callable[[tuple[Any, ...]], Norm] = partial(tuple.__new__, Norm)
     spans = [(slice(i * width, (i + 1) * width), rows_at + i) for i in range(count)]
     shapes, has_norm, has_mask, default = spec.shapes, spec.has_norm, spec.has_mask, spec.default

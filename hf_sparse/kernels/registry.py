@@ -67,6 +67,8 @@ class Kernel:
         heights: block heights -> time per stored value, relative to that of height 1.
         error: largest deviation of the unpacked weight, as a fraction of the largest weight of its output row; 0 =
             the weight is kept exactly.
+        few_tokens: whether it is for a model that generates, a few tokens at a time: "auto" tries it there beside the
+            preferred kernel, and the LM head is packed for it too.
         suits: weight -> the block height to try it with, or why that cannot be worth it; None = `choose_rows`.
         module: makes a layer of its own from an `nn.Linear` and the height; for kernels that are not `PackedLinear`.
     """
@@ -86,6 +88,7 @@ class Kernel:
     unavailable: Callable[[], str | None] = _always
     heights: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     error: float = 0.0
+    few_tokens: bool = False
     suits: Callable[[Tensor], int | str] | None = None
     module: Callable[[nn.Linear, int], nn.Module] | None = None
 
@@ -209,8 +212,15 @@ class Kernels:
 
     def fastest_exact(self) -> Kernel:
         """Return the first exact kernel for the CPU that runs on this machine: what backend "auto" times."""
+        return next(self._exact())
+
+    def for_few_tokens(self) -> Kernel | None:
+        """Return the first of those for a few tokens, if there is one: what "auto" tries beside the former."""
+        return next((kernel for kernel in self._exact() if kernel.few_tokens), None)
+
+    def _exact(self) -> Iterator[Kernel]:
         able = (kernel for kernel in self.of_device("cpu") if kernel.backend and kernel.exact)
-        return next(kernel for kernel in able if kernel.unavailable() is None)
+        return (kernel for kernel in able if kernel.unavailable() is None)
 
 
 KERNELS = Kernels()

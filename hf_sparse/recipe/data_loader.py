@@ -49,6 +49,10 @@ class TextBatches(Sized):
             raise RecipeError(f"`batch` must be a positive integer, got {batch}")
         self.model, self.tokenizer, self.rows, self.section, self.size = model, tokenizer, rows, section, batch
         check_length(section.max_length, model, tokenizer)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Check more of the model, and set what depends on it."""
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
@@ -90,22 +94,14 @@ class LabelledBatches(TextBatches):
             section keeps; later if a label is not one of the model's.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Dataset,
-        section: DataSection,
-        batch: int = 16,
-    ) -> None:
-        super().__init__(model, tokenizer, rows, section, batch)
-        self.writes = _writes(model)
-        if not has_labels(model):
+    def _prepare(self) -> None:
+        if not has_labels(self.model):
             raise RecipeError(
-                f"{type(model).__name__} gives no class or number for a text, and does not write one as T5 does, so "
-                "there are no labels to measure it by; give a model fine-tuned for the task"
+                f"{type(self.model).__name__} gives no class or number for a text, and does not write one as T5 does, "
+                "so there are no labels to measure it by; give a model fine-tuned for the task"
             )
-        self.size = 1 if self.writes else batch
+        self.writes = _writes(self.model)
+        self.size = 1 if self.writes else self.size
 
     def _collator(self) -> Any:
         return DataCollatorForSeq2Seq(self.tokenizer, self.model) if self.writes else super()._collator()

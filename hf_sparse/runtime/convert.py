@@ -28,14 +28,6 @@ from .survey import LayerDecision, refuse_dense, survey, warn_of_others
 __all__ = ["BACKENDS", "LayerReport", "RuntimeReport", "SpeedTable", "is_runtime", "to_dense_runtime", "to_runtime"]
 
 
-DECODER = "bitmask"
-"""Kernel that "auto" tries beside the fastest exact one in a model that generates, which multiplies a few tokens."""
-
-
-FEW_TOKENS = (DECODER, "bitmask-int8")
-"""Kernels that the LM head is packed for too, beside its weight."""
-
-
 def backends() -> tuple[str, ...]:
     """Return what `to_runtime(backend=)` takes: "auto", the kernels of the registry by name, "dense"."""
     return ("auto", *KERNELS.backends, "dense")
@@ -168,24 +160,21 @@ class _Conversion:
                 self.decisions[name] = decision.stays_dense(reason)
         able = {name: decision.layer for name, decision in self.decisions.items() if decision.reason is None}
         counts = token_counts(self.model, tokens)
-        rivals = Candidates(self.model, able, DECODER) if table is not None and self._can_decode(kernel) else None
+        rival = KERNELS.for_few_tokens() if table is not None and generates(self.model) else None
+        rivals = None if rival is None or rival is kernel else Candidates(self.model, able, rival.name)
         for group in Candidates(self.model, able, kernel.name).groups():
             at = counts(group.candidate)
             if table is not None and rivals is not None and min(at) <= DECODING:
-                chosen, decided = choose_for_decoding(group, rivals, self.decisions, table, at)
+                choice = choose_for_decoding(group, rivals, self.decisions, table, at)
             else:
-                chosen, decided = choose(group, self.decisions, table, at)
-            self.decisions |= decided
-            for candidate in chosen:
+                choice = choose(group, self.decisions, table, at)
+            self.decisions |= choice.decisions
+            for candidate in choice.packed:
                 if not kernel.exact:
                     self.errors |= candidate.errors()
                 candidate.pack(candidate.layers, self.keep_dense)
                 trim_memory()
-            self.packed += chosen
-
-    def _can_decode(self, kernel: Kernel) -> bool:
-        """Return whether the kernel for a few tokens is tried beside this one."""
-        return generates(self.model) and kernel.name != DECODER and KERNELS[DECODER].unavailable() is None
+            self.packed += choice.packed
 
     def read_lm_head(self, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Let the LM head compute with the GEMV kernel, where that is faster."""
@@ -195,7 +184,7 @@ class _Conversion:
             return
         materialize([layer])
         decision, speedups = self.decisions[name], self.decisions[name].speedups
-        used = next((candidate.kernel for candidate in self.packed if candidate.kernel in FEW_TOKENS), None)
+        used = next((candidate.kernel for candidate in self.packed if KERNELS[candidate.kernel].few_tokens), None)
         few = None if used is None else lm_head.copy_of(layer, used)
         if table is not None:
             measured = lm_head.measure(layer, table, tokens or lm_head.TOKENS, few)
@@ -266,7 +255,8 @@ def _to_gpu_runtime(
     except BaseException:
         _restore(model)
         raise
-    return RuntimeReport("auto", machine(), "GPU kernels: 2:4 and blocks, not verified yet", reports)
+    kernels = ", ".join(kernel.name for kernel in KERNELS.of_device("cuda"))
+    return RuntimeReport("auto", machine(), f"GPU kernels, not verified yet: {kernels}", reports)
 
 
 def _check_arguments(backend: str, tokens: Sequence[int] | None) -> None:

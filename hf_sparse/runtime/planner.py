@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..kernels import KERNELS
 from .autotune import DECODING, Measurement, SpeedTable, Trial, why_dense
 from .candidates import CandidateGroup, Candidates, PackCandidate
 from .survey import LayerDecision
@@ -21,29 +22,40 @@ DECODING_TOKENS = (1, 2, 5, 8)
 Decisions = Mapping[str, LayerDecision]
 
 
-def choose(
-    group: CandidateGroup, decisions: Decisions, table: SpeedTable | None, tokens: Sequence[int]
-) -> tuple[list[PackCandidate], dict[str, LayerDecision]]:
-    """Return which candidates of a group are packed, and the decisions about all its layers.
+class Choice(NamedTuple):
+    """What was decided about a group of layers.
+
+    Attributes:
+        packed: the candidates that are packed.
+        decisions: about all its layers, by name.
+        seconds: time of all its layers together, by token count; empty if nothing was timed.
+    """
+
+    packed: list[PackCandidate]
+    decisions: dict[str, LayerDecision]
+    seconds: dict[int, float]
+
+
+def choose(group: CandidateGroup, decisions: Decisions, table: SpeedTable | None, tokens: Sequence[int]) -> Choice:
+    """Return which candidates of a group are packed: all together, else layer by layer.
 
     Args:
         table: of times; None = pack without timing.
         tokens: token counts that are timed.
     """
     candidate = group.candidate
+    kernel, names = candidate.report_name, candidate.names
     measured = measure(candidate, table, tokens) if table is not None else {}
     speedups = {count: each.speedup for count, each in measured.items()}
-    reason = why_dense(candidate.report_name, measured) if measured else None
+    reason = why_dense(kernel, measured) if measured else None
     if reason is None:
-        kernel = candidate.report_name
-        return [candidate], {name: decisions[name].takes(kernel, speedups) for name in candidate.names}
-    chosen: list[PackCandidate] = []
-    changed = {name: decisions[name].stays_dense(reason, speedups) for name in candidate.names}
-    for single in group.split():
-        packed, decided = choose(CandidateGroup(single, list), decisions, table, tokens)
-        chosen += packed
-        changed |= decided
-    return chosen, changed
+        decided = {name: decisions[name].takes(kernel, speedups) for name in names}
+        return Choice([candidate], decided, {count: each.packed for count, each in measured.items()})
+    dense = {name: decisions[name].stays_dense(reason, speedups) for name in names}
+    singles = [CandidateGroup(single, list) for single in group.split()]
+    if not singles:
+        return Choice([], dense, {count: each.dense for count, each in measured.items()})
+    return _together([choose(single, decisions, table, tokens) for single in singles])
 
 
 def choose_for_decoding(
@@ -52,31 +64,26 @@ def choose_for_decoding(
     decisions: Decisions,
     table: SpeedTable,
     tokens: Sequence[int],
-) -> tuple[list[PackCandidate], dict[str, LayerDecision]]:
+) -> Choice:
     """Return the same as `choose`, of two kernels that which needs less time for a few tokens.
 
     Args:
         rivals: makes candidates for the other kernel, which packs layers one by one.
     """
-    chosen, decided = choose(group, decisions, table, tokens)
-    other: list[PackCandidate] = []
-    others: dict[str, LayerDecision] = {}
-    for name in group.candidate.names:
-        packed, each = choose(CandidateGroup(rivals.single(name), list), decisions, table, tokens)
-        other += packed
-        others |= each
+    choice = choose(group, decisions, table, tokens)
+    names = group.candidate.names
+    other = _together([choose(CandidateGroup(rivals.single(name), list), decisions, table, tokens) for name in names])
     few = [count for count in tokens if count <= DECODING]
-    if other and _seconds(other, group, table, few) < _seconds(chosen, group, table, few):
-        return other, others
-    return chosen, decided
+    faster = sum(other.seconds[count] for count in few) < sum(choice.seconds[count] for count in few)
+    return other if other.packed and faster else choice
 
 
-def _seconds(chosen: Sequence[PackCandidate], group: CandidateGroup, table: SpeedTable, few: Sequence[int]) -> float:
-    """Return the time of a group of layers at a few tokens, those that are not chosen dense."""
-    packed = {name for candidate in chosen for name in candidate.names}
-    total = sum(each.packed for candidate in chosen for each in measure(candidate, table, few).values())
-    rest = [candidate for candidate in group.split() or [group.candidate] if not packed.intersection(candidate.names)]
-    return total + sum(each.dense for candidate in rest for each in measure(candidate, table, few).values())
+def _together(choices: Sequence[Choice]) -> Choice:
+    """Return the choice about several groups."""
+    packed = [candidate for choice in choices for candidate in choice.packed]
+    decisions = {name: decided for choice in choices for name, decided in choice.decisions.items()}
+    counts = choices[0].seconds
+    return Choice(packed, decisions, {count: sum(choice.seconds[count] for choice in choices) for count in counts})
 
 
 def measure(candidate: PackCandidate, table: SpeedTable, tokens: Sequence[int]) -> dict[int, Measurement]:
@@ -87,7 +94,8 @@ def measure(candidate: PackCandidate, table: SpeedTable, tokens: Sequence[int]) 
     rows = tuple(packed.rows for packed in candidate.packed)
     kind = candidate.report_name
     if (size := candidate.head_size) is not None:
-        kind, shapes = "sparse_attention", (*shapes, (candidate.layers[0].out_features // size, size))
+        kind = KERNELS[candidate.kernel].report_name("attention")
+        shapes = (*shapes, (candidate.layers[0].out_features // size, size))
     measured = {}
     for count in tokens:
         x = torch.randn(1, count, candidate.layers[0].in_features, dtype=torch.float32, device="cpu")

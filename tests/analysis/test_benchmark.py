@@ -203,9 +203,10 @@ def test_speed_without_its_circumstances_is_refused(change: dict[str, Any], reas
 
 
 @pytest.mark.skipif(why_not_int8() is not None, reason=f"no int8 products here: {why_not_int8()}")
-def test_bench_takes_int8_and_says_how_far_off_it_is(saved: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("backend", ["cpu-int8", "bitmask-int8"])
+def test_bench_takes_int8_and_says_how_far_off_it_is(saved: Path, tmp_path: Path, capsys: Any, backend: str) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--backend", "cpu-int8", "--threads", "1", "--length", "8", "--rounds", "2", "--layers"]
+    arguments = ["--backend", backend, "--threads", "1", "--length", "8", "--rounds", "2", "--layers"]
     assert main(["bench", str(saved), *arguments, "--json", str(out)]) == 0
     assert "not exact" in capsys.readouterr().out
     found = json.loads(out.read_text())
