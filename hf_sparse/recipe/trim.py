@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, RecipeError
 from ..hf.auto import load_tokenizer, load_whole
+from ..hf.embedding.module_files import carry_modules
 from ..vocabulary import VocabularyReport, trim_vocabulary
 from .data import read_column
 from .prune import forget_run
@@ -32,6 +33,8 @@ def trim_saved(
     **criteria: Any,
 ) -> VocabularyReport:
     """Load a model, remove the tokens that a corpus does not need, and save it with its tokenizer and a report.
+
+    The modules of sentence-transformers beside it are carried over.
 
     Args:
         name: folder or Hub name.
@@ -55,6 +58,7 @@ def trim_saved(
     report = trim_vocabulary(model, tokenizer, corpus, held_out=measured or None, **criteria)
     model.save_pretrained(output)
     forget_run(Path(output))
+    carry_modules(name, output, revision)
     tokenizer.save_pretrained(output)
     report.save(output)
     _check_saved(tokenizer, str(output), [*measured[:100], *corpus[:100]])

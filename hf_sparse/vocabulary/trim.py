@@ -19,6 +19,9 @@ from .tables import Tables, find_tables, positions_from_padding
 from .token_ids import configs_of, named_ids, renumber, renumber_modules, speaks_of
 from .tokenizer import TokenizerFile, read_tokenizer, replace_backend, special_ids
 
+STRAY = 1024
+"""Rows without a token, or tokens without a row, that a model may have: tables are padded to multiples."""
+
 
 def trim_vocabulary(
     model: nn.Module,
@@ -84,6 +87,7 @@ def trim_vocabulary(
     with collection_paused():
         file = read_tokenizer(tokenizer)
     ids, backend = file.ids, tokenizer.backend_tokenizer
+    _check_belongs(ids, tables.rows)
     size = max(tables.rows, max(ids.values(), default=-1) + 1)
     configs = [config for config in configs_of(model) if speaks_of(config, tables.rows)]
     special = _special(model, tokenizer, file, tables, configs, size)
@@ -122,6 +126,16 @@ def _special(
     if padding is not None and positions_from_padding(model, tables):
         found.update(range(padding + 1))
     return {token for token in found if 0 <= token < size}
+
+
+def _check_belongs(ids: dict[str, int], rows: int) -> None:
+    """Raise if so many rows have no token, or tokens no row, that the tokenizer must be that of another model."""
+    with_row = sum(token < rows for token in ids.values())
+    if max(rows, len(ids)) - with_row > max(STRAY, rows // 10):
+        raise RecipeError(
+            f"the tokenizer has {len(ids):,} tokens, and the embeddings have {rows:,} rows, so it is not that of the "
+            "model. Load both from one place, or call model.resize_token_embeddings(len(tokenizer)) first"
+        )
 
 
 def _check_ids(after: Any, ids: dict[str, int], numbers: dict[int, int]) -> None:

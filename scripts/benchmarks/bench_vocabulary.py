@@ -54,11 +54,9 @@ from scripts.benchmarks.vocabulary_corpora import HELD_OUT, corpus, decoder_corp
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes" / "reference" / "vocabulary.json"
 COVERAGES = (0.999, 0.9999, 1.0)
-WINDOWS = 48
-EXACT = 10
-CALIBRATION = 200
-LEFT = 1e-5
-"""Where the plot has a coverage of all tokens."""
+WINDOWS, EXACT, CALIBRATION = 48, 10, 200
+NEW, ROUNDS = 32, 6
+LEFT = 1e-5  # where the plot has a coverage of all tokens
 STEPS, BATCH, RATE = 100, 32, 1e-4
 
 
@@ -251,11 +249,13 @@ def speed(name: str, data: Path) -> dict[str, Any]:
     tokenizer = copy.deepcopy(names)
     hf_sparse.trim_vocabulary(model, tokenizer, decoder_corpus(data)[0], coverage=0.9999)
     prompt = strings(data, names, 1)[0][:400]
-    runs = {"before": generation(whole, names, prompt, 48), "after": generation(model, tokenizer, prompt, 48)}
-    seconds = interleave(runs, 7, warmup=1)
+    runs = {"before": generation(whole, names, prompt, NEW), "after": generation(model, tokenizer, prompt, NEW)}
+    seconds = interleave(runs, ROUNDS, warmup=1)
     out = {
-        "tokens_per_second": [48 / statistics.median(each) for each in seconds.values()],
+        "tokens_per_second": [NEW / statistics.median(each) for each in seconds.values()],
         "ratio_quartiles": list(quartiles(ratios(seconds, "before", "after"))),
+        "new_tokens": NEW,
+        "rounds": ROUNDS,
         "dtype": str(whole.dtype),
         "threads": torch.get_num_threads(),
     }

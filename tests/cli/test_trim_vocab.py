@@ -71,6 +71,17 @@ def test_model_and_tokenizer_load_without_hf_sparse(saved: Path, capsys: pytest.
     assert float(total) == pytest.approx(expected, abs=1e-4)
 
 
+def test_modules_of_sentence_transformers_are_carried_over(saved: Path) -> None:
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    files = {"modules.json": [pooling], "1_Pooling/config.json": {"pooling_mode_cls_token": True}}
+    for name, content in files.items():
+        (saved / "model" / name).parent.mkdir(exist_ok=True)
+        (saved / "model" / name).write_text(json.dumps(content), encoding="utf-8")
+    assert run(saved, "--data", saved / "corpus.txt") == 0
+    for name, content in files.items():
+        assert json.loads((saved / "small" / name).read_text(encoding="utf-8")) == content
+
+
 def test_json_plot_and_columns(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = [json.dumps({"sentence": line}) for line in (*LINES, *CORPUS)]

@@ -133,3 +133,12 @@ def test_embeddings_in_another_form() -> None:
     model, tokenizer = make()
     hf_sparse.sparsify(model, {"targets": "*word_embeddings", "compress": {"name": "hashed", "ratio": 0.5}})
     refused("'embeddings.word_embeddings' has the form 'hashed'", model, tokenizer)
+
+
+@pytest.mark.parametrize("further", [1500, -1500])
+def test_tokenizer_of_another_model(further: int) -> None:
+    tokenizer = word_piece()
+    if further < 0:
+        tokenizer.add_tokens([f"<{number}>" for number in range(-further)])
+    model, _ = make(vocab_size=len(tokenizer) + further)
+    refused("so it is not that of the model", model, tokenizer)
