@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,13 @@ WORKER = "tests.integration.killed_worker"
 SECONDS = 300
 
 
-def start(output: Path, scorer: str, moment: str = "never", pair: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, *([*TORCHRUN, "2"] if pair else []), "-m", WORKER, str(output), scorer, moment]
+def start(
+    output: Path, scorer: str, moment: str = "never", pair: bool = False, sharded: bool = False
+) -> subprocess.Popen[str]:
+    command = [
+        *(sys.executable, *([*TORCHRUN, "2"] if pair else []), "-m", WORKER, str(output), scorer, moment),
+        *(["sharded"] if sharded else []),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -83,3 +89,17 @@ def test_two_processes_killed_and_resumed_are_the_uninterrupted_run(tmp_path: Pa
     kill_at(start(tmp_path / "killed", "movement", pair=True), 23)
     finish(start(tmp_path / "killed", "movement", pair=True))
     same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_killed_and_resumed_are_the_uninterrupted_run(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"pair": True, "sharded": True}
+    finish(start(tmp_path / "whole", "movement", **how))
+    step = random.SystemRandom().randrange(6, 36)
+    for moment, first in ((f"step-{step}", (step - 1) // 5 * 5 + 1), ("shards-20", 16), ("optimizer-20", 16)):
+        output = tmp_path / moment
+        killed = start(output, "movement", moment, **how)
+        killed.communicate(timeout=SECONDS)
+        assert killed.returncode != 0
+        assert finish(start(output, "movement", **how)).split()[0] == str(first), moment
+        same(tmp_path / "whole", output)

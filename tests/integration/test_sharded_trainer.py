@@ -90,7 +90,9 @@ def test_efficient_loading(tmp_path: Path) -> None:
     on_ranks(__name__, "efficient", tmp_path)
 
 
-PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1}  # see `trainer_of`
+# See `trainer_of`; and the Trainer multiplies a loss by the number of processes for models that take a number of items,
+# which the mean of a sequence classification does not: with its default, one process learns at half the rate of two.
+PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "average_tokens_across_devices": False}
 RESUMED = ("movement", "soft", "neurons")
 
 
@@ -114,17 +116,19 @@ def resumed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
-    """One process goes on to the same sparsity; not to the same weights, which is not promised."""
+@pytest.mark.parametrize("count", [1, 4])
+def test_resumed_by_another_number_of_processes(tmp_path: Path, count: int) -> None:
     on_ranks(__name__, "whole_run", tmp_path, 2)
-    on_ranks(__name__, "resumed", tmp_path, 1)
+    on_ranks(__name__, "resumed", tmp_path, count)
     for method in RESUMED:
         expected, found = (
-            summarize(AutoModelForSequenceClassification.from_pretrained(tmp_path / method / name / "out")).sparsity
-            for name in ("whole", "1")
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / method / name / "out")
+            for name in ("whole", str(count))
         )
-        assert found == pytest.approx(expected, abs=1e-3)
-        assert expected > 0.25
+        assert summarize(found).sparsity == summarize(expected).sparsity > 0.25
+        for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
+            assert torch.equal(one != 0, other != 0), f"{method}: {name}"
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def best(folder: Path) -> None:
