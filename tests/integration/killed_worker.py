@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from transformers import Trainer, TrainerCallback
 
 from hf_sparse import SparsityConfig, last_checkpoint
@@ -72,13 +72,14 @@ def arm(moment: str, trainer: Any) -> None:
             die()
         finish(self, *args)
 
-    finish = FileSystemWriter.finish
+    writer: Any = FileSystemWriter
+    finish = writer.finish
     if kind == "optimizer":
         Trainer._save_optimizer_and_scheduler = save  # type: ignore[method-assign]
     elif kind == "weights":
         module.settle_header = half
     elif kind == "shards":
-        FileSystemWriter.finish = shards  # type: ignore[method-assign]
+        writer.finish = shards
 
 
 def main(output: Path, scorer: str, moment: str, sharded: str = "") -> None:

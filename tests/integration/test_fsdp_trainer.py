@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def shard_on_a_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def trainer_of(folder: Path, name: str, fsdp: bool, **options: Any) -> Any:
+def trainer_of(folder: Path, name: str, fsdp: bool, callbacks: Sequence[Any] = (), **options: Any) -> Any:
     # Plain gradient descent: sums of floats in another order differ in the last digits, which Adam, dividing small
     # gradients by their own size, makes large.
     how: dict[str, Any] = {"fsdp": True, "fsdp_config": dict(LAYERS)} if fsdp else {}
@@ -72,7 +73,7 @@ def trainer_of(folder: Path, name: str, fsdp: bool, **options: Any) -> Any:
         arguments(folder, **{**defaults, "ddp_backend": "gloo", **how, **options}),
         train_dataset=Rows(),
         eval_dataset=Rows(16),
-        callbacks=[SparsityCallback(config(name)), *([Sharded()] if fsdp else [])],
+        callbacks=[SparsityCallback(config(name)), *([Sharded()] if fsdp else []), *callbacks],
     )
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_sparse import CheckpointError, RecipeError, last_checkpoint, summarize
+from hf_sparse import CheckpointError, last_checkpoint, summarize
 from hf_sparse.pruning.shards import whole
 from tests.helpers.ranks import on_ranks
 from tests.integration.test_fsdp_trainer import LAYERS, trainer_of
@@ -128,15 +128,40 @@ def test_resumed_by_another_number_of_processes(tmp_path: Path, count: int) -> N
         assert summarize(found).sparsity == summarize(expected).sparsity > 0.25
         for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
             assert torch.equal(one != 0, other != 0), f"{method}: {name}"
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+class States(TrainerCallback):
+    """Keep the whole state at each step whose checkpoint is written, and call a step in the middle the best one."""
+
+    def __init__(self, best: int) -> None:
+        self.best = best
+        self.states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.states[state.global_step] = {name: tensor.clone() for name, tensor in whole_state(model).items()}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_distance"] = abs(state.global_step - self.best)
 
 
 def best(folder: Path) -> None:
-    """On each rank: a run that is to end with the best of its sharded checkpoints is refused before its first step."""
-    with pytest.raises(RecipeError, match="load_best_model_at_end with state_dict_type SHARDED_STATE_DICT"):
-        run(folder / "best", "movement", save_steps=5, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+    """On each rank: a run ends with the best of its checkpoints at the final sparsity, whichever the first was."""
+    for number in (16, 20):
+        states = States(number)
+        trainer = run(
+            folder / str(number), "movement", save_steps=4, eval_strategy="steps", eval_steps=4, callbacks=[states],
+            load_best_model_at_end=True, metric_for_best_model="eval_distance", greater_is_better=False,
+        )  # fmt: skip
+        assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{number}"
+        assert sorted(states.states) == [4, 8, 12, 16, 20]
+        found = whole_state(trainer.model)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, states.states[number][name]), name
+        dense = next(name for name in found if name.endswith("0.output.dense.weight"))
+        assert not torch.equal(states.states[16][dense], states.states[20][dense])
 
 
 @pytest.mark.slow
-def test_best_model_at_the_end_is_refused(tmp_path: Path) -> None:
+def test_best_model_at_the_end(tmp_path: Path) -> None:
     on_ranks(__name__, "best", tmp_path)

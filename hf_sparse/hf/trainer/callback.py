@@ -27,6 +27,7 @@ from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
 from ..embedding.wrapper import is_wrapper
 from ..hub.push import guard_trainer
+from .checkpoint import note_best_checkpoint
 from .data_record import data_facts
 from .fsdp import check_fsdp
 from .log_first import LogsFirst
@@ -225,6 +226,7 @@ class SparsityCallback(LogsFirst):
         pruner.progress = self._progress(state)
         if state.global_step == 0:  # a resumed run has its masks from the checkpoint
             pruner.step(0.0, step=0)
+        note_best_checkpoint(args, state)
         self._forget_early_best(state)
 
     def _progress(self, state: TrainerState) -> float:
@@ -280,7 +282,8 @@ class SparsityCallback(LogsFirst):
         self.add_to_logs(logs, state, values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Forget a best checkpoint that is not at the final sparsity."""
+        """Note the best checkpoint, or forget one that is not at the final sparsity."""
+        note_best_checkpoint(args, state)
         self._forget_early_best(state)
 
     def _forget_early_best(self, state: TrainerState) -> None:

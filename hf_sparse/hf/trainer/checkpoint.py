@@ -8,6 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from ...errors import CheckpointError, RecipeError
 from .run_record import STATE, read_record
 
@@ -122,3 +125,18 @@ def _written_by(path: Path, processes: int) -> int:
     except CheckpointError:
         return processes
     return recorded if type(recorded) is int and 0 < recorded < 1 << 20 else processes
+
+
+def note_best_checkpoint(args: TrainingArguments, state: TrainerState) -> None:
+    """Set which checkpoint of a run is the best one, from the step of its evaluation.
+
+    The Trainer asks whether the folder exists before any process has written its shards there, so that with
+    `SHARDED_STATE_DICT` the processes name different checkpoints, all of them older ones. Call it when the checkpoint
+    of this step has been written, and when a run goes on from one.
+    """
+    step, known = state.best_global_step, state.best_model_checkpoint
+    if not (args.load_best_model_at_end and step):
+        return
+    run = Path(known).parent if known else Path(str(args.output_dir))
+    if (folder := run / f"{PREFIX_CHECKPOINT_DIR}-{step}").is_dir():
+        state.best_model_checkpoint = str(folder)

@@ -52,11 +52,6 @@ def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
             f"SparsityCallback does not work with fsdp_config version={plugin.fsdp_version}: it flattens weights, and "
             "masks are of their shape. Use version 2"
         )
-    if is_sharded(plugin) and trainer.args.load_best_model_at_end:
-        raise RecipeError(
-            "load_best_model_at_end with state_dict_type SHARDED_STATE_DICT gives another model than the best one "
-            "while masks are in training. Use FULL_STATE_DICT, or load the checkpoint of your choice after training"
-        )
     for group in pruner.groups:
         refuse_shards(group)
 
