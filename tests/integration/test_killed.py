@@ -101,5 +101,6 @@ def test_two_processes_with_shards_killed_and_resumed_are_the_uninterrupted_run(
         killed = start(output, "movement", moment, **how)
         killed.communicate(timeout=SECONDS)
         assert killed.returncode != 0
+        assert (output / f"checkpoint-{first + 4}").exists() == (not moment.startswith("step"))  # half of it
         assert finish(start(output, "movement", **how)).split()[0] == str(first), moment
         same(tmp_path / "whole", output)
