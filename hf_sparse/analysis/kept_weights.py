@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..formats.structure import Cut
-from ..modeling.architectures import SubBlock, known_sub_blocks
+from ..modeling.architectures import SubBlock, known_filters, known_sub_blocks
+from ..modeling.layer_kinds import Slot
 from ..pruning.compaction import edits_of
 from ..pruning.summary import summarize
 from ..reporting import html
@@ -24,7 +25,7 @@ BUCKETS = 48
 
 @dataclasses.dataclass(frozen=True)
 class KeptGroups:
-    """The fraction of nonzero weights of each head or neuron of a sub-block; 0 = pruned."""
+    """The fraction of nonzero weights of each head, neuron or filter of a sub-block; 0 = pruned."""
 
     name: str
     kind: str
@@ -32,9 +33,9 @@ class KeptGroups:
 
 
 def kept_groups(model: PreTrainedModel) -> list[KeptGroups]:
-    """Return for each head and neuron the fraction of its weights that are not zero; 0 for those that were removed.
+    """Return for each head, neuron and filter the fraction of its weights that are not zero; 0 for removed ones.
 
-    Shapes: `kept` has one entry for each head or neuron of the original architecture.
+    Shapes: `kept` has one entry for each head, neuron or filter of the original architecture.
     """
     edits = edits_of(model)
     out = []
@@ -44,6 +45,11 @@ def kept_groups(model: PreTrainedModel) -> list[KeptGroups]:
         kept = torch.zeros(cut.before)
         kept[list(cut.kept)] = _fractions(block)
         out.append(KeptGroups(block.name, block.kind, kept))
+    for row in known_filters(model):
+        cut = edits.filters.get(row.name, Cut.of(row.groups))
+        kept = torch.zeros(cut.before)
+        kept[list(cut.kept)] = row.module.weight.detach().flatten(1).ne(0).float().mean(1).cpu()
+        out.append(KeptGroups(row.name, row.kind, kept))
     return out
 
 
@@ -72,7 +78,8 @@ def weight_sections(model: PreTrainedModel, dense: PreTrainedModel | None) -> li
         tensor = values[weight.name].detach().float().cpu()
         if tensor.numel():
             caption = f"{short[weight.name]}, {' x '.join(map(str, weight.shape))}, {weight.sparsity:.1%} zeros"
-            figures.append(_figure(weight.name, caption, tensor, baseline.get(weight.name)))
+            matrix = Slot.of(model, weight.name).view.to_matrix(tensor)
+            figures.append(_figure(weight.name, caption, matrix, baseline.get(weight.name)))
     if not figures:
         return [*sections, html.Section("Weights", omitted="the model has no targeted weights")]
     line = " The line is the dense baseline." if dense is not None else ""
@@ -98,17 +105,20 @@ def _figure(name: str, caption: str, tensor: Tensor, baseline: Tensor | None) ->
 def _group_sections(model: PreTrainedModel) -> list[html.Section]:
     groups = kept_groups(model)
     sections = []
-    for kind, title in (("attention", "Kept heads"), ("feed_forward", "Kept neurons")):
+    kinds = {"attention": "Kept heads", "feed_forward": "Kept neurons", "convolution": "Kept filters"}
+    for kind, title in kinds.items():
         blocks = [block for block in groups if block.kind == kind]
         if not blocks:
-            sections.append(html.Section(title, omitted="the architecture of this model is not known to hf_sparse"))
+            if not groups and kind != "convolution":
+                sections.append(html.Section(title, omitted="the architecture of this model is not known to hf_sparse"))
             continue
         rows, single = [], kind == "attention"
         for block in blocks:
             alive, total = int(block.kept.gt(0).sum()), len(block.kept)
             cells = block.kept if single else _buckets(block.kept)
             rows.append((f"{block.name}: {alive} of {total}", cells.tolist()))
-        note = "One cell is one head, from 0 at the left" if single else "One cell is a run of neighboring neurons"
+        several = f"One cell is a run of neighboring {title.removeprefix('Kept ')}"
+        note = "One cell is one head, from 0 at the left" if single else several
         note += "; its shade is the fraction of its weights that are kept."
         sections.append(html.Section(title, [html.Heatmap(rows, separated=single)], note))
     return sections

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..formats.inspection import inspect
+from ..formats.stored_layers import HEAD, removed_lines
 from ..hf.auto import load_whole
 from ..hf.trainer.evaluation import measured
 from ..profiling.speed_record import SPEED, read_speed
@@ -57,6 +58,7 @@ def write_report(
     dense = None if against is None else load_whole(str(against))
     sections = [
         _sizes(folder, None if against is None else Path(against)),
+        *_layers(folder),
         *_vocabulary(folder),
         _speed(folder, bench),
         *weight_sections(model, dense),
@@ -88,6 +90,17 @@ def _sizes(folder: Path, against: Path | None) -> html.Section:
     head = ["model", "parameters", "nonzeros", "files", *(["metrics"] if width > 4 else [])]
     note = f"The files are {sizes[0] / sizes[1]:.3f} times the size of the dense ones." if len(sizes) == 2 else ""
     return html.Section("Size", [html.Table(head, [row + ["-"] * (len(head) - len(row)) for row in rows])], note)
+
+
+def _layers(folder: Path) -> list[html.Section]:
+    """Return the section on other layers than matrices and on what has left, if there are any."""
+    files = inspect(folder)
+    others = any(group.kind != "matrices" for group in files.layers)
+    rows = [list(group.row) for group in files.layers] if others else []
+    lines = removed_lines(files.removed)
+    if not rows and not lines:
+        return []
+    return [html.Section("Layers", [html.Table(HEAD, rows)] if rows else [], "; ".join(lines))]
 
 
 def _metrics(folder: Path) -> list[str]:

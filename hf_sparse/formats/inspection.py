@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .codecs.base import as_bits
 from .manifest import ITEM_BYTES, Manifest
 from .model_folder import safetensors_files
 from .safetensors_io import Header, Stored, check_headers, manifests_in, open_safetensors, read_header
+from .stored_layers import LayerGroup, layer_groups, removed_groups, removed_lines
 
 FP32_BYTES = 4
 
@@ -69,11 +70,13 @@ class Inspection:
         files: bytes of each file, by its name.
         tensors: all of them.
         packed: whether the files have a manifest.
+        extra: what the manifest says beside its tensors: forms of layers, and what has left the model.
     """
 
     files: dict[str, int]
     tensors: tuple[StoredTensor, ...]
     packed: bool
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[StoredTensor, ...]:
@@ -86,6 +89,16 @@ class Inspection:
         """All other tensors: biases, norms, embeddings, heads."""
         weights = {tensor.name for tensor in self.weights}
         return tuple(tensor for tensor in self.tensors if tensor.name not in weights)
+
+    @property
+    def layers(self) -> list[LayerGroup]:
+        """The layers by kind: matrices, convolutions, stacked experts, and other forms (hashed, low rank)."""
+        return layer_groups(self.weights, self.tensors, self.extra)
+
+    @property
+    def removed(self) -> dict[str, tuple[int, int, int]]:
+        """Of heads, neurons, experts and filters that have left: how many are left, of how many, in how many layers."""
+        return removed_groups(self.extra)
 
     def size_line(self, names: Collection[str] | None = None) -> str:
         """Return the size in the file, and against dense fp32, of the tensors with these names (None = `weights`)."""
@@ -103,6 +116,11 @@ class Inspection:
             "files": self.files,
             "weights": _totals(self.weights),
             "others": _totals(self.others),
+            "layers": [dataclasses.asdict(group) for group in self.layers],
+            "removed": {
+                kind: {"left": left, "of": before, "layers": places}
+                for kind, (left, before, places) in self.removed.items()
+            },
             "tensors": [
                 dataclasses.asdict(tensor) | {"sparsity": tensor.sparsity, "dense_bytes": tensor.dense_bytes}
                 for tensor in self.tensors
@@ -122,6 +140,8 @@ class Inspection:
         lines.append("-" * len(head))
         for name, tensors in (("weights", weights), ("other tensors", others)):
             lines.append(row.format(name, "", f"{_totals(tensors)['parameters']:,}", "", *_figures(_totals(tensors))))
+        lines += [printable(str(group)) for group in self.layers if group.kind != "matrices"]
+        lines += removed_lines(self.removed)
         lines += [printable(f"{name}: {format_bytes(size)}") for name, size in self.files.items()]
         return "\n".join(lines)
 
@@ -149,7 +169,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     for file in files:
         header = headers[file].tensors
         tensors += _listed(header, packed[file]) if file in packed else _counted(file, header)
-    return Inspection({file.name: file.stat().st_size for file in files}, tuple(tensors), bool(packed))
+    extra = next((manifest.extra for manifest in packed.values()), {})
+    return Inspection({file.name: file.stat().st_size for file in files}, tuple(tensors), bool(packed), extra)
 
 
 def _listed(header: dict[str, Stored], manifest: Manifest) -> Iterator[StoredTensor]:

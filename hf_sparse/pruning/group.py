@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError, SparsityError
 from ..modeling.layer_kinds import kind_of
-from ..modeling.zero_preservation import keeps_zeros
-from .compressions import Compression, FormGroup, bind_beside
+from .compressions import Compression, bind_beside
 from .masked_weight import check_free
-from .patterns import Element, Pattern, Structure
+from .patterns import Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
-from .selection import Selection, Uniform, kept_count
+from .selection import Selection, Uniform, in_multiples
 from .shards import any_nan
 from .unit import Member, Unit
 from .unit_finding import find_units
-
-logger = logging.getLogger(__name__)
-
-ROUNDING = 0.01
-"""How far the sparsity that whole groups allow may be from the requested one without a warning."""
 
 
 @dataclasses.dataclass
@@ -159,12 +150,23 @@ class PruningGroup:
             SparsityError: if there are NaN among the scores, naming the weights.
         """
         try:
-            return self.selection.select(scores, self.current_sparsity)
+            return self._chosen(self.selection, scores, self.current_sparsity)
         except SparsityError:
             broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if any_nan([tensor])]
             if broken:
                 raise SparsityError(_nan_message("among the scores", broken)) from None
             raise
+
+    def _chosen(self, selection: Selection, scores: list[Tensor], sparsity: float) -> list[Tensor]:
+        multiples = [self.pattern.multiple(unit.kind) for unit in self.units]
+        return in_multiples(scores, multiples, lambda chunks: selection.select(chunks, sparsity))
+
+    def reached(self) -> float:
+        """Return the fraction of the groups that masks at the final sparsity remove, whole groups as they are."""
+        sizes = [unit.groups for unit in self.units]
+        scores = [torch.arange(size, dtype=torch.float32) for size in sizes]
+        kept = self._chosen(copy.copy(self.selection), scores, self.sparsity)  # which keeps its threshold
+        return 1 - sum(int(mask.sum()) for mask in kept) / sum(sizes)
 
     def check_finite(self) -> None:
         """Raise `SparsityError` if training has made NaN of weights, which the scores of this step have not seen.
@@ -238,58 +240,6 @@ def bind_group(model: nn.Module, config: GroupConfig) -> PruningGroup:
     return PruningGroup(config, scorer, pattern, selection, SCHEDULES.build(config.schedule), final, units, compression)
 
 
-def warn_of_freed_zeros(groups: Sequence[PruningGroup]) -> None:
-    """Warn if zeros that weights have kept since an earlier pruning would train again, which few expect."""
-    freed = []
-    for group in groups:
-        # Masks that begin with the smallest weights cover the zeros, if they begin with as many of them.
-        smallest = isinstance(group.pattern, Element) and group.scorer.keeps_largest
-        for member in group.members:
-            weight = member.weight
-            if keeps_zeros(member.slot) and not weight.is_meta:  # offloaded: attaching refuses it
-                left = int(torch.count_nonzero(weight))
-                covered = smallest and kept_count(weight.numel(), group.sparsity_at(0.0)) <= left
-                freed += [] if covered or left == weight.numel() else [member.name]
-    if freed:
-        logger.warning(
-            f"{len(freed)} weights (first: {freed[0]}) have zeros of an earlier pruning, and these are free to train "
-            "from now on: the new masks begin with other weights than those. To go on from them, use scorer "
-            "'magnitude' and pattern 'element', and let the schedule begin where they are, as initial=0.9 for 90 %"
-        )
-
-
-def warn_of_rounding(groups: Sequence[PruningGroup]) -> None:
-    """Warn where the groups of a pattern are so few that the masks will be at another sparsity than the requested."""
-    for group in groups:
-        sizes = [unit.groups for unit in group.units]
-        if group.config.sparsity is None or min(sizes) * ROUNDING >= 1:
-            continue
-        selection = copy.copy(group.selection)  # which keeps its threshold
-        kept = selection.select([torch.arange(size, dtype=torch.float32) for size in sizes], group.sparsity)
-        reached = 1 - sum(int(mask.sum()) for mask in kept) / sum(sizes)
-        if abs(reached - group.sparsity) > ROUNDING:
-            few = str(min(sizes)) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-            logger.warning(
-                f"sparsity {group.sparsity:g} was requested, and the masks will be at {reached:.4g}: pattern "
-                f"{group.pattern} keeps a whole number of groups, at least one, and there are {few} in each of "
-                f"{len(sizes)} places. A finer pattern rounds less"
-                + ("; selection 'global' rounds once for all of them" if isinstance(selection, Uniform) else "")
-            )
-
-
-def check_disjoint(groups: Sequence[PruningGroup | FormGroup]) -> None:
-    """Raise `RecipeError` if a weight is in two groups."""
-    owner: dict[str, int] = {}
-    for index, group in enumerate(groups):
-        for name in group.layers:
-            if name in owner:
-                raise RecipeError(
-                    f"'{name}' is in group {owner[name]} and in group {index}, but a weight has one mask. Exclude it "
-                    "from one of them"
-                )
-            owner[name] = index
-
-
 def joined(model: nn.Module, earlier: SparsityConfig, later: SparsityConfig) -> SparsityConfig:
     """Return what was requested of a model by two prunings, one after the other: for a weight of both, the later one.
 
@@ -318,29 +268,3 @@ def _layers_of(model: nn.Module, group: GroupConfig) -> list[str]:
     except RecipeError:
         return []
     return [member.layer_name for unit in units for member in unit.members]
-
-
-def check_shards(group: PruningGroup) -> None:
-    """Raise `RecipeError` if the weights are sharded and the scores of this group cannot be computed on shards."""
-    if any(isinstance(member.hidden, DTensor) for member in group.members):
-        refuse_shards(group)
-
-
-def refuse_shards(group: PruningGroup) -> None:
-    """Raise `RecipeError` if this group does not work on weights that are going to be sharded."""
-    if not group.scorer.works_on_shards(group.pattern):
-        raise RecipeError(
-            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: it keeps the "
-            "gradient of each weight, whole, on every process. Use scorer 'movement' or 'magnitude'"
-        )
-    if not group.selection.works_on_shards:
-        raise RecipeError(
-            f"pattern {group.pattern} with selection '{group.selection.name}' does not work on weights that "
-            "fully_shard has divided. Use selection 'uniform' or 'global'"
-        )
-    types = {str(tensor.dtype).removeprefix("torch.") for tensor in [*group.hidden, *group.scores]}
-    if group.scores and len(types) > 1:
-        raise RecipeError(
-            f"fully_shard wants one data type, but weights and scores are {' and '.join(sorted(types))}. Give the "
-            "scorer the dtype of the weights"
-        )

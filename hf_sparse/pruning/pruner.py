@@ -22,7 +22,8 @@ from ..utils.validation import check_batches, check_integer, is_number
 from .attached_checks import Presence, SteppedOptimizers
 from .calibration import measure_heads, observe_batches
 from .compressions import bind_forms
-from .group import bind_group, check_disjoint, check_shards, warn_of_rounding
+from .group import bind_group
+from .group_checks import check_disjoint, check_shards, warn_of_rounding
 from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import SparsityError
 from ..modeling.blocks import block_coverage
+from ..modeling.forms import FORMS
 from ..modeling.integration import integration_of
 from ..modeling.layer_matching import NEGLIGIBLE, block_layers
 from ..modeling.model_state import SPARSE_WEIGHTS, check_model, sparse_weights
@@ -29,6 +31,7 @@ class WeightReport:
         nonzeros: entries that are not zero.
         bytes: what it takes in a file, packed as bits and values.
         dense_bytes: what it would take dense, in its own dtype.
+        layer: class of the layer that has it, such as "Conv2d".
     """
 
     name: str
@@ -37,11 +40,31 @@ class WeightReport:
     nonzeros: int
     bytes: int
     dense_bytes: int
+    layer: str = "Linear"
 
     @property
     def sparsity(self) -> float:
         """Fraction of zeros."""
         return (self.parameters - self.nonzeros) / self.parameters if self.parameters else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FormReport:
+    """One layer that holds something else than a dense matrix, or something beside it.
+
+    Attributes:
+        name: of the layer.
+        form: "hashed", "low_rank" or "sparse_low_rank" (beside the weight).
+        entries: of the matrix that it multiplies by, or of the one that it adds.
+        parameters: values that it holds instead; of low rank beside a weight those of the two thin matrices.
+        bytes: of these values.
+    """
+
+    name: str
+    form: str
+    entries: int
+    parameters: int
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +75,13 @@ class Summary:
         weights: one report per weight.
         model_parameters: entries of all parameters of the model, targeted or not.
         block_share: fraction of the weights in the transformer blocks that are targeted, in [0, 1].
+        forms: one report per layer that is hashed, or has a low rank.
     """
 
     weights: tuple[WeightReport, ...]
     model_parameters: int
     block_share: float = 1.0
+    forms: tuple[FormReport, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -90,7 +115,8 @@ class Summary:
             dataclasses.asdict(weight) | {"shape": list(weight.shape), "sparsity": weight.sparsity}
             for weight in self.weights
         ]
-        return totals | {"model_parameters": self.model_parameters, "weights": weights}
+        forms = [dataclasses.asdict(form) for form in self.forms]
+        return totals | {"model_parameters": self.model_parameters, "weights": weights, "forms": forms}
 
     def __str__(self) -> str:
         width = max([len(weight.name) for weight in self.weights] + [12])
@@ -102,9 +128,28 @@ class Summary:
         lines.append("-" * len(head))
         lines.append(_line("targeted", f"{self.parameters:,}", self.sparsity, self.nonzeros, self.bytes, width))
         lines.append(f"model: {self.model_parameters:,} parameters; targeted weights dense: {_size(self.dense_bytes)}")
+        lines += self._others()
         if self.block_share < 1 - NEGLIGIBLE:
             lines.append(f"targeted weights are {self.block_share:.1%} of the weights in the transformer blocks")
         return "\n".join(lines)
+
+    def _others(self) -> list[str]:
+        """Return a line for each class of layers but plain linear ones, and for each form."""
+        lines = []
+        for layer in dict.fromkeys(weight.layer for weight in self.weights if weight.layer != "Linear"):
+            of_class = [weight for weight in self.weights if weight.layer == layer]
+            own = dataclasses.replace(self, weights=tuple(of_class))
+            lines.append(
+                f"{layer}: {len(of_class)} weights, {own.parameters:,} parameters, {own.sparsity:.2%} zeros, packed "
+                f"{_size(own.bytes)}"
+            )
+        for form in dict.fromkeys(report.form for report in self.forms):
+            reports = [report for report in self.forms if report.form == form]
+            values, entries, size = (
+                sum(getattr(report, key) for report in reports) for key in ("parameters", "entries", "bytes")
+            )
+            lines.append(f"{form}: {len(reports)} layers, {values:,} values for {entries:,} entries, {_size(size)}")
+        return lines
 
 
 def _line(name: str, shape: str, sparsity: float, nonzeros: int, size: int, width: int) -> str:
@@ -154,10 +199,31 @@ def summarize(model: nn.Module, names: Sequence[str] | None = None) -> Summary:
         parameters, size = weight.numel(), weight.element_size()
         nonzeros = int(torch.count_nonzero(weight))
         packed = min((parameters + 7) // 8 + nonzeros * size, parameters * size)
-        reports.append(WeightReport(name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size))
+        reports.append(
+            WeightReport(
+                name, tuple(weight.shape), parameters, nonzeros, packed, parameters * size, _class_of(modules[path])
+            )
+        )
     coverage = block_coverage(model, [name.removesuffix(".weight") for name in names])
     total = sum(parameter.numel() for parameter in _own_parameters(parameters_of))
-    return Summary(tuple(reports), total, coverage.share)
+    return Summary(tuple(reports), total, coverage.share, tuple(_forms(model)))
+
+
+def _class_of(layer: nn.Module) -> str:
+    """Return the name of the class of a layer; a linear layer of any class is one."""
+    return "Linear" if isinstance(layer, nn.Linear) else type_before_parametrizations(layer).__name__
+
+
+def _forms(model: nn.Module) -> Iterator[FormReport]:
+    """Yield the layers that have a form."""
+    for name, module in model.named_modules():
+        for form in FORMS.values():
+            facts = form.read(module)
+            if facts is not None:
+                values = form.values(module)
+                size = sum(value.numel() * value.element_size() for value in values)
+                entries = facts["rows"] * facts["columns"]
+                yield FormReport(name, form.name, entries, sum(value.numel() for value in values), size)
 
 
 def _outermost_marked(model: nn.Module) -> list[nn.Module]:

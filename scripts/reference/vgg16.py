@@ -1,13 +1,16 @@
 """VGG16 on CIFAR-10 images: 20 %, 50 % and 80 % of the weights by magnitude, filters by L1 and by Taylor.
 
-    python scripts/reference/vgg16.py fit --data DATA/cifar10-6k --features MODELS/vgg16-features OUT
-    python scripts/reference/vgg16.py measure --data DATA/cifar10-6k OUT-0
-    python scripts/reference/vgg16.py time OUT-0
-    python scripts/reference/vgg16.py train RECIPE
+    python scripts/reference/vgg16.py fit --data data/cifar10-6k --features models/vgg16-features models/vgg16-cifar10
+    python scripts/reference/vgg16.py measure --data data/cifar10-6k models/vgg16-cifar10-0
+    python scripts/reference/vgg16.py time models/vgg16-cifar10-0
+    python scripts/reference/vgg16.py hf-sparse train recipes/vgg16_element_20.yaml
+    python scripts/reference/vgg16.py hf-sparse compact runs/vgg16_filters_l1 --output runs/vgg16_filters_l1_small
+    python scripts/reference/vgg16.py collect runs/vgg16_* > recipes/reference/vgg16.json
 
-`fit` trains a classifier on the 13 convolutions, which stay as they are. `measure` prunes copies in one shot, without
-training after it, and writes accuracy on the validation images and stored bytes. `time` compares each copy with the
-dense model, interleaved batch by batch, and counts multiply-accumulates. `train` runs a recipe with this model known.
+`fit` trains a classifier on the 13 convolutions, which stay as they are, and saves it with the processor of its images.
+`measure` prunes copies in one shot, without training after it, and writes accuracy on the validation images and stored
+bytes. `time` compares each copy with the dense model, interleaved batch by batch, and counts multiply-accumulates.
+`hf-sparse` is that program with this model known to it. `collect` writes accuracy and bytes of runs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import copy
 import io
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -29,11 +33,18 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_sparse
 from hf_sparse import SparsityConfig
+from hf_sparse.formats.inspection import inspect
 from hf_sparse.profiling.timer import interleave
 
 MEANS = (123.68, 116.779, 103.939)
@@ -119,9 +130,17 @@ def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     ).contiguous(), torch.tensor(table["label"])
 
 
+def processor() -> ViTImageProcessorPil:
+    """Return what prepares images as `images` does."""
+    return ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, rescale_factor=1.0, image_mean=list(MEANS), image_std=[1.0, 1.0, 1.0]
+    )
+
+
 def fit(arguments: argparse.Namespace) -> None:
-    """Train a classifier on the convolutions, and save the model."""
-    model: Any = VGGForImageClassification(VGGConfig(num_labels=10))
+    """Train a classifier on the convolutions, and save the model and its processor."""
+    layers = json.loads((arguments.features / "config.json").read_text(encoding="utf-8"))["cfg"]
+    model: Any = VGGForImageClassification(VGGConfig(layers, arguments.hidden, num_labels=10))
     model.eval()
     weights = safetensors.torch.load_file(arguments.features / "model.safetensors")
     first = next(key for key in weights if weights[key].shape[1:2] == (3,))
@@ -129,7 +148,7 @@ def fit(arguments: argparse.Namespace) -> None:
     own = {key.removeprefix("features."): tensor.float() for key, tensor in weights.items()}
     model.vgg.features.load_state_dict(own)
     if not arguments.epochs:
-        model.save_pretrained(arguments.folder)
+        save(model, arguments.folder)
         return
     pixels, labels = images(arguments.data, "train")
     with torch.no_grad():
@@ -137,7 +156,13 @@ def fit(arguments: argparse.Namespace) -> None:
     seen = torch.cat(parts)
     for seed in arguments.seeds:
         fit_classifier(model.vgg.classifier, seen, labels, arguments.epochs, seed)
-        model.eval().save_pretrained(f"{arguments.folder}-{seed}")
+        save(model.eval(), f"{arguments.folder}-{seed}")
+
+
+def save(model: Any, folder: str | Path) -> None:
+    """Write a model with its processor."""
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
 
 
 def fit_classifier(head: Any, seen: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
@@ -263,18 +288,32 @@ def compare_times(arguments: argparse.Namespace) -> None:
     (arguments.folder / "times.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train a recipe."""
-    from hf_sparse.cli.main import main as hf_sparse_main
-
-    raise SystemExit(hf_sparse_main(["train", str(arguments.folder)]))
+def collect(folders: list[Path]) -> list[dict[str, Any]]:
+    """Return what runs have reached: accuracy, zeros of the targeted weights, parameters and bytes of the file."""
+    rows = []
+    for folder in folders:
+        measured = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+        held = inspect(folder)
+        nonzeros, targeted = (sum(getattr(each, key) for each in held.weights) for key in ("nonzeros", "parameters"))
+        rows.append({
+            "run": folder.name,
+            "accuracy": measured["eval_accuracy"],
+            "zeros": 1 - nonzeros / targeted if held.packed else 0.0,
+            "parameters": sum(tensor.parameters for tensor in held.tensors),
+            "bytes": sum(held.files.values()),
+        })  # fmt: skip
+    return rows
 
 
 def main() -> None:
     """Run one command."""
+    if sys.argv[1:2] == ["hf-sparse"]:
+        from hf_sparse.cli.main import main as hf_sparse_main
+
+        raise SystemExit(hf_sparse_main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fit", "measure", "time", "train"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("command", choices=("fit", "measure", "time", "collect"))
+    parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--features", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -283,8 +322,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=512, help="width of the classifier")
     arguments = parser.parse_args()
-    {"fit": fit, "measure": measure, "time": compare_times, "train": train}[arguments.command](arguments)
+    if arguments.command == "collect":
+        print(json.dumps(collect(arguments.folder), indent=1))
+        return
+    (arguments.folder,) = arguments.folder
+    {"fit": fit, "measure": measure, "time": compare_times}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

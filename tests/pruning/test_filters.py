@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig, compact, import_checkpoint, sparsify
+from hf_sparse.hf.auto import load_whole
 from hf_sparse.modeling.architectures import known_filters
 from tests.helpers import convolutional
 from tests.helpers.convolutional import TinyVGGConfig, TinyVGGForImageClassification, build, outputs
@@ -121,8 +122,23 @@ def test_sequence_with_anything_that_mixes_channels_is_no_row(between: nn.Module
     assert found == {f"vgg.features.{number}" for number in expected}
 
 
-def test_models_without_filters_and_budgets_of_them_are_refused() -> None:
+@pytest.mark.parametrize("name", ["resnet", "resnet-bottleneck"])
+def test_dense_checkpoint_is_compacted_while_it_is_converted(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    sparsify(model, SparsityConfig(pattern="filter", sparsity=0.5))
+    model.save_pretrained(tmp_path / "dense", format="dense")
+    expected, edits = outputs(model), compact(model)
+    removed = sum(cut.before - cut.count for _, _, cut in edits)
+    total = sum(cut.before for _, _, cut in edits)
+    counted = import_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert f"zero as a whole: {removed} of {total} filters; --compact removes them" in str(counted)
+    done = import_checkpoint(tmp_path / "dense", tmp_path / "small", compact=True)
+    assert len(done.edits) == len(list(edits))
+    small = load_whole(str(tmp_path / "small")).eval()
+    assert small.num_parameters() == model.num_parameters()
+    torch.testing.assert_close(outputs(small), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_models_without_filters_are_refused() -> None:
     with pytest.raises(PatternError, match="a head, a neuron or a filter"):
         sparsify(nn.Sequential(nn.Conv2d(3, 4, 3)), SparsityConfig(pattern="filter", sparsity=0.5))
-    with pytest.raises(PatternError, match="does not know what a filter costs"):
-        sparsify(build("vgg"), SparsityConfig(pattern="filter", selection="budget"))

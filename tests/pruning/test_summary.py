@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import SparsityConfig, SparsityError, sparsify, summarize
+from hf_sparse import Pruner, SparsityConfig, SparsityError, sparsify, summarize
+from tests.helpers import convolutional
 from tests.helpers.layers import attached, one_layer, two_layers
 from tests.helpers.training import bert
 
@@ -63,8 +64,10 @@ def test_summary_is_plain_json() -> None:
                 "bytes": 23,
                 "dense_bytes": 80,
                 "sparsity": 0.75,
+                "layer": "Linear",
             }
         ],
+        "forms": [],
     }
 
 
@@ -120,3 +123,33 @@ def test_summary_counts_bytes_in_the_type_of_the_weight() -> None:
     model = one_layer([[1.0, 2.0, 3.0, 4.0]], torch.bfloat16)
     sparsify(model, SparsityConfig(targets="*", sparsity=0.5))
     assert (summarize(model).bytes, summarize(model).dense_bytes) == (1 + 2 * 2, 8)
+
+
+def test_layers_that_are_no_linear_ones_are_named_while_masks_are_on_and_after() -> None:
+    model = convolutional.build("vgg")
+    pruner = Pruner(model, SparsityConfig(sparsity=0.5, targets="*features*")).attach()
+    pruner.step(1.0)
+    for _ in range(2):
+        summary = summarize(model)
+        assert {weight.layer for weight in summary.weights} == {"Conv2d"}
+        assert "Conv2d: 3 weights, 1,314 parameters, 50.00% zeros, packed " in str(summary)
+        if pruner.attached:
+            pruner.bake()
+
+
+def test_forms_are_counted_with_what_they_hold() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 16))
+    groups = [
+        {"targets": "0", "compress": {"name": "hashed", "ratio": "1/8"}},
+        {"targets": "1", "compress": {"name": "low_rank", "rank": 2}},
+        {"targets": "2", "scorer": "wanda", "sparsity": 0.5, "compress": {"name": "low_rank", "rank": 3}},
+    ]
+    sparsify(model, SparsityConfig(groups=groups), [{"input": torch.randn(4, 16)}])
+    summary = summarize(model)
+    found = {form.name: (form.form, form.entries, form.parameters, form.bytes) for form in summary.forms}
+    assert found == {
+        "0": ("hashed", 128, 16, 64), "1": ("low_rank", 128, 48, 192), "2": ("sparse_low_rank", 256, 96, 384),
+    }  # fmt: skip
+    assert [weight.name for weight in summary.weights] == ["2.weight"]
+    assert "hashed: 1 layers, 16 values for 128 entries, 0.1 kB" in str(summary)
+    assert [form["name"] for form in summary.to_dict()["forms"]] == ["0", "1", "2"]

@@ -22,7 +22,9 @@ class Convert(Verb):
         parser.add_argument("--codec", type=spec, help="one codec for all weights (the smallest for each weight)")
         parser.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (2GB)")
 
-        parser.add_argument("--compact", action="store_true", help="remove heads and neurons that are zero as a whole")
+        parser.add_argument(
+            "--compact", action="store_true", help="remove heads, neurons and filters that are zero as a whole"
+        )
         add_revision(parser)
 
     def run(self, options: argparse.Namespace) -> None:

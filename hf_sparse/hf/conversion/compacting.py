@@ -1,4 +1,4 @@
-"""Heads and neurons that are zero as a whole: counted while converting, removed on request."""
+"""Heads, neurons and filters that are zero as a whole: counted while converting, removed on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import CheckpointError, SparsityError
 from ...formats.manifest import Manifest
 from ...formats.model_folder import weight_files
 from ...formats.safetensors_io import read_manifest
-from ...modeling.architectures import SubBlock, known_sub_blocks
+from ...modeling.architectures import FilterBlock, SubBlock, known_filters, known_sub_blocks
 from ...pruning.compaction import compact, living_groups
 from ..auto import load_whole
 from ..quantization.key_names import names_in_memory
@@ -23,7 +23,7 @@ from .report import DeadGroups, FoundPattern
 def dead_groups(
     checkpoint: Checkpoint, readers: Mapping[str, Callable[[], Tensor]], sparse: Iterable[FoundPattern]
 ) -> DeadGroups | None:
-    """Return how many heads and neurons contribute nothing; None where no family knows the model.
+    """Return how many heads, neurons and filters contribute nothing; None where no family knows the model.
 
     One sub-block is in memory at a time, and only those with a sparse weight are read.
 
@@ -35,12 +35,12 @@ def dead_groups(
     if not sparse_keys or not checkpoint.config.get("model_type") or checkpoint.manifest is not None:
         return None
     try:
-        blocks = known_sub_blocks(checkpoint.model)
+        blocks: list[SubBlock | FilterBlock] = [*known_sub_blocks(checkpoint.model), *known_filters(checkpoint.model)]
     except CheckpointError:
         return None
     places = names_in_memory(checkpoint.model, readers)
     keys = {place.name: key for key, place in places.items() if not place.converted}
-    counts = {"attention": [0, 0], "feed_forward": [0, 0]}
+    counts = {"attention": [0, 0], "feed_forward": [0, 0], "convolution": [0, 0]}
     for block in blocks:
         counts[block.kind][1] += block.groups
         weights = [keys.get(f"{name}.weight") for name in (*block.inputs, block.output_name)]
@@ -49,10 +49,12 @@ def dead_groups(
         counts[block.kind][0] += block.groups - int(living_groups(block).sum())
         for layer in (*block.inputs.values(), block.output):
             layer.to("meta")
-    return DeadGroups(*counts["attention"], *counts["feed_forward"]) if blocks else None
+    return DeadGroups(*(count for both in counts.values() for count in both)) if blocks else None
 
 
-def _materialize(block: SubBlock, readers: Mapping[str, Callable[[], Tensor]], keys: Mapping[str, str]) -> bool:
+def _materialize(
+    block: SubBlock | FilterBlock, readers: Mapping[str, Callable[[], Tensor]], keys: Mapping[str, str]
+) -> bool:
     """Give the layers of a sub-block their weights; return whether the files have them all, in their shapes."""
     for name, layer in (*block.inputs.items(), (block.output_name, block.output)):
         for own, parameter in list(layer.named_parameters()):
@@ -66,7 +68,7 @@ def _materialize(block: SubBlock, readers: Mapping[str, Callable[[], Tensor]], k
 
 
 def compact_folder(folder: Path) -> Manifest | None:
-    """Remove the zero heads and neurons of a model that was written, in place; return the new manifest, None if none.
+    """Remove the zero heads, neurons and filters of a written model, in place; return the new manifest, None if none.
 
     Raises:
         PatternError: if no architecture knows the model.

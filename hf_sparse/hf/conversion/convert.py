@@ -75,7 +75,7 @@ def import_checkpoint(
         format: "packed", "smallest" (values coded too, slower to read), or "dense" (plain, read by any tool).
         codec: one codec for all that is packed, instead of the smallest of each.
         max_shard_size: of a file in a folder; a number of bytes or a text as in "2GB".
-        compact: remove heads and neurons whose weights are all zero, as `hf_sparse.compact` does.
+        compact: remove heads, neurons and filters whose weights are all zero, as `hf_sparse.compact` does.
         revision: branch, tag or commit on the Hub.
 
     Returns:
@@ -286,7 +286,7 @@ def _compacted(done: Conversion, folder: Path) -> Conversion:
     """Remove the zero heads and neurons of what was written, in place."""
     manifest = compact_folder(folder)
     if manifest is None:
-        return dataclasses.replace(done, notes=(*done.notes, "compact: no head and no neuron is zero as a whole"))
+        return dataclasses.replace(done, notes=(*done.notes, "compact: no head, neuron or filter is zero as a whole"))
     files = weight_files(folder)
     count = sum(entry.codec != "dense" for entry in manifest.tensors.values())
     return dataclasses.replace(

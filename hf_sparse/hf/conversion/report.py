@@ -30,12 +30,18 @@ class FoundPattern(NamedTuple):
 
 
 class DeadGroups(NamedTuple):
-    """Heads and neurons of a model whose weights are all zero, of how many."""
+    """Heads, neurons and filters of a model that contribute nothing, of how many."""
 
     heads: int
     of_heads: int
     neurons: int
     of_neurons: int
+    filters: int = 0
+    of_filters: int = 0
+
+    def __str__(self) -> str:
+        named = (("heads", *self[:2]), ("neurons", *self[2:4]), ("filters", *self[4:]))
+        return ", ".join(f"{dead} of {of} {kind}" for kind, dead, of in named if dead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +56,9 @@ class Conversion:
         manifest: of what was written; None if it is dense.
         left: files of the source that were not copied.
         patterns: what the zeros of each sparse weight look like.
-        dead: heads and neurons that `compact` would remove; None where no family knows the model.
+        dead: heads, neurons and filters that `compact` would remove; None where no family knows the model.
         notes: what else a reader should know, a sentence each.
-        edits: heads and neurons that are gone, as text, a line for each sub-block.
+        edits: heads, neurons and filters that are gone, as text, a line for each sub-block.
     """
 
     kind: str
@@ -73,11 +79,8 @@ class Conversion:
         sizes = f"{self.source_bytes / 1e6:.2f} MB to {self.output_bytes / 1e6:.2f} MB{share}"
         lines = [f"{self.kind}: {self.tensors} tensors, {self.packed} packed now, {sizes} in {len(self.files)} file(s)"]
         lines += _shortened([*pattern_lines(self.patterns)])
-        if self.dead is not None and (self.dead.heads or self.dead.neurons):
-            lines.append(
-                f"zero as a whole: {self.dead.heads} of {self.dead.of_heads} heads, {self.dead.neurons} of "
-                f"{self.dead.of_neurons} neurons; --compact removes them"
-            )
+        if self.dead is not None and str(self.dead):
+            lines.append(f"zero as a whole: {self.dead}; --compact removes them")
         lines += _shortened(list(self.edits))
         lines += self.notes
         if self.left:

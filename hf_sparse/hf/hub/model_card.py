@@ -20,8 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ...errors import CheckpointError, RecipeError
 from ...formats.inspection import Inspection, inspect
 from ...formats.model_folder import check_link
-from ...formats.safetensors_io import read_manifest
-from ...formats.structure import EDITS_KEY, Edits
+from ...formats.stored_layers import HEAD, LayerGroup
 from ...profiling.speed_record import SPEED, Speed, read_speed
 from ...utils.atomic_io import read_json, write_text
 from ...utils.markdown import fenced, plain, table
@@ -54,6 +53,7 @@ class CardFacts:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dense_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     groups: Sequence[tuple[str, int, float]] = ()
+    layers: Sequence[LayerGroup] = ()
     sizes: Sequence[tuple[str, str]] = ()
     vocabulary: VocabularyReport | None = None
     speed: Speed | None = None
@@ -104,6 +104,7 @@ def facts_of(
         metrics=_metrics(folder),
         dense_metrics=dense_metrics,
         groups=_groups(inspection),
+        layers=inspection.layers,
         sizes=(
             ("targeted weights", inspection.size_line()),
             ("all files", f"{sum(inspection.files.values()) / 1e6:.2f} MB"),
@@ -112,22 +113,16 @@ def facts_of(
         speed=read_speed(speed) if speed.is_file() else None,
         recipe=dump_yaml(recipe) if recipe else None,
         license=license,
-        note=_compaction(folder),
+        note=_compaction(folder, inspection),
         pruned=inspection.packed or bool(recipe.get("sparsity")),
     )
 
 
-def _compaction(folder: Path) -> str | None:
-    """Describe which heads, neurons and experts are left after compaction."""
-    manifests = [found for file in sorted(folder.glob("*.safetensors")) if (found := read_manifest(file)) is not None]
-    if not manifests or EDITS_KEY not in manifests[0].extra:
+def _compaction(folder: Path, inspection: Inspection) -> str | None:
+    """Describe which heads, neurons, experts and filters are left after compaction."""
+    if not inspection.removed:
         return None
-    edits = Edits.from_dict(manifests[0].extra[EDITS_KEY])
-    left = " and ".join(
-        f"{sum(cut.count for cut in cuts.values()):,} of {sum(cut.before for cut in cuts.values()):,} {kind}"
-        for kind, cuts in (("heads", edits.heads), ("neurons", edits.neurons), ("experts", edits.experts))
-        if cuts
-    )
+    left = " and ".join(f"{left:,} of {before:,} {kind}" for kind, (left, before, _) in inspection.removed.items())
     text = f"Compaction kept {left} of the pruned parts; the removed ones are not counted below."
     if (read_json(folder / MEASURED) or {}).get(BEFORE_COMPACTION):
         text += " Metrics were measured before compaction, which changes outputs by rounding errors only."
@@ -264,6 +259,7 @@ def _values(facts: CardFacts) -> dict[str, Any]:
         "note": plain(facts.note) if facts.note else None,
         "metrics": _metric_table(facts),
         "sparsity": _sparsity(facts),
+        "layers": _layers(facts),
         "size": table(("", "stored"), [(plain(k), plain(v)) for k, v in facts.sizes]) or "Not measured.",
         "vocabulary": facts.vocabulary.to_markdown() if facts.vocabulary else None,
         "speed": _speed(facts.speed),
@@ -275,10 +271,10 @@ def _values(facts: CardFacts) -> dict[str, Any]:
 def section_tables(facts: CardFacts) -> list[tuple[str, str]]:
     """Return title and Markdown of the tables of a card that are about sparsity."""
     values = _values(facts)
-    shown = {"Metrics": "metrics", "Zeros": "sparsity", "Size": "size", "Speed": "speed"}
+    shown = {"Metrics": "metrics", "Zeros": "sparsity", "Layers": "layers", "Size": "size", "Speed": "speed"}
     note = [("Compaction", values["note"])] if values["note"] else []
     recipe = [("Recipe", values["recipe"])] if facts.recipe else []
-    return [*note, *((title, values[key]) for title, key in shown.items()), *recipe]
+    return [*note, *((title, values[key]) for title, key in shown.items() if values[key]), *recipe]
 
 
 def _ends(facts: CardFacts) -> list[str]:
@@ -299,6 +295,13 @@ def _sparsity(facts: CardFacts) -> str:
         (plain(name), f"{size:,}" if size else "not recorded", f"{zeros:.2%}") for name, size, zeros in facts.groups
     ]
     return table(("weights", "parameters", "zeros"), rows) or "Not recorded."
+
+
+def _layers(facts: CardFacts) -> str | None:
+    """Return a table of the kinds of layers; None where all are matrices, which the table of zeros has."""
+    if all(group.kind == "matrices" for group in facts.layers):
+        return None
+    return table(HEAD, [tuple(map(plain, group.row)) for group in facts.layers])
 
 
 def _speed(speed: Speed | None) -> str:

@@ -22,7 +22,7 @@ from ...config.distillation import DistillationConfig
 from ...config.resolve import resolved
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError, SparsityError
-from ...pruning.group import warn_of_freed_zeros
+from ...pruning.group_checks import warn_of_freed_zeros
 from ...pruning.mask_sync import check_same_masks
 from ...pruning.pruner import Pruner
 from ..embedding.wrapper import is_wrapper

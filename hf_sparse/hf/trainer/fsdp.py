@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from ...errors import CheckpointError, RecipeError
 from ...modeling.model_state import is_marked
-from ...pruning.group import refuse_shards
+from ...pruning.group_checks import refuse_shards
 from ...pruning.pruner import Pruner
 from ...pruning.shards import placed_as
 from .. import patches

@@ -26,6 +26,7 @@ class Form:
         build: puts an empty layer of this form in the place of a plain one, and returns it; raises `CheckpointError`
             for facts that cannot be.
         parts: names of the parameters that stand in the place of the weight; none = the weight stays.
+        beside: names of the parameters that stand beside the weight.
     """
 
     name: str
@@ -33,6 +34,11 @@ class Form:
     read: Callable[[nn.Module], dict[str, int] | None]
     build: Callable[[nn.Module, Mapping[str, int]], nn.Module]
     parts: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def values(self, layer: nn.Module) -> list[nn.Parameter]:
+        """Return what a layer holds, without its bias and the weight beside it."""
+        return [layer.get_parameter(name) for name in (*self.parts, *self.beside)]
 
 
 FORMS: dict[str, Form] = {}

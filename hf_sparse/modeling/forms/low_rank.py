@@ -206,5 +206,5 @@ def _rank(layer: nn.Module, facts: Mapping[str, int]) -> int:
     return facts["rank"]
 
 
-register_form(Form("sparse_low_rank", ("rank",), _read_added, _build_added))
+register_form(Form("sparse_low_rank", ("rank",), _read_added, _build_added, beside=("low_rank.down", "low_rank.up")))
 register_form(Form("low_rank", ("rank",), _read_alone, _build_alone, parts=("down", "up")))

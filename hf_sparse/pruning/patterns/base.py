@@ -37,6 +37,14 @@ class Pattern:
         """Return the only selection that makes sense for this pattern, or None if the user may choose."""
         return None
 
+    def multiple(self, kind: str | None) -> int:
+        """Return of how many groups a unit keeps a multiple, or all that it has; 1 = any number.
+
+        Args:
+            kind: of the unit: "attention", "feed_forward" or "convolution", None for a weight alone.
+        """
+        return 1
+
     def check(self, shape: Shape, where: str) -> None:
         """Raise `PatternError` if weights of this shape cannot be divided into groups.
 

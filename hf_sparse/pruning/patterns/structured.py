@@ -15,6 +15,7 @@ import torch
 from ...config.sparsity import PATTERNS
 from ...errors import PatternError
 from ...modeling.architectures import Kind, Part, SubBlock
+from ...utils.validation import check_positive_int
 from ..selection import Global, Selection
 from .base import Pattern, Shape
 from .lines import AssignedLines, Lines
@@ -80,6 +81,25 @@ class Structure(Pattern):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class InMultiples(Structure):
+    """Base of the patterns with neurons or filters, whose number is free.
+
+    Args:
+        multiple_of: of neurons and filters, each layer keeps a multiple of this or all that it has; those that leave
+            together are neighbors in the order of their scores. Matrix kernels divide their work into pieces of 8, 16
+            or 32, and a layer with 410 filters may take the time of one with 416.
+    """
+
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_positive_int("multiple_of", self.multiple_of)
+
+    def multiple(self, kind: str | None) -> int:
+        return 1 if kind == "attention" else self.multiple_of
+
+
 @PATTERNS.register("head")
 @dataclasses.dataclass(frozen=True)
 class Head(Structure):
@@ -109,7 +129,7 @@ class KVHead(Structure):
 
 @PATTERNS.register("kv_head+neuron")
 @dataclasses.dataclass(frozen=True)
-class KVHeadNeuron(Structure):
+class KVHeadNeuron(InMultiples):
     """KV heads of all attentions and neurons of all feed-forward parts, which share one selection."""
 
     kinds = ("attention", "feed_forward")
@@ -118,7 +138,7 @@ class KVHeadNeuron(Structure):
 
 @PATTERNS.register("neuron")
 @dataclasses.dataclass(frozen=True)
-class Neuron(Structure):
+class Neuron(InMultiples):
     """Neurons: a row of the first feed-forward layer (of both, if gated) with its bias, and a column of the last.
 
     Source: Lagunas et al. 2021, "Block Pruning For Faster Transformers", section 3 (rows and columns of the "hybrid").
@@ -129,7 +149,7 @@ class Neuron(Structure):
 
 @PATTERNS.register("head+neuron")
 @dataclasses.dataclass(frozen=True)
-class HeadNeuron(Structure):
+class HeadNeuron(InMultiples):
     """Heads of all attentions and neurons of all feed-forward parts, which share one selection: a budget, above all."""
 
     kinds = ("attention", "feed_forward")
@@ -137,7 +157,7 @@ class HeadNeuron(Structure):
 
 @PATTERNS.register("filter")
 @dataclasses.dataclass(frozen=True)
-class Filter(Structure):
+class Filter(InMultiples):
     """Filters of convolutions in a row: what the next layer reads of them is masked, so they compute nothing.
 
     `hf_sparse.compact` removes them with their entries of the batch norm. Scorers of weights look at the filter itself

@@ -3,6 +3,7 @@
 from .base import Selection, kept_count
 from .budget import Budget
 from .global_topk import Global
+from .multiples import in_multiples
 from .owl import Owl
 from .per_row import PerRow
 from .threshold import Threshold
@@ -19,6 +20,7 @@ __all__ = [
     "Threshold",
     "Uniform",
     "WithinInputs",
+    "in_multiples",
     "keep_highest",
     "kept_count",
 ]

@@ -17,6 +17,7 @@ from ...profiling.latency_table import LatencyTable, Shape
 from ...utils.validation import check_number, check_one_of, check_positive_int
 from ..shards import whole
 from .base import Selection
+from .filter_costs import FilterCosts
 from .topk import refuse_nan
 
 OF = ("flops", "parameters", "latency")
@@ -36,6 +37,7 @@ class Costs:
         inputs: number of input layers.
         entries: weights of one group, where the input layers do not have `size` rows for each (a KV head that several
             heads read); None = they do.
+        multiple: groups that leave together.
     """
 
     kind: Literal["attention", "feed_forward"]
@@ -44,11 +46,17 @@ class Costs:
     size: int
     inputs: int
     entries: float | None = None
+    multiple: int = 1
 
     @property
     def parameters(self) -> float:
         """Weights of one group."""
         return self.entries if self.entries is not None else (self.inputs + 1) * self.width * self.size
+
+    @property
+    def marks(self) -> Tensor:
+        """The numbers of groups that may be left, ascending."""
+        return torch.tensor([*range(0, self.groups, self.multiple), self.groups])
 
     def flops(self, length: int) -> float:
         """Floating-point operations of one group for one token of an example of this length."""
@@ -64,10 +72,11 @@ class Budget(Selection):
     Scores are taken as importance per parameter, as means are. Of operations and parameters every group has its share,
     so the groups with the lowest scores go until the budget is kept. Time is not shared that way: a table of timed
     shapes says what a sub-block with k groups takes on this machine, and the number left in each is chosen so that the
-    least importance is lost within the time.
+    least importance is lost within the time. Filters multiply with those of the next layer: what is left of the
+    parameters of both is counted exactly, and one filter of each convolution stays.
 
     Args:
-        of: "flops", "parameters" or "latency".
+        of: "flops", "parameters" or "latency"; of filters "parameters".
         remaining: what may be left at the end of what the targeted sub-blocks cost dense, in (0, 1).
         length: tokens per example, for operations and time.
         batch: examples per batch, for time.
@@ -92,6 +101,7 @@ class Budget(Selection):
     batch: int = 1
     used: float = dataclasses.field(default=1.0, init=False, repr=False, compare=False)
     _costs: Sequence[Costs] = dataclasses.field(default=(), init=False, repr=False, compare=False)
+    _filters: FilterCosts | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     _times: list[Tensor] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,16 +118,25 @@ class Budget(Selection):
         if not pattern.structural:
             raise PatternError(
                 "selection 'budget' counts what is left when heads, neurons or sub-blocks are removed, but pattern "
-                f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron' or "
-                "'layer', or request a sparsity"
+                f"{pattern} leaves every layer as large as it is. Use pattern 'head+neuron', 'head', 'neuron', "
+                "'layer' or 'filter', or request a sparsity"
             )
+        if units[0].source is not None:
+            if self.of != "parameters":
+                raise PatternError(
+                    f"selection 'budget' of {self.of} does not know what a filter costs, which depends on the size of "
+                    "the images. Use of: parameters, or request a sparsity of the filters"
+                )
+            self._filters = FilterCosts.of(units, pattern.multiple("convolution"))
+            least = self._filters.left([min(self._filters.multiple, count) for count in self._filters.filters])
+            if least > self.remaining:
+                raise PatternError(
+                    f"selection 'budget' cannot leave {self.remaining:g} of the parameters: each convolution keeps at "
+                    f"least {self._filters.multiple} filters, and then {least:.3g} are left"
+                )
+            return
         costs = []
         for unit in units:
-            if unit.kind == "convolution":
-                raise PatternError(
-                    "selection 'budget' does not know what a filter costs. Request a sparsity of them, as in pattern "
-                    "'filter' with sparsity 0.5"
-                )
             width, inner = matrix_shape(unit.module)
             size, each = inner // unit.groups, int(unit.entries().sum()) / unit.groups
             inputs = round(each / (width * size)) - 1
@@ -127,7 +146,8 @@ class Budget(Selection):
                     f"selection 'budget' of latency times attentions in which each head has a KV head of its own, but "
                     f"in '{unit.name}' several heads read one. Use of: flops or of: parameters there"
                 )
-            costs.append(Costs(unit.kind, width, unit.groups, size, inputs, None if regular else each))
+            entries, multiple = None if regular else each, pattern.multiple(unit.kind)
+            costs.append(Costs(unit.kind, width, unit.groups, size, inputs, entries, multiple))
         self.prepare(costs)
 
     def prepare(self, costs: Sequence[Costs], table: LatencyTable | None = None) -> None:
@@ -139,33 +159,46 @@ class Budget(Selection):
         """
         self._costs = tuple(costs)
         if self.of == "latency":
-            self._times = _timed(self._costs, self.length, self.batch, table or LatencyTable())
+            times = _timed(self._costs, self.length, self.batch, table or LatencyTable())
         else:
             each = [c.parameters if self.of == "parameters" else c.flops(self.length) for c in self._costs]
-            self._times = [
+            times = [
                 torch.arange(c.groups + 1, dtype=torch.float64) * cost
                 for c, cost in zip(self._costs, each, strict=True)
             ]
+        self._times = [own[c.marks] for own, c in zip(times, self._costs, strict=True)]
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-        """Keep groups within the budget of the moment: `sparsity` is the share of the way to the final one."""
-        if len(scores) != len(self._costs):
-            raise SparsityError(f"the budget knows {len(self._costs)} units, and was given the scores of {len(scores)}")
+        """Keep groups within the budget of the moment: `sparsity` is the share of the way to the final one.
+
+        Args:
+            scores: of groups, or of chunks of as many as leave together.
+        """
+        known = self._costs if self._filters is None else self._filters.filters
+        if len(scores) != len(known):
+            raise SparsityError(f"the budget knows {len(known)} units, and was given the scores of {len(scores)}")
         refuse_nan(scores)
         scores = [whole(tensor.detach()) for tensor in scores]  # of heads and neurons, which are few
         flat = [tensor.reshape(-1).double().cpu() for tensor in scores]
-        total = sum(float(times[-1]) for times in self._times)
-        limit = (1.0 - (1.0 - self.remaining) * sparsity) * total
-        if limit >= total:
-            kept = [torch.ones_like(tensor, dtype=torch.bool) for tensor in flat]
+        share = 1.0 - (1.0 - self.remaining) * sparsity
+        if share >= 1.0:
+            kept, self.used = [torch.ones_like(tensor, dtype=torch.bool) for tensor in flat], 1.0
+        elif self._filters is not None:
+            kept, self.used = self._filters.highest(flat, share)
         else:
-            kept = self._by_table(flat, limit) if self.of == "latency" else self._by_rank(flat, limit)
-        used = sum(float(t[int(mask.sum())]) for t, mask in zip(self._times, kept, strict=True))
-        self.used = used / total
+            kept = self._within(flat, share)
         return [mask.view(tensor.shape).to(tensor.device) for mask, tensor in zip(kept, scores, strict=True)]
 
     def logs(self) -> dict[str, float]:
         return {f"remaining_{self.of}": self.used}
+
+    def _within(self, scores: list[Tensor], share: float) -> list[Tensor]:
+        """Return what is kept within a share of the costs of all."""
+        total = sum(float(times[-1]) for times in self._times)
+        kept = (self._by_table if self.of == "latency" else self._by_rank)(scores, share * total)
+        used = sum(float(times[int(mask.sum())]) for times, mask in zip(self._times, kept, strict=True))
+        self.used = used / total
+        return kept
 
     def _by_rank(self, scores: list[Tensor], limit: float) -> list[Tensor]:
         """Keep the highest scores for as long as they can be paid."""
@@ -185,7 +218,8 @@ class Budget(Selection):
         orders, lost = [], []
         for tensor, cost in zip(scores, self._costs, strict=True):
             # Shifted to be losses, of which none is negative: what is not needed for the budget is never removed.
-            values, order = ((tensor - lowest) * cost.parameters).sort(descending=True, stable=True)
+            mass = (tensor - lowest) * cost.parameters * cost.marks.diff()
+            values, order = mass.sort(descending=True, stable=True)
             orders.append(order)
             lost.append(torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)]))
         counts = _fewest_lost(self._times, lost, limit)

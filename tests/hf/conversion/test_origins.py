@@ -146,7 +146,7 @@ def test_zero_heads_and_neurons_of_a_dense_checkpoint_are_counted(tmp_path: Path
     removed = {kind: cut.before - cut.count for kind, _, cut in edits}
     assert removed["heads"] == 2
     assert removed["neurons"] >= 15
-    assert done.dead == (2, 4, removed["neurons"], 32)
+    assert done.dead == (2, 4, removed["neurons"], 32, 0, 0)
     assert f"2 of 4 heads, {removed['neurons']} of 32 neurons; --compact removes them" in str(done)
 
 
@@ -400,7 +400,7 @@ def test_command_converts_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_compact_of_a_model_without_zero_heads_says_so(tmp_path: Path) -> None:
     done = import_checkpoint(FIXTURES / "tied-2-4", tmp_path / "out", compact=True)
-    assert "no head and no neuron is zero" in str(done)
+    assert "no head, neuron or filter is zero" in str(done)
     check(tmp_path / "out", "tied-2-4")
 
 
