@@ -1,7 +1,7 @@
 """Which kinds of layers a checkpoint has, and what has left them, from its tensors and its manifest alone.
 
-The kind of a plain weight is told by its shape: four or five dimensions are a convolution, three one as well or, where
-the name is not that of a weight, experts in one tensor. What has another form than a matrix the manifest lists.
+The kind of a plain weight follows from its shape: four or five dimensions are a convolution, three are one as well or,
+where the name does not end as that of a weight does, experts in one tensor. Forms of layers are in the manifest.
 """
 
 from __future__ import annotations
@@ -24,14 +24,25 @@ HEAD = ("layers", "count", "parameters", "zeros", "stored")
 class Tensor(Protocol):
     """What is looked at of a tensor in a file."""
 
-    name: str
-    shape: tuple[int, ...]
-    nonzeros: int
-    stored_bytes: int
+    @property
+    def name(self) -> str:
+        """Its key."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the decoded tensor."""
 
     @property
     def parameters(self) -> int:
         """Elements of the decoded tensor."""
+
+    @property
+    def nonzeros(self) -> int:
+        """Elements that are not zero."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its size in the file."""
 
 
 @dataclasses.dataclass(frozen=True)

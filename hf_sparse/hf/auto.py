@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
 
 from ..errors import RecipeError, SparsityError
 from ..formats.model_folder import check_index
@@ -19,7 +20,7 @@ _DROPOUT = re.compile(r"(dropout|pdrop|dropout_prob|dropout_rate)$")
 
 
 def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
-    """Load a model with the head it was saved with: the class its config names, else `AutoModel`.
+    """Load a model with the head it was saved with: the class its config names, registered ones too, else `AutoModel`.
 
     Args:
         name: folder or Hub name.
@@ -37,7 +38,7 @@ def load_whole(name: str, revision: str = "main", **options: Any) -> PreTrainedM
                 f"cannot load model '{name}': `architectures` must be a list in its config.json, "
                 f"got {config.architectures!r:.80}"
             )
-        return model_class(config.architectures).from_pretrained(name, revision=revision, **options)
+        return model_class(config.architectures, config).from_pretrained(name, revision=revision, **options)
 
 
 def load(factory: Any, name: str, revision: str = "main", **options: Any) -> PreTrainedModel:
@@ -152,10 +153,22 @@ def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
             yield module
 
 
-def model_class(architectures: Any) -> Any:
-    """Return the class of transformers with that name. The name is from a file, so it must be a model and no more."""
+def model_class(architectures: Any, config: Any) -> Any:
+    """Return the class with that name, of transformers or registered with an auto class for this config.
+
+    The name is from a file, so it must be a model and no more.
+    """
+    registered = {found.__name__: found for found in _registered(type(config))}
     for architecture in architectures if isinstance(architectures, list) else ():
-        found = getattr(transformers, str(architecture), None)
+        found = getattr(transformers, str(architecture), registered.get(str(architecture)))
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     return AutoModel
+
+
+def _registered(config_class: type) -> Iterator[type]:
+    """Yield the models that auto classes have for a config: those of a user too (`AutoModelFor*.register`)."""
+    for name, mapping in vars(modeling_auto).items():
+        if name.endswith("_MAPPING") and config_class in mapping:
+            found = mapping[config_class]
+            yield from found if isinstance(found, tuple) else (found,)

@@ -46,7 +46,10 @@ def make(folder: Path, shape: str, blocks: int) -> None:
     """Write a checkpoint tensor by tensor, in bfloat16."""
     config = LlamaConfig(num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], **SHAPES[shape])
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in model_class(config.architectures)(config).state_dict().items()}
+        shapes = {
+            name: tensor.shape
+            for name, tensor in model_class(config.architectures, config)(config).state_dict().items()
+        }
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, 1 << 30)
     generator = torch.Generator().manual_seed(0)

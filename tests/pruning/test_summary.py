@@ -139,7 +139,7 @@ def test_layers_that_are_no_linear_ones_are_named_while_masks_are_on_and_after()
 
 def test_forms_are_counted_with_what_they_hold() -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 16))
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"targets": "0", "compress": {"name": "hashed", "ratio": "1/8"}},
         {"targets": "1", "compress": {"name": "low_rank", "rank": 2}},
         {"targets": "2", "scorer": "wanda", "sparsity": 0.5, "compress": {"name": "low_rank", "rank": 3}},

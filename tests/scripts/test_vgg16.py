@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -66,8 +65,7 @@ def recipe(files: Path, name: str) -> Recipe:
 def test_processor_prepares_images_as_the_classifier_was_fitted(files: Path) -> None:
     folder = files / "data" / "cifar10-6k"
     pixels, _ = vgg16.images(folder, "validation")
-    with pq.ParquetFile(folder / "validation.parquet") as stored:
-        column = stored.read().column("image").to_pylist()
+    column = datasets.load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train")[:]["image"]
     raw = [Image.open(io.BytesIO(each["bytes"])).convert("RGB") for each in column]
     made = AutoImageProcessor.from_pretrained(files / "models" / "vgg16-cifar10-0")(raw, return_tensors="pt")
     torch.testing.assert_close(made["pixel_values"], pixels)

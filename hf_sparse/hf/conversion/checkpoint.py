@@ -94,7 +94,7 @@ class Checkpoint:
             config = AutoConfig.for_model(
                 kind, **{key: value for key, value in settings.items() if key != "model_type"}
             )
-            cls = model_class(self.config.get("architectures"))
+            cls = model_class(self.config.get("architectures"), config)
             with torch.device("meta"):
                 made = AutoModel.from_config(config) if cls is AutoModel else cls._from_config(config)
         except Exception as error:

@@ -56,7 +56,7 @@ class LazyModel:
         self.shards, self.dtype, self.device = shards, dtype, device
         # Buffers that are computed (rotary embeddings) have values at once; parameters take no memory.
         with init_empty_weights(include_buffers=False):
-            self.model: Any = model_class(config.architectures)._from_config(config, dtype=dtype)
+            self.model: Any = model_class(config.architectures, config)._from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self._places = names_in_memory(self.model, shards.headers)
         self.keys = {place.name: key for key, place in self._places.items() if not place.converted}
