@@ -221,6 +221,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "filters 20 %, L1": {"sparsity": 0.2, "pattern": "filter"},
     "filters 50 %, L1": {"sparsity": 0.5, "pattern": "filter"},
     "filters 80 %, L1": {"sparsity": 0.8, "pattern": "filter"},
+    "filters 20 %, L1, multiples of 16": {"sparsity": 0.2, "pattern": {"name": "filter", "multiple_of": 16}},
+    "filters 80 %, L1, multiples of 16": {"sparsity": 0.8, "pattern": {"name": "filter", "multiple_of": 16}},
     "filters 20 %, Taylor": {"sparsity": 0.2, "pattern": "filter", "scorer": "taylor"},
 }
 
@@ -244,7 +246,7 @@ def variants(
             continue
         model, error = copy.deepcopy(dense), 0.0
         hf_sparse.sparsify(model, SparsityConfig(**config), calibration if taylor else None)
-        if config.get("pattern") == "filter":
+        if "filter" in name:
             with torch.no_grad():
                 masked = model(pixel_values=probe).logits
                 hf_sparse.compact(model)
