@@ -29,7 +29,7 @@ def in_multiples(
         >>> from hf_sparse.pruning.selection import Uniform
         >>> scores = [torch.tensor([5.0, 1.0, 4.0, 3.0, 2.0])]
         >>> in_multiples(scores, [2], lambda chunks: Uniform().select(chunks, 0.4))[0].tolist()
-        [True, False, False, False, False]
+        [True, False, True, False, False]
     """
     if all(multiple == 1 for multiple in multiples):
         return choose(list(scores))
