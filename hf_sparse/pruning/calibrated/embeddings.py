@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import SparsityError
 from ..compressions import FormGroup
 from ..processes import sum_over_processes
-from .recording import run_model
+from .recording import Stop, run_model
 from .tasks import LayerUpdate, OnLayer
 from .tokens import kept_tokens
 
@@ -54,17 +54,24 @@ def token_counts(
 ) -> dict[str, Tensor]:
     """Return how often each row of some tables is looked up, by all modules that share it, on all processes together.
 
+    The model runs to its end on the first batch, and on the others until it has looked up as often as there.
+
     Args:
         tables: weights of embeddings by name.
     """
     counts = {name: torch.zeros(len(table), dtype=torch.float64, device=table.device) for name, table in tables.items()}
     batch: Mapping[str, Any] = {}
+    calls, most = 0, 0  # of this batch, and of the first one
 
     def hook(name: str, path: str) -> Any:
         def observed(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal calls
             kept = kept_tokens(batch, path, None)(args[0][..., None])
             ids = args[0].reshape(-1) if kept is None else args[0][kept]
             counts[name] += torch.bincount(ids, minlength=len(counts[name]))
+            calls += 1
+            if calls == most:
+                raise Stop
 
         return observed
 
@@ -76,7 +83,9 @@ def token_counts(
     ]
     try:
         for batch in batches:
+            calls = 0
             run_model(model, batch)
+            most = most or calls
     finally:
         for handle in handles:
             handle.remove()

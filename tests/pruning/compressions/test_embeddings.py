@@ -173,6 +173,12 @@ def test_fitted_to_the_tokens_of_batches_without_padding() -> None:
     assert not torch.allclose(found[2], table[2], atol=1e-3)
     assert (seen[0].name, round(seen[0].error, 6)) == ("model.embed_tokens", 0.0)
     assert 0 < seen[0].change < 1
+    longer = {"input_ids": torch.tensor([[5, 6] * 9])}
+    runs: list[int] = []
+    model, counted = llama(), []
+    model.lm_head.register_forward_pre_hook(lambda *_: runs.append(1))
+    sparsify(model, rank, [longer, longer, longer], on_layer=counted.append)
+    assert (len(runs), len(counted)) == (1, 1)  # one whole run; then it stops behind the look-up
     both = {"groups": [rank, {"targets": "*mlp*", "sparsity": 0.5, "scorer": "wanda"}]}
     sparsify(other, both, [{"input_ids": ids, "attention_mask": mask}])
     assert torch.equal(other.get_input_embeddings().weight, found)
