@@ -71,7 +71,7 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, output: str, sample: Sequen
     if len(again) != len(tokenizer):
         raise CheckpointError(f"the tokenizer in {output} has {len(again)} tokens, the trimmed one {len(tokenizer)}")
     for sequence in sample:
-        if again(sequence)["input_ids"] != tokenizer(sequence)["input_ids"]:
+        if again(sequence, verbose=False)["input_ids"] != tokenizer(sequence, verbose=False)["input_ids"]:
             raise CheckpointError(
                 f"the tokenizer in {output} does not do what the trimmed one does: transformers loads it as "
                 f"{type(again).__name__}. Load it with PreTrainedTokenizerFast.from_pretrained"

@@ -122,19 +122,22 @@ class VocabularyReport:
             BackendError: without matplotlib.
             RecipeError: for a suffix that matplotlib cannot write, or a path that cannot be written.
         """
-        from ..reporting.plotting import new_figure, write_figure  # only here: hf_sparse itself draws nothing
+        from ..reporting.charts import set_log_ticks  # only here: hf_sparse itself draws nothing
+        from ..reporting.plotting import new_figure, write_figure
 
         figure = new_figure(6, 4)
         axes = figure.subplots()
         points = [(1 - coverage, self.size_at(tokens) / 1e6) for coverage, tokens in self.curve]
-        floor = min((missed for missed, _ in points if missed > 0), default=1e-5) / 3
+        floor = min((missed for missed, _ in points if missed > 0), default=1e-5) / 10
         axes.plot([max(missed, floor) for missed, _ in points], [size for _, size in points], marker="o", markersize=4)
         axes.axhline(self.model_parameters / 1e6, linestyle="--", color="grey", linewidth=1)
         chosen = (max(1 - self.coverage, floor), self.model_parameters_after / 1e6)
         axes.scatter([chosen[0]], [chosen[1]], color="tab:orange", zorder=3, label="this model")
-        axes.set_xscale("log")
+        set_log_ticks(
+            axes, {0.5: "50 %", **{10.0**-n: f"{100 - 10.0 ** (2 - n):g} %" for n in range(1, 9)}, floor: "100 %"}
+        )
         axes.invert_xaxis()
-        axes.set_xlabel("fraction of the tokens of the corpus that are not kept (right end: none)")
+        axes.set_xlabel("tokens of the corpus that stay as they are")
         axes.set_ylabel("million parameters of the model")
         axes.set_title(f"{self.kind}, {self.tokens:,} tokens before (dashed)", fontsize=10)
         axes.legend()

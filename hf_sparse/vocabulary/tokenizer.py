@@ -119,7 +119,7 @@ def special_ids(tokenizer: Any) -> set[int]:
         # Templates refuse roles they do not have, each with an error of its own.
         with contextlib.suppress(Exception):
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            found.update(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            found.update(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
             break
     return found
 

@@ -77,6 +77,8 @@ def test_card_and_page_show_it_escaped(tmp_path: Path) -> None:
     report().save(tmp_path)
     card = card_text(facts_of(tmp_path))
     assert "## Vocabulary" in card
+    assert "A model with a smaller vocabulary" in card
+    assert "import hf_sparse" not in card  # a dense model of plain transformers
     assert "&lt;b&gt;\\|x" in card
     assert "<b>|x" not in card
     write_report(tmp_path, tmp_path / "page.html")
@@ -93,6 +95,18 @@ def test_plot_shows_the_curve(tmp_path: Path) -> None:
     drawn = json.loads(image_module.open(tmp_path / "size.png").text["Description"])[0]
     assert [y for _, y in drawn["lines"][0]] == [0.0024, 0.00272, 0.0036]
     assert drawn["points"] == [["this model", [0.01, 0.0028]]]
+
+
+def test_axis_of_the_plot_has_readable_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from hf_sparse.reporting import plotting
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plotting, "write_figure", lambda figure, path: figures.append(figure))
+    report().plot(tmp_path / "size.png")
+    labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert "99 %" in labels
+    assert all(label.endswith(" %") for label in labels)
 
 
 def test_held_out_sequences_are_measured_with_both_tokenizers() -> None:
