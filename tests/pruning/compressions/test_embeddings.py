@@ -175,7 +175,8 @@ def test_fitted_to_the_tokens_of_batches_without_padding() -> None:
     assert 0 < seen[0].change < 1
     longer = {"input_ids": torch.tensor([[5, 6] * 9])}
     runs: list[int] = []
-    model, counted = llama(), []
+    counted: list[Any] = []
+    model = llama()
     model.lm_head.register_forward_pre_hook(lambda *_: runs.append(1))
     sparsify(model, rank, [longer, longer, longer], on_layer=counted.append)
     assert (len(runs), len(counted)) == (1, 1)  # one whole run; then it stops behind the look-up
