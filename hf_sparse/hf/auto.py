@@ -10,7 +10,14 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto import modeling_auto
 
 from ..errors import RecipeError, SparsityError
@@ -104,6 +111,22 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         # What transformers makes up where there are no files: every text would become a row of [UNK].
         raise RecipeError(f"model '{model}' has no tokenizer beside it (tokenizer.json, vocab.txt, ...)")
     return tokenizer
+
+
+def load_image_processor(model: str, revision: str | None = None) -> Any:
+    """Load what prepares images for a model, stored next to it.
+
+    Args:
+        model: folder or Hub name.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"cannot load the image processor of model '{model}': {error}") from error
 
 
 def is_causal(model: Any) -> bool:

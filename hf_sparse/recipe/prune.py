@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
-from ..hf.auto import check_length, default_length, is_causal, load_tokenizer, load_whole
+from ..hf.auto import check_length, default_length, is_causal, load_image_processor, load_tokenizer, load_whole
 from ..hf.embedding.module_files import carry_modules
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
 from ..pruning.compaction import compact
@@ -209,7 +209,7 @@ def _carry_over(source: Path, output: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
-    """Save a model that was made of another, with the tokenizer and the modules of sentence-transformers of that one.
+    """Save a model made of another, with its tokenizer or image processor and its modules of sentence-transformers.
 
     Args:
         name, revision: of the model that it was made of.
@@ -218,7 +218,9 @@ def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str]
     forget_run(Path(output))
     carry_report(name, output)
     carry_modules(name, output, revision)
+    images = model.main_input_name == "pixel_values"
     try:
-        load_tokenizer(name, revision).save_pretrained(output)
+        load = load_image_processor if images else load_tokenizer
+        load(name, revision).save_pretrained(output)
     except RecipeError as error:
-        logger.warning("no tokenizer was copied: %s", error)
+        logger.warning("no %s was copied: %s", "image processor" if images else "tokenizer", error)

@@ -78,6 +78,7 @@ def test_recipes_run_and_their_results_are_collected(files: Path) -> None:
         assert 0 <= done.metrics["eval_accuracy"] <= 1
         assert name == "vgg16_dense" or done.summary.sparsity == pytest.approx(zeros, abs=0.01)
     compact_saved(str(files / "runs/vgg16_filters_taylor"), files / "runs/small")
+    assert (files / "runs/small/preprocessor_config.json").is_file()
     rows = vgg16.collect(sorted((files / "runs").glob("*")))
     found = {row["run"]: row for row in rows}
     dense = vgg16.VGGForImageClassification(vgg16.VGGConfig(LAYERS, 4, num_labels=10)).num_parameters()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset, Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator
+from transformers import AutoModelForImageClassification, DefaultDataCollator
 
 from ...errors import RecipeError
-from ...hf.auto import load
+from ...hf.auto import load, load_image_processor
 from ...hf.trainer.teacher_cache import batches_of
 from ..data import LabelledExamples, load_images
 from ..metrics import Predicts, build_metrics
@@ -37,10 +37,7 @@ class ImageClassification(LabelledTask):
         section = recipe.model
         revision = section.revision or "main"
         build_metrics(recipe.metric, self.predicts(section))  # refused before the model is loaded
-        try:
-            processor = AutoImageProcessor.from_pretrained(section.name, revision=revision)
-        except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"cannot load the image processor of model '{section.name}': {error}") from error
+        processor = load_image_processor(section.name, revision)
         return self.load_head(section, examples), processor
 
     def load_head(self, section: Any, examples: LabelledExamples) -> Any:
