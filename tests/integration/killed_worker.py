@@ -67,10 +67,10 @@ def arm(moment: str, trainer: Any) -> None:
             die()
         settle(path)
 
-    def shards(self: Any, *args: Any) -> None:
+    def shards(self: Any, *args: Any, **kwargs: Any) -> None:
         if trainer.state.global_step == int(step):
             die()
-        finish(self, *args)
+        finish(self, *args, **kwargs)
 
     writer: Any = FileSystemWriter
     finish = writer.finish
