@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.helpers import large_weights
+
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -90,21 +92,8 @@ GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
-    """Return a model with weights so large, and biases so different from zero, that nothing passes by being small."""
-    torch.manual_seed(seed)
-    model = FAMILIES[family](**options).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or ".ln_" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "embed" not in name and "wte" not in name and "wpe" not in name:
-                fan = (
-                    parameter.shape[0] if family == "gpt2" and parameter.shape[0] != VOCABULARY else parameter.shape[-1]
-                )
-                parameter.copy_(torch.randn_like(parameter) * fan**-0.5)
-            else:
-                parameter.copy_(torch.randn_like(parameter))
-    return model
+    """Return a model of a family, see `large_weights.build`."""
+    return large_weights.build(FAMILIES[family], seed, draw_embeddings=True, **options)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from transformers import (
 
 from hf_sparse.modeling.architectures import Part, SubBlock, find_sub_blocks
 from hf_sparse.modeling.layer_kinds import output_axis
+from tests.helpers import large_weights
 
 VOCABULARY = 40
 SIZES: dict[str, Any] = {
@@ -116,16 +117,8 @@ EAGER = ("deberta-v3", "mpnet")
 
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
-    """Return a model with weights so large, and biases so different from zero, that nothing passes by being small."""
-    torch.manual_seed(seed)
-    model = FAMILIES[family](**options).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "Norm" in name or "layer_norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "embed" not in name and "shared" not in name:
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-    return model
+    """Return a model of a family, see `large_weights.build`."""
+    return large_weights.build(FAMILIES[family], seed, **options)
 
 
 def batch(family: str, seed: int = 0) -> dict[str, Tensor]:
