@@ -93,7 +93,7 @@ GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
     """Return a model of a family, see `large_weights.build`."""
-    return large_weights.build(FAMILIES[family], seed, draw_embeddings=True, **options)
+    return large_weights.build(FAMILIES[family], ("norm", ".ln_"), seed, draw_embeddings=True, **options)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ EAGER = ("deberta-v3", "mpnet")
 
 def build(family: str, seed: int = 0, **options: Any) -> Any:
     """Return a model of a family, see `large_weights.build`."""
-    return large_weights.build(FAMILIES[family], seed, **options)
+    return large_weights.build(FAMILIES[family], ("Norm", "layer_norm"), seed, **options)
 
 
 def batch(family: str, seed: int = 0) -> dict[str, Tensor]:

@@ -220,9 +220,9 @@ def test_zeros_of_an_earlier_pruning_that_would_train_again_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], warned: bool
 ) -> None:
     model = sparsify(bert(), SparsityConfig(sparsity=0.5, targets="*.layer.1.*"))
-    with caplog.at_level(logging.WARNING, "hf_sparse.pruning.group"):
+    with caplog.at_level(logging.WARNING, "hf_sparse.pruning.group_checks"):
         trainer = sparse_trainer(tmp_path, SparsityConfig(**{"sparsity": 0.9, **options}), model=model)
-        logging.getLogger("hf_sparse.pruning.group").addHandler(caplog.handler)
+        logging.getLogger("hf_sparse.pruning.group_checks").addHandler(caplog.handler)
         trainer.train()
     assert ("6 weights (first: bert.encoder.layer.1.attention.self.query.weight) have zeros" in caplog.text) == warned
 
