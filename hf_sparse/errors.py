@@ -1,4 +1,4 @@
-"""Every error hf_sparse raises on purpose. Each message says what was asked, what was found, where, and what to do."""
+"""Every error hf_sparse raises on purpose. A message says what was requested, what was found, where, and what to do."""
 
 from __future__ import annotations
 

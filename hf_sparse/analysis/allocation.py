@@ -1,4 +1,4 @@
-"""How sparse each layer should be for a total: by the shapes of the layers, or by how much the loss minds.
+"""How sparse each layer should be for a total: by the shapes of the layers, or by how sensitive the loss is.
 
 Both return whole numbers of kept weights whose sum is exactly what the total asks for.
 """

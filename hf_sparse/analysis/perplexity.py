@@ -122,7 +122,7 @@ def perplexity(
     bos: Bos = "auto",
     revision: str = "main",
 ) -> Perplexity:
-    """Load a causal language model, and another if asked, and measure both on the same windows of a text.
+    """Load a causal language model, and another on request, and measure both on the same windows of a text.
 
     Args:
         name, against: folders or Hub names; the tokenizer is that of `name`.

@@ -19,7 +19,7 @@ def add_data(
     batch: bool = False,
     plain: bool = False,
 ) -> None:
-    """Add --data, --text, --label, --samples, --length and, if asked, --batch.
+    """Add --data, --text, --label, --samples, --length and, on request, --batch.
 
     Columns and length default to those of the recipe stored next to the model.
 

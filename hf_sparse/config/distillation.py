@@ -1,4 +1,4 @@
-"""Intent: what is asked of a teacher."""
+"""Intent: what is requested of a teacher."""
 
 from __future__ import annotations
 

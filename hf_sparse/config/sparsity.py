@@ -123,7 +123,7 @@ class GroupConfig:
         return self.compress is None or self.sparsity is not None or fixed is not None
 
     def _check_unpruned(self) -> None:
-        """Refuse what is said of a sparse weight where there is none."""
+        """Refuse options of a sparse weight where there is none."""
         given = [key for key in ("scorer", "pattern", "selection", "schedule", "reconstruction") if self._changed(key)]
         if given:
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""`hf-sparse teach`: run the teacher of a recipe once over the training data and keep what it says."""
+"""`hf-sparse teach`: run the teacher of a recipe once over the training data and keep its outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def teach(recipe: Recipe, output: str | Path, dtype: str = "fp32", top: int | No
         RecipeError: if the recipe has no teacher, or learns more from it than logits and embeddings.
     """
     if recipe.distillation is None:
-        raise RecipeError("the recipe has no 'distillation' section, so there is no teacher to ask")
+        raise RecipeError("the recipe has no 'distillation' section, so there is no teacher to run")
     config = dataclasses.replace(recipe.distillation, cache=str(output))  # refuses what no cache can give
     task = recipe.model.kind
     examples = task.load_examples(recipe)

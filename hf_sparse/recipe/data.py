@@ -213,7 +213,7 @@ def _columns(
     label: str | None,
     kind: Literal["text", "images"] = "text",
 ) -> Dataset:
-    """Return the examples and "labels" only, at most the asked number, with nothing missing."""
+    """Return the examples and "labels" only, at most the requested number, with nothing missing."""
     wanted = [*texts, *([] if label is None else [label])]
     for column in wanted:
         if column not in dataset.column_names:

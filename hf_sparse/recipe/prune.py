@@ -122,7 +122,7 @@ def prune(
             scorers that look at the inputs of layers of any encoder.
 
     Raises:
-        RecipeError: if model or data cannot be loaded, or the model cannot be pruned as asked.
+        RecipeError: if model or data cannot be loaded, or the model cannot be pruned as requested.
     """
     config = SparsityConfig(**group)
     model = load_whole(name, revision)

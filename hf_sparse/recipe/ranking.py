@@ -112,7 +112,7 @@ def check_ranking_metrics(names: Sequence[str], knn: bool) -> tuple[str, ...]:
     """Return the names without repeats.
 
     Args:
-        knn: whether nearest neighbours can be asked.
+        knn: whether nearest neighbours can be searched.
 
     Raises:
         RecipeError: for no name at all, or one that is not known.

@@ -146,13 +146,17 @@ metric, vocabulary, freeze, sparsity, distillation, training, seed.
             }
             data = dataclasses.replace(data, **paths)
         name = _locate(self.model.name, folder) or self.model.name
-        taught = self.distillation
-        if taught is not None and taught.teacher != "self":
-            taught = dataclasses.replace(taught, teacher=_locate(taught.teacher, folder) or taught.teacher)
-        if taught is not None and taught.cache is not None:
-            taught = dataclasses.replace(taught, cache=_locate(taught.cache, folder) or taught.cache)
+        distillation = self.distillation
+        if distillation is not None and distillation.teacher != "self":
+            distillation = dataclasses.replace(
+                distillation, teacher=_locate(distillation.teacher, folder) or distillation.teacher
+            )
+        if distillation is not None and distillation.cache is not None:
+            distillation = dataclasses.replace(
+                distillation, cache=_locate(distillation.cache, folder) or distillation.cache
+            )
         model = dataclasses.replace(self.model, name=name)
-        return dataclasses.replace(self, model=model, data=data, distillation=taught)
+        return dataclasses.replace(self, model=model, data=data, distillation=distillation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain YAML types with every value written out, also those left at their default."""

@@ -59,7 +59,7 @@ class FewTokenLinear(RuntimeBlock):
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, few: Copy | None) -> Tensor:
     """Return `x W^T + b`: of a few tokens from the copy, if there is one, and of any number where the copy is rounded.
 
-    What a model says must not depend on how many tokens it is asked at once.
+    The outputs of a model must not depend on the number of tokens in a call.
     """
     if few is None or x.dtype != torch.float32:
         return dense_linear(x, weight, bias)

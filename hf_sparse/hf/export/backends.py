@@ -38,7 +38,7 @@ TARGETS = {
         "OpenVINOConfig",
         ("openvino",),
         "openvino",
-        # Asked for, because on CPUs with bfloat16 products OpenVINO uses them by default, and differs by 1e-2.
+        # Requested, because on CPUs with bfloat16 products OpenVINO uses them by default, and differs by 1e-2.
         runner={"config": {"INFERENCE_PRECISION_HINT": "f32"}},
         note="compared with INFERENCE_PRECISION_HINT=f32; without it OpenVINO may compute in bfloat16",
     ),

@@ -66,9 +66,9 @@ def sizes_for(model: PreTrainedModel, batch: int, length: int | None) -> Sizes:
         length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
     for key, value in (("batch", batch), ("length", length)):
         if value < 2:
-            raise RecipeError(f"{key} must be at least 2, but {value} was asked: tracing would fix a size of 0 or 1")
+            raise RecipeError(f"`{key}` must be at least 2, got {value}: tracing would fix a size of 0 or 1")
     if longest is not None and length > longest:
-        raise RecipeError(f"length {length} was asked, but {name} takes at most {longest} tokens")
+        raise RecipeError(f"`length` must be at most the {longest} tokens that {name} takes, got {length}")
     return Sizes(batch, length, longest)
 
 

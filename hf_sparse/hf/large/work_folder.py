@@ -1,4 +1,4 @@
-"""What is kept of a pruning that is under way: which run it is, each finished block, and hidden states if asked."""
+"""What is kept of a pruning that is under way: which run it is, each finished block, and hidden states on request."""
 
 from __future__ import annotations
 

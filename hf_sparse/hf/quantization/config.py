@@ -98,25 +98,29 @@ class SparseConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build from plain JSON types, a mapping that the user gave or `config.json`.
 
-        The wishes of the one who loads are put aside (`stated`), because only the quantizer knows which of the two it
-        was: a file has none to make, least of all for weights that are not exact.
+        The options of the caller are put aside (`stated`), because only the quantizer knows which of the two it
+        was: a file has none to give, least of all for weights that are not exact.
         """
-        rest = {key: value for key, value in config_dict.items() if key not in _WISHES}
-        stated = {key: config_dict[key] for key in _WISHES if config_dict.get(key) is not None}
+        rest = {key: value for key, value in config_dict.items() if key not in _CALLER_OPTIONS}
+        stated = {key: config_dict[key] for key in _CALLER_OPTIONS if config_dict.get(key) is not None}
         made = super().from_dict(rest, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
         (made[0] if return_unused_kwargs else made).stated = stated
         return made
 
     def take_stated(self) -> None:
-        """Take the wishes of a mapping that the user gave.
+        """Take the options of a mapping that the user gave.
 
         Raises:
             RecipeError: as the constructor.
         """
         if self.stated:
-            wished = SparseConfig(self.intent, **self.stated)
-            self.backend, self.quantization_config, self.stated = wished.backend, wished.quantization_config, {}
-            self.keep_zeros = wished.keep_zeros
+            stated_config = SparseConfig(self.intent, **self.stated)
+            self.backend, self.quantization_config, self.stated = (
+                stated_config.backend,
+                stated_config.quantization_config,
+                {},
+            )
+            self.keep_zeros = stated_config.keep_zeros
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what counts of a config that is given for a checkpoint with one of its own."""
@@ -141,7 +145,7 @@ class SparseConfig(QuantizationConfigMixin):
         return out
 
 
-_WISHES = ("backend", "quantization_config", "keep_zeros")
+_CALLER_OPTIONS = ("backend", "quantization_config", "keep_zeros")
 
 
 def _bitsandbytes(config: BitsAndBytesConfig | Mapping[str, Any] | None) -> BitsAndBytesConfig | None:

@@ -145,8 +145,8 @@ class LoadPlan:
     Attributes:
         manifest: of the checkpoint; verified against the files where there are files.
         files: that hold the tensors; none where the tensors are given (`from_pretrained(None, state_dict=...)`).
-        targets: names in memory of the weights that were asked to be sparse, as far as the model has them; known once
-            the tensors were.
+        targets: names in memory of the weights that are sparse on request, as far as the model has them; known once the
+            tensors were.
         nonzeros: of the tensors by name in memory; known once the tensors were.
     """
 

@@ -41,7 +41,7 @@ class _Stored(NamedTuple):
         key: in the file.
         tensor: on the meta device if it is offloaded.
         name: in memory; None if it was merged, split or rearranged from tensors in memory.
-        target: whether it was asked to be sparse.
+        target: whether it was requested to be sparse.
     """
 
     key: str
@@ -73,7 +73,7 @@ class Packed(NamedTuple):
     Attributes:
         tensors: to write, under the names of the checkpoint format of the model.
         entries: of the manifest, by the place of the tensor in the whole model.
-        targets: keys of the weights that were asked to be sparse, of the whole model.
+        targets: keys of the weights that were requested to be sparse, of the whole model.
         extra: of the manifest.
     """
 
@@ -96,7 +96,7 @@ class Packed(NamedTuple):
 def pack_state(
     model: PreTrainedModel, state: Mapping[str, Tensor], codec: str = "auto"
 ) -> tuple[dict[str, Tensor], Manifest]:
-    """Pack the weights that were asked to be sparse, and list every tensor in a manifest.
+    """Pack the weights that were requested to be sparse, and list every tensor in a manifest.
 
     Args:
         state: of the model, with the keys that `masking` gives masked weights.

@@ -55,8 +55,8 @@ class SparseQuantizer(HfQuantizer):
         self.second = second_quantizer(quantization_config)
         self.prune_to = quantization_config.prune_to if self.pre_quantized else quantization_config.intent
         self.device_map: Any = None
-        asked = (self.prune_to, quantization_config.backend, quantization_config.keep_zeros or None)
-        if not self.pre_quantized and not any(wish is not None for wish in asked):
+        requested = (self.prune_to, quantization_config.backend, quantization_config.keep_zeros or None)
+        if not self.pre_quantized and all(each is None for each in requested):
             raise RecipeError(
                 "SparseConfig() asks for nothing: give a sparsity, as in SparseConfig(sparsity=0.5), or keep_zeros=True"
             )

@@ -120,11 +120,11 @@ def _together(work: Callable[[], Any]) -> list[Any]:
         result = work()
     except Exception as found:  # noqa: BLE001  of whatever kind, the others have to learn of it
         error = found
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (result, None if error is None else f"{type(error).__name__}: {error}"))
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, (result, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
-    failed = [f"process {rank}: {text}" for rank, (_, text) in enumerate(told) if text is not None]
+    failed = [f"process {rank}: {text}" for rank, (_, text) in enumerate(results) if text is not None]
     if failed:
         raise SparsityError(f"the model was not saved, since another process failed ({'; '.join(failed)})")
-    return [result for result, _ in told]
+    return [result for result, _ in results]

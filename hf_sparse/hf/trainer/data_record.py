@@ -16,7 +16,7 @@ def data_facts(dataset: Any) -> dict[str, Any]:
     """Return what a resume compares of a training dataset, in plain JSON types; empty where nothing is known of it.
 
     Of every dataset that has a length, that counts. Of a `datasets.Dataset` the columns count too, and the content of
-    `EXAMPLES` examples, as it is stored: any other dataset may give another item each time that it is asked.
+    `EXAMPLES` examples, as it is stored: any other dataset may give another item at each access.
 
     Example:
         >>> data_facts([{"text": "a"}, {"text": "b"}])

@@ -75,7 +75,7 @@ class DistillationCallback(LogsFirst):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the loss contains what the teacher said."""
+        """Check that the loss contains the distillation loss."""
         assert self._terms is not None
         self._terms.check_trained()
 

@@ -103,8 +103,8 @@ class LossTerms:
         share = 1.0 / self.batches if kwargs.get("num_items_in_batch") is not None else 1.0
         loss = self._task_loss(outputs)
         if self.distiller is not None:
-            taught = self._taught_loss(outputs, args, kwargs, share)
-            loss = taught if loss is None else self.distiller.config.task_weight * loss + taught.to(loss)
+            distilled = self._distillation_loss(outputs, args, kwargs, share)
+            loss = distilled if loss is None else self.distiller.config.task_weight * loss + distilled.to(loss)
         assert loss is not None
         if self._penalized is not None:
             loss = loss + share * self._penalized.penalty().to(loss)
@@ -120,7 +120,7 @@ class LossTerms:
             self._reached = False
             loss.register_hook(self._note)
 
-    def _taught_loss(self, outputs: Any, args: Any, kwargs: dict[str, Any], share: float) -> Tensor:
+    def _distillation_loss(self, outputs: Any, args: Any, kwargs: dict[str, Any], share: float) -> Tensor:
         assert self.distiller is not None
         self.refuse_if(not isinstance(outputs, dict), "the model returns a tuple, whose parts have no names")
         self._move_teacher(next(value.device for value in outputs.values() if isinstance(value, Tensor)))

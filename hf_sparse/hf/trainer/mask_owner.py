@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class Owner(Protocol):
-    """A callback that can be told to let go of its model."""
+    """A callback that lets go of its model on request."""
 
     def detach(self) -> None:
         """Take the masks off."""

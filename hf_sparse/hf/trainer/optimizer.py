@@ -55,7 +55,7 @@ patches.wrap(Trainer, "create_optimizer", create_optimizer)
 
 
 def check_optimizer(name: str) -> None:
-    """Raise `RecipeError` for an optimizer of `TrainingArguments.optim` that cannot train a masked model as asked."""
+    """Raise `RecipeError` for an optimizer of `TrainingArguments.optim` that cannot train a masked model."""
     for family, reason in REFUSED.items():
         if name == family or name.startswith(f"{family}_"):
             raise RecipeError(

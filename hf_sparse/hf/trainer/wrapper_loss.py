@@ -31,7 +31,7 @@ class WrapperLossTerms(LossTerms):
 
     def __init__(self, model: nn.Module, pruner: Pruner | None, distiller: Distiller | None = None) -> None:
         self._trainer: Trainer | None = None
-        self._taught: list[Tensor] = []
+        self._distilled: list[Tensor] = []
         self._features: dict[str, Any] = {}
         self._recorder: Recorder | None = None
         super().__init__(model, pruner, distiller)
@@ -56,7 +56,7 @@ class WrapperLossTerms(LossTerms):
         super().remove()
         if self._recorder is not None:
             self._recorder.remove()
-        self._recorder, self._features, self._taught = None, {}, []
+        self._recorder, self._features, self._distilled = None, {}, []
         if self._trainer is not None:
             patches.take(self._trainer, "compute_loss")
             self._trainer = None
@@ -76,7 +76,7 @@ class WrapperLossTerms(LossTerms):
         self._recorder.found, self._features = {}, {}
         place = next((value.device for value in student.values() if isinstance(value, Tensor)), torch.device("cpu"))
         self._move_teacher(place)
-        self._taught.append(self.distiller.loss(student, (), features, 1.0))
+        self._distilled.append(self.distiller.loss(student, (), features, 1.0))
 
     # -- one batch of the Trainer ------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class WrapperLossTerms(LossTerms):
     ) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        self._taught = []
+        self._distilled = []
         share = 1.0 / self.batches if num_items_in_batch is not None else 1.0
         weight = 1.0 if self.distiller is None else self.distiller.config.task_weight
         if weight:
@@ -99,7 +99,7 @@ class WrapperLossTerms(LossTerms):
         else:
             loss = self._without_task(trainer, model, inputs)
         if self.distiller is not None:
-            loss = loss + share * self._mean_taught().to(loss)
+            loss = loss + share * self._mean_distillation().to(loss)
         if self._penalized is not None:
             loss = loss + share * self._penalized.penalty().to(loss)
         self._watch(loss)
@@ -111,15 +111,15 @@ class WrapperLossTerms(LossTerms):
             model(features)
         return torch.zeros((), device=trainer.args.device)
 
-    def _mean_taught(self) -> Tensor:
-        if not self._taught:
+    def _mean_distillation(self) -> Tensor:
+        if not self._distilled:
             raise RecipeError(
                 f"distillation compares what the model returns in training, but the loss {self._loss_name()} runs the "
-                "model without gradients, or not at all (as Cached* losses do), so what the teacher says would be "
+                "model without gradients, or not at all (as Cached* losses do), so the distillation loss would be "
                 "lost. Use a loss that runs it once, or set task_weight: 0"
             )
-        taught, self._taught = torch.stack(self._taught).mean(), []
-        return taught
+        mean, self._distilled = torch.stack(self._distilled).mean(), []
+        return mean
 
     def _loss_name(self) -> str:
         return type(getattr(self._trainer, "loss", None)).__name__

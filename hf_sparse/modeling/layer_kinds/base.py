@@ -46,7 +46,7 @@ class LayerKind:
         raise NotImplementedError
 
     def not_observable(self, module: nn.Module) -> str | None:
-        """Return why the inputs of a layer cannot be told from those of its module; None = they can."""
+        """Return why the inputs of a layer cannot be distinguished from those of its module; None = they can."""
         return None
 
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Tensor:

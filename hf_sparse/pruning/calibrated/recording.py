@@ -222,7 +222,7 @@ class _Chain:
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Tensor] | None:
-    """Return a call and its hidden states, or None if they cannot be told."""
+    """Return a call and its hidden states, or None if they cannot be identified."""
     args = tuple(_without_cache(value) for value in args)
     kwargs = {key: _without_cache(value) for key, value in kwargs.items()}
     if args and isinstance(args[0], Tensor):

@@ -273,8 +273,8 @@ def _timed(costs: Sequence[Costs], length: int, batch: int, table: LatencyTable)
         if cost in tables:
             continue
         shape = Shape(cost.kind, cost.width, cost.groups, cost.size, cost.inputs, length, batch)
-        told = [table.times(shape).tolist() if not shared or dist.get_rank() == 0 else None]
+        measured = [table.times(shape).tolist() if not shared or dist.get_rank() == 0 else None]
         if shared:
-            dist.broadcast_object_list(told, 0)  # every process has to cut at the same place
-        tables[cost] = torch.tensor(told[0], dtype=torch.float64)
+            dist.broadcast_object_list(measured, 0)  # every process has to cut at the same place
+        tables[cost] = torch.tensor(measured[0], dtype=torch.float64)
     return [tables[cost] for cost in costs]

@@ -19,8 +19,8 @@ class Embedding(SentenceTask):
     knn: ClassVar[bool] = True
 
     def load_examples(self, recipe: Any) -> SentenceExamples:
-        taught = recipe.distillation
-        if taught is None or taught.task_weight:
+        distillation = recipe.distillation
+        if distillation is None or distillation.task_weight:
             raise RecipeError(
                 "model.task embedding learns from a teacher, without labels: give a section "
                 "`distillation: {teacher: self, task_weight: 0}`"

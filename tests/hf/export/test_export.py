@@ -308,8 +308,12 @@ def test_what_a_tracer_says_is_reported_and_the_model_left_as_it_was(tmp_path, m
     [
         ("onxx", {}, "cannot export to 'onxx'; known are onnx, openvino, executorch, torch"),
         ("torch", {"opset": 18}, "opset is for onnx"),
-        ("torch", {"batch": 1}, "batch must be at least 2, but 1 was asked"),
-        ("torch", {"length": 17}, "length 17 was asked, but BertForSequenceClassification takes at most 16"),
+        ("torch", {"batch": 1}, "`batch` must be at least 2, got 1"),
+        (
+            "torch",
+            {"length": 17},
+            "`length` must be at most the 16 tokens that BertForSequenceClassification takes, got 17",
+        ),
     ],
 )
 def test_export_says_what_cannot_be_asked(tmp_path, to, options, reason):

@@ -419,7 +419,7 @@ def test_teach_needs_a_teacher_and_a_folder(recipe: Path, capsys: Any) -> None:
     assert main(["teach", str(recipe)]) == 2
     assert "give --output DIR" in capsys.readouterr().err
     assert main(["teach", str(recipe), "--output", "cache", "--set", "distillation=null"]) == 2
-    assert "no teacher to ask" in capsys.readouterr().err
+    assert "no teacher to run" in capsys.readouterr().err
     assert main(["teach", str(recipe), "--output", "cache", "--set", "distillation.hidden_weight=0.1"]) == 2
     assert "must be 0 with `distillation.cache`" in capsys.readouterr().err
 
