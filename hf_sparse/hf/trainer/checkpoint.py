@@ -132,7 +132,7 @@ def note_best_checkpoint(args: TrainingArguments, state: TrainerState) -> None:
 
     The Trainer asks whether the folder exists before any process has written its shards there, so that with
     `SHARDED_STATE_DICT` the processes name different checkpoints, all of them older ones. Call it when the checkpoint
-    of this step has been written, and when a run goes on from one.
+    of this step has been written, and when a run resumes from one.
     """
     step, known = state.best_global_step, state.best_model_checkpoint
     if not (args.load_best_model_at_end and step):

@@ -26,7 +26,7 @@ class Form:
         build: puts an empty layer of this form in the place of a plain one, and returns it; raises `CheckpointError`
             for facts that cannot be.
         parts: names of the parameters that stand in the place of the weight; none = the weight stays.
-        beside: names of the parameters that stand beside the weight.
+        beside: names of the parameters that are kept in addition to the weight.
     """
 
     name: str
