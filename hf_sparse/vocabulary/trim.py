@@ -102,7 +102,7 @@ def trim_vocabulary(
     _check_ids(after, ids, numbers)
     held = None
     if held_out is not None:
-        unknown = ids.get(str(tokenizer.unk_token))
+        unknown = None if tokenizer.unk_token is None else ids.get(str(tokenizer.unk_token))
         held = measure(backend, after, held_out, numbers.keys(), (unknown, numbers.get(unknown, -1)))  # type: ignore[arg-type]
 
     before = _Sizes(model, tables)

@@ -131,3 +131,14 @@ def test_held_out_sequences_are_measured_with_both_tokenizers() -> None:
     )
     assert 0 < held.changed < held.examples
     assert held.growth > 1
+
+
+def test_the_word_none_is_not_the_unknown_token_of_a_tokenizer_without_one() -> None:
+    tokenizer = byte_bpe(["None None None"] * 9)
+    tokenizer.unk_token = None
+    assert tokenizer.tokenize("None") == ["None"]
+    sizes: dict[str, Any] = {"hidden_size": 2, "num_hidden_layers": 0, "num_attention_heads": 1}
+    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes))
+    held = trim_vocabulary(model, tokenizer, ["None"], held_out=["None"]).held_out
+    assert held is not None
+    assert (held.tokens, held.unknown, held.unknown_after) == (1, 0, 0)
