@@ -183,8 +183,21 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> list[dic
             for (name, data), times in seconds.items()
             if name == each.name
         }
-        rows.append({"engine": each.name, "version": each.version, "threads": threads, "stsb": quality, "rate": rates})
+        rows.append({
+            "engine": each.name, "version": each.version, "threads": threads, "avx2": options.avx2, "stsb": quality,
+            "rate": rates,
+        })  # fmt: skip
     return rows
+
+
+def torch_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of torch that took turns with another."""
+    alike = ("threads", "avx2", "run")
+    return next(
+        other
+        for other in rows
+        if other["engine"].startswith("torch") and all(other.get(key) == row.get(key) for key in alike)
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -194,33 +207,32 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base = next(
-            other for other in rows if other["threads"] == row["threads"] and other["engine"].startswith("torch")
-        )
-        cells = []
+        base, cells = torch_of(row, rows), []
         for data in ("stsb", "bbc-news"):
             low, middle, high = row["rate"][data]
             cells += [f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{middle / base['rate'][data][1]:.2f}"]
-        lines.append(f"| {row['engine']} | {row['threads']} | {row['stsb']:.4f} | {' | '.join(cells)} |")
+        threads = f"{row['threads']}{', AVX2' if row.get('avx2') else ''}"
+        lines.append(f"| {row['engine']} | {threads} | {row['stsb']:.4f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw quality against sentences per second of STS-B, one point for each engine."""
+    """Draw quality against sentences per second of STS-B over those of torch in the same run."""
     threads = min(row["threads"] for row in rows)
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     marks = {"torch": "o", "ours": "*", "onnx": "s", "openvino": "D"}
-    shown = [row for row in rows if row["threads"] == threads]
+    shown = {row["engine"]: row for row in reversed(rows) if row["threads"] == threads and not row.get("avx2")}
     points, names, colors = [], [], []
-    for row in shown:
+    for row in shown.values():
         kind = row["engine"].split()[0]
-        points.append((row["rate"]["stsb"][1], row["stsb"]))
-        names.append(row["engine"].replace("ours", "hf_sparse").replace("element", "unstructured"))
+        points.append((row["rate"]["stsb"][1] / torch_of(row, rows)["rate"]["stsb"][1], row["stsb"]))
+        names.append(row["engine"].removeprefix("ours ").removesuffix(", dense").replace("element", "unstructured"))
         colors.append("tab:red" if kind == "ours" else "tab:gray")
         axes.scatter(*points[-1], marker=marks[kind], s=120 if kind == "ours" else 50, color=colors[-1])
+    axes.set_title("hf_sparse (red) and the dense model in other engines (grey)", fontsize=10)
     axes.margins(0.15)  # room for the names
-    axes.set_xlabel(f"STS-B sentences per second, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set_xlabel(f"STS-B sentences per second over torch, {threads} thread{'s' if threads > 1 else ''}")
     axes.set_ylabel("Spearman on STS-B validation")
     write_labels(figure, axes, points, names, colors, size=9)
     write_figure(figure, path)
@@ -252,7 +264,11 @@ def main() -> None:
     if options.avx2:
         os.environ.update(AVX2)
     if options.files:
-        rows = [row for file in options.files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        rows = [
+            {"run": file.stem, **row}
+            for file in options.files
+            for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+        ]
     elif options.dense is None or options.data is None:
         parser.error("give DENSE and --data, or --from")
     else:
@@ -264,7 +280,7 @@ def main() -> None:
         return
     print(table(rows))
     if options.json:
-        text = json.dumps({"machine": machine(), "batch": options.batch, "avx2": options.avx2, "rows": rows}, indent=1)
+        text = json.dumps({"machine": machine(), "batch": options.batch, "rows": rows}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
