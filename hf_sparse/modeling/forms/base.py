@@ -25,8 +25,8 @@ class Form:
         read: returns these integers of a module, with `rows` and `columns`; None if it is not of this form.
         build: puts an empty layer of this form in the place of a plain one, and returns it; raises `CheckpointError`
             for facts that cannot be.
-        parts: names of the parameters that stand in the place of the weight; none = the weight stays.
-        beside: names of the parameters that are kept in addition to the weight.
+        parts: names of the parameters that replace the weight; none = the weight stays.
+        beside: names of the parameters that are stored next to the weight.
     """
 
     name: str
