@@ -89,7 +89,7 @@ class Registry(Generic[T]):
                     return self.resolve(expand(match))
             return self[spec], {}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-            raise RecipeError(f"a {self.kind} is a name or {{'name': ..., options}}, not {spec!r}")
+            raise RecipeError(f"a {self.kind} must be a name or {{'name': ..., options}}, got {spec!r}")
         cls = self[spec["name"]]
         options = {key: value for key, value in spec.items() if key != "name"}
         known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ class Comparison:
 
     def __str__(self) -> str:
         lines = [f"{key}: {value}" for key, value in self.setting.items()]
-        lines.append(f"outputs differ by {self.difference:.1e} of the largest")
+        lines.append(f"outputs differ by {self.difference:.1e} of the largest from those of the same weights dense")
         for name, timing in (("dense", self.dense), ("runtime", self.runtime)):
             low, middle, high = (1e3 * value for value in timing.seconds)
             lines.append(f"{name:<8} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  {timing.bytes / 1e6:9.1f} MB")
@@ -182,15 +182,18 @@ def size(model: nn.Module) -> int:
     return sum(own.nbytes for own in (*model.parameters(), *model.buffers()))
 
 
+@torch.inference_mode()
 def _check_same_inputs(model: nn.Module, against: nn.Module) -> None:
-    """Raise unless two models take the same inputs."""
+    """Raise unless two models take the same inputs, and return outputs of one shape."""
     ours, theirs = (make_inputs(each, 1, 1) for each in (model, against))
     configs: list[Any] = [each.config for each in (model, against)]
     sizes = [int(config.vocab_size) for config in configs]
-    if ours.keys() != theirs.keys() or sizes[1] < sizes[0]:
+    same = ours.keys() == theirs.keys() and sizes[1] >= sizes[0]
+    if not same or _first(model(**ours)).shape[1:] != _first(against(**theirs)).shape[1:]:
         raise RecipeError(
             f"a {type(model).__name__} with {sizes[0]:,} tokens in its vocabulary cannot be compared with a "
-            f"{type(against).__name__} with {sizes[1]:,}: both get the same inputs. Name its dense baseline"
+            f"{type(against).__name__} with {sizes[1]:,}: both get the same inputs, and outputs must be of one shape. "
+            "Name its dense baseline"
         )
 
 

@@ -50,7 +50,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY.PATH=VALUE",
-        help="override a value of the recipe, as in sparsity.groups.0.sparsity=0.97; may be repeated",
+        help="override a value of the recipe, as in sparsity.sparsity=0.97 or training.max_steps=100; may be repeated",
     )
 
 

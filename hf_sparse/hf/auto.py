@@ -86,7 +86,10 @@ def _readable(name: str) -> Iterator[None]:
     except SparsityError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"cannot load model '{name}' (not a folder, nor available from the Hub): {error}") from error
+        found = (
+            "the folder has no complete model" if Path(name).is_dir() else "no such folder, nor available from the Hub"
+        )
+        raise RecipeError(f"cannot load model '{name}' ({found}): {error}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -163,6 +166,12 @@ def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBa
     most = tokenizer.model_max_length
     if any(True for _ in _position_tables(model)):  # what computes its positions can go on behind the last trained one
         most = min(most, most_tokens(model) or most)
+    special = tokenizer.num_special_tokens_to_add()
+    if length <= special:
+        raise RecipeError(
+            f"examples are cut at {length} tokens, of which the tokenizer adds {special}, so nothing of them is left: "
+            "set data.max_length in a recipe, or --length on the command line"
+        )
     if length > most:
         raise RecipeError(
             f"examples are cut at {length} tokens, but the model takes at most {most}: set data.max_length in a "

@@ -114,9 +114,14 @@ def verdict(speedup: Sequence[float]) -> str:
         '2.00x as fast [1.90, 2.10]'
         >>> verdict((0.9, 1.0, 1.1))
         'no speed-up: 1.00x [0.90, 1.10]'
+        >>> verdict((0.9, 1.5, 2.1))
+        'no clear speed-up: 1.50x [0.90, 2.10]'
     """
     low, middle, high = speedup
-    result = f"no speed-up: {middle:.2f}x" if middle < NOTHING else f"{middle:.2f}x as fast"
+    if middle >= NOTHING > low:
+        result = f"no clear speed-up: {middle:.2f}x"
+    else:
+        result = f"no speed-up: {middle:.2f}x" if middle < NOTHING else f"{middle:.2f}x as fast"
     return f"{result} [{low:.2f}, {high:.2f}]"
 
 

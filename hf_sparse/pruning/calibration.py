@@ -25,7 +25,7 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
 
     Raises:
         RecipeError: if there are several processes, and a scorer weighs batches by their order.
-        SparsityError: if there is no batch, or the model returns no loss.
+        SparsityError: if there is no batch, the model returns no loss, or a gradient is not finite.
     """
     for scorer, _ in pairs if are_several() else ():
         if not scorer.additive:
@@ -43,8 +43,13 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
                 torch.autograd.grad(loss_of(model, batch, "a scorer of gradients"), weights, allow_unused=True)
             with torch.no_grad():
                 for scorer, unit in pairs:
-                    if unit.take_gradients(average=False):
-                        scorer.on_gradient(unit)
+                    if not unit.take_gradients(average=False):
+                        raise SparsityError(
+                            f"the gradient of '{unit.name}' must be finite, and in batch {seen} (from 0) it has NaN or "
+                            "infinite entries. Look at the loss of that batch: labels that are all ignored (-100), NaN "
+                            "in the model, or float16 that overflows"
+                        )
+                    scorer.on_gradient(unit)
                     unit.drop_gradients()
             seen += 1
     finally:

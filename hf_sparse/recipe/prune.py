@@ -133,9 +133,9 @@ def prune(
         if text is not None and _takes_text(model, text, by_blocks, by_loss):
             batches = text.batches(model, load_tokenizer(name, revision))
             if not by_blocks:
-                batches = tqdm([{**each, "labels": each["input_ids"]} for each in batches], desc="Looking")
+                batches = tqdm([{**each, "labels": each["input_ids"]} for each in batches], desc="Calibrating")
         elif section is not None:
-            batches = tqdm(_examples(model, name, revision, section, batch, by_blocks), desc="Looking")
+            batches = tqdm(_examples(model, name, revision, section, batch, by_blocks), desc="Calibrating")
         sparsify(model, config, batches)
     save_model(model, name, output, revision)
     return summarize(model)

@@ -210,6 +210,10 @@ def read_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     return dict(data)
 
 
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+"""Arguments of a Trainer that it fails on late, or without their name, where they are 0."""
+
+
 def check_training(training: Any, arguments: type[TrainingArguments] = TrainingArguments) -> dict[str, Any]:
     """Return the training section, its keys and the kinds of its values checked against the arguments of a Trainer.
 
@@ -229,6 +233,8 @@ def check_training(training: Any, arguments: type[TrainingArguments] = TrainingA
     hints = typing.get_type_hints(arguments)
     for key, value in training.items():
         _check_kind(value, hints[key], f"training.{key}")
+        if key in AT_LEAST_ONE and value < 1:
+            raise RecipeError(f"`training.{key}` must be at least 1, got {value}")
     return dict(training)
 
 

@@ -154,7 +154,8 @@ def activation_of(block: SubBlock) -> str | None:
     function = block.table.function(block.module)
     if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
         return None
-    probe = torch.linspace(-8, 8, 257, dtype=torch.float32, device="cpu")
+    far = torch.tensor([9.0, 10.5, 16.0, 33.0, 100.0, 1e3, 1e4])  # some activations are clipped there
+    probe = torch.cat([torch.linspace(-8, 8, 257), far, -far]).to(device="cpu", dtype=torch.float32)
     with torch.no_grad():
         out = function(probe.clone())
     # The exact GELU and its approximation by tanh are 5e-4 apart.

@@ -8,7 +8,9 @@ every value exactly, as in most published checkpoints, the kernel reads a copy w
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +35,45 @@ Copy = tuple[str, tuple[Tensor, ...]]
 """A weight packed for few tokens: the kernel, and its tensors."""
 
 
+class Stamp:
+    """Which values a copy was made of, by what torch counts of changes of a tensor in place.
+
+    A copy of a model (deepcopy, pickle) has a parameter of its own: its stamp takes the first one that it meets.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        self.seen = None if weight is None else _values_of(weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stamp, ()
+
+    def fits(self, weight: Tensor) -> bool:
+        """Return whether a weight has the values still, as far as that is counted: `weight.data` is not."""
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return True
+        if self.seen is None:
+            self.seen = _values_of(weight)
+        owner, version = self.seen
+        return owner() is weight and version == weight._version
+
+
+def _values_of(weight: Tensor) -> tuple[weakref.ref[Tensor], int]:
+    return weakref.ref(weight), 0 if weight.is_inference() else weight._version
+
+
 class FewTokenLinear(RuntimeBlock):
     """A dense layer that is computed by the GEMV kernel where a few tokens are multiplied with it.
 
     Attributes:
         few_token_copy: of the weight, for a few tokens; None = the kernel reads the weight.
+        few_token_stamp: which values the copy has; the weight is read where it has others now.
     """
 
-    instance_attributes = ("few_token_copy",)
+    instance_attributes = ("few_token_copy", "few_token_stamp")
     weight: Tensor
     bias: Tensor | None
     few_token_copy: Copy | None
+    few_token_stamp: Stamp
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`.
@@ -53,7 +83,10 @@ class FewTokenLinear(RuntimeBlock):
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             out: Tensor = super().forward(x)  # type: ignore[misc]
             return out
-        return multiply(x, self.weight, self.bias, self.few_token_copy)
+        few = self.few_token_copy
+        if few is not None and not self.few_token_stamp.fits(self.weight):
+            few = None
+        return multiply(x, self.weight, self.bias, few)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, few: Copy | None) -> Tensor:
@@ -126,6 +159,7 @@ def use_few_token_kernel(layer: nn.Linear, few: Copy | None = None) -> None:
     """Let the GEMV kernel read the layer, or its copy."""
     swap_class(layer, FewTokenLinear)
     vars(layer)["few_token_copy"] = few
+    vars(layer)["few_token_stamp"] = Stamp(layer.weight)
 
 
 def extra_bytes(layer: nn.Module) -> int:

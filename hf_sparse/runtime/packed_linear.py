@@ -93,6 +93,14 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 f"(torch.autocast around the model may be the cause: remove it). To move or cast the model, {BACK}"
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise BackendError(
+                f"`weight` of a layer in runtime form is packed, and cannot be set: {BACK}, then set it and call "
+                "hf_sparse.to_runtime(model) again"
+            )
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         """Describe the layer in the `repr` of the model."""
         return (

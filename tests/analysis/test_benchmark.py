@@ -230,6 +230,9 @@ def test_bench_against_a_model_that_takes_other_inputs_is_refused(saved: Path, t
     build("bert", vocab_size=5).save_pretrained(tmp_path / "fewer")
     assert main([*command, str(tmp_path / "fewer")]) == 2
     assert "with 5: both get the same inputs" in capsys.readouterr().err
+    build("bert", num_labels=7).save_pretrained(tmp_path / "labels")
+    assert main([*command, str(tmp_path / "labels")]) == 2
+    assert "outputs must be of one shape" in capsys.readouterr().err
 
 
 def test_inputs_are_no_longer_than_roberta_takes_and_have_one_end_for_a_classifier() -> None:

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from hf_sparse import RecipeError, SparsityConfig, import_checkpoint, sparsify
-from hf_sparse.hf.auto import load_whole, model_class
+from hf_sparse.hf.auto import check_length, load_tokenizer, load_whole, model_class
+from tests.helpers import structures, tiny
 from tests.helpers.convolutional import TinyVGGConfig, TinyVGGForImageClassification, outputs
 
 
@@ -65,3 +66,11 @@ def test_names_that_are_no_model_of_the_config_are_not_taken(name: str) -> None:
     assert found.__name__ == "AutoModel"
     assert model_class([name, "BertForMaskedLM"], BertConfig()) is BertForMaskedLM
     assert model_class(["BertModel"], BertConfig()) is BertModel
+
+
+def test_length_that_leaves_nothing_of_an_example_is_refused(tmp_path: Path) -> None:
+    tiny.save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    with pytest.raises(RecipeError, match="examples are cut at 2 tokens, of which the tokenizer adds 2"):
+        check_length(2, structures.build("bert"), tokenizer)
+    check_length(3, structures.build("bert"), tokenizer)

@@ -49,6 +49,20 @@ def test_scorers_of_gradients_prune_by_a_pass_over_data(scorer: str, left: list[
     assert model.training
 
 
+@pytest.mark.parametrize("scorer", ["gradient", "taylor"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_no_scores(scorer: str, value: float) -> None:
+    model = Product()
+    before = model.layer.weight.detach().clone()
+    with pytest.raises(SparsityError, match=r"'layer\.weight' must be finite, and in batch 1"):
+        sparsify(
+            model,
+            SparsityConfig(targets="*", sparsity=0.5, scorer=scorer),
+            [batch([1, 1, 1, 0], 1.0), batch([1, 1, 1, 0], value)],
+        )
+    assert torch.equal(model.layer.weight, before)
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert", "t5-gated"])
 def test_head_importance_removes_the_heads_that_the_table_ranks_lowest(family: str) -> None:
     model = structures.build(family)

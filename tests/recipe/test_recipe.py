@@ -101,6 +101,7 @@ def test_recipe_has_defaults_for_all_but_model_and_data():
         ),
         ({"training": {"learning_rate": "fast"}}, "`training.learning_rate` must be a finite number, got 'fast'"),
         ({"training": {"max_steps": 1.5}}, "`training.max_steps` must be an integer, got 1.5"),
+        ({"training": {"per_device_train_batch_size": 0}}, "`training.per_device_train_batch_size` must be at least 1"),
         ({"training": {"bf16": "no"}}, "`training.bf16` must be true or false, got 'no'"),
         ({"training": {"seed": 1}}, "`training.seed` must be left out: the seed stands at the top"),
         ({"training": {"hub_token": "secret"}}, "`training.hub_token` must be left out: a recipe is saved and shared"),

@@ -334,6 +334,19 @@ def test_activation_is_recognised_by_what_it_does() -> None:
         assert blocks.activation_of(block) == known, name
 
 
+def test_activation_that_is_clipped_far_from_zero_is_another_one() -> None:
+    model, inputs = sparse("bert", hidden_act="gelu_10"), batch("bert")
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight.mul_(1000.0)
+    expected = answers(model, inputs)
+    (block, *_) = [b for b in known_sub_blocks(model) if b.kind == "feed_forward"]
+    assert float(next(iter(block.inputs.values()))(torch.randn(64, 16)).detach().max()) > 20
+    assert blocks.activation_of(block) is None
+    to_runtime(model, "cpu")
+    torch.testing.assert_close(answers(model, inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_unknown_activation_leaves_the_layers_apart() -> None:
     model, inputs = sparse("bert", hidden_act="tanh"), batch("bert")
     expected = answers(model, inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,29 @@ def test_lm_head_reads_a_copy_in_bfloat16_beside_the_tied_weight(tmp_path: Path)
     to_dense_runtime(model)
     assert not lm_head.extra_bytes(model.lm_head)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_lm_head_that_is_changed_is_read_itself(tmp_path: Path) -> None:
+    model = rounded("t5")
+    to_runtime(model, "auto", table=table(tmp_path, bitmask=0.1))
+    twin = copy.deepcopy(model)
+    x, many = torch.randn(1, 1, model.lm_head.in_features), torch.randn(2, 9, model.lm_head.in_features)
+    changes: list[Callable[[Any], Any]] = [
+        lambda head: head.weight[2:5].fill_(1.0),
+        lambda head: head.load_state_dict({"weight": torch.ones_like(head.weight)}),
+        lambda head: setattr(head, "weight", torch.nn.Parameter(torch.randn_like(head.weight))),
+    ]
+    for each in (model, twin):
+        assert each.lm_head.few_token_stamp.fits(each.lm_head.weight)
+        each.share_memory()
+        each.lm_head(x)
+        assert each.lm_head.few_token_stamp.fits(each.lm_head.weight), "the values are the same"
+        for change in changes:
+            with torch.no_grad():
+                change(each.lm_head)
+                for tokens in (x, many):
+                    expected = torch.nn.functional.linear(tokens, each.lm_head.weight)
+                    torch.testing.assert_close(each.lm_head(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_lm_head_that_bfloat16_cannot_hold_has_no_copy(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def test_refused_load_copies_nothing() -> None:
     assert same(model, before)
 
 
+@pytest.mark.parametrize("value", [torch.zeros(2, 2), torch.nn.Parameter(torch.zeros(2, 2))])
+def test_packed_weight_cannot_be_set(value: torch.Tensor) -> None:
+    model = sparse("bert")
+    to_runtime(model, "csr")
+    before = state_of(model)
+    with pytest.raises(BackendError, match="`weight` of a layer in runtime form is packed, and cannot be set"):
+        model.bert.encoder.layer[0].output.dense.weight = value
+    assert same(model, before)
+
+
 def test_what_reaches_no_packed_layer_is_allowed() -> None:
     model, inputs = sparse("bert"), batch("bert")
     to_runtime(model, "csr")

@@ -72,13 +72,15 @@ class SparseConfig(QuantizationConfigMixin):
             intent = SparsityConfig.from_dict(intent)
         for key, value, kind in (("intent", intent, SparsityConfig), ("manifest", manifest, Manifest)):
             if value is not None and not isinstance(value, (kind, Mapping)):
-                raise RecipeError(f"{key} is a {kind.__name__} or a mapping as its to_dict() gives, not {value!r:.80}")
+                raise RecipeError(
+                    f"`{key}` must be a {kind.__name__} or a mapping as its to_dict() gives, got {value!r:.80}"
+                )
         self.intent = intent
         self.manifest = Manifest.from_dict(manifest) if isinstance(manifest, Mapping) else manifest
         self.quantization_config = _bitsandbytes(quantization_config)
         self.prune_to: SparsityConfig | None = None
         if backend is not None and backend not in backends():
-            raise RecipeError(f"backend is {', '.join(map(repr, backends()))}, not {backend!r}")
+            raise RecipeError(f"`backend` must be one of {', '.join(map(repr, backends()))}, got {backend!r}")
         if backend is not None and self.quantization_config is not None:
             raise RecipeError(
                 f"backend={backend!r} packs float32 weights, and quantization_config asks for other ones: give one of "

@@ -104,7 +104,7 @@ def _save_pretrained(
             unless its family reads `per_layer_config`: no other tool could load it.
     """
     if format not in FORMATS:
-        raise RecipeError(f"format is {', '.join(map(repr, FORMATS))}, not {format!r}")
+        raise RecipeError(f"`format` must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
     config = None
     if format == "dense":
         refuse_forms(self, "saved dense")

@@ -326,7 +326,7 @@ def test_folder_with_several_models_asks_which(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"format": "zip"}, "format is 'packed', 'smallest', 'dense', not 'zip'"),
+        ({"format": "zip"}, "`format` must be one of 'packed', 'smallest', 'dense', got 'zip'"),
         ({"codec": "zip"}, "unknown codec 'zip'"),
         ({"codec": "dense"}, "use format 'dense'"),
         ({"codec": "csr", "format": "dense"}, "goes with format 'packed'"),

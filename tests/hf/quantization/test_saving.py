@@ -100,7 +100,7 @@ def test_smallest_format_leaves_a_model_in_training_as_it_is(tmp_path: Path) -> 
 def test_unknown_format_is_an_error_and_writes_nothing(saved: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(saved)
     before = weights(saved)
-    with pytest.raises(RecipeError, match="format is 'packed', 'smallest', 'dense', not 'zip'"):
+    with pytest.raises(RecipeError, match="`format` must be one of 'packed', 'smallest', 'dense', got 'zip'"):
         loaded.save_pretrained(saved, format="zip")
     assert weights(saved) == before
 
