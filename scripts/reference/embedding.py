@@ -35,8 +35,13 @@ from hf_sparse.utils.atomic_io import read_json, write_text
 
 DENSE = "models/all-MiniLM-L6-v2"
 SENTENCES = "out/sentences/sentences.jsonl"
-FEWER = "data.validation_samples=400"
-"""Pairs that rerankers are measured on, each query with 20 candidates more; all 1,500 take longer than training."""
+PAIRS = 400
+"""That rerankers are measured on, each query with 20 candidates more; all 1,500 take longer than training."""
+TRANSFER = [
+    "sparsity=null", "training.learning_rate=2e-4", "training.per_device_train_batch_size=32",
+    "training.eval_strategy=no", f"data.validation_samples={PAIRS}",
+]  # fmt: skip
+"""One epoch of a reranker, whose zeros stay as they are."""
 GENTLE = 1e-3
 """Learning rate where half of the weights are pruned, and one shot alone costs little."""
 
@@ -70,8 +75,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "hybrid60": {"recipe": "embed_minilm_hybrid", "steps": 260, "seed": 0},
     "hybrid80": blocks(0.6, 240, start="hn50"),
-    "rerank_dense": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "changes": [f"model.name={DENSE}", FEWER]},
-    "rerank_4x1_80": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "model": "4x1_80", "changes": [FEWER]},
+    "rerank_dense": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "changes": [f"model.name={DENSE}", *TRANSFER]},
+    "rerank_4x1_80": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "model": "4x1_80", "changes": TRANSFER},
 }  # fmt: skip
 """Pattern and sparsity, sentences that SparseGPT sees, steps; or the recipe that prunes during training.
 
@@ -167,7 +172,7 @@ def measured_reranker(folder: str, data: Path, backend: str) -> dict[str, float]
     if not has_form(model, backend):
         return None
     score = functools.partial(model.predict, batch_size=64, show_progress_bar=False)
-    section = pairs(data, int(FEWER.partition("=")[2]))
+    section = pairs(data, PAIRS)
     wanted = ["spearman", "pearson", "ndcg@10", "mrr@10"]
     return reranking_metrics(score, load_sentences(section, wanted, labelled=False), wanted, section.candidates)
 
