@@ -138,7 +138,7 @@ def perplexity(
     """
     model, tokenizer = _causal(name, revision), load_tokenizer(name, revision)
     length = default_length(LENGTH, model, tokenizer) if length is None else length
-    check_length(length, model, tokenizer)
+    check_length(length, model, tokenizer, special=0)
     stream = TokenStream.of(read_text(data, column), tokenizer, bos)
     windows = list(stream.windows(length, stride, samples))
     if not windows:

@@ -157,16 +157,19 @@ def default_length(longest: int, model: nn.Module, tokenizer: PreTrainedTokenize
     return min(longest, most_tokens(model) or longest, tokenizer.model_max_length)
 
 
-def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, special: int | None = None) -> None:
     """Refuse examples of more tokens than the tokenizer allows, or than the model has positions in a table.
 
+    Args:
+        special: tokens of each example that are none of its own; None = what the tokenizer adds to one.
+
     Raises:
-        RecipeError: naming the most that can be taken.
+        RecipeError: naming the most that can be taken, or what is not left.
     """
     most = tokenizer.model_max_length
     if any(True for _ in _position_tables(model)):  # what computes its positions can go on behind the last trained one
         most = min(most, most_tokens(model) or most)
-    special = tokenizer.num_special_tokens_to_add()
+    special = tokenizer.num_special_tokens_to_add() if special is None else special
     if length <= special:
         raise RecipeError(
             f"examples are cut at {length} tokens, of which the tokenizer adds {special}, so nothing of them is left: "

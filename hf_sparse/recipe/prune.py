@@ -70,7 +70,7 @@ class CalibrationText:
             RecipeError: if the text is too short, or a sequence too long for the model.
         """
         length = default_length(SEQUENCE_LENGTH, model, tokenizer) if self.length is None else self.length
-        check_length(length, model, tokenizer)
+        check_length(length, model, tokenizer, special=0)
         stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos, ends=not is_causal(model))
         logger.info("%d sequences of %d tokens, %s", self.samples, length, stream.begins)
         return calibration_batches(stream, self.samples, length, self.seed, model.device)

@@ -72,13 +72,13 @@ def test_config_thinks_of_groups_when_a_section_says_group() -> None:
 @pytest.mark.parametrize("key", ["scorer", "pattern", "schedule", "selection"])
 @pytest.mark.parametrize("spec", [5, 2.5, ["element"], {"rows": 2}, True])
 def test_config_refuses_specs_that_are_neither_name_nor_mapping(key: str, spec: Any) -> None:
-    with pytest.raises(RecipeError, match=f"a {key} is a name or "):
+    with pytest.raises(RecipeError, match=f"a {key} must be a name or "):
         SparsityConfig(sparsity=0.5, **{key: spec})
 
 
 @pytest.mark.parametrize("key", ["scorer", "pattern", "schedule"])
 def test_config_refuses_none_where_a_part_is_needed(key: str) -> None:
-    with pytest.raises(RecipeError, match=f"a {key} is a name or "):
+    with pytest.raises(RecipeError, match=f"a {key} must be a name or "):
         SparsityConfig(sparsity=0.5, **{key: None})
 
 

@@ -94,7 +94,7 @@ def test_registry_refuses_fields_that_are_no_options(shapes: Registry[Any]) -> N
 
 @pytest.mark.parametrize("spec", [None, 3, ["round"], {}, {"size": 3}, {"name": 3}, {"name": None, "size": 3}])
 def test_registry_refuses_what_is_neither_name_nor_mapping(shapes: Registry[Any], spec: Any) -> None:
-    with pytest.raises(RecipeError, match="a shape is a name or"):
+    with pytest.raises(RecipeError, match="a shape must be a name or"):
         shapes.build(spec)
 
 

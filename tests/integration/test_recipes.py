@@ -294,7 +294,9 @@ def test_shipped_recipe_of_images_prunes_a_tiny_vgg(tmp_path, path):
     for split in ("train", "validation"):
         (tmp_path / f"{split}.parquet").touch()
     made = Recipe.load(path, [f"data.{split}={tmp_path}/{split}.parquet" for split in ("train", "validation")])
-    assert made.sparsity is not None
+    if made.sparsity is None:
+        assert "dense" in path.stem  # the baseline of the others
+        return
     model = convolutional.build("vgg")
     pruner = Pruner(model, made.sparsity).attach()
     assert {unit.source is not None for unit in pruner.units} == {"filters" in path.stem}

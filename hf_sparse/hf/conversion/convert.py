@@ -128,7 +128,7 @@ def _convert_file(checkpoint: Checkpoint, output: Path, spec: Spec) -> Conversio
 
 def _spec(profile: str, codec: Spec | None) -> Spec:
     if profile not in PROFILES:
-        raise RecipeError(f"format is {', '.join(map(repr, PROFILES))}, not {profile!r}")
+        raise RecipeError(f"`format` must be one of {', '.join(map(repr, PROFILES))}, got {profile!r}")
     if codec is None:
         return PROFILES[profile]
     if profile != "packed":

@@ -398,7 +398,7 @@ def test_roberta_takes_two_tokens_less_than_it_has_positions():
     sizes = sizes_for(model, 2, None)
     assert sizes.length == 18
     assert model(**sample(model, sizes)).logits.shape == (2, 2)
-    with pytest.raises(RecipeError, match="takes at most 18"):
+    with pytest.raises(RecipeError, match="must be at most the 18 tokens"):
         sizes_for(model, 2, 19)
 
 

@@ -371,5 +371,5 @@ def test_missing_shard_is_an_error(packed: Path) -> None:
 
 @pytest.mark.parametrize("spoilt", [{"intent": "x"}, {"manifest": [1]}])
 def test_config_that_holds_something_else_is_refused(spoilt: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"(intent|manifest) is a \w+ or a mapping .*, not ('x'|\[1\])"):
+    with pytest.raises(RecipeError, match=r"`(intent|manifest)` must be a \w+ or a mapping .*, got ('x'|\[1\])"):
         SparseConfig.from_dict({"quant_method": "hf_sparse", **spoilt})
