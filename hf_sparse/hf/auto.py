@@ -161,7 +161,7 @@ def check_length(length: int, model: nn.Module, tokenizer: PreTrainedTokenizerBa
     """Refuse examples of more tokens than the tokenizer allows, or than the model has positions in a table.
 
     Args:
-        special: tokens of each example that are none of its own; None = what the tokenizer adds to one.
+        special: tokens that are added to each example; None = as many as the tokenizer adds.
 
     Raises:
         RecipeError: naming the most that can be taken, or what is not left.
