@@ -4,8 +4,8 @@
 
 MOMENT is "never", "step-N" (the first process dies after step N), "optimizer-N" (dies when the model of checkpoint N is
 written and its optimizer is not), "weights-N" (dies between writing the weights of checkpoint N and putting them in
-place) or "shards-N" (dies when the shards of the model of checkpoint N are written, and not yet what is in them).
-Resumes what it finds. With "sharded": under FSDP2 with SHARDED_STATE_DICT.
+place), "shards-N" or "optimizer_shards-N" (dies when the shards of the model, or of the optimizer, of checkpoint N are
+written, and not yet what is in them). Resumes what it finds. With "sharded": under FSDP2 with SHARDED_STATE_DICT.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from tests.integration.test_fsdp_trainer import shard_on_a_cpu
 from tests.integration.test_sharded_trainer import SHARDED
 
 STEPS = 40
+SHARDED_PARTS = ("shards", "optimizer_shards")
+"""Moments in the order in which the parts of a checkpoint with shards are written."""
 SCHEDULE = {"name": "cubic", "begin": 0.1, "end": 0.8, "every": 3}
 
 
@@ -69,16 +71,19 @@ def arm(moment: str, trainer: Any) -> None:
 
     def shards(self: Any, *args: Any, **kwargs: Any) -> None:
         if trainer.state.global_step == int(step):
-            die()
+            calls.append(step)
+            if len(calls) == SHARDED_PARTS.index(kind) + 1:
+                die()
         finish(self, *args, **kwargs)
 
+    calls: list[str] = []
     writer: Any = FileSystemWriter
     finish = writer.finish
     if kind == "optimizer":
         Trainer._save_optimizer_and_scheduler = save  # type: ignore[method-assign]
     elif kind == "weights":
         module.settle_header = half
-    elif kind == "shards":
+    elif kind in SHARDED_PARTS:
         writer.finish = shards
 
 

@@ -96,7 +96,7 @@ def test_two_processes_with_shards_killed_and_resumed_are_the_uninterrupted_run(
     how: dict[str, Any] = {"pair": True, "sharded": True}
     finish(start(tmp_path / "whole", "movement", **how))
     step = random.SystemRandom().randrange(6, 36)
-    for moment, first in ((f"step-{step}", (step - 1) // 5 * 5 + 1), ("shards-20", 16), ("optimizer-20", 16)):
+    for moment, first in ((f"step-{step}", (step - 1) // 5 * 5 + 1), ("shards-20", 16), ("optimizer_shards-20", 16)):
         output = tmp_path / moment
         killed = start(output, "movement", moment, **how)
         killed.communicate(timeout=SECONDS)
