@@ -39,7 +39,7 @@ class _List:
 
     def has(self, *words: str) -> bool:
         """Return whether any module in it is of a class with one of these words in its name."""
-        return any(word in type(module).__name__ for module in self.module.modules() for word in words)
+        return has_part(self.module, *words)
 
 
 def block_prefixes(model: nn.Module) -> list[str]:
@@ -70,9 +70,9 @@ def block_prefixes(model: nn.Module) -> list[str]:
     return [f"{name}." for name in dict.fromkeys(found.name for found in (*chosen, *_beside(chosen, inside)))]
 
 
-def has_attention(module: nn.Module) -> bool:
-    """Return whether any part of a module is attention, by the name of its class."""
-    return any("Attention" in type(part).__name__ or "Attn" in type(part).__name__ for part in module.modules())
+def has_part(module: nn.Module, *words: str) -> bool:
+    """Return whether any module in this one is of a class with one of these words in its name."""
+    return any(word in type(part).__name__ for part in module.modules() for word in words)
 
 
 def _beside(chosen: list[_List], inside: list[_List]) -> Iterator[_List]:

@@ -14,7 +14,7 @@ from torch import nn
 from ..config.module_names import ALL_LINEAR, ModuleNames, NamePattern, entries, matches
 from ..errors import BackendError, RecipeError
 from ..utils.text import kind_of_name
-from .blocks import block_coverage, block_prefixes, has_attention
+from .blocks import block_coverage, block_prefixes, has_part
 from .layer_kinds import MatrixLayer, Slot, is_linear, is_matrix_layer, known_kinds, slots_of
 from .ownership import count_owners, names_of
 
@@ -110,7 +110,7 @@ def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
     every, prefixes = prunable_layers(model), tuple(block_prefixes(model))
     inside = {name: layer for name, layer in every.items() if name.startswith(prefixes)}
     linear = {name: layer for name, layer in inside.items() if is_linear(layer)}
-    if linear or prefixes or has_attention(model):
+    if linear or prefixes or has_part(model, "Attention", "Attn"):
         return linear or inside
     return {name: layer for name, layer in every.items() if not is_linear(layer)}
 
