@@ -35,13 +35,11 @@ from hf_sparse.utils.atomic_io import read_json, write_text
 
 DENSE = "models/all-MiniLM-L6-v2"
 SENTENCES = "out/sentences/sentences.jsonl"
+PAIRED = "data/stsb/train.jsonl"
 PAIRS = 400
 """That rerankers are measured on, each query with 20 candidates more; all 1,500 take longer than training."""
-TRANSFER = [
-    "sparsity=null", "training.learning_rate=2e-4", "training.per_device_train_batch_size=32",
-    "training.eval_strategy=no", f"data.validation_samples={PAIRS}",
-]  # fmt: skip
-"""One epoch of a reranker, whose zeros stay as they are."""
+FEWER = [f"data.validation_samples={PAIRS}"]
+RERANKER = "rerank_dense"
 GENTLE = 1e-3
 """Learning rate where half of the weights are pruned, and one shot alone costs little."""
 
@@ -49,6 +47,13 @@ GENTLE = 1e-3
 def element(sparsity: float, steps: int, seed: int = 0, **more: Any) -> dict[str, Any]:
     """Return the settings of unstructured pruning in one shot."""
     return {"pattern": "element", "sparsity": sparsity, "drawn": 1024, "steps": steps, "seed": seed, **more}
+
+
+def reranker(name: str, teacher: Path) -> list[str]:
+    """Return the changes of the recipe for the dense reranker, or for one that is pruned and distilled from it."""
+    if name == RERANKER:
+        return ["distillation=null", f"model.name={DENSE}", "training.learning_rate=2e-4"]
+    return [f"distillation.teacher={teacher}"]
 
 
 def blocks(sparsity: float, steps: int, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -75,11 +80,13 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "hybrid60": {"recipe": "embed_minilm_hybrid", "steps": 260, "seed": 0},
     "hybrid80": blocks(0.6, 240, start="hn50"),
-    "rerank_dense": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "changes": [f"model.name={DENSE}", *TRANSFER]},
-    "rerank_4x1_80": {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "model": "4x1_80", "changes": TRANSFER},
+    RERANKER: {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "changes": FEWER},
+    "rerank_e80": element(0.8, 360, recipe="rerank_stsb", start=RERANKER, changes=FEWER),
+    "rerank_4x1_80": blocks(0.8, 360, recipe="rerank_stsb", start=RERANKER, changes=FEWER),
 }  # fmt: skip
 """Pattern and sparsity, sentences that SparseGPT sees, steps; or the recipe that prunes during training.
 
+Rerankers are trained on STS-B; the sparse ones are pruned from the dense one, and distilled from it.
 hybrid60: 4x1 blocks in attention and whole neurons. hybrid80: 60 % in 4x1 blocks of what hn50 left.
 """
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -91,14 +98,18 @@ FORMS = {"fp32": "cpu", "int8": "cpu-int8"}
 
 def prune(output: Path, start: str, pattern: Any, drawn: int, seed: int, sparsity: float | None = None) -> None:
     """Write the model after one-shot pruning, of what is left where it was pruned before."""
-    model = load_sentence_transformer(start, device="cpu")
-    if start != DENSE:
-        compact(model[0].model)
-    texts = [json.loads(line)["text"] for line in Path(SENTENCES).read_text(encoding="utf-8").splitlines()]
-    random.Random(seed).shuffle(texts)  # noqa: S311  a sample, no secret
-    texts = sorted(texts[:drawn], key=len)
-    options = {"truncation": True, "max_length": 64, "padding": True, "return_tensors": "pt"}
-    batches = [dict(model.tokenizer(texts[i : i + 64], **options)) for i in range(0, drawn, 64)]
+    pairs = is_reranker(start)
+    model = load_sentence_transformer(start, "CrossEncoder" if pairs else "SentenceTransformer", device="cpu")
+    compact(model[0].model)
+    rows = [json.loads(line) for line in Path(PAIRED if pairs else SENTENCES).read_text(encoding="utf-8").splitlines()]
+    random.Random(seed).shuffle(rows)  # noqa: S311  a sample, no secret
+    columns = ("sentence1", "sentence2") if pairs else ("text",)
+    texts = sorted(([row[column] for column in columns] for row in rows[:drawn]), key=lambda each: len("".join(each)))
+    options = {"truncation": True, "max_length": 96 if pairs else 64, "padding": True, "return_tensors": "pt"}
+    batches = [
+        dict(model.tokenizer(*(list(column) for column in zip(*texts[i : i + 64], strict=True)), **options))
+        for i in range(0, len(texts), 64)
+    ]
     given: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
     sparsify(model[0].model, SparsityConfig(scorer="sparsegpt", pattern=pattern, **given), batches)
     model.save_pretrained(str(output))
@@ -116,8 +127,8 @@ def train(work: Path, name: str, most: int | None = None) -> None:
     changes += ["training.bf16=true", "training.use_cpu=true", *setting.get("changes", [])]
     if "rate" in setting:
         changes.append(f"training.learning_rate={setting['rate']}")
-    if "model" in setting:
-        changes.append(f"model.name={work / setting['model']}")
+    if setting.get("recipe") == "rerank_stsb":
+        changes += reranker(name, work / RERANKER)
     if "pattern" in setting:
         start = str(work / setting["start"]) if "start" in setting else DENSE
         one_shot = {key: setting[key] for key in ("pattern", "drawn", "seed", "sparsity") if key in setting}

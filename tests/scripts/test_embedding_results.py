@@ -46,7 +46,7 @@ def script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_runs_are_pruned_trained_measured_and_collected(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["4x1_80", "hn50", "hybrid80", "rerank_4x1_80"]
+    names = ["4x1_80", "hn50", "hybrid80", "rerank_dense", "rerank_4x1_80"]
     script(monkeypatch, "run", *names, "--steps", "24")
     folders = [f"out/{name}" for name in (*names, "4x1_80_pruned")]
     script(monkeypatch, "measure", embedding.DENSE, *folders)
@@ -54,7 +54,7 @@ def test_runs_are_pruned_trained_measured_and_collected(place: Path, monkeypatch
     found: dict[str, Any] = json.loads((place / "results.json").read_text())
     assert list(found["runs"]) == names
     assert set(found["dense"]) == {"spearman", "pearson", "knn_accuracy"}
-    blocks, heads, both, reranker = (found["runs"][name] for name in names)
+    blocks, heads, both, _, reranker = (found["runs"][name] for name in names)
     assert blocks["zeros"] == pytest.approx(0.8, abs=1e-3)
     assert blocks["measured"]["fp32"]["spearman"] == pytest.approx(blocks["spearman"], abs=1e-3)
     assert blocks["one_shot"] != blocks["spearman"]
