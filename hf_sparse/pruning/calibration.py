@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import PatternError, RecipeError, SparsityError
 from .head_importance import head_sensitivity, loss_of
@@ -33,7 +34,14 @@ def observe_batches(model: nn.Module, pairs: list[tuple[Scorer, Unit]], batches:
                 f"{scorer} weighs the last batches most, so it depends on their order, and there is none among several "
                 "processes. Use momentum=1, or one process"
             )
-    weights = [member.hidden for _, unit in pairs for member in unit.members]
+    members = [member for _, unit in pairs for member in unit.members]
+    for member in members:
+        if isinstance(member.hidden, DTensor):
+            raise RecipeError(
+                f"'{member.name}' is sharded (fully_shard), and batches are shown to scorers of gradients without "
+                "training. Call Pruner.measure before fully_shard: what it finds is sharded with the weights"
+            )
+    weights = [member.hidden for member in members]
     training, seen = model.training, 0
     model.eval()
     try:

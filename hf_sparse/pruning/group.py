@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +72,14 @@ class PruningGroup:
             return True
         return self.schedule.reached(progress) and not self.schedule.reached(before)
 
-    def check_free(self) -> None:
-        """Raise `RecipeError` if a weight cannot be given a mask, or is frozen though the scorer needs its gradient."""
+    def check_free(self, movable: Container[int] = ()) -> None:
+        """Raise `RecipeError` if a weight cannot be given a mask, or is frozen though the scorer needs its gradient.
+
+        Args:
+            movable: `id`s of sharded parameters that can be given one.
+        """
         for member in self.members:
-            check_free(member.module, member.name, member.attribute)
+            check_free(member.module, member.name, member.attribute, id(member.slot.parameter) in movable)
             if self.scorer.source == "gradients" and not member.weight.requires_grad:
                 raise RecipeError(
                     f"scorer '{self.scorer.name}' looks at gradients, but '{member.name}' is frozen "

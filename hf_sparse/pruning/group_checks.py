@@ -81,10 +81,11 @@ def check_shards(group: PruningGroup) -> None:
 
 def refuse_shards(group: PruningGroup) -> None:
     """Raise `RecipeError` if this group does not work on weights that are going to be sharded."""
-    if not group.scorer.works_on_shards(group.pattern):
+    if not group.scorer.works_on_shards():
         raise RecipeError(
-            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: it keeps the "
-            "gradient of each weight, whole, on every process. Use scorer 'movement' or 'magnitude'"
+            f"scorer '{group.scorer.name}' does not work on weights that fully_shard has divided: what it keeps of an "
+            "entry depends on gradients of other entries (`elementwise` is False), and each process has some rows of "
+            "each gradient. Use scorer 'taylor', 'movement' or 'magnitude'"
         )
     if not group.selection.works_on_shards:
         raise RecipeError(

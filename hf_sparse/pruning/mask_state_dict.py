@@ -39,7 +39,7 @@ def attach_mask(module: nn.Module, masked: MaskedWeight, where: str, attribute: 
     Raises:
         RecipeError: as `check_free`.
     """
-    check_free(module, where, attribute)
+    check_free(module, where, attribute, sharded=True)
     masked.order, masked.attribute = tuple(module._parameters), attribute
     parametrize.register_parametrization(module, attribute, masked)
     masked.hooks = (  # type: ignore[assignment]

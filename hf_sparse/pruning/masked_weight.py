@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from ..errors import RecipeError
 from ..modeling.masked_values import mask_values, masks_by_bits
 from .patterns import Pattern
-from .shards import placed_as
+from .shards import mean_as, placed_as
 
 
 class _Masked(torch.autograd.Function):
@@ -44,8 +44,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
         ctx.save_for_backward(weight, mask)
-        ctx.pattern = pattern
-        ctx.dtype = scores.dtype
+        ctx.pattern, ctx.dtype = pattern, scores.dtype
+        ctx.sharded = scores if isinstance(scores, DTensor) else None  # of a model that was sharded before it had any
         return _kept_values(weight, mask)
 
     @staticmethod
@@ -56,6 +56,7 @@ class _StraightThrough(torch.autograd.Function):
         for_scores = None
         if ctx.needs_input_grad[1]:
             for_scores = ctx.pattern.pool(gradient * weight, "sum").to(ctx.dtype)
+            for_scores = for_scores if ctx.sharded is None else mean_as(for_scores, ctx.sharded)
         return for_weight, for_scores, None, None
 
 
@@ -149,9 +150,14 @@ class MaskedWeight(nn.Module):
 
     @torch.no_grad()
     def place(self, weight: Tensor) -> None:
-        """Divide the mask over the processes as the dense weight is divided, if it is."""
-        if isinstance(weight, DTensor) and not isinstance(self.mask, DTensor):
-            self.mask = placed_as(self.mask, weight).clone()  # a shard alone would keep the whole in memory
+        """Divide what there is for each entry over the processes as the dense weight is divided, if it is."""
+        if not isinstance(weight, DTensor):
+            return
+        for name, buffer in self._buffers.items():  # the mask, and the importance of scorers of gradients
+            if buffer is not None and not isinstance(buffer, DTensor):
+                self._buffers[name] = placed_as(buffer, weight).clone()  # a shard alone would keep the whole in memory
+        if self.gathered is not None and not isinstance(self.gathered, DTensor):
+            self.gathered = mean_as(self.gathered, weight)
 
     @torch.no_grad()
     def renew(self, kept: Tensor, weight: Tensor) -> None:
@@ -160,11 +166,14 @@ class MaskedWeight(nn.Module):
         self.mask.copy_(placed_as(kept, self.mask))
 
     def gather(self, gradient: Tensor) -> None:
-        """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation)."""
-        if self.gathered is None:
-            self.gathered = gradient.detach().to(torch.float32, copy=True)
-        else:
-            self.gathered += gradient.detach()
+        """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation).
+
+        Where the mask is sharded, the processes reduce it here, and each keeps its shard of the mean.
+        """
+        gradient = gradient.detach().to(torch.float32, copy=True)
+        if isinstance(self.mask, DTensor):
+            gradient = mean_as(gradient, self.mask)
+        self.gathered = gradient if self.gathered is None else self.gathered.add_(gradient)
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}, learned={self.scores is not None}, exit={self._exit[0] is None}"
@@ -192,8 +201,13 @@ def hidden(module: nn.Module, attribute: str = "weight") -> nn.Parameter:
     return parameter
 
 
-def check_free(module: nn.Module, where: str, attribute: str = "weight") -> None:
-    """Raise `RecipeError` if a weight cannot be given a mask: it has one, is not in memory, or is quantized."""
+def check_free(module: nn.Module, where: str, attribute: str = "weight", sharded: bool = False) -> None:
+    """Raise `RecipeError` if a weight cannot be given a mask: it has one, is not in memory, quantized, or divided.
+
+    Args:
+        where: its name.
+        sharded: whether it may be divided over processes.
+    """
     if parametrize.is_parametrized(module, attribute):
         raise RecipeError(
             f"'{where}' already has a mask or another parametrisation. One callback or Pruner at a time: bake the "
@@ -208,8 +222,9 @@ def check_free(module: nn.Module, where: str, attribute: str = "weight") -> None
         raise RecipeError(
             f"'{where}' is quantized ({weight.dtype}), so it cannot be pruned. Load the model without quantization"
         )
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) and not sharded:
         raise RecipeError(
-            f"'{where}' is sharded already, so it cannot be given a mask. Put masks on first (Pruner.attach, or a "
-            "Trainer with SparsityCallback), then shard"
+            f"'{where}' is sharded already, so it cannot be given a mask: that works under fully_shard (FSDP2) in "
+            "training, not under tensor parallelism or for calibration. Put masks on first (Pruner.attach, or a "
+            "Trainer with SparsityCallback), or prune with sparsify before the model is sharded"
         )

@@ -27,6 +27,7 @@ from .group_checks import check_disjoint, check_shards, warn_of_rounding
 from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
+from .sharded_first import follow, movable
 from .summary import Summary, summarize
 from .tied_masks import attach_tied, free_tied, sharers
 from .training_logs import training_logs
@@ -81,7 +82,7 @@ class Pruner:
     def attach(self) -> Pruner:
         """Put a mask that keeps everything on each weight, and scores beside it where the method learns them.
 
-        Call it before the optimizer is made and before the model is wrapped (DDP, FSDP).
+        Call it before the optimizer is made and before the model is wrapped (DDP); before or after `fully_shard`.
 
         Raises:
             RecipeError: if a weight has a mask or another parametrisation, is on the meta device, or is frozen though
@@ -110,8 +111,9 @@ class Pruner:
 
     def put_masks(self) -> None:
         """Put the masks on, and change nothing else of the model; `attach` without `mark`."""
+        sharded = movable(self.model)
         for group in self.groups:
-            group.check_free()
+            group.check_free(sharded)
         members = [member for group in self.groups for member in group.members]
         owners = count_owners(self.model)
         shared = [member for member in members if owners[id(member.slot.parameter)] > 1]
@@ -125,6 +127,7 @@ class Pruner:
             for other in others:
                 attach_tied(other, member.module, member.masked)
                 self._tied.append(other)
+        follow(self.model)
         self._presence = Presence(self.model, members)
         learned = [group for group in self.groups if group.scores]
         self._optimizers = SteppedOptimizers([weight for group in learned for weight in group.hidden])

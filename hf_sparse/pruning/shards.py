@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 
 def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
@@ -26,6 +26,17 @@ def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor; every process that has a shard of it has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mean_as(tensor: Tensor, other: DTensor) -> DTensor:
+    """Return the mean of what each process has, divided over the processes as `other` is; none gets all of it.
+
+    Args:
+        tensor: whole on every process, of the shape of `other`.
+    """
+    mesh = other.device_mesh
+    terms = DTensor.from_local(tensor, mesh, [Partial()] * mesh.ndim, run_check=False)
+    return terms.redistribute(placements=other.placements).div_(mesh.size())
 
 
 def replicated(tensor: Tensor, other: Tensor) -> Tensor:

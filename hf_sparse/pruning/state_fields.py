@@ -53,7 +53,7 @@ def shared_field(name: str) -> StateField:
 
 def _encode_tensor(name: str, masked: MaskedWeight, dense: Tensor) -> Tensor | None:
     tensor: Tensor | None = getattr(masked, name, None)
-    return None if tensor is None else tensor.detach()
+    return None if tensor is None else placed_as(tensor.detach(), dense)
 
 
 def _decode_tensor(name: str, masked: MaskedWeight, given: Tensor, key: str) -> Tensor:

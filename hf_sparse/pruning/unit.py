@@ -17,7 +17,7 @@ from ..modeling.layer_kinds import MatrixLayer, Slot, oriented
 from .mask_state_dict import attach_mask, bake_mask
 from .masked_weight import MaskedWeight, hidden
 from .patterns import AssignedLines, Lines, Pattern
-from .shards import count_true, on_shards, placed_as, row_group, rows_per_process, whole
+from .shards import count_true, local, on_shards, placed_as, row_group, rows_per_process, total, whole
 from .state_fields import StateField
 
 
@@ -84,6 +84,10 @@ class Member:
         """Whether the dense weight is divided by rows, and every group lies in the rows of one process."""
         rows = rows_per_process(self.dense)
         return rows > 0 and self.pattern.divides(rows)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -177,6 +181,11 @@ class Unit:
         """Return which groups are kept, one bool per group."""
         return self.pattern.pool(whole(self.masked.mask).float(), "sum") > 0
 
+    def kept_placed(self) -> Tensor:
+        """Return which groups are kept, divided among the processes as the weights are."""
+        pooled = self._pool_shards([self.masked.mask], Tensor.float)
+        return self.placed(self.kept()) if pooled is None else pooled > 0
+
     def count_kept(self) -> int:
         """Return how many groups are kept."""
         mask = self.masked.mask
@@ -187,21 +196,25 @@ class Unit:
         dense = self.members[0].dense
         return placed_as(groups, dense) if row_group(dense) is not None else groups
 
-    def pool_shards(self, element_scores: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Return the score of each group, each computed by the process that has it; None where one spans several.
+    def pool_placed(self, elements: Sequence[Tensor], scores_of: Callable[[Tensor], Tensor] = _same) -> Tensor:
+        """Return the score of each group, divided among the processes as the weights are.
+
+        Where each group lies in the rows of one process, that process computes its score; else one member after the
+        other is gathered.
 
         Args:
-            element_scores: from a part of a weight to a score per entry of that part.
+            elements: for each member a tensor like its dense weight, sharded if that is.
+            scores_of: from a part of such a tensor to a score per entry of that part.
         """
-        (member, *others) = self.members
-        dense = member.dense
-        if others or not isinstance(dense, DTensor) or not member.divisible:
+        pooled = self._pool_shards(elements, scores_of)
+        return self.placed(self.pool([scores_of(whole(each)) for each in elements])) if pooled is None else pooled
+
+    def _pool_shards(self, elements: Sequence[Tensor], scores_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+        (member, *others), tensor = self.members, elements[0]
+        if others or not isinstance(tensor, DTensor) or not member.divisible:
             return None
-        return on_shards(
-            lambda rows: member.pattern.pool(element_scores(rows)),
-            dense,
-            member.pattern.groups_shape(member.slot.shape)[0],
-        )
+        groups = member.pattern.groups_shape(member.slot.shape)[0]
+        return on_shards(lambda rows: member.pattern.pool(scores_of(rows)), tensor, groups)
 
     def alive(self) -> Tensor:
         """Return which groups have an entry that is not zero in any weight; for weights without masks."""
@@ -216,20 +229,24 @@ class Unit:
                 sharded mask is made of them without gathering.
         """
         for member in self.members:
-            shape = tuple(member.masked.mask.shape)
-            if isinstance(groups, DTensor) and member.divisible and row_group(groups) == row_group(member.dense):
-                expand = partial(_expand_rows, member.pattern, shape[0] // len(groups), shape[1:])
-                member.masked.renew(on_shards(expand, groups, shape[0]), member.dense)
-            else:
-                groups = whole(groups)
-                member.masked.renew(member.pattern.expand(groups, shape), member.dense)
+            member.masked.renew(self._mask_of(member, groups), member.dense)
+
+    def _mask_of(self, member: Member, groups: Tensor) -> Tensor:
+        """Return the mask of a weight that keeps the groups that are True, placed as the dense weight."""
+        shape = tuple(member.masked.mask.shape)
+        if isinstance(groups, DTensor) and member.divisible and row_group(groups) == row_group(member.dense):
+            return on_shards(
+                partial(_expand_rows, member.pattern, shape[0] // len(groups), shape[1:]), groups, shape[0]
+            )
+        return placed_as(member.pattern.expand(whole(groups), shape), member.dense)
 
     def grow(self, groups: Tensor) -> None:
         """Keep the groups that are True, and start at 0 those that were removed."""
         for member in self.members:
-            mask = member.pattern.expand(groups, tuple(member.masked.mask.shape))
-            member.hidden.data.masked_fill_(mask & ~member.masked.mask, 0.0)
-        self.keep(groups)
+            mask = self._mask_of(member, groups)
+            member.masked.place(member.dense)
+            local(member.dense).masked_fill_(local(mask) & ~local(member.masked.mask), 0.0)
+            member.masked.renew(mask, member.dense)
 
     def keep_all(self) -> None:
         """Remove nothing."""
@@ -254,14 +271,16 @@ class Unit:
         """
         gathered = []
         for member in self.members:
+            member.masked.place(member.dense)
             gradient, member.masked.gathered = member.masked.gathered, None
             if gradient is not None:
                 gathered.append((member, gradient))
         if average and torch.distributed.is_available() and torch.distributed.is_initialized():
             for _, gradient in gathered:
-                torch.distributed.all_reduce(gradient)
-                gradient /= torch.distributed.get_world_size()
-        finite = all(bool(torch.isfinite(gradient.sum())) for _, gradient in gathered)
+                if not isinstance(gradient, DTensor):  # one that is sharded was averaged in the backward pass
+                    torch.distributed.all_reduce(gradient)
+                    gradient /= torch.distributed.get_world_size()
+        finite = total(lambda shard: int(not shard.sum().isfinite()), (gradient for _, gradient in gathered)) == 0
         for member, gradient in gathered:
             # Sums over steps would otherwise be of the steps with the highest scale, which changes by powers of 2.
             member.gradient = gradient.div_(scale) if finite else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +43,17 @@ def on_ranks(module: str, function: str, folder: Path, count: int = 2) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # its ranks too: they would go on without it
             raise
     assert process.returncode == 0, errors[-3000:]
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Make a group of this process alone, in which `fully_shard` and DTensor work."""
+    store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def leave() -> None:

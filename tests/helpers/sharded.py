@@ -38,6 +38,12 @@ MORE_PATTERNS: dict[str, dict[str, Any]] = {
     "budget": {"pattern": "head+neuron", "selection": {"name": "budget", "remaining": 0.5}, "sparsity": None},
 }
 SCORERS: dict[str, Any] = {"magnitude": "magnitude", "movement": {"name": "movement", "learning_rate": 1.0}}
+GRADIENT_SCORERS: dict[str, Any] = {
+    "gradient": {"name": "gradient", "momentum": 0.5},
+    "taylor": "taylor",
+    "rigl": {"name": "rigl", "every": 1, "until": 0.9},
+    "set": {"name": "set", "every": 1, "until": 0.9},
+}
 STEPS, BATCH = 3, 8
 VOCABULARY = 50
 _SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,20 +87,28 @@ def trained(family: str, scorer: str, options: dict[str, Any], how: str) -> tupl
     """Train a few steps; return the pruner and a number for the masks after each step.
 
     Args:
-        how: "ddp", "fsdp", or "alone" for one process without a group.
+        how: "ddp", "fsdp", "fsdp first" for masks on a model that is sharded already, or "alone" for one process with
+            all batches, without a group or in one.
     """
-    model = build(family)
+    called: Any = build(family)
+    model = called
+    if how == "fsdp first":
+        shard(model)
+    method = {**SCORERS, **GRADIENT_SCORERS}[scorer]
     pruner = Pruner(
-        model,
-        SparsityConfig(**{"sparsity": 0.7, "scorer": SCORERS[scorer], "schedule": {"name": "linear"}, **options}),
+        model, SparsityConfig(**{"sparsity": 0.7, "scorer": method, "schedule": {"name": "linear"}, **options})
     ).attach()
-    called: Any = shard(model) if how == "fsdp" else DistributedDataParallel(model) if how == "ddp" else model
+    if how == "fsdp":
+        shard(model)
+    elif how == "ddp":
+        called = DistributedDataParallel(model)
     rank, ranks = (0, 1) if how == "alone" else (dist.get_rank(), dist.get_world_size())
     optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.1)
     pruner.step(0.0)
     masks = [digest(member.masked.mask for unit in pruner.units for member in unit.members)]
     for step in range(STEPS):
         called(**batch(step, rank, ranks)).loss.backward()
+        pruner.observe()
         optimizer.step()
         optimizer.zero_grad()
         pruner.step((step + 1) / STEPS)

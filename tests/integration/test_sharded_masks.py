@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.helpers.ranks import on_ranks
-from tests.helpers.sharded import MORE_PATTERNS, PATTERNS, SCORERS, STEPS, trained
+from tests.helpers.sharded import GRADIENT_SCORERS, MORE_PATTERNS, PATTERNS, SCORERS, STEPS, trained
 
 
 def compare(folder: Path, families: tuple[str, ...] = ("bert",)) -> None:
@@ -45,6 +45,45 @@ def compare_all(folder: Path) -> None:
 
 def test_masks_of_ddp_at_every_step(tmp_path: Path) -> None:
     on_ranks(__name__, "compare", tmp_path)
+
+
+def compare_gradients(folder: Path, families: tuple[str, ...] = ("bert",)) -> None:
+    """On each rank: scorers of gradients and dynamic ones by DDP, sharded, and by one process with all batches."""
+    dist.init_process_group("gloo")
+    chosen = {"element": PATTERNS["element"], "head+neuron": PATTERNS["head+neuron"]}
+    if len(families) > 1:
+        chosen = {**PATTERNS, **{name: MORE_PATTERNS[name] for name in ("global", "32x2", "column", "per_row")}}
+    for family in families:
+        for name, options in chosen.items():
+            for scorer in GRADIENT_SCORERS:
+                pruner, masks = trained(family, scorer, options, "fsdp")
+                for member in (member for unit in pruner.units for member in unit.members):
+                    for buffer in member.masked.buffers():
+                        assert isinstance(buffer, DTensor)
+                        assert buffer.to_local().shape == member.dense.to_local().shape
+                assert masks == trained(family, scorer, options, "ddp")[1], (family, name, scorer)
+                assert masks == trained(family, scorer, options, "alone")[1], (family, name, scorer)
+                assert len(set(masks)) >= STEPS, (family, name, scorer)
+        for scorer in ("magnitude", "movement", "taylor", "rigl"):  # masks on a model that is sharded already
+            for name, options in chosen.items():
+                masks = trained(family, scorer, options, "fsdp first")[1]
+                assert masks == trained(family, scorer, options, "ddp")[1], (family, name, scorer)
+    (folder / f"gradients-{os.environ['RANK']}").touch()
+
+
+def compare_all_gradients(folder: Path) -> None:
+    """On each rank, for three families."""
+    compare_gradients(folder, ("bert", "t5", "llama"))
+
+
+def test_masks_by_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    on_ranks(__name__, "compare_gradients", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_masks_by_gradients_for_every_family(ranks: int, tmp_path: Path) -> None:
+    on_ranks(__name__, "compare_all_gradients", tmp_path, ranks)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ masks the wrappers change nothing. The state of the optimizer is saved and loade
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ def check_fsdp(trainer: Trainer, pruner: Pruner) -> None:
     Where FSDP was requested and the Trainer does not do it, warn.
     """
     if not trainer.is_fsdp_enabled:
-        if trainer.args.fsdp:
+        if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             logger.warning(
                 "fsdp was requested, but accelerate shards on GPUs only; on this device the run is plain DDP"
             )

@@ -19,6 +19,7 @@ from ...utils.validation import check_number, check_one_of
 from ..patterns import Pattern
 from ..processes import sum_over_processes
 from ..selection import Selection
+from ..shards import local, placed_as
 from ..state_fields import StateField, tensor_field
 from ..unit import Unit
 
@@ -52,8 +53,8 @@ class Scorer:
             pruning; "training" for parameters that are learned with the model; "heads" for a measurement on data
             before pruning; "inputs" of the layers on calibration data, block by block.
         fields: what a checkpoint holds of the method for each weight.
-        elementwise: whether the score of an entry depends on that entry alone. Where weights are sharded, others are
-            gathered for it, one unit at a time.
+        elementwise: whether the score of an entry depends on that entry (and its gradients) alone. Where weights are
+            sharded, others are gathered for it, one unit at a time; scorers of gradients are refused then.
         keeps_largest: whether the first masks keep the weights with the largest absolute values.
         learning_rate: of learned scores; their parameter group has no weight decay.
         warmup: fraction of training over which their learning rate rises from 0.
@@ -114,9 +115,8 @@ class Scorer:
 
     def scores(self, unit: Unit) -> Tensor:
         """Return the score of each group of a unit, divided among the processes as its weights are."""
-        pooled = unit.pool_shards(self.element_scores) if self.elementwise and unit.source is None else None
-        if pooled is not None:
-            return pooled
+        if self.elementwise and unit.source is None:
+            return unit.pool_placed([member.dense for member in unit.members], self.element_scores)
         return unit.placed(unit.score(self.element_scores))
 
     def update(self, group: Group) -> bool:
@@ -135,7 +135,7 @@ class Scorer:
         """Return the selection that the method is defined with, or None for the general default."""
         return None
 
-    def works_on_shards(self, pattern: Pattern) -> bool:
+    def works_on_shards(self) -> bool:
         """Return whether scores can be computed where each process has some rows of each weight (fully_shard)."""
         return True
 
@@ -176,19 +176,20 @@ class LearnedScorer(Scorer):
     def on_attach(self, unit: Unit) -> None:
         weight = unit.members[0].weight
         shape = unit.pattern.groups_shape(tuple(weight.shape))
-        unit.masked.scores = nn.Parameter(torch.zeros(shape, dtype=getattr(torch, self.dtype), device=weight.device))
+        zeros = torch.zeros(shape, dtype=getattr(torch, self.dtype), device=weight.device)
+        unit.masked.scores = nn.Parameter(placed_as(zeros, weight))
 
     def scores(self, unit: Unit) -> Tensor:
         scores = unit.masked.scores
         assert scores is not None
         return scores.detach()
 
-    def works_on_shards(self, pattern: Pattern) -> bool:
-        return True
-
 
 class GradientScorer(Scorer):
-    """Base of scorers that keep a tensor like each weight, and update it with every gradient (`observe`)."""
+    """Base of scorers that keep a tensor like each weight, and update it with every gradient (`observe`).
+
+    Where weights are sharded, so are gradients and what is kept of them, and `observe` sees the rows of one process.
+    """
 
     source = "gradients"
     fields = (tensor_field("importance"),)
@@ -210,17 +211,18 @@ class GradientScorer(Scorer):
     def on_gradient(self, unit: Unit) -> None:
         for member in unit.members:
             if member.gradient is not None:
-                self.observe(member.masked.get_buffer("importance"), member.dense, member.gradient)
+                importance = member.masked.get_buffer("importance")
+                self.observe(local(importance), local(member.dense), local(member.gradient))
 
     def sum_over_processes(self, unit: Unit) -> None:
         for member in unit.members:
             sum_over_processes(member.masked.get_buffer("importance"))
 
     def scores(self, unit: Unit) -> Tensor:
-        return unit.pool([member.masked.get_buffer("importance") for member in unit.members])
+        return unit.pool_placed([member.masked.get_buffer("importance") for member in unit.members])
 
-    def works_on_shards(self, pattern: Pattern) -> bool:
-        return False
+    def works_on_shards(self) -> bool:
+        return self.elementwise
 
 
 def check_seed(seed: object) -> None:

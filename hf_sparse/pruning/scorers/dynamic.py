@@ -11,8 +11,8 @@ from torch import Tensor
 from ...config.sparsity import SCORERS
 from ...errors import RecipeError
 from ...utils.validation import check_number, check_positive_int
-from ..patterns import Pattern
 from ..selection import Selection, keep_highest
+from ..shards import count_true
 from ..state_fields import shared_field
 from ..unit import Unit
 from .base import Group, Scorer, check_seed
@@ -31,6 +31,7 @@ class DynamicScorer(Scorer):
         until: progress from which on the masks stay as they are, so that what has grown is trained.
     """
 
+    elementwise = True
     keeps_largest = True
     fields = (shared_field("renewals"),)
     fraction: float = 0.3
@@ -69,17 +70,15 @@ class DynamicScorer(Scorer):
     def element_scores(self, weight: Tensor) -> Tensor:
         return weight.detach().abs()
 
-    def works_on_shards(self, pattern: Pattern) -> bool:
-        return False
-
     def update(self, group: Group) -> bool:
         sparsity, progress = group.current_sparsity, group.progress
         if not self.updates(progress) and self._updated_at == sparsity:
             return False  # between updates the masks stay, and cost nothing
         scores = []
         for index, unit in enumerate(group.units):
-            kept = unit.kept()
-            scores.append(self.regrow(self.scores(unit), kept, self.growth(unit, kept, index), progress))
+            kept = unit.kept_placed()
+            growth = unit.placed(self.growth(unit, kept, index))
+            scores.append(self.regrow(self.scores(unit), kept, growth, progress))
         for unit, groups in zip(group.units, group.select(scores), strict=True):
             unit.grow(groups)
         self._updated_at = sparsity
@@ -97,7 +96,7 @@ class DynamicScorer(Scorer):
         """Return how much each removed group deserves to grow, at least 0.
 
         Args:
-            kept: which groups are kept.
+            kept: which groups are kept, divided among the processes as weights are.
             index: of the unit in its group.
         """
         raise NotImplementedError
@@ -109,7 +108,7 @@ class DynamicScorer(Scorer):
     def regrow(self, magnitude: Tensor, kept: Tensor, growth: Tensor, progress: float) -> Tensor:
         """Return scores of groups, by which a selection keeps what stays, then what grows."""
         magnitude, staying = magnitude.float(), kept
-        count = int(torch.count_nonzero(kept))
+        count = count_true([kept])
         if count and self.updates(progress):
             left = count - int(self.share(progress) * count)
             (staying,), _ = keep_highest([torch.where(kept, magnitude, -1.0)], left)
@@ -142,9 +141,9 @@ class RigL(DynamicScorer):
         unit.watch(True)
 
     def on_gradient(self, unit: Unit) -> None:
-        gradients = [member.gradient.abs() for member in unit.members if member.gradient is not None]
+        gradients = [member.gradient for member in unit.members if member.gradient is not None]
         if len(gradients) == len(unit.members):
-            self.gradients[unit.name] = unit.pool(gradients)
+            self.gradients[unit.name] = unit.pool_placed(gradients, torch.abs)
 
     def after_update(self, group: Group) -> None:
         super().after_update(group)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ...config.sparsity import SCORERS
-from ..patterns import Pattern
 from .base import Scorer
 
 
@@ -46,9 +45,6 @@ class EffectiveResistance(Scorer):
         here, there = inverse.diagonal()[:rows, None], inverse.diagonal()[rows:]
         resistance = here + there - 2 * inverse[:rows, rows:]
         return (edges * resistance).clamp(0.0, 1.0).float().view(weight.shape)
-
-    def works_on_shards(self, pattern: Pattern) -> bool:
-        return False
 
 
 def _pseudo_inverse(edges: Tensor) -> Tensor:

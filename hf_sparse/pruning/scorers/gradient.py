@@ -19,6 +19,7 @@ class _Decaying(GradientScorer):
         momentum: 1 = plain sum over all steps, 0 = the last step alone.
     """
 
+    elementwise = True
     momentum: float = 1.0
 
     def __post_init__(self) -> None:

@@ -29,7 +29,6 @@ class Connectivity(Selection):
     kind: Kind
     seed: int
     name: ClassVar[str] = "connectivity"
-    works_on_shards: ClassVar[bool] = False
 
     def select(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         refuse_nan(scores)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 
 from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, SparsityError, sparsify, summarize
 from hf_sparse.pruning.masked_weight import masked_weight
+from tests.helpers.ranks import one_process
 from tests.helpers.training import RAMP, Rows, arguments, bert, sparse_trainer
 
 
@@ -400,7 +399,6 @@ MIXED = "one data type, but weights and scores are bfloat16 and float32"
     ("said", "settings", "method"),
     [
         (r"fsdp_config version=1: .*Use version 2", {"fsdp_version": 1}, {}),
-        (r"'taylor' does not work on weights that fully_shard", {}, {"scorer": "taylor"}),
         (MIXED, {}, {"scorer": {"name": "movement", "dtype": "bfloat16"}}),
     ],
 )
@@ -429,14 +427,3 @@ def test_masks_on_weights_that_are_sharded_already_are_refused(tmp_path: Path) -
         layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,))))
         with pytest.raises(RecipeError, match=r"layer\.0\.output\.dense\.weight' is sharded already.*masks on first"):
             sparse_trainer(tmp_path, model=model)
-
-
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """A group of this process alone."""
-    store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
