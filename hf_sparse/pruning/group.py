@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -148,29 +148,41 @@ class PruningGroup:
         self.scorer.after_update(self)
         return scored
 
-    def select(self, scores: list[Tensor]) -> list[Tensor]:
-        """Return which groups of each unit to keep at the sparsity of the moment.
+    def choose(self, score: Callable[[Unit], Tensor]) -> Iterator[tuple[Unit, Tensor]]:
+        """Yield each unit with which of its groups to keep at the sparsity of the moment, by a score of each.
+
+        Where weights do not compete with each other, the scores of one exist at a time, and the caller may change that
+        unit before the next is scored.
 
         Raises:
             SparsityError: if there are NaN among the scores, naming the weights.
         """
-        try:
-            return self._chosen(self.selection, scores, self.current_sparsity)
-        except SparsityError:
-            broken = [u.name for u, tensor in zip(self.units, scores, strict=True) if any_nan([tensor])]
-            if broken:
-                raise SparsityError(_nan_message("among the scores", broken)) from None
-            raise
+        together = [[unit] for unit in self.units] if self.selection.weight_by_weight else [self.units]
+        for units in together:
+            scores = [score(unit) for unit in units]
+            try:
+                kept = self._chosen(self.selection, units, scores, self.current_sparsity)
+            except SparsityError:
+                broken = [unit.name for unit, tensor in zip(units, scores, strict=True) if any_nan([tensor])]
+                if broken:
+                    rest = self.units[self.units.index(units[-1]) + 1 :]
+                    broken += [unit.name for unit in rest if any_nan([score(unit)])]
+                    raise SparsityError(_nan_message("among the scores", broken)) from None
+                raise
+            del scores
+            yield from zip(units, kept, strict=True)
 
-    def _chosen(self, selection: Selection, scores: list[Tensor], sparsity: float) -> list[Tensor]:
-        multiples = [self.pattern.multiple(unit.kind) for unit in self.units]
+    def _chosen(
+        self, selection: Selection, units: Sequence[Unit], scores: list[Tensor], sparsity: float
+    ) -> list[Tensor]:
+        multiples = [self.pattern.multiple(unit.kind) for unit in units]
         return in_multiples(scores, multiples, lambda chunks: selection.select(chunks, sparsity))
 
     def reached(self) -> float:
         """Return the fraction of the groups that masks at the final sparsity remove, whole groups as they are."""
         sizes = [unit.groups for unit in self.units]
         scores = [torch.arange(size, dtype=torch.float32) for size in sizes]
-        kept = self._chosen(copy.copy(self.selection), scores, self.sparsity)  # which keeps its threshold
+        kept = self._chosen(copy.copy(self.selection), self.units, scores, self.sparsity)  # which keeps its threshold
         return 1 - sum(int(mask.sum()) for mask in kept) / sum(sizes)
 
     def check_finite(self) -> None:

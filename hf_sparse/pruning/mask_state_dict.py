@@ -40,7 +40,9 @@ def attach_mask(module: nn.Module, masked: MaskedWeight, where: str, attribute: 
         RecipeError: as `check_free`.
     """
     check_free(module, where, attribute, sharded=True)
-    masked.order, masked.attribute = tuple(module._parameters), attribute
+    masked.order, masked.attribute, masked.owner = tuple(module._parameters), attribute, (module,)
+    if isinstance(masked.mask, DTensor):
+        masked.free_between_passes()
     parametrize.register_parametrization(module, attribute, masked)
     masked.hooks = (  # type: ignore[assignment]
         module.register_state_dict_post_hook(partial(_plain_keys, attribute)),

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
 from ..modeling.masked_values import mask_values, masks_by_bits
+from .freed_weights import free_between_passes
 from .patterns import Pattern
 from .shards import mean_as, placed_as
 
@@ -133,7 +134,9 @@ class MaskedWeight(nn.Module):
         self.watching = False
         self.order: tuple[str, ...] = ()  # of the parameters of the module, before the mask
         self.prefix = ""  # of the keys in the last state dict, the first one of a module with several names
-        self.attribute = "weight"  # of the module, once it is put on
+        self.owner: tuple[nn.Module, ...] = ()  # the module that it is put on, in a tuple, as `_exit`
+        self.attribute = "weight"  # of that module
+        self.made: list[Tensor] | None = None  # in the forward pass of that module
         self.sealed = False  # the zeros are permanent, and nothing continues
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool, requires_grad=False))
         self.register_parameter("scores", None)
@@ -142,17 +145,24 @@ class MaskedWeight(nn.Module):
         (leader,) = self._exit
         scores = self.scores if leader is None else leader.scores
         mask = self.mask if leader is None or self.sealed or not torch.is_grad_enabled() else None
+        shown: Tensor
         if scores is not None:
-            return _StraightThrough.apply(weight, scores, mask, self.pattern)  # type: ignore[no-untyped-call]
-        if self.watching and weight.requires_grad and torch.is_grad_enabled():
-            return _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
-        return apply_mask(weight, mask)
+            shown = _StraightThrough.apply(weight, scores, mask, self.pattern)  # type: ignore[no-untyped-call]
+        elif self.watching and weight.requires_grad and torch.is_grad_enabled():
+            shown = _Watched.apply(weight, mask, self)  # type: ignore[no-untyped-call]
+        else:
+            shown = apply_mask(weight, mask)
+        if self.made is not None and isinstance(mask, DTensor) and not isinstance(weight, DTensor):
+            self.made.append(shown)
+        return shown
 
     @torch.no_grad()
     def place(self, weight: Tensor) -> None:
         """Divide what there is for each entry over the processes as the dense weight is divided, if it is."""
         if not isinstance(weight, DTensor):
             return
+        if not isinstance(self.mask, DTensor):
+            self.free_between_passes()
         for name, buffer in self._buffers.items():  # the mask, and the importance of scorers of gradients
             if buffer is not None and not isinstance(buffer, DTensor):
                 self._buffers[name] = placed_as(buffer, weight).clone()  # a shard alone would keep the whole in memory
@@ -164,6 +174,11 @@ class MaskedWeight(nn.Module):
         """Take a new mask, whole or sharded as the dense weight is."""
         self.place(weight)
         self.mask.copy_(placed_as(kept, self.mask))
+
+    def free_between_passes(self) -> None:
+        """Keep no masked weight for the backward pass, now that weight and mask are sharded."""
+        for module in self.owner:
+            free_between_passes(module, self)
 
     def gather(self, gradient: Tensor) -> None:
         """Add the dense gradient of one backward pass (several per optimizer step under gradient accumulation).

@@ -1,9 +1,9 @@
 """Masks on a model that `fully_shard` (FSDP2) has divided already.
 
-`fully_shard` notes the module and the name where it found a parameter, and puts the gathered parameter and the shard
-there, in turn. A parametrisation moves the parameter, so what was noted has to move with it. torch has no public way to
-tell: `fully_shard` refuses a module a second time, and `unshard` gathers without letting go. So the note itself is
-changed (`FSDPParam._module_info`), once it is seen to be where torch 2.13 has it; otherwise a mask is refused.
+`fully_shard` notes the module and the name where it found a parameter, and puts the gathered parameter there for a
+pass, then the shard again. A parametrisation moves the parameter, so what was noted has to move with it. torch has no
+public way to tell: `fully_shard` refuses a module a second time, and `unshard` gathers without letting go. So the
+note itself is changed (`FSDPParam._module_info`), once it is seen to be where torch 2.13 has it; otherwise a mask is refused.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ def mean_as(tensor: Tensor, other: DTensor) -> DTensor:
     """
     mesh = other.device_mesh
     terms = DTensor.from_local(tensor, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return terms.redistribute(placements=other.placements).div_(mesh.size())
+    mean: DTensor = terms.redistribute(placements=other.placements)
+    mean.div_(mesh.size())
+    return mean
 
 
 def replicated(tensor: Tensor, other: Tensor) -> Tensor:

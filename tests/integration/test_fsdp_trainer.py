@@ -25,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"scorer": "magnitude"},
     "movement": {"scorer": {"name": "movement", "learning_rate": 1.0, "warmup": 0.2}},
     "soft": {"scorer": {"name": "soft_movement", "learning_rate": 1.0}},
+    "taylor": {"scorer": {"name": "taylor", "momentum": 0.9}},
+    "rigl": {"scorer": {"name": "rigl", "every": 2}},
     "neurons": {"scorer": {"name": "movement", "learning_rate": 1.0}, "pattern": "neuron", "sparsity": 0.5},
 }
 LAYERS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
@@ -111,7 +113,7 @@ def test_fsdp_trains_and_saves_what_ddp_does(tmp_path: Path) -> None:
 def resumed(folder: Path) -> None:
     """What each rank runs: a whole run, one resumed from its middle, one that ends with its best model."""
     saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-3}
-    for name in ("movement", "soft"):
+    for name in ("movement", "soft", "taylor"):
         whole = trainer_of(folder / name / "whole", name, True, **saves)
         whole.train()
         whole.save_model(str(folder / name / "whole" / "out"))
@@ -136,6 +138,6 @@ def resumed(folder: Path) -> None:
 @pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
     on_ranks(__name__, "resumed", tmp_path)
-    for name in ("movement", "soft"):
+    for name in ("movement", "soft", "taylor"):
         whole, again = ((tmp_path / name / kind / "out" / "model.safetensors") for kind in ("whole", "again"))
         assert whole.read_bytes() == again.read_bytes()

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from hf_sparse.pruning.shards import local
 from tests.helpers.ranks import on_ranks
 from tests.helpers.sharded import GRADIENT_SCORERS, MORE_PATTERNS, PATTERNS, SCORERS, STEPS, trained
 
@@ -60,7 +61,7 @@ def compare_gradients(folder: Path, families: tuple[str, ...] = ("bert",)) -> No
                 for member in (member for unit in pruner.units for member in unit.members):
                     for buffer in member.masked.buffers():
                         assert isinstance(buffer, DTensor)
-                        assert buffer.to_local().shape == member.dense.to_local().shape
+                        assert local(buffer).shape == local(member.dense).shape
                 assert masks == trained(family, scorer, options, "ddp")[1], (family, name, scorer)
                 assert masks == trained(family, scorer, options, "alone")[1], (family, name, scorer)
                 assert len(set(masks)) >= STEPS, (family, name, scorer)

@@ -75,7 +75,7 @@ def test_sharded_run_saves_and_resumes(tmp_path: Path) -> None:
 
 def efficient(folder: Path) -> None:
     """On each rank: weights that process 0 alone has at first, and sends to the others, masks and scores with them."""
-    for method in ("magnitude", "soft"):
+    for method in ("magnitude", "soft", "taylor"):
         outputs = []
         for kind, settings in (("plain", {}), ("efficient", {"cpu_ram_efficient_loading": True})):
             place = folder / method / kind
@@ -93,7 +93,7 @@ def test_efficient_loading(tmp_path: Path) -> None:
 # See `trainer_of`; and the Trainer multiplies a loss by the number of processes for models that take a number of items,
 # which the mean of a sequence classification does not: with its default, one process learns at half the rate of two.
 PLAIN: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "average_tokens_across_devices": False}
-RESUMED = ("movement", "soft", "neurons")
+RESUMED = ("movement", "soft", "neurons", "taylor")
 
 
 def whole_run(folder: Path) -> None:

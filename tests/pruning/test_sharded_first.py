@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_sparse import Pruner, RecipeError, SparsityConfig, summarize
 from hf_sparse.pruning import sharded_first
+from hf_sparse.pruning.masked_weight import MaskedWeight
 from hf_sparse.pruning.shards import whole
 from tests.helpers.ranks import one_process
 from tests.helpers.sharded import GRADIENT_SCORERS, SCORERS, batch, build, shard, trained
@@ -86,3 +87,45 @@ def test_measuring_a_sharded_model_is_refused() -> None:
         pruner = Pruner(shard(build("bert")), SparsityConfig(sparsity=0.5, scorer="taylor")).attach()
         with pytest.raises(RecipeError, match=r"is sharded \(fully_shard\).*Call Pruner.measure before fully_shard"):
             pruner.measure([batch(0, 0, 1)])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scorer", ["magnitude", "movement", "taylor"])
+def test_no_masked_weight_is_kept_between_passes(
+    scorer: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    original = MaskedWeight.forward
+
+    def forward(masked: MaskedWeight, weight: torch.Tensor) -> torch.Tensor:
+        shown = original(masked, weight)
+        if masked.made is not None:
+            made.append(shown.untyped_storage())
+        return shown
+
+    def gradients(model: Any, pruner: Pruner) -> dict[str, torch.Tensor]:
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        pruner.step(0.0)
+        monkeypatch.setattr(MaskedWeight, "forward", forward)
+        made.clear()
+        loss = model(**batch(0, 0, 1)).loss
+        kept = sum(memory.nbytes() for memory in made)
+        loss.backward()
+        monkeypatch.undo()
+        if isinstance(pruner.units[0].masked.mask, DTensor):
+            assert len(made) >= len(pruner.units)
+            assert (kept == 0) == (not checkpointing)  # which recomputes whole blocks, and decides what is kept
+            assert checkpointing or sum(memory.nbytes() for memory in made) == 0
+        return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+    config = SparsityConfig(sparsity=0.5, scorer=scorer, schedule="constant")
+    model = build("llama")
+    expected = gradients(model, Pruner(model, config).attach())
+    with one_process():
+        model = build("llama")
+        pruner = Pruner(model, config).attach()
+        found = gradients(shard(model), pruner)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

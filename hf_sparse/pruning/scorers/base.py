@@ -8,7 +8,7 @@ of the scorer's file knows its state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -41,8 +41,8 @@ class Group(Protocol):
     def level(self) -> float:
         """Scheduled sparsity as a fraction of the final one, in [0, 1]."""
 
-    def select(self, scores: list[Tensor]) -> list[Tensor]:
-        """Return which groups of each unit to keep at the sparsity of the moment."""
+    def choose(self, score: Callable[[Unit], Tensor]) -> Iterable[tuple[Unit, Tensor]]:
+        """Return each unit with which of its groups to keep at the sparsity of the moment, by a score of each."""
 
 
 class Scorer:
@@ -121,8 +121,7 @@ class Scorer:
 
     def update(self, group: Group) -> bool:
         """Choose the masks anew, and return whether the weights were scored for it."""
-        kept = group.select([self.scores(unit) for unit in group.units])
-        for unit, groups in zip(group.units, kept, strict=True):
+        for unit, groups in group.choose(self.scores):
             unit.keep(groups)
         return True
 

@@ -74,12 +74,14 @@ class DynamicScorer(Scorer):
         sparsity, progress = group.current_sparsity, group.progress
         if not self.updates(progress) and self._updated_at == sparsity:
             return False  # between updates the masks stay, and cost nothing
-        scores = []
-        for index, unit in enumerate(group.units):
+        indices = {unit.name: index for index, unit in enumerate(group.units)}
+
+        def score(unit: Unit) -> Tensor:
             kept = unit.kept_placed()
-            growth = unit.placed(self.growth(unit, kept, index))
-            scores.append(self.regrow(self.scores(unit), kept, growth, progress))
-        for unit, groups in zip(group.units, group.select(scores), strict=True):
+            growth = unit.placed(self.growth(unit, kept, indices[unit.name]))
+            return self.regrow(self.scores(unit), kept, growth, progress)
+
+        for unit, groups in group.choose(score):
             unit.grow(groups)
         self._updated_at = sparsity
         return True
