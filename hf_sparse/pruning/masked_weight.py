@@ -231,7 +231,11 @@ def check_free(module: nn.Module, where: str, attribute: str = "weight", sharded
     weight = getattr(module, attribute)
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        raise RecipeError(f"'{where}' is not in memory (meta device), so it cannot be pruned. Load the model first")
+        raise RecipeError(
+            f"'{where}' is not in memory (meta device: not loaded, or offloaded by a device_map), so it cannot be "
+            "pruned. Load the model first; one that is larger than the memory is pruned from file to file, block by "
+            "block, by hf_sparse.sparsify_checkpoint"
+        )
     shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else weight.shape
     if not weight.is_floating_point() or weight.shape != shape:
         raise RecipeError(

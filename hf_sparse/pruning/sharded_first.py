@@ -2,8 +2,8 @@
 
 `fully_shard` notes the module and the name where it found a parameter, and puts the gathered parameter there for a
 pass, then the shard again. A parametrisation moves the parameter, so what was noted has to move with it. torch has no
-public way to tell: `fully_shard` refuses a module a second time, and `unshard` gathers without letting go. So the
-note itself is changed (`FSDPParam._module_info`), once it is seen to be where torch 2.13 has it; otherwise a mask is refused.
+public way to tell: `fully_shard` refuses a module a second time, and `unshard` gathers without letting go. So the note
+itself is changed (`FSDPParam._module_info`), once it is seen to be where torch 2.13 has it. Else masks are refused.
 """
 
 from __future__ import annotations

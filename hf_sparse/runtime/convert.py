@@ -53,7 +53,8 @@ def to_runtime(
     a model that generates stays dense, and a GEMV kernel reads it for a few tokens. The outputs stay the same (to
     rounding; but an infinity or NaN that meets a zero weight is ignored, where dense matmuls give NaN), and so do saved
     files. The model cannot train: no parameter requires gradients until `to_dense_runtime`. A layer that is replaced
-    afterwards (by an adapter, say) is computed as it is. A model of which nothing is packed stays unchanged.
+    afterwards (by an adapter, say) is computed as it is. A model of which nothing is packed stays unchanged. Layers
+    that a `device_map` has put elsewhere (offloaded, on another device) stay as they are, and the report says so.
 
     Args:
         backend: "auto" times each distinct shape once on this machine, and packs what is faster than dense by 5 % at
@@ -74,9 +75,9 @@ def to_runtime(
         The decision about each layer; `print` it.
 
     Raises:
-        BackendError: if no layer has enough zeros, the model cannot be packed (still masked, quantized, offloaded,
-            not float32, not on the CPU, packed already), "cpu" is requested and the kernels are missing, or "cpu-int8"
-            and the processor has no AVX-512 with VNNI.
+        BackendError: if no layer has enough zeros, the model cannot be packed (still masked, quantized, not float32,
+            packed already, all of it offloaded or on another device), "cpu" is requested and the kernels are missing,
+            or "cpu-int8" and the processor has no AVX-512 with VNNI.
 
     Example:
         >>> import torch, hf_sparse
@@ -180,7 +181,7 @@ class _Conversion:
         """Let the LM head compute with the GEMV kernel, where that is faster."""
         layer = lm_head.lm_head_of(self.model)
         name = next((name for name, decision in self.decisions.items() if decision.layer is layer), None)
-        if layer is None or name is None:
+        if layer is None or name is None or self.decisions[name].away:
             return
         materialize([layer])
         decision, speedups = self.decisions[name], self.decisions[name].speedups

@@ -33,6 +33,7 @@ class LayerDecision:
         kernel: of the report.
         reason: why it stays dense; None while it can be packed.
         speedups: by token count, where they were measured.
+        away: whether its weight is not in the memory of the device that packs: offloaded, or on another device.
     """
 
     layer: nn.Linear
@@ -40,6 +41,7 @@ class LayerDecision:
     kernel: str = "dense"
     reason: str | None = None
     speedups: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    away: bool = False
 
     def stays_dense(self, reason: str, speedups: Mapping[int, float] | None = None) -> LayerDecision:
         """Return the decision to leave the layer dense."""
@@ -57,7 +59,7 @@ def survey(model: nn.Module, *, gpu: bool = False) -> dict[str, LayerDecision]:
         gpu: whether it is on a GPU, where other types than float32 compute too.
 
     Raises:
-        BackendError: for layers whose weights are not plain numbers in memory, or not on the CPU.
+        BackendError: for layers whose weights are not plain numbers, of a type that is packed.
     """
     owners = count_owners(model)
     decisions = {}
@@ -71,11 +73,30 @@ def survey(model: nn.Module, *, gpu: bool = False) -> dict[str, LayerDecision]:
             continue
         _refuse(name, module, gpu)
         assert isinstance(module, nn.Linear)
-        weight = peek(module.weight)
-        sparsity = 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if weight.numel() else 0.0
+        away = _why_away(module, gpu)
+        weight = _weight_of(module)
+        known = weight.numel() and not weight.is_meta
+        sparsity = 1.0 - int(torch.count_nonzero(weight)) / weight.numel() if known else 0.0
         shared = owners[id(module._parameters["weight"])] > 1
-        decisions[name] = LayerDecision(module, sparsity, reason=_why_dense(module, sparsity, shared))
+        reason = away or _why_dense(module, sparsity, shared)
+        decisions[name] = LayerDecision(module, sparsity, reason=reason, away=away is not None)
     return decisions
+
+
+def _weight_of(module: nn.Linear) -> torch.Tensor:
+    """Return the weight of a layer; of one that accelerate offloads, as its hook loads it."""
+    stored = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    weight: torch.Tensor = stored["weight"] if module.weight.is_meta and stored is not None else peek(module.weight)
+    return weight
+
+
+def _why_away(module: nn.Linear, gpu: bool) -> str | None:
+    """Return why the weight of a layer cannot be packed where it is."""
+    if module.weight.is_meta or getattr(getattr(module, "_hf_hook", None), "offload", False):
+        return "it is offloaded, or on the meta device: there is no weight in memory to pack"
+    if not gpu and module.weight.device.type != "cpu":
+        return f"it is on {module.weight.device}, and the requested kernels are for the CPU"
+    return None
 
 
 def warn_of_others(model: nn.Module) -> None:
@@ -95,6 +116,13 @@ def refuse_dense(model: nn.Module, decisions: Mapping[str, LayerDecision]) -> No
     """Raise `BackendError` if no layer can be packed."""
     if any(decision.reason is None for decision in decisions.values()):
         return
+    away = next((name for name, decision in decisions.items() if decision.away), None)
+    if away is not None:
+        raise BackendError(
+            f"to_runtime got a model of which nothing can be packed. Layer '{away}': {decisions[away].reason}. Load "
+            'the whole model onto the CPU, without device_map or with device_map={"": "cpu"}, or move it there '
+            "(model.to('cpu')); a model that is on a GPU as a whole takes backend 'auto'"
+        )
     sparsest = max(decisions.items(), key=lambda item: item[1].sparsity, default=None)
     result = (
         "it has no linear layer"
@@ -165,19 +193,7 @@ def _refuse(name: str, module: nn.Module, gpu: bool) -> None:
     if weight is None or not weight.is_floating_point() or type(module).__name__ in _QUANTIZED:
         kind = type(module).__name__ if weight is None else f"{type(module).__name__} with {weight.dtype}"
         raise BackendError(f"{found} is quantized ({kind}). Load it without quantization, or call model.dequantize()")
-    if weight.is_meta or getattr(getattr(module, "_hf_hook", None), "offload", False):
-        raise BackendError(
-            f"{found} is offloaded, or on the meta device: there is no weight to pack. Load the whole model onto the "
-            'CPU, without device_map or with device_map={"": "cpu"}'
-        )
-    if gpu:
-        return
-    if weight.device.type != "cpu":
-        raise BackendError(
-            f"{found} is on {weight.device}; the requested kernels are for the CPU. Move it there: model.to('cpu'), or "
-            "use backend 'auto'"
-        )
-    if weight.dtype != torch.float32:
+    if not gpu and weight.device.type == "cpu" and weight.dtype != torch.float32:
         raise BackendError(
             f"{found} is in {weight.dtype}; the CPU kernels compute in float32. Cast it: model.float() (or load it "
             "with dtype=torch.float32)"

@@ -23,12 +23,13 @@ from accelerate.utils import ComputeEnvironment, DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
-from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, sparsify, summarize
+from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, last_checkpoint, sparsify, summarize
 from tests.helpers.ranks import LIMIT, ROOT
-from tests.helpers.sharded import build
-from tests.helpers.training import Rows, arguments, bert
-from tests.integration.test_fsdp_trainer import NO_DROPOUT, config, shard_on_a_cpu
+from tests.helpers.sharded import SCORERS, build
+from tests.helpers.training import RAMP, Rows, arguments, bert
+from tests.integration.test_fsdp_trainer import NO_DROPOUT, shard_on_a_cpu
 
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 FSDP: dict[str, Any] = {
     "fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_offload_params": False,
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "BertLayer",
@@ -39,7 +40,7 @@ TENSOR_PARALLEL = {
     "parallelism_config_tp_size": 2, "parallelism_config_cp_size": 1,
 }  # fmt: skip
 ZERO: dict[str, Any] = {
-    "zero_stage": 2, "offload_optimizer_device": "none", "offload_param_device": "none", "zero3_init_flag": False,
+    "offload_optimizer_device": "none", "offload_param_device": "none", "zero3_init_flag": False,
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "fsdp_config": {**FSDP, "fsdp_state_dict_type": "SHARDED_STATE_DICT"},
         "parallelism_config": TENSOR_PARALLEL,
     },
-    "deepspeed": {"distributed_type": "DEEPSPEED", "deepspeed_config": ZERO},
+    "zero1": {"distributed_type": "DEEPSPEED", "deepspeed_config": {**ZERO, "zero_stage": 1}},
+    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {**ZERO, "zero_stage": 2}},
+    "zero3": {"distributed_type": "DEEPSPEED", "deepspeed_config": {**ZERO, "zero_stage": 3}},
     "multi-cpu": {"distributed_type": DistributedType.MULTI_CPU, "use_cpu": True},
 }
 
@@ -82,21 +85,21 @@ def launched(folder: Path, kind: str, function: str) -> str:
     return done.stdout + done.stderr
 
 
-def trainer_of(folder: Path, kind: str) -> Any:
+def trainer_of(folder: Path, kind: str, scorer: str = "movement", **options: Any) -> Any:
     return Trainer(
         bert(**NO_DROPOUT),
         arguments(
             folder / kind, max_steps=8, optim="sgd", learning_rate=0.1, ddp_backend="gloo", save_strategy="steps",
-            save_steps=4, train_sampling_strategy="sequential",
+            save_steps=4, train_sampling_strategy="sequential", **options,
         ),
         train_dataset=Rows(),
-        callbacks=[SparsityCallback(config("movement"))],
+        callbacks=[SparsityCallback(SparsityConfig(sparsity=0.9, scorer=SCORERS[scorer], schedule=RAMP))],
     )  # fmt: skip
 
 
-def trains(folder: Path, kind: str) -> None:
+def trains(folder: Path, kind: str, scorer: str = "movement") -> None:
     """On each process: train as the config file says, and leave what came of it."""
-    trainer = trainer_of(folder, kind)
+    trainer = trainer_of(folder, kind, scorer)
     trainer.train()
     trainer.save_model(str(folder / kind / "out"))
     facts = {
@@ -182,8 +185,53 @@ def test_tensor_parallel_file(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="it is about a machine without DeepSpeed")
+@pytest.mark.skipif(DEEPSPEED, reason="it is about a machine without DeepSpeed")
 def test_deepspeed_file_without_deepspeed_is_refused_upstream(tmp_path: Path) -> None:
-    given = launch_command_parser().parse_args(["--config_file", str(config_file(tmp_path, "deepspeed")), "none.py"])
+    given = launch_command_parser().parse_args(["--config_file", str(config_file(tmp_path, "zero2")), "none.py"])
     with pytest.raises(ImportError, match="DeepSpeed is not installed"):
         launch_command(given)
+
+
+def divides(folder: Path, kind: str) -> None:
+    """On each process: as `trains`, by DeepSpeed; then again from the middle. ZeRO-3 is refused."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at its first use
+    scorer = "movement" if kind != "zero2" else "magnitude"
+    if kind == "zero3":
+        with pytest.raises(RecipeError, match="does not work with DeepSpeed ZeRO-3"):
+            trainer_of(folder, kind, scorer, use_cpu=False).train()
+        return
+    for name, resume in ((kind, None), (f"{kind} again", str(folder / kind / "checkpoint-4"))):
+        trainer = trainer_of(folder, name, scorer, use_cpu=False)
+        assert trainer.is_deepspeed_enabled
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(str(folder / name / "out"))
+    assert last_checkpoint(folder / kind, 2) == str(folder / kind / "checkpoint-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED, reason="needs DeepSpeed")
+def test_deepspeed_files(tmp_path: Path) -> None:
+    for kind in ("zero1", "zero2", "zero3"):
+        launched(tmp_path, kind, "divides")
+    for kind, scorer in (("zero1", "movement"), ("zero2", "magnitude")):
+        whole, again = (tmp_path / name / "out" for name in (kind, f"{kind} again"))
+        assert (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+        launched(tmp_path, "ddp", f"trains_{scorer}")
+        expected = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ddp" / "out")
+        found = AutoModelForSequenceClassification.from_pretrained(whole)
+        assert summarize(found) == summarize(expected)
+        for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
+            assert torch.equal(one != 0, other != 0) or "layer." not in name, (kind, name)
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def trains_magnitude(folder: Path, kind: str) -> None:
+    """As `trains`, by magnitude."""
+    trains(folder, kind, "magnitude")
+
+
+def trains_movement(folder: Path, kind: str) -> None:
+    """As `trains`."""
+    trains(folder, kind)

@@ -29,6 +29,7 @@ from ..embedding.wrapper import is_wrapper
 from ..hub.push import guard_trainer
 from .checkpoint import note_best_checkpoint
 from .data_record import data_facts
+from .deepspeed import check_deepspeed
 from .fsdp import check_fsdp
 from .log_first import LogsFirst
 from .loss_hook import LossTerms
@@ -101,6 +102,7 @@ class SparsityCallback(LogsFirst):
         self._terms: LossTerms | None = None
         self._data: dict[str, Any] = {}
         self._resumed_at = 0.0
+        self._flattened: bool | None = None  # whether the optimizer has other tensors than parameters; None = not made
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -137,16 +139,13 @@ class SparsityCallback(LogsFirst):
             )
         self._attach(trainer.model, trainer.args)
         self._data = data_facts(trainer.train_dataset)
-        if trainer.is_deepspeed_enabled:
-            raise RecipeError(
-                "SparsityCallback does not work with DeepSpeed (ZeRO-1, 2 or 3): its engine flattens and divides the "
-                "parameters and makes its own optimizer, and masks on them were never tried. Use DDP (torchrun) instead"
-            )
         if trainer.args.n_gpu > 1:
             raise RecipeError(
                 "SparsityCallback does not work with nn.DataParallel; start one process per GPU (torchrun)"
             )
         assert self.pruner is not None
+        check_deepspeed(trainer, self.pruner)
+        self._flattened = trainer.is_deepspeed_enabled
         check_fsdp(trainer, self.pruner)
         guard_trainer(trainer)
         guard_checkpoints(trainer)
@@ -233,12 +232,15 @@ class SparsityCallback(LogsFirst):
         return max(state.global_step / state.max_steps, self._resumed_at)
 
     def _check_scores_are_trained(self, optimizer: Any, pruner: Pruner) -> None:
+        if self._flattened:  # of what it had before, which `after_optimizer` has seen
+            return
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [u.name for u in pruner.units if u.masked.scores is not None and id(u.masked.scores) not in trained]
         if missing:
             raise RecipeError(
                 f"the movement scores of {len(missing)} weights (first: {missing[0]}) are not in the optimizer. A "
-                "Trainer that overrides create_optimizer has to call super().create_optimizer()"
+                "Trainer that overrides create_optimizer has to call super().create_optimizer(); a DeepSpeed config "
+                "must not have an `optimizer` of its own"
             )
 
     # -- during training ---------------------------------------------------------------------------------------------

@@ -104,8 +104,9 @@ def _missing(path: Path, processes: int) -> str:
         state = None
     processes = _written_by(path, processes)
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    # The second and third under FSDP, with whole and with sharded state.
-    if not any((path / n).is_file() for n in ("optimizer.pt", "optimizer.bin", f"{OPTIMIZER_SHARDS}/.metadata")):
+    # The second and third under FSDP, with whole and with sharded state; the last by DeepSpeed, after all else of it.
+    optimizers = ("optimizer.pt", "optimizer.bin", f"{OPTIMIZER_SHARDS}/.metadata", "latest")
+    if not any((path / name).is_file() for name in optimizers):
         return "optimizer.pt"
     for name in ("scheduler.pt", *random):
         if not (path / name).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -384,10 +385,24 @@ def test_resumed_run_is_the_uninterrupted_run(method: str, tmp_path: Path) -> No
         assert torch.equal(found, expected), name
 
 
-def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    trainer = sparse_trainer(tmp_path)
+@pytest.mark.parametrize(
+    ("said", "stage", "settings", "scorer"),
+    [
+        (r"ZeRO-3: .*of shape \(0,\), on every process.*Use ZeRO-1 or 2, or FSDP2", 3, {}, "magnitude"),
+        ("`warmup` does not work with DeepSpeed", 2, {}, {"name": "movement", "warmup": 0.1}),
+        ("gradients does not work with DeepSpeed in fp16", 2, {"fp16": {"enabled": True}}, "taylor"),
+        (None, 2, {"fp16": {"enabled": False}}, "taylor"),
+        (None, 1, {}, "movement"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_before_the_first_step(
+    tmp_path: Path, said: str | None, stage: int, settings: dict[str, Any], scorer: Any
+) -> None:
+    trainer = sparse_trainer(tmp_path, SparsityConfig(sparsity=0.5, scorer=scorer))
     trainer.is_deepspeed_enabled = True
-    with pytest.raises(RecipeError, match=r"does not work with DeepSpeed \(ZeRO-1, 2 or 3\).*Use DDP"):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=settings)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    with contextlib.nullcontext() if said is None else pytest.raises(RecipeError, match=said):
         trainer.create_optimizer()
 
 
