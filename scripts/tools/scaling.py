@@ -94,9 +94,9 @@ def memory(sizes: Sizes, strategy: str, processes: int, learned: bool) -> dict[s
 def communication(sizes: Sizes, strategy: str, processes: int, learned: bool) -> float:
     """Return the bytes that each process receives in a training step, with collectives along a ring."""
     trained = sizes.parameters + (sizes.targeted if learned else 0)
-    # Sharded: gathered for the forward and the backward pass, and gradients reduced. Masks are gathered twice: to mask
-    # weights, and gradients.
-    total = 2 * FLOAT * trained if strategy == "DDP" else 3 * FLOAT * trained + 2 * sizes.targeted
+    # Sharded: gathered for the forward and the backward pass, and gradients reduced. Masks are gathered three times: to
+    # mask weights in both passes, and gradients.
+    total = 2 * FLOAT * trained if strategy == "DDP" else 3 * FLOAT * trained + 3 * sizes.targeted
     return total * (processes - 1) / processes
 
 
