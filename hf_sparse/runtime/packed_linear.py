@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -162,6 +163,7 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
         layers[0]._buffers.update(buffers)
         for layer in layers:
             layer.__class__ = PackedLinear  # type: ignore[assignment]
+            _rebind(layer)
         for layer in layers:
             del layer._parameters["weight"]
         suspend_guards(layers)
@@ -190,6 +192,7 @@ def _restore(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter]) -> No
         vars(layer)["_parameters"] = {name: parameters[name] for name in vars(layer).get("order", parameters)}
     for layer in layers:
         layer.__class__ = nn.Linear
+        _rebind(layer)
     resume_guards(layers)
     for layer in layers:
         state = vars(layer)
@@ -198,6 +201,22 @@ def _restore(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter]) -> No
             layer._non_persistent_buffers_set.discard(name)
         for name in _ATTRIBUTES:
             state.pop(name, None)
+
+
+def is_dispatched(layer: nn.Module) -> bool:
+    """Return whether the forward method of a layer was replaced by accelerate alone, which calls the one that it found.
+
+    It does so with the layers of a model that a `device_map` spreads, and moves their inputs.
+    """
+    found = vars(layer).get("_old_forward")
+    return isinstance(found, types.MethodType) and found.__func__ is type(layer).forward
+
+
+def _rebind(layer: nn.Module) -> None:
+    """Let accelerate call the forward method of the class that a layer has now."""
+    for name in ("_old_forward", "forward"):  # the latter is that method too, once its hook was removed
+        if isinstance(found := vars(layer).get(name), types.MethodType) and found.__self__ is layer:
+            vars(layer)[name] = types.MethodType(type(layer).forward, layer)
 
 
 def _parameter(layer: PackedLinear) -> nn.Parameter:

@@ -18,6 +18,7 @@ from ..modeling.model_state import sparse_weights
 from ..modeling.ownership import count_owners
 from ..pruning.masked_weight import MaskedWeight
 from .lazy_weights import peek
+from .packed_linear import is_dispatched
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def _why_dense(module: nn.Linear, sparsity: float, shared: bool) -> str | None:
         return f"it is a {type(module).__name__}, which may compute something else than nn.Linear"
     if shared:
         return "its weight is shared with another module (tied embeddings)"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not is_dispatched(module):
         return "its forward method was replaced on this module"
     if sparsity < MIN_SPARSITY:
         return f"too few zeros: {sparsity:.1%}, and below {MIN_SPARSITY:.0%} dense is faster"

@@ -7,6 +7,7 @@ FSDP itself make it take that path.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -194,8 +195,7 @@ def test_deepspeed_file_without_deepspeed_is_refused_upstream(tmp_path: Path) ->
 
 def divides(folder: Path, kind: str) -> None:
     """On each process: as `trains`, by DeepSpeed; then again from the middle. ZeRO-3 is refused."""
-    import deepspeed
-
+    deepspeed: Any = importlib.import_module("deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at its first use
     scorer = "movement" if kind != "zero2" else "magnitude"
     if kind == "zero3":

@@ -1,4 +1,4 @@
-"""DeepSpeed in a loop of one's own, on two processes: ZeRO-1 and 2 make the masks and weights of DDP, ZeRO-3 is refused."""
+"""DeepSpeed in a loop of one's own, on two processes: ZeRO-1 and 2 make masks and weights of DDP, ZeRO-3 is refused."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from hf_sparse.pruning.mask_sync import digest
 from tests.helpers.ranks import on_ranks
 from tests.helpers.sharded import BATCH, GRADIENT_SCORERS, SCORERS, STEPS, batch, build, trained
 
-pytest.importorskip("deepspeed")
+deepspeed: Any = pytest.importorskip("deepspeed")
 
 METHODS = ("magnitude", "movement", "taylor", "rigl")
 
 
 def zero(scorer: str, stage: int) -> tuple[Pruner, list[int]]:
     """Train as `trained` does, by an engine of DeepSpeed."""
-    import deepspeed
-
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build("bert")
     method = {**SCORERS, **GRADIENT_SCORERS}[scorer]
@@ -48,8 +46,6 @@ def zero(scorer: str, stage: int) -> tuple[Pruner, list[int]]:
 
 def worker(folder: Path) -> None:
     """On each rank: every method by DDP, and by both stages."""
-    import deepspeed
-
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which is compiled at its first use
     dist.init_process_group("gloo")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)

@@ -11,7 +11,16 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForSequenceClassification
 
-from hf_sparse import BackendError, SparseConfig, SparsityConfig, sparsify, summarize, to_dense_runtime, to_runtime
+from hf_sparse import (
+    BackendError,
+    RecipeError,
+    SparseConfig,
+    SparsityConfig,
+    sparsify,
+    summarize,
+    to_dense_runtime,
+    to_runtime,
+)
 from hf_sparse.runtime.convert import is_runtime
 from tests.helpers.training import Rows, bert
 
@@ -100,13 +109,15 @@ def test_model_of_which_nothing_is_in_memory_is_refused(packed: Path, tmp_path: 
     assert not is_runtime(model)
 
 
-def test_2_4_is_made_while_parts_go_to_disk(tmp_path: Path) -> None:
+def test_2_4_is_made_on_each_device_and_not_on_disk(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path / "dense")
     config = SparseConfig(pattern="2:4", scorer="magnitude")
     expected = load(tmp_path / "dense", quantization_config=config)
-    found = load(
-        tmp_path / "dense", quantization_config=config, device_map=SPREAD, offload_folder=str(tmp_path / "parts")
-    )
-    assert found.bert.encoder.layer[1].output.dense.weight.is_meta
+    places = {name: "cpu" for name in SPREAD}
+    found = load(tmp_path / "dense", quantization_config=config, device_map=places)
     assert torch.equal(logits(found), logits(expected))
     assert summarize(expected).sparsity == 0.5
+    with pytest.raises(
+        RecipeError, match=r"offloaded by a device_map.*block by block, by hf_sparse.sparsify_checkpoint"
+    ):
+        load(tmp_path / "dense", quantization_config=config, device_map=SPREAD, offload_folder=str(tmp_path / "parts"))
