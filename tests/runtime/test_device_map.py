@@ -113,7 +113,7 @@ def test_2_4_is_made_on_each_device_and_not_on_disk(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path / "dense")
     config = SparseConfig(pattern="2:4", scorer="magnitude")
     expected = load(tmp_path / "dense", quantization_config=config)
-    places = {name: "cpu" for name in SPREAD}
+    places = dict.fromkeys(SPREAD, "cpu")
     found = load(tmp_path / "dense", quantization_config=config, device_map=places)
     assert torch.equal(logits(found), logits(expected))
     assert summarize(expected).sparsity == 0.5
