@@ -15,6 +15,7 @@ from .hf.lora import load_lora, save_lora
 from .hf.peft import merged_update  # the module registers itself with PEFT
 from .hf.quantization import integration as _integration  # registers itself, and its quantizer with transformers
 from .hf.quantization.config import SparseConfig
+from .hf.runtime_file import load_runtime, save_runtime
 from .hf.trainer.callback import SparsityCallback
 from .hf.trainer.checkpoint import last_checkpoint
 from .hf.trainer.distillation_callback import DistillationCallback
@@ -72,6 +73,7 @@ __all__ = [
     "last_checkpoint",
     "layer_importance",
     "load_lora",
+    "load_runtime",
     "merge_experts",
     "merged_update",
     "prepare_for_inference",
@@ -79,6 +81,7 @@ __all__ = [
     "prune_layers",
     "restore_dense",
     "save_lora",
+    "save_runtime",
     "sparsify",
     "sparsify_checkpoint",
     "summarize",

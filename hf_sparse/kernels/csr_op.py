@@ -73,6 +73,15 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return unpack(values, columns, pointers, out_features, in_features)
 
 
+def _check(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
+    values, columns, pointers = parts
+    torch.sparse_csr_tensor(pointers, columns, values, (out_features, in_features), check_invariants=True)
+
+
 register(
-    Kernel(name="csr", layout=Layout(("values", "columns", "pointers"), _pack, _unpack), op=without_rows(csr_linear))
+    Kernel(
+        name="csr",
+        layout=Layout(("values", "columns", "pointers"), _pack, _unpack, check=_check),
+        op=without_rows(csr_linear),
+    )
 )

@@ -88,9 +88,13 @@ def _pack(weight: Tensor, rows: int) -> tuple[Tensor, ...]:
     return pack(weight, rows).parts
 
 
-def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+def _checked(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> PackedWeight:
     values, columns, pointers = parts
-    return unpack(PackedWeight(values, columns, pointers, rows, out_features, in_features))
+    return PackedWeight(values, columns, pointers, rows, out_features, in_features)
+
+
+def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
+    return unpack(_checked(parts, rows, out_features, in_features))
 
 
 FP32 = FusedFormat(
@@ -102,7 +106,7 @@ register(
     Kernel(
         name="cpu",
         label="sparse",
-        layout=Layout(("values", "columns", "pointers"), _pack, _unpack_parts),
+        layout=Layout(("values", "columns", "pointers"), _pack, _unpack_parts, check=_checked),
         op=OPERATORS["linear"],
         fused=OPERATORS,
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),

@@ -29,11 +29,18 @@ class Layout:
         parts: names of its tensors.
         pack: (weight, rows) -> its tensors; blocks are `rows` outputs high.
         unpack: (tensors, rows, out_features, in_features) -> the dense weight.
+        version: of what the tensors mean. Count it up with every change: files of `save_runtime` state it.
+        by_isa: whether it is another on another instruction set.
+        check: (tensors, rows, out_features, in_features) -> raises where tensors from a file would lead outside of the
+            weight; None = the operator checks that in each call.
     """
 
     parts: tuple[str, ...]
     pack: Callable[[Tensor, int], Parts]
     unpack: Callable[[Parts, int, int, int], Tensor]
+    version: int = 1
+    by_isa: bool = False
+    check: Callable[[Parts, int, int, int], object] | None = None
 
 
 def _always() -> str | None:

@@ -26,6 +26,7 @@ from ..modeling.layer_kinds import matrix_shape, oriented, output_axis, set_matr
 from ..modeling.model_state import EDITS
 from .even_cuts import Cuts, Cuttable, move_to_config, unmark_dense
 from .masked_weight import masked_weight
+from .row_blocks import in_row_blocks, report_kept
 
 
 def edits_of(model: nn.Module) -> Edits:
@@ -63,9 +64,10 @@ def compact(model: nn.Module) -> Edits:
     The model computes the same as before, up to the order of additions. A head goes if its output columns are zero, or
     its value rows with their biases; with grouped queries a KV head goes with the last head that reads it. A neuron
     goes if its output column is zero, or what comes to it is always 0; one whose rows alone are zero is a constant,
-    which is added to the bias of the next layer. A sub-block that has lost all of its heads or neurons gives the bias
-    of its last layer and costs nothing. A filter goes with its entries of the batch norm if the input channels of the
-    next layer that read it are zero, as pattern "filter" leaves them; one filter of each convolution stays.
+    which is added to the bias of the next layer. Where the layers before are zero in blocks of rows (pattern "block" of
+    4 x 1), neurons go in whole blocks: kernels need them. A sub-block that has lost all of its heads or neurons gives
+    the bias of its last layer and costs nothing. A filter goes with its entries of the batch norm if the input channels
+    of the next layer that read it are zero, as pattern "filter" leaves them; one filter of each convolution stays.
 
     What is left is smaller matrices, not zeros: it is faster on every device. The layers get new parameters, so make
     the optimizer after this. A model of transformers saves and loads as before; it can be pruned and compacted again.
@@ -102,9 +104,12 @@ def compact(model: nn.Module) -> Edits:
             if layer.weight.is_meta:
                 raise SparsityError(f"'{name}' is not in memory (meta device). Load the whole model into memory first")
     cuts: Cuts = {kind: dict(getattr(edits_of(model), kind)) for kind in KINDS.values()}
-    anything = False
+    anything, in_blocks = False, []
     for block in blocks:
         living = living_groups(block)
+        if isinstance(block, SubBlock) and block.kind == "feed_forward" and not bool(living.all()):
+            living, found = in_row_blocks(block, living)
+            in_blocks.append(found)
         if bool(living.all()):
             continue
         own = cuts[KINDS[block.kind]]
@@ -113,6 +118,7 @@ def compact(model: nn.Module) -> Edits:
         cut_block(block, kept, own[block.name])
         anything = True
     edits = Edits(**cuts)
+    report_kept(in_blocks)
     if anything:
         settle_edits(model, cuts)
     return edits

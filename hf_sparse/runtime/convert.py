@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import BackendError
 from ..kernels import KERNELS, Kernel, library_status
-from ..modeling.architectures import known_sub_blocks
+from ..modeling.architectures import SubBlock, known_sub_blocks
 from ..modeling.class_swap import restore
 from ..modeling.layer_matching import InRuntimeForm
 from ..modeling.model_state import check_model
@@ -108,7 +108,8 @@ def to_runtime(
             conversion.pack(kernel, timed, tokens)
             if conversion.packed and kernel.isas and KERNELS[lm_head.KERNEL].unavailable() is None:
                 conversion.read_lm_head(timed, tokens)
-            conversion.finish()
+            if conversion.packed:
+                fuse_all(model, conversion.packed, conversion.unfused)
         except BaseException:
             _restore(model)
             raise
@@ -148,8 +149,7 @@ class _Conversion:
         self.dense_bytes = {name: decision.layer.weight.nbytes for name, decision in decisions.items()}
         self.packed: list[PackCandidate] = []
         self.errors: dict[str, float] = {}
-        blocks = [block for block in known_sub_blocks(model) if block.kind == "feed_forward"]
-        self.unfused = [block for block in blocks if fused_ffn.reads_output_weight(block)]
+        self.unfused = unfused_blocks(model)
 
     def pack(self, kernel: Kernel, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Choose what is packed, and pack it."""
@@ -198,18 +198,6 @@ class _Conversion:
         lm_head.use_few_token_kernel(layer, few)
         self.decisions[name] = lm_head.decide(decision, speedups)
 
-    def finish(self) -> None:
-        """Fuse what is packed, and protect the model."""
-        if not self.packed:
-            return
-        for candidate in self.packed:
-            candidate.fuse()
-        for block in self.unfused:
-            if isinstance(block.output, PackedLinear) and fused_ffn.is_fusible(block):
-                fused_ffn.fuse(block, None)
-        freeze(self.model)
-        guard(self.model)
-
     def reports(self) -> tuple[LayerReport, ...]:
         """Return the report of each layer."""
         by_name = {name: candidate for candidate in self.packed for name in candidate.names}
@@ -227,6 +215,27 @@ class _Conversion:
             *(name, self.shapes[name], decision.sparsity, decision.kernel, rows, size, dense),
             *(decision.speedups, decision.reason, self.errors.get(name)),
         )
+
+
+def unfused_blocks(model: nn.Module) -> list[SubBlock]:
+    """Return the feed-forward sub-blocks that have to know if the layer whose weight they look at is packed."""
+    blocks = [block for block in known_sub_blocks(model) if block.kind == "feed_forward"]
+    return [block for block in blocks if fused_ffn.reads_output_weight(block)]
+
+
+def fuse_all(model: nn.Module, packed: Sequence[PackCandidate], unfused: Sequence[SubBlock]) -> None:
+    """Fuse what is packed, and protect the model.
+
+    Args:
+        unfused: of `unfused_blocks`, from before anything was packed.
+    """
+    for candidate in packed:
+        candidate.fuse()
+    for block in unfused:
+        if isinstance(block.output, PackedLinear) and fused_ffn.is_fusible(block):
+            fused_ffn.fuse(block, None)
+    freeze(model)
+    guard(model)
 
 
 def _restore(model: nn.Module) -> None:

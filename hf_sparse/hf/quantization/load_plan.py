@@ -236,6 +236,9 @@ class LoadPlan:
                 found[key] = PackedTensor(entry, parts, reads, key, expected, dtype)
             yield found
 
+    def finish(self, model: PreTrainedModel) -> None:
+        """Do what is left to do once transformers has loaded everything."""
+
     def keys(self) -> list[str]:
         """Return the keys of the model's tensors, without the training state of weights that were being pruned."""
         return [key for key in self.manifest.tensors if not is_training_state(key, self.manifest.tensors)]

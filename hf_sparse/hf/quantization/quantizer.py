@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 
-from ...errors import BackendError, RecipeError
+from ...errors import BackendError, CheckpointError, RecipeError
 from ...formats.manifest import Manifest
 from ...formats.safetensors_io import MANIFEST_KEY
 from ...formats.zero_patterns import looks_sparse
@@ -31,6 +31,7 @@ from .bnb import check_one_device, hand_over, quantize, second_quantizer
 from .config import METHOD, SparseConfig
 from .load_plan import LoadPlan, is_packed, settled
 from .pack_state import is_training_state, pack_state
+from .runtime_plan import RuntimePlan, plan_of
 from .saving import refuse_edited, refuse_forms, save_packed, save_parts_packed, save_plain, save_request
 
 logger = logging.get_logger(__name__)
@@ -105,7 +106,9 @@ class SparseQuantizer(HfQuantizer):
         copy = self.quantization_config.manifest if self.pre_quantized else None
         if not files:
             return None if copy is None else LoadPlan(copy)
-        plan = LoadPlan.of(files, copy)
+        plan = plan_of(files, copy)
+        if isinstance(plan, RuntimePlan):
+            self._refuse_requests()
         # The manifest in the files is the one that goes with their bytes. The copy in config.json can be of another
         # save, if a save was killed between replacing the weights and replacing the config.
         if plan is not None and copy is not None and copy != plan.manifest:
@@ -114,6 +117,20 @@ class SparseQuantizer(HfQuantizer):
                 "interrupted?). The weight files are complete and are loaded; save the model again to repair it"
             )
         return plan
+
+    def _refuse_requests(self) -> None:
+        """Raise if a model in runtime form is to become something else while it is loaded."""
+        config = self.quantization_config
+        requested = {"backend": config.backend, "sparsity": self.prune_to, "quantization_config": self.second}
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "the file is in runtime form, and its config.json does not say so: use the one that save_runtime wrote"
+            )
+        if names := [name for name, value in requested.items() if value is not None]:
+            raise RecipeError(
+                f"the file is in runtime form already, for the kernels that it was made with: leave out {names[0]}, or "
+                "load the checkpoint that it was made of"
+            )
 
     def load(self, original: Callable[..., Any], model: PreTrainedModel, state: Any, files: Any, load: Any) -> Any:
         """Do what `PreTrainedModel._load_pretrained_model` does, with the tensors of the plan."""
@@ -127,6 +144,7 @@ class SparseQuantizer(HfQuantizer):
         sparse = self.plan is not None
         if self.plan is not None:
             self._settle(model, self.plan)
+            self.plan.finish(model)
             self.plan = None
         elif self.pre_quantized:
             sparse = self._settle_dense(model)
@@ -264,8 +282,10 @@ def load_pretrained(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     if state is not None or not files or not is_packed(files[0]):
         return original(model, state, files, load)
     # The config names no quantization: that of one tower of a CLIP, or one that the user made. The files are packed.
-    plan = LoadPlan.of(files)
+    plan = plan_of(files)
     assert plan is not None
+    if isinstance(plan, RuntimePlan):
+        raise CheckpointError(f"{files[0]} is in runtime form: use the config.json that save_runtime wrote beside it")
     plan.shape_model(model)
     loaded = plan.load(original, model, None, load, lazy=False)
     if quantizer is None:

@@ -1,0 +1,241 @@
+"""Describe a model in runtime form, and bring one into it from packed tensors: nothing is packed, nothing is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError, CheckpointError
+from ..kernels import KERNELS
+from ..modeling.architectures import SubBlock, known_sub_blocks
+from ..modeling.class_swap import plain_class_of
+from ..modeling.layer_matching import InRuntimeForm
+from ..modeling.model_state import sparse_weights
+from . import fused_ffn, lm_head
+from .candidates import Form, PackCandidate
+from .convert import fuse_all, unfused_blocks
+from .fused_ffn import FusedFeedForward
+from .lm_head import Copy, FewTokenLinear
+from .packed_linear import PackedLinear
+from .packed_weight import EXACT, Packed, exact_names, operand_names
+from .saved_form import REMEDY, SavedRuntime, SavedUnit, isa_here
+
+Read = Callable[[str], Tensor | None]
+"""Name of a tensor -> the tensor, or None if there is none of that name."""
+
+
+def describe(model: nn.Module) -> tuple[SavedRuntime, dict[str, Tensor]]:
+    """Return what a file has to say of a model in runtime form, and its tensors by name.
+
+    Raises:
+        BackendError: if a layer is packed for a GPU, a weight is not in memory, or the layers of a fused sub-block were
+            replaced.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    units: list[SavedUnit] = []
+    tensors, shared = _own_tensors(model)
+    for form, layers in _packed_units(model):
+        packed = [layers[0].packed] if form == "qkv" else [layer.packed for layer in layers]
+        heights = tuple(each.rows for each in packed), tuple(each.exact_rows for each in packed)
+        unit = SavedUnit(form, packed[0].kernel, tuple(names[id(layer)] for layer in layers), *heights)
+        units.append(unit)
+        for owner, each in zip(unit.owners, packed, strict=True):
+            stored = {_key(owner, part, each.kernel): value for part, value in each.buffers().items()}
+            tensors |= {key: value for key, value in stored.items() if value is not None}
+    head, copied = _few_token_layer(model)
+    if copied is not None:
+        tensors |= dict(zip(_copy_keys(head, copied[0]), copied[1], strict=True))
+    kernels = {unit.kernel for unit in units} | ({copied[0]} if copied is not None else set())
+    kernels |= {EXACT} if any(not KERNELS[kernel].exact for kernel in kernels) else set()
+    saved = SavedRuntime(
+        plain_class_of(model).__name__,
+        isa_here(),
+        {name: KERNELS[name].layout.version for name in sorted(kernels)},
+        tuple(units),
+        head,
+        copied[0] if copied is not None else "",
+        shared,
+        {name: int(_weight(model, name).count_nonzero()) for name in sparse_weights(model)},
+    )
+    return saved, tensors
+
+
+def restore(model: nn.Module, saved: SavedRuntime, read: Read) -> None:
+    """Bring a model into runtime form, in place.
+
+    Args:
+        model: with all its parameters but the weights that are packed: of those, the shape counts.
+        read: the tensors that `describe` has returned.
+
+    Raises:
+        CheckpointError: if the description or a tensor does not fit the model.
+    """
+    blocks = {_layers_of(block): block for block in known_sub_blocks(model)}
+    unfused = unfused_blocks(model)
+    candidates = [_candidate(model, unit, blocks, read) for unit in saved.units]
+    head = _linear(model, saved.lm_head) if saved.lm_head else None
+    copied = _copy(saved, head, read) if head is not None and saved.copy else None
+    for candidate in candidates:
+        candidate.pack(candidate.layers, keep_dense=False)
+    if head is not None:
+        lm_head.use_few_token_kernel(head, copied)
+    fuse_all(model, candidates, unfused)
+
+
+def packed_tensors(saved: SavedRuntime) -> set[str]:
+    """Return the names that the tensors of packed weights may have; all others are those of the model itself."""
+    found = set(_copy_keys(saved.lm_head, saved.copy)) if saved.copy else set()
+    for unit in saved.units:
+        parts = (*operand_names(unit.kernel), "packed_negative", *exact_names(unit.kernel))
+        found |= {_key(owner, part, unit.kernel) for owner in unit.owners for part in parts}
+    return found
+
+
+def _packed_units(model: nn.Module) -> Iterator[tuple[Form, tuple[PackedLinear, ...]]]:
+    """Yield what is packed together."""
+    done: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FusedFeedForward) and module.fused_ffn.activation is not None:
+            fused = module.fused_ffn
+            if any(modules.get(link) is not child for modules, link, child in fused.parts.links):
+                raise BackendError(
+                    f"save_runtime got a model whose layers in '{name}' were replaced after to_runtime: call "
+                    "hf_sparse.to_dense_runtime(model), and hf_sparse.to_runtime(model) again"
+                )
+            done.update(map(id, fused.layers))
+            yield "ffn", fused.layers
+    for name, module in model.named_modules():
+        if not isinstance(module, InRuntimeForm) or id(module) in done:
+            continue
+        if not isinstance(module, PackedLinear):
+            raise BackendError(f"save_runtime got a model whose layer '{name}' is packed for a GPU: it saves for CPUs")
+        layers: tuple[PackedLinear, ...] = (module,) if module.joint is None else module.joint.layers  # type: ignore[assignment]
+        done.update(map(id, layers))
+        yield "linear" if module.joint is None else "qkv", layers
+
+
+def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the parameters and persistent buffers by name, and the names of those that are another one too."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = {name: own for name, own in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, own in (module._parameters | kept).items():
+            if own is None:
+                continue
+            place = f"{path}.{name}".strip(".")
+            if own.is_meta:
+                raise BackendError(f"save_runtime got a model whose '{place}' is offloaded: load the whole model first")
+            if id(own) in first:
+                shared[place] = first[id(own)]
+            else:
+                first[id(own)], tensors[place] = place, own.detach()
+    return tensors, shared
+
+
+def _few_token_layer(model: nn.Module) -> tuple[str, Copy | None]:
+    """Return name and copy of the LM head that the GEMV kernel reads; no name if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, FewTokenLinear):
+            copied = module.few_token_copy
+            return name, copied if module.few_token_stamp.fits(module.weight) else None
+    return "", None
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    path, _, own = name.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(path), own)
+    return weight
+
+
+def _key(owner: str, part: str, kernel: str) -> str:
+    """Return the name of a tensor. The first takes that of the weight: whoever does not know us finds another shape."""
+    return f"{owner}.{'weight' if part == operand_names(kernel)[0] else part}"
+
+
+def _copy_keys(head: str, kernel: str) -> list[str]:
+    return [f"{head}.few_token_{part}" for part in KERNELS[kernel].layout.parts]
+
+
+def _layers_of(block: SubBlock) -> tuple[str, ...]:
+    return tuple(block.inputs) if block.kind == "attention" else (*block.inputs, block.output_name)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if type(layer) is not nn.Linear:
+        kind = "no layer" if layer is None else f"a {type(layer).__name__}"
+        raise CheckpointError(f"the runtime form packs '{name}', which is {kind} in a {type(model).__name__}: {REMEDY}")
+    return layer
+
+
+def _candidate(
+    model: nn.Module, unit: SavedUnit, blocks: Mapping[tuple[str, ...], SubBlock], read: Read
+) -> PackCandidate:
+    layers = tuple(_linear(model, name) for name in unit.layers)
+    block, activation = blocks.get(unit.layers), None
+    if unit.form != "linear":
+        kind = {"qkv": "attention", "ffn": "feed_forward"}[unit.form]
+        if block is None or block.kind != kind or not KERNELS[unit.kernel].fused:
+            raise CheckpointError(
+                f"the runtime form computes {', '.join(unit.layers)} together, which this hf_sparse does not know in a "
+                f"{type(model).__name__}: {REMEDY}"
+            )
+        activation = fused_ffn.activation_of(block) if unit.form == "ffn" and fused_ffn.is_fusible(block) else None
+        if unit.form == "ffn" and activation is None:
+            raise CheckpointError(
+                f"the activation of {', '.join(unit.layers)} is one that no kernel computes: {REMEDY}"
+            )
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    if unit.form == "qkv":
+        sizes = [(sum(height for height, _ in sizes), sizes[0][1])]
+    described = zip(unit.owners, unit.rows, unit.exact_rows, sizes, strict=True)
+    packed = tuple(_packed(unit.kernel, owner, rows, exact, size, read) for owner, rows, exact, size in described)
+    return PackCandidate(unit.form, unit.kernel, unit.layers, layers, packed, block, activation)
+
+
+def _packed(kernel: str, owner: str, rows: int, exact_rows: int, size: tuple[int, int], read: Read) -> Packed:
+    """Return a packed weight whose tensors fit together, and lead nowhere outside of it."""
+    height, width = size
+    found = {part: read(_key(owner, part, kernel)) for part in (*operand_names(kernel), *exact_names(kernel))}
+    for part, tensor in found.items():
+        if tensor is None:
+            raise CheckpointError(f"the runtime form lacks the tensor '{_key(owner, part, kernel)}'")
+    operands = tuple(found[part] for part in operand_names(kernel))
+    exact = tuple(found[part] for part in exact_names(kernel))
+    packed = Packed(kernel, rows, height, width, operands, read(f"{owner}.packed_negative"), exact, exact_rows)  # type: ignore[arg-type]
+    _check(Packed(kernel, rows, height, width, packed.operands), owner)
+    if packed.exact:
+        _check(Packed(EXACT, exact_rows, height, width, packed.exact), owner)
+    negative = packed.negative
+    if negative is not None and (negative.dtype != torch.uint8 or negative.shape != (-(-height * width // 8),)):
+        raise CheckpointError(f"the signs of the zeros of '{owner}' are not one bit for each of {height} x {width}")
+    return packed
+
+
+def _check(packed: Packed, owner: str) -> None:
+    """Refuse tensors that a kernel would not take, or that lead outside of the weight."""
+    kernel = KERNELS[packed.kernel]
+    if packed.rows not in kernel.heights:
+        raise CheckpointError(f"'{owner}' is packed in blocks of {packed.rows} rows, which '{kernel.name}' has not")
+    try:
+        if kernel.layout.check is not None:
+            kernel.layout.check(packed.operands, packed.rows, packed.out_features, packed.in_features)
+        packed.multiply(torch.zeros(1, packed.in_features), None)
+    except (BackendError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"the packed weight of '{owner}' is corrupted: {error}") from None
+
+
+def _copy(saved: SavedRuntime, head: nn.Linear, read: Read) -> Copy:
+    parts = [read(key) for key in _copy_keys(saved.lm_head, saved.copy)]
+    if any(part is None for part in parts):
+        raise CheckpointError(f"the runtime form lacks a tensor of the copy of '{saved.lm_head}'")
+    copied = tuple(part for part in parts if part is not None)
+    _check(Packed(saved.copy, 1, head.out_features, head.in_features, copied), saved.lm_head)
+    return saved.copy, copied
