@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from ..errors import BackendError, RecipeError
 from ..hf.auto import load_whole
 from ..kernels import KERNELS
 from ..profiling.machine import machine
-from ..profiling.speed_record import verdict
+from ..profiling.speed_record import FP32, EngineSpeed, fastest, verdict
 from ..profiling.timer import interleave, quartiles, ratios, threads_of_torch
 from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
 from .bench_inputs import Examples, inputs_of, make_inputs
+from .dense_engines import ENGINES, Engine, Job, built, first_output
 
 TOLERANCE = 1e-3
 """Largest difference of outputs, relative to the largest output, that counts as rounding."""
@@ -52,6 +56,8 @@ class Comparison:
         runtime: the model in runtime form.
         speedup: quartiles of dense time over runtime time, round by round.
         report: of `to_runtime`.
+        engines: other engines that ran the dense baseline.
+        left_out: engines that could not, and why.
     """
 
     setting: dict[str, Any]
@@ -60,6 +66,8 @@ class Comparison:
     runtime: Timing
     speedup: tuple[float, float, float]
     report: RuntimeReport
+    engines: tuple[EngineSpeed, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as `hf_sparse.profiling.speed_record.Speed` reads them."""
@@ -83,7 +91,20 @@ class Comparison:
             rates = (self.setting["count"] / each.seconds[1] for each in (self.dense, self.runtime))
             lines.append("examples a second: dense {:.1f}, runtime {:.1f}".format(*rates))
         lines.append(f"{self.verdict}; medians and quartiles, interleaved")
+        for engine in self.engines:
+            low, middle, high = (1e3 * value for value in engine.seconds)
+            lines.append(f"{engine.name:<16} {middle:9.2f} ms [{low:.2f}, {high:.2f}]  dense, {engine.version}")
+        precisions = dict.fromkeys(engine.precision for engine in self.engines)
+        lines += map(self._over_fastest, precisions)
+        lines += [f"{name:<16} left out: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
+
+    def _over_fastest(self, precision: str) -> str:
+        best = fastest(self.engines, precision)
+        assert best is not None
+        if precision == FP32 and best.seconds[1] >= self.dense.seconds[1]:
+            return f"fastest dense {precision} engine: torch, as above"
+        return f"fastest dense {precision} engine: {best.name}; over it, {verdict(best.speedup)}"
 
 
 def bench(
@@ -96,6 +117,7 @@ def bench(
     rounds: int = 15,
     revision: str = "main",
     examples: Examples | None = None,
+    engines: Sequence[str] = (),
 ) -> Comparison:
     """Compare a saved sparse model in runtime form with a dense one.
 
@@ -110,6 +132,8 @@ def bench(
         rounds: passes of each model, interleaved.
         revision: branch, tag or commit on the Hub.
         examples: that are timed, sorted by length in padded batches; None = random tokens.
+        engines: names of `dense_engines.ENGINES`: what else runs the dense model, in the same rounds and as many
+            threads. torch is no fair baseline where another engine is faster.
 
     Raises:
         BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.
@@ -130,13 +154,7 @@ def bench(
         if against is not None:
             dense = load_whole(against, dtype=torch.float32)
             _check_same_inputs(sparse, dense)
-        seconds = interleave(
-            {
-                "dense": lambda: [dense(**each) for each in inputs.batches],
-                "runtime": lambda: [sparse(**each) for each in inputs.batches],
-            },
-            rounds,
-        )
+        seconds, others, left_out = _timed(dense, sparse, inputs.batches, engines, rounds)
         setting = {
             "model": _public_name(model),
             "against": "the same weights, dense" if against is None else _public_name(against),
@@ -156,7 +174,46 @@ def bench(
         Timing(quartiles(seconds["runtime"]), size(sparse)),
         quartiles(ratios(seconds, "dense", "runtime")),
         report,
+        others,
+        left_out,
     )
+
+
+def _timed(
+    dense: Any, sparse: Any, batches: Sequence[dict[str, Tensor]], engines: Sequence[str], rounds: int
+) -> tuple[dict[str, list[float]], tuple[EngineSpeed, ...], dict[str, str]]:
+    """Return the times of each round by name, what is to be said of other engines, and which are left out."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        lengths = len({each["input_ids"].shape for each in batches})
+        job = Job(dense, lengths, torch.get_num_threads(), Path(folder))
+        others, left_out = built(engines, job, partial(_difference_of, dense, batches))
+        seconds = interleave(
+            {
+                "dense": lambda: [dense(**each) for each in batches],
+                "runtime": lambda: [sparse(**each) for each in batches],
+                **{name: partial(_over_all, run, batches) for name, (run, _) in others.items()},
+            },
+            rounds,
+        )
+    said = [
+        EngineSpeed(
+            *(name, ENGINES[name].version, ENGINES[name].precision, quartiles(seconds[name])),
+            *(quartiles(ratios(seconds, name, "runtime")), apart),
+        )
+        for name, (_, apart) in others.items()
+    ]
+    return seconds, tuple(said), left_out
+
+
+def _over_all(run: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    return [run(each) for each in batches]
+
+
+@torch.inference_mode()
+def _difference_of(dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], precision: str, engine: Engine) -> float:
+    """Return the largest difference of the outputs of an engine, see `compare`."""
+    tolerance = TOLERANCE if precision == FP32 else INT8_TOLERANCE
+    return max(_within(engine(each), first_output(dense(**each)), tolerance, "this engine") for each in batches)
 
 
 @torch.inference_mode()
@@ -166,11 +223,17 @@ def compare(model: nn.Module, dense: nn.Module, inputs: dict[str, Tensor], toler
     Raises:
         BackendError: if that is above the tolerance, by default that of rounding.
     """
-    outputs, expected = _first(model(**inputs)), _first(dense(**inputs))
+    outputs, expected = first_output(model(**inputs)), first_output(dense(**inputs))
+    return _within(outputs, expected, tolerance, "the runtime form")
+
+
+def _within(outputs: Tensor, expected: Tensor, tolerance: float, whose: str) -> float:
+    if outputs.shape != expected.shape:
+        raise BackendError(f"the outputs of {whose} have shape {tuple(outputs.shape)}, not {tuple(expected.shape)}")
     difference = float((outputs - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= tolerance:
         raise BackendError(
-            f"the outputs of the runtime form differ from those of the same weights dense by {difference:.1e} of the "
+            f"the outputs of {whose} differ from those of the same weights dense by {difference:.1e} of the "
             f"largest output, which is above the tolerance of {tolerance:.0e}, so nothing is timed. Check the kernels "
             "with `hf-sparse doctor`"
         )
@@ -189,17 +252,12 @@ def _check_same_inputs(model: nn.Module, against: nn.Module) -> None:
     configs: list[Any] = [each.config for each in (model, against)]
     sizes = [int(config.vocab_size) for config in configs]
     same = ours.keys() == theirs.keys() and sizes[1] >= sizes[0]
-    if not same or _first(model(**ours)).shape[1:] != _first(against(**theirs)).shape[1:]:
+    if not same or first_output(model(**ours)).shape[1:] != first_output(against(**theirs)).shape[1:]:
         raise RecipeError(
             f"a {type(model).__name__} with {sizes[0]:,} tokens in its vocabulary cannot be compared with a "
             f"{type(against).__name__} with {sizes[1]:,}: both get the same inputs, and outputs must be of one shape. "
             "Name its dense baseline"
         )
-
-
-def _first(outputs: Any) -> Tensor:
-    first: Tensor = outputs[0] if not hasattr(outputs, "logits") else outputs.logits
-    return first
 
 
 def _in_runtime_form(model: nn.Module, backend: str) -> RuntimeReport:

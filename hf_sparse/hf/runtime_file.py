@@ -91,9 +91,9 @@ def save_runtime(model: nn.Module, folder: PathLike) -> None:
     if inner is model:
         _save(inner, folder)
         return
-    inside = set(inner.modules())
-    packed: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, InRuntimeForm)]
-    others = [name for name, module in packed if module not in inside]
+    inside = set(map(id, inner.modules()))
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, InRuntimeForm)]
+    others = [name for name, module in packed if id(module) not in inside]
     if others:
         raise BackendError(
             f"save_runtime saves the transformer of a {type(model).__name__} in runtime form, and '{others[0]}' beside "

@@ -24,7 +24,56 @@ NOTHING = 1.03
 Quartiles = tuple[float, float, float]
 """25 %, median, 75 %."""
 
+FP32 = "float32"
+
+MOST_ENGINES = 64
+
 _TEXTS, _COUNTS = ("model", "against", "machine", "dtype"), ("threads", "batch", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSpeed:
+    """Another engine that ran the dense baseline, beside torch.
+
+    Attributes:
+        name: of the engine.
+        version: of its package.
+        precision: "float32" or "int8".
+        seconds: of a forward pass, or of those over all examples.
+        speedup: its time over that of the sparse model, round by round.
+        difference: of its outputs to those of torch, relative to the largest output.
+    """
+
+    name: str
+    version: str
+    precision: str
+    seconds: Quartiles
+    speedup: Quartiles
+    difference: float
+
+    @classmethod
+    def from_dict(cls, data: Any) -> EngineSpeed:
+        """Build from plain JSON types.
+
+        Raises:
+            CheckpointError: if a field is missing or not of its kind.
+        """
+        texts = ("name", "version", "precision")
+        if not isinstance(data, Mapping) or not all(isinstance(data.get(key), str) for key in texts):
+            raise CheckpointError(f"an engine of a measured speed must have the texts {texts}, got {data!r:.80}")
+        if not is_number(data.get("difference")):
+            raise CheckpointError(f"an engine of a measured speed must have a `difference`, got {data!r:.80}")
+        return cls(
+            **{key: data[key][:80] for key in texts},
+            seconds=_quartiles(data.get("seconds"), "engines.seconds"),
+            speedup=_quartiles(data.get("speedup"), "engines.speedup"),
+            difference=float(data["difference"]),
+        )
+
+
+def fastest(engines: Sequence[EngineSpeed], precision: str) -> EngineSpeed | None:
+    """Return the engine with the lowest median time."""
+    return min((e for e in engines if e.precision == precision), key=lambda e: e.seconds[1], default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +87,7 @@ class Speed:
         speedup: dense time over sparse time, round by round.
         dense_bytes, sparse_bytes: of parameters and buffers in memory.
         examples: which were measured, and how long they are; `length` is that of the longest. None = all of one length.
+        engines: that ran the dense baseline beside torch; None = a file of before they were measured.
 
     Units: dense and sparse in seconds.
     """
@@ -55,6 +105,7 @@ class Speed:
     dense_bytes: int
     sparse_bytes: int
     examples: str | None = None
+    engines: tuple[EngineSpeed, ...] | None = None
 
     @classmethod
     def from_dict(cls, data: Any) -> Speed:
@@ -91,6 +142,7 @@ class Speed:
             dense_bytes=dense["bytes"],
             sparse_bytes=runtime["bytes"],
             examples=examples,
+            engines=_engines(data.get("engines")),
         )
 
     @property
@@ -100,10 +152,34 @@ class Speed:
             ("dense", _milliseconds(self.dense)),
             ("this model", _milliseconds(self.sparse)),
             ("gain", verdict(self.speedup)),
+            *self._engine_rows(),
             ("in memory", f"{self.sparse_bytes / 1e6:.1f} MB, dense {self.dense_bytes / 1e6:.1f} MB"),
             *((key, str(getattr(self, key))) for key in ("against", "machine", *_COUNTS, "dtype")),
             *([] if self.examples is None else [("examples", self.examples)]),
         ]
+
+    def _engine_rows(self) -> list[tuple[str, str]]:
+        """Return rows about the fastest dense engines, other than torch where one is faster."""
+        rows = [("other dense engines", "none measured")] if self.engines == () else []
+        for precision in dict.fromkeys(engine.precision for engine in self.engines or ()):
+            best = fastest(self.engines or (), precision)
+            assert best is not None
+            if precision == FP32 and best.seconds[1] >= self.dense[1]:
+                rows.append((f"fastest dense {FP32} engine", f"torch, before {best.version} ({best.name})"))
+                continue
+            rows.append(
+                (f"fastest dense {precision} engine", f"{best.version} ({best.name}), {_milliseconds(best.seconds)}")
+            )
+            rows.append((f"gain over it, {precision}", verdict(best.speedup)))
+        return rows
+
+
+def _engines(data: Any) -> tuple[EngineSpeed, ...] | None:
+    if data is None:
+        return None
+    if not isinstance(data, list | tuple) or len(data) > MOST_ENGINES:
+        raise CheckpointError(f"`engines` of the measured speed must be a list, got {data!r:.80}")
+    return tuple(map(EngineSpeed.from_dict, data))
 
 
 def verdict(speedup: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig
 from hf_sparse.analysis.bench_inputs import Examples, inputs_of, make_inputs
 from hf_sparse.analysis.benchmark import Comparison, Timing
 from hf_sparse.analysis.benchmark import compare as compare_outputs
+from hf_sparse.analysis.dense_engines import ENGINES
 from hf_sparse.analysis.environment import diagnose
 from hf_sparse.cli.main import main
 from hf_sparse.hf.auto import most_tokens
@@ -36,6 +37,13 @@ from tests.helpers.tiny import save_t5, save_tokenizer
 
 ALIKE = ("machine", "threads", "dtype", "batch", "length")
 """What the settings of two measurements have in common here, but for the examples."""
+
+
+@pytest.fixture(autouse=True)
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no other engine be there: exporting for one takes long. Tests put in their own."""
+    for name in list(ENGINES):
+        monkeypatch.delitem(ENGINES, name)
 
 
 @pytest.fixture

@@ -40,6 +40,13 @@ class Bench(Verb):
             "--rounds", type=int, default=15, metavar="N", help="forward passes of each model, interleaved (15)"
         )
         parser.add_argument("--backend", choices=backends(), default="auto", help="see hf_sparse.to_runtime (auto)")
+        parser.add_argument(
+            "--engines",
+            default="installed",
+            metavar="LIST",
+            help="also run the dense model in these, in as many threads: torch-compile, onnxruntime, openvino, "
+            "onnxruntime-int8, with commas between; or none (those that are installed)",
+        )
         parser.add_argument("--layers", action="store_true", help="also print the table of layers")
         parser.add_argument("--json", metavar="OUT", help="also write everything to this file")
         parser.add_argument(
@@ -50,6 +57,7 @@ class Bench(Verb):
     def run(self, options: argparse.Namespace) -> None:
         from ...analysis.bench_inputs import Examples
         from ...analysis.benchmark import bench
+        from ...analysis.dense_engines import engines_named
 
         if options.save and not Path(options.model).is_dir():
             raise RecipeError(f"--save needs a local folder, got '{options.model}'; use --json OUT")
@@ -59,7 +67,8 @@ class Bench(Verb):
             examples = Examples(options.data, tuple(options.text or ("text",)), options.samples)
         elif options.text:
             raise RecipeError("--text names a column of --data, which is not given")
-        done = bench(options.model, **given(options, *keys), examples=examples)
+        engines = engines_named(options.engines)
+        done = bench(options.model, **given(options, *keys), examples=examples, engines=engines)
         print(f"{done.report}\n\n{done}" if options.layers else done)
         for path in filter(None, (options.json, options.save and Path(options.model) / SPEED)):
             write_text(path, json.dumps(done.to_dict(), indent=1) + "\n")

@@ -126,9 +126,10 @@ class RuntimePlan(LoadPlan):
                     found[name] = _Placeholder(shapes[name].shape)
         for name, tensor in found.items():
             if isinstance(tensor, Tensor) and name in shapes and _differs(tensor, shapes[name]):
+                expected = shapes[name]
                 raise CheckpointError(
                     f"'{name}' is {tensor.dtype} of shape {tuple(tensor.shape)} in the runtime form, and the model is "
-                    f"to have {shapes[name].dtype} of shape {tuple(shapes[name].shape)}: use its config.json, and no dtype"
+                    f"to have {expected.dtype} of shape {tuple(expected.shape)}: use its config.json, and no dtype"
                 )
         self.targets, self.nonzeros = tuple(self.saved.targets), dict(self.saved.targets)
         yield found
