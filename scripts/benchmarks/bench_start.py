@@ -3,9 +3,9 @@
     python scripts/benchmarks/bench_start.py MODEL --rounds 5 --workers 8
 
 MODEL is a checkpoint. Measured is from the call that loads it, with everything imported, to the end of the first
-forward pass: "dense" from_pretrained alone; "cold" and to_runtime with no cached times of this machine; "warm" with them;
-"saved" load_runtime of what save_runtime wrote. The files are in the page cache. The memory of N processes that are
-alive together is the sum of their proportional set sizes (Pss): what they share counts once.
+forward pass: "dense" from_pretrained alone; "cold" and to_runtime with no cached times of this machine; "warm" with
+them; "saved" load_runtime of what save_runtime wrote. The files are in the page cache. The memory of N processes that
+are alive together is the sum of their proportional set sizes (Pss): what they share counts once.
 """
 
 from __future__ import annotations

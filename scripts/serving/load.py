@@ -7,7 +7,8 @@
 `--start NAME=FOLDER:BACKEND` starts a server of server.py for it; "dense" is torch as it is. Answers are compared
 before anything is timed (`--tolerance` for one that rounds). In each round each server gets the same requests from as
 many clients, one server after the other and in the reverse order in the next round. A client sends the next request
-when it has the answer, on a connection that it keeps. The latency is that of the client: with HTTP, JSON and tokenization.
+when it has the answer, on a connection that it keeps. The latency is that of the client: with HTTP, JSON and
+tokenization.
 """
 
 from __future__ import annotations
