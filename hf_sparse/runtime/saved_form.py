@@ -152,10 +152,7 @@ class SavedRuntime:
         here = isa_here()
         if sys.byteorder != "little":
             raise CheckpointError(f"the file is in runtime form, for little-endian processors: {REMEDY}")
-        if any(not KERNELS[unit.kernel].exact for unit in self.units if unit.kernel in KERNELS):
-            needed = {*self.layouts, EXACT}
-        else:
-            needed = set(self.layouts)
+        needed = {*self.layouts} | ({EXACT} if any(max(unit.exact_rows) for unit in self.units) else set())
         for name in sorted(needed):
             self._check_kernel(name, here)
         if here != self.isa:

@@ -19,8 +19,11 @@ from .convert import fuse_all, unfused_blocks
 from .fused_ffn import FusedFeedForward
 from .lm_head import Copy, FewTokenLinear
 from .packed_linear import PackedLinear
-from .packed_weight import EXACT, Packed, exact_names, operand_names
+from .packed_weight import EXACT, Packed, operand_names
 from .saved_form import REMEDY, SavedRuntime, SavedUnit, isa_here
+
+EXACT_NAMES = tuple(f"exact_{part}" for part in KERNELS[EXACT].layout.parts)
+"""Buffers of an exact weight beside the operands of a kernel that rounds."""
 
 Read = Callable[[str], Tensor | None]
 """Name of a tensor -> the tensor, or None if there is none of that name."""
@@ -48,7 +51,7 @@ def describe(model: nn.Module) -> tuple[SavedRuntime, dict[str, Tensor]]:
     if copied is not None:
         tensors |= dict(zip(_copy_keys(head, copied[0]), copied[1], strict=True))
     kernels = {unit.kernel for unit in units} | ({copied[0]} if copied is not None else set())
-    kernels |= {EXACT} if any(not KERNELS[kernel].exact for kernel in kernels) else set()
+    kernels |= {EXACT} if any(max(unit.exact_rows) for unit in units) else set()
     saved = SavedRuntime(
         plain_class_of(model).__name__,
         isa_here(),
@@ -88,7 +91,7 @@ def packed_tensors(saved: SavedRuntime) -> set[str]:
     """Return the names that the tensors of packed weights may have; all others are those of the model itself."""
     found = set(_copy_keys(saved.lm_head, saved.copy)) if saved.copy else set()
     for unit in saved.units:
-        parts = (*operand_names(unit.kernel), "packed_negative", *exact_names(unit.kernel))
+        parts = (*operand_names(unit.kernel), "packed_negative", *EXACT_NAMES)
         found |= {_key(owner, part, unit.kernel) for owner in unit.owners for part in parts}
     return found
 
@@ -203,13 +206,16 @@ def _candidate(
 def _packed(kernel: str, owner: str, rows: int, exact_rows: int, size: tuple[int, int], read: Read) -> Packed:
     """Return a packed weight whose tensors fit together, and lead nowhere outside of it."""
     height, width = size
-    found = {part: read(_key(owner, part, kernel)) for part in (*operand_names(kernel), *exact_names(kernel))}
-    for part, tensor in found.items():
+    names = (*operand_names(kernel), *(EXACT_NAMES if exact_rows else ()))
+    found: dict[str, Tensor] = {}
+    for part in names:
+        tensor = read(_key(owner, part, kernel))
         if tensor is None:
             raise CheckpointError(f"the runtime form lacks the tensor '{_key(owner, part, kernel)}'")
+        found[part] = tensor
     operands = tuple(found[part] for part in operand_names(kernel))
-    exact = tuple(found[part] for part in exact_names(kernel))
-    packed = Packed(kernel, rows, height, width, operands, read(f"{owner}.packed_negative"), exact, exact_rows)  # type: ignore[arg-type]
+    exact = tuple(found[part] for part in names[len(operands) :])
+    packed = Packed(kernel, rows, height, width, operands, read(f"{owner}.packed_negative"), exact, exact_rows)
     _check(Packed(kernel, rows, height, width, packed.operands), owner)
     if packed.exact:
         _check(Packed(EXACT, exact_rows, height, width, packed.exact), owner)

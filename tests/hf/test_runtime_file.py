@@ -47,8 +47,9 @@ FILE = "model.safetensors"
 @pytest.fixture(autouse=True)
 def present(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the operators count as the kernels: without the library they fall back to torch, and give the same."""
-    if any(KERNELS[name].unavailable() for name in ("cpu", "bitmask", "int8")):
-        pretend(monkeypatch, **dict.fromkeys(("cpu", "bitmask", "dense_few", "int8", "bitmask-int8")))
+    for kernel in KERNELS.of_device("cpu"):
+        if kernel.unavailable():
+            pretend(monkeypatch, **{kernel.name: None})
 
 
 def parts(model: nn.Module) -> list[str]:
@@ -65,7 +66,7 @@ def mapped_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{own}", tensor
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "csr", "bitmask", "bitmask-int8"])
+@pytest.mark.parametrize("backend", [name for name, kernel in KERNELS.backends.items() if kernel.device == "cpu"])
 @pytest.mark.parametrize("family", ["bert", "t5-gated", "modernbert"])
 def test_outputs_and_structure_are_those_after_to_runtime(family: str, backend: str, tmp_path: Path) -> None:
     model, inputs = sparse(family), structures.batch(family)

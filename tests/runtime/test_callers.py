@@ -25,9 +25,9 @@ LENGTHS = (1, 3, 8, 17, 20, 31)
 @pytest.fixture(autouse=True)
 def present(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the operators count as the kernels: without the library they fall back to torch, and give the same."""
-    for name in ("cpu", "bitmask", "int8", "bitmask-int8"):
-        if KERNELS[name].unavailable():
-            pretend(monkeypatch, **{name: None})
+    for kernel in KERNELS.of_device("cpu"):
+        if kernel.unavailable():
+            pretend(monkeypatch, **{kernel.name: None})
 
 
 @contextmanager
@@ -97,7 +97,9 @@ def test_encoder_gives_every_caller_the_same_bits(backend: str, threads: int) ->
         assert all(map(torch.equal, each, expected[number] * 4)), number
 
 
-@pytest.mark.parametrize("backend", ["cpu", "bitmask", "bitmask-int8"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", *(kernel.backend for kernel in KERNELS.of_device("cpu") if kernel.few_tokens)]
+)
 def test_decoder_generates_the_same_for_every_caller(backend: str) -> None:
     model = decoders.build("llama")
     with torch.no_grad():
