@@ -133,7 +133,7 @@ def bench(
         revision: branch, tag or commit on the Hub.
         examples: that are timed, sorted by length in padded batches; None = random tokens.
         engines: names of `dense_engines.ENGINES`: what else runs the dense model, in the same rounds and as many
-            threads. torch is no fair baseline where another engine is faster.
+            threads. Where another engine is faster than torch, that is the fair baseline.
 
     Raises:
         BackendError: if the outputs are not those of the same weights dense, or the runtime refuses the model.

@@ -58,13 +58,13 @@ class EngineSpeed:
         Raises:
             CheckpointError: if a field is missing or not of its kind.
         """
-        texts = ("name", "version", "precision")
-        if not isinstance(data, Mapping) or not all(isinstance(data.get(key), str) for key in texts):
-            raise CheckpointError(f"an engine of a measured speed must have the texts {texts}, got {data!r:.80}")
+        named = ("name", "version", "precision")
+        if not isinstance(data, Mapping) or not all(isinstance(data.get(key), str) for key in named):
+            raise CheckpointError(f"an engine of a measured speed must have {', '.join(named)}, got {data!r:.80}")
         if not is_number(data.get("difference")):
             raise CheckpointError(f"an engine of a measured speed must have a `difference`, got {data!r:.80}")
         return cls(
-            **{key: data[key][:80] for key in texts},
+            **{key: data[key][:80] for key in named},
             seconds=_quartiles(data.get("seconds"), "engines.seconds"),
             speedup=_quartiles(data.get("speedup"), "engines.speedup"),
             difference=float(data["difference"]),

@@ -4,9 +4,10 @@
     python scripts/benchmarks/bench_runtime.py --models bert-base --batches 1 --threads 1 --sparsities 0.9 --rounds 7
 
 Outputs are compared before anything is timed. Then the dense model (torch, eager), the sparse ones, with --int8 the
-same with backend "cpu-int8" (not exact: how far off is a column), and with --ort ONNX Runtime in float32 and int8
-(dense: it does not use zeros) run interleaved; the speed-up is the median of the ratios
-within a round, with quartiles. T5 is timed as its encoder, and as greedy decoding of 64 tokens.
+same with backend "cpu-int8" (not exact: how far off is a column), and the dense model in the engines that are
+installed (torch.compile, ONNX Runtime, OpenVINO; --engines) run interleaved; the speed-up is the median of the ratios
+within a round, with quartiles, over torch and over the fastest dense engine of the run. T5 is timed as its encoder,
+and as greedy decoding of 64 tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,15 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, size
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, TOLERANCE, compare, size
+from hf_sparse.analysis.dense_engines import ENGINES, INT8, Engine, Job, built, engines_named
+from hf_sparse.errors import BackendError
 from hf_sparse.kernels import library_status
 from hf_sparse.modeling.layer_matching import block_layers
 from hf_sparse.profiling.machine import machine
+from hf_sparse.profiling.speed_record import FP32
 from hf_sparse.profiling.timer import interleave, quartiles, threads_of_torch
+from hf_sparse.profiling.timer import ratios as gains
 from hf_sparse.runtime.lm_head import use_few_token_kernel
 
 PATTERNS = {"element": (1, 1), "4x1": (4, 1), "32x32": (32, 32)}
@@ -78,21 +84,35 @@ def work(name: str, model: Any, ids: torch.Tensor) -> Callable[[], object]:
     return lambda: model(ids)
 
 
-def onnx_runs(model: Any, ids: torch.Tensor, threads: int, folder: str) -> dict[str, Callable[[], object]]:
-    """Return the dense model in ONNX Runtime, in float32 and with dynamic int8."""
-    import onnxruntime
-    from onnxruntime.quantization import quantize_dynamic
+def dense_engines(
+    names: Sequence[str], name: str, dense: Any, ids: torch.Tensor, threads: int, folder: str
+) -> dict[str, Callable[[], object]]:
+    """Return what else runs the dense model: none for T5, whose encoder and generation no engine here exports."""
+    if name.startswith("t5"):
+        return {}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    path = Path(folder) / "model.onnx"
-    torch.onnx.export(model, (ids,), path, input_names=["ids"], dynamo=True, external_data=False, verbose=False)
-    quantize_dynamic(path, path.with_name("int8.onnx"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    runs: dict[str, Callable[[], object]] = {}
-    for label, file in (("ort", path), ("ort-int8", path.with_name("int8.onnx"))):
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        runs[label] = partial(session.run, None, {"ids": ids.numpy()})
-    return runs
+    def difference(precision: str, engine: Engine) -> float:
+        with torch.inference_mode():
+            expected = dense(ids)[0]
+        apart = float((engine(batch) - expected).abs().max() / expected.abs().max())
+        if not apart <= (TOLERANCE if precision == FP32 else INT8_TOLERANCE):
+            raise BackendError(f"its outputs differ by {apart:.1e}")
+        return apart
+
+    engines, _ = built(names, Job(dense, 1, threads, Path(folder)), difference)
+    return {label: partial(engine, batch) for label, (engine, _) in engines.items()}
+
+
+def fastest_dense(seconds: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Return the fastest dense run of each precision: what the sparse one has to be compared with."""
+    found = {}
+    for precision in (FP32, INT8):
+        runs = [name for name in seconds if name in ENGINES and ENGINES[name].precision == precision]
+        runs += ["dense"] if precision == FP32 else []
+        if runs:
+            found[precision] = min(runs, key=lambda name: statistics.median(seconds[name]))
+    return found
 
 
 def measure(options: argparse.Namespace, name: str, batch: int, threads: int) -> Iterator[dict[str, Any]]:
@@ -100,7 +120,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
     dense = make(name)
     ids = torch.randint(5, 1000, (batch, options.length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        peers = onnx_runs(dense, ids, threads, folder) if options.ort and not name.startswith("t5") else {}
+        peers = dense_engines(engines_named(options.engines), name, dense, ids, threads, folder)
         for pattern in options.patterns:
             for sparsity in options.sparsities:
                 same, sparse = make(name), make(name)
@@ -143,6 +163,10 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                     "dense_bytes": bytes_dense,
                     "seconds": {run: quartiles(found) for run, found in seconds.items()},
                     "speedup": ratios,
+                    "fastest dense": {
+                        precision: {"engine": run, "speedup": quartiles(gains(seconds, run, "sparse"))}
+                        for precision, run in fastest_dense(seconds).items()
+                    },
                 }
 
 
@@ -159,7 +183,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--backend", default="cpu", help="see hf_sparse.to_runtime (cpu)")
     parser.add_argument("--int8", action="store_true", help='also time backend "cpu-int8"')
-    parser.add_argument("--ort", action="store_true", help="also time ONNX Runtime, float32 and int8")
+    parser.add_argument(
+        "--engines", default="installed", help="other engines for the dense model, as of hf-sparse bench (installed)"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     setting = {
@@ -179,13 +205,16 @@ def main() -> None:
                 for batch in options.batches:
                     for row in measure(options, name, batch, threads):
                         rows.append(row)
-                        gains = ", ".join(
+                        said = ", ".join(
                             f"{run} {middle:.2f}x [{low:.2f}, {high:.2f}]"
                             for run, (low, middle, high) in row["speedup"].items()
                         )
+                        for precision, over in row["fastest dense"].items():
+                            low, middle, high = over["speedup"]
+                            said += f"; over {over['engine']} ({precision}) {middle:.2f}x [{low:.2f}, {high:.2f}]"
                         print(
                             f"{threads} thread(s) {name:<17} {batch} x {options.length} {row['pattern']:<8}"
-                            f"{row['sparsity']:.0%}  {gains}",
+                            f"{row['sparsity']:.0%}  {said}",
                             flush=True,
                         )
                         if options.json is not None:

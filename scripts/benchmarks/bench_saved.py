@@ -4,14 +4,17 @@
     python scripts/benchmarks/bench_saved.py runs/g2p_dense runs/g2p_small --generate 40
 
 Each round runs every model once and divides its time by that of the first model in the same round. Printed are the
-median of these ratios with quartiles, and the sizes of the weight files.
+median of these ratios with quartiles, and the sizes of the weight files; beside them the first model in the engines
+that are installed, as torch may not be the fastest that runs it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from hf_sparse.analysis.bench_inputs import make_inputs
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, TOLERANCE
+from hf_sparse.analysis.dense_engines import ENGINES, Engine, Job, built, engines_named, first_output
+from hf_sparse.errors import BackendError
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.hf.auto import load_whole
+from hf_sparse.profiling.speed_record import FP32
 from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 
@@ -37,6 +45,24 @@ def call(model: Any, options: argparse.Namespace) -> Callable[[], Any]:
 
 
 @torch.inference_mode()
+def dense_engines(
+    names: Sequence[str], model: Any, options: argparse.Namespace, folder: Path
+) -> dict[str, Callable[[], Any]]:
+    """Return what else runs the first model, with its outputs."""
+    inputs = make_inputs(model, options.batch, options.length)
+    expected = first_output(model(**inputs))
+
+    def difference(precision: str, engine: Engine) -> float:
+        apart = float((engine(inputs) - expected).abs().max() / expected.abs().max())
+        if not apart <= (TOLERANCE if precision == FP32 else INT8_TOLERANCE):
+            raise BackendError(f"its outputs differ by {apart:.1e}")
+        return apart
+
+    engines, _ = built(names, Job(model, 1, options.threads, folder), difference)
+    return {name: partial(engine, inputs) for name, (engine, _) in engines.items()}
+
+
+@torch.inference_mode()
 def main() -> None:
     """Time and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,10 +72,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="time N greedy tokens instead")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--engines", default="installed", help="other engines for the first model, as of hf-sparse bench (installed)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = [load_whole(name).eval() for name in options.models]
-    seconds = interleave({index: call(model, options) for index, model in enumerate(loaded)}, options.rounds)
+    runs: dict[int | str, Callable[[], Any]] = {index: call(model, options) for index, model in enumerate(loaded)}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        names = [] if options.generate else engines_named(options.engines)
+        engines = dense_engines(names, loaded[0], options, Path(folder))
+        seconds = interleave({**runs, **engines}, options.rounds)
     what = f"{options.generate} greedy tokens" if options.generate else "one forward pass"
     print(
         f"{what}, batch {options.batch}, {options.length} tokens in, {options.threads} threads, speed-up over the first"
@@ -59,6 +92,9 @@ def main() -> None:
         size = sum(inspect(name).files.values()) / 1e6
         sizes = f"{model.num_parameters():>13,} parameters{size:9.2f} MB"
         print(f"{Path(name).name:<24}{middle:6.2f} [{low:.2f}, {high:.2f}]{sizes}")
+    for name in engines:
+        low, middle, high = quartiles(ratios(seconds, 0, name))
+        print(f"{name:<24}{middle:6.2f} [{low:.2f}, {high:.2f}]  the first model, {ENGINES[name].precision}")
 
 
 if __name__ == "__main__":

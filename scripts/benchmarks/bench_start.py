@@ -49,8 +49,9 @@ def child(mode: str, folder: str, threads: int, backend: str) -> None:
     if mode == "saved":
         model: Any = hf_sparse.load_runtime(folder)
     else:
-        config = None if mode == "dense" else hf_sparse.SparseConfig(backend=backend)
-        model = load_whole(folder, dtype=torch.float32, **({} if config is None else {"quantization_config": config}))
+        packed = {} if mode == "dense" else {"quantization_config": hf_sparse.SparseConfig(backend=backend)}
+        options: dict[str, Any] = {"dtype": torch.float32, **packed}
+        model = load_whole(folder, **options)
     with torch.inference_mode():
         model(**make_inputs(model, 1, 16))
     print(time.perf_counter() - start, flush=True)

@@ -1,13 +1,13 @@
 """Load servers, interleaved, and print latency percentiles and requests a second; the first is the baseline.
 
-    python scripts/serving/load.py --texts stsb.jsonl --column sentence1 \
+    python scripts/serving/load.py --examples stsb.jsonl --column sentence1 \
         --start dense=MODEL:dense sparse=MODEL:auto mapped=RUNTIME:auto --clients 1 8
-    python scripts/serving/load.py --texts stsb.jsonl dense=127.0.0.1:8080 sparse=127.0.0.1:8081
+    python scripts/serving/load.py --examples stsb.jsonl dense=127.0.0.1:8080 sparse=127.0.0.1:8081
 
-`--start NAME=FOLDER:BACKEND` starts a server of server.py for it; "dense" is torch as it is. Answers are compared
+`--start NAME=FOLDER:BACKEND` starts a server of server.py for it; "dense" is torch as it is. Outputs are compared
 before anything is timed (`--tolerance` for one that rounds). In each round each server gets the same requests from as
 many clients, one server after the other and in the reverse order in the next round. A client sends the next request
-when it has the answer, on a connection that it keeps. The latency is that of the client: with HTTP, JSON and
+when it has the response, on a connection that it keeps. The latency is that of the client: with HTTP, JSON and
 tokenization.
 """
 
@@ -43,16 +43,16 @@ class Result(NamedTuple):
 
 
 def ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
-    """Send a request and return the answer.
+    """Send a request and return the response.
 
     Raises:
         RuntimeError: if it is an error.
     """
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    content = json.loads(answer.read())
-    if answer.status != http.HTTPStatus.OK:
-        raise RuntimeError(f"{path} gave {answer.status}: {content}")
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    if response.status != http.HTTPStatus.OK:
+        raise RuntimeError(f"{path} returned {response.status}: {content}")
     return content
 
 
@@ -60,7 +60,7 @@ def requests_of(kind: str, texts: Sequence[str], each: int) -> list[Any]:
     """Return bodies of requests.
 
     Args:
-        each: texts in a request.
+        each: examples in a request.
     """
     groups = [list(texts[start : start + each]) for start in range(0, len(texts), each)]
     if kind == "embedding":
@@ -71,7 +71,7 @@ def requests_of(kind: str, texts: Sequence[str], each: int) -> list[Any]:
 
 
 def numbers(answer: Any) -> list[float]:
-    """Return the numbers of an answer, those of labels in the order of the labels and not of the scores."""
+    """Return the numbers of a response, those of labels in the order of the labels and not of the scores."""
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         key = "index" if "index" in answer[0] else "label"
         return [float(each["score"]) for each in sorted(answer, key=lambda each: str(each[key]))]
@@ -81,7 +81,7 @@ def numbers(answer: Any) -> list[float]:
 
 
 def compare(servers: Mapping[str, str], path: str, bodies: Sequence[Any], tolerance: float) -> None:
-    """Refuse servers that answer differently than the first.
+    """Refuse servers whose outputs differ from those of the first.
 
     Raises:
         RuntimeError: naming the server and the difference.
@@ -94,7 +94,9 @@ def compare(servers: Mapping[str, str], path: str, bodies: Sequence[Any], tolera
     for name, answers in found.items():
         apart = max(abs(a - b) for a, b in zip(answers, found[first], strict=True))
         if not apart <= tolerance:
-            raise RuntimeError(f"{name} answers otherwise than {first}, by {apart:.1e}; {tolerance:.0e} is allowed")
+            raise RuntimeError(
+                f"the outputs of {name} differ from those of {first} by {apart:.1e}; {tolerance:.0e} is allowed"
+            )
 
 
 def send(address: str, path: str, bodies: Sequence[Any], clients: int) -> Result:
@@ -180,16 +182,16 @@ def main() -> None:
     parser.add_argument("servers", nargs="*", metavar="NAME=HOST:PORT", help="that run already")
     parser.add_argument("--start", nargs="+", default=[], metavar="NAME=FOLDER:BACKEND", help="servers to start")
     parser.add_argument("--workers", type=int, default=1, help="processes of each server that is started (1)")
-    parser.add_argument("--texts", required=True, metavar="FILE", help="JSON lines")
+    parser.add_argument("--examples", required=True, metavar="FILE", help="JSON lines")
     parser.add_argument("--column", default="text")
-    parser.add_argument("--count", type=int, default=256, help="texts (256)")
-    parser.add_argument("--each", type=int, default=1, help="texts of a request (1)")
+    parser.add_argument("--count", type=int, default=256, help="examples (256)")
+    parser.add_argument("--each", type=int, default=1, help="examples in a request (1)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="difference of answers that is allowed (1e-3)")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="difference of outputs that is allowed (1e-3)")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    lines = Path(options.texts).read_text(encoding="utf-8").splitlines()
+    lines = Path(options.examples).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)[options.column] for line in lines[: options.count]]
     servers = dict(each.split("=", 1) for each in options.servers)
     started, processes = start_servers(options.start, options.workers)
@@ -201,7 +203,9 @@ def main() -> None:
         kind = json.loads(connection.getresponse().read())["model_type"]
         bodies = requests_of(kind, texts, options.each)
         compare(servers, ROUTES[kind], bodies, options.tolerance)
-        print(f"{len(bodies)} requests of {options.each} texts to {ROUTES[kind]}, {options.rounds} rounds, interleaved")
+        print(
+            f"{len(bodies)} requests of {options.each} examples to {ROUTES[kind]}, {options.rounds} rounds, interleaved"
+        )
         for clients in options.clients:
             found = measure(servers, ROUTES[kind], bodies, clients, options.rounds)
             for name, results in found.items():

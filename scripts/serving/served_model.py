@@ -60,7 +60,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """What it answers: "embedding", "reranker" or "classifier"."""
+        """What it returns: "embedding", "reranker" or "classifier"."""
         if not self.gives_scores:
             return "embedding"
         return "reranker" if self.inner.config.num_labels == 1 else "classifier"
@@ -69,7 +69,7 @@ class Model:
         """Return a padded batch.
 
         Args:
-            texts: or pairs of texts.
+            texts: or pairs of them.  words: ok
         """
         if not hasattr(self.local, "tokenizer"):  # it keeps how it truncates, so threads must not share one
             self.local.tokenizer = copy.deepcopy(self.tokenizer)
@@ -112,7 +112,7 @@ def load(folder: str, backend: str) -> Any:
 
 
 def embed(model: Model, body: dict[str, Any]) -> Any:
-    """Answer /embed."""
+    """Compute /embed."""
     given = body.get("inputs")
     texts = [given] if isinstance(given, str) else _texts(given, "inputs")
     found = model.embed(texts, _flag(body, "normalize", True), _flag(body, "truncate", False))
@@ -120,7 +120,7 @@ def embed(model: Model, body: dict[str, Any]) -> Any:
 
 
 def rerank(model: Model, body: dict[str, Any]) -> Any:
-    """Answer /rerank."""
+    """Compute /rerank."""
     query, texts = body.get("query"), _texts(body.get("texts"), "texts")
     if not isinstance(query, str) or not query:
         raise RequestError("`query` must be a text that is not empty")
@@ -136,7 +136,7 @@ def rerank(model: Model, body: dict[str, Any]) -> Any:
 
 
 def predict(model: Model, body: dict[str, Any]) -> Any:
-    """Answer /predict: of one text, of a pair, or of a list of lists of one or two texts."""
+    """Compute /predict: of one text, of a pair, or of a list of lists of one or two."""
     given = body.get("inputs")
     if not model.gives_scores:
         raise RequestError("the model has no classifier", HTTPStatus.FAILED_DEPENDENCY)
@@ -146,7 +146,7 @@ def predict(model: Model, body: dict[str, Any]) -> Any:
         raise RequestError(f"`inputs` must be a text, a pair, or a list of 1 to {MOST_TEXTS} of these in lists")
     pairs = [_texts(item, "inputs", most=2) for item in each]
     if len({len(pair) for pair in pairs}) > 1:
-        raise RequestError("`inputs` must be texts, or pairs, and not both")
+        raise RequestError("`inputs` must be single examples or pairs, not both")
     logits = model.logits(
         [pair[0] if len(pair) == 1 else tuple(pair) for pair in pairs], _flag(body, "truncate", False)
     )
@@ -166,7 +166,7 @@ ROUTES: dict[str, Callable[[Model, dict[str, Any]], Any]] = {"/embed": embed, "/
 def _texts(value: Any, name: str, most: int = MOST_TEXTS) -> list[str]:
     good = isinstance(value, list) and 1 <= len(value) <= most and all(isinstance(text, str) for text in value)
     if not good:
-        raise RequestError(f"`{name}` must be a list of 1 to {most} texts")
+        raise RequestError(f"`{name}` must be a list of 1 to {most} strings")
     return list(value)
 
 

@@ -3,7 +3,7 @@
     python scripts/serving/server.py MODEL --port 8080 --backend auto             # load, to_runtime
     python scripts/serving/server.py RUNTIME --port 8080 --workers 8              # what save_runtime wrote: mapped once
     curl 127.0.0.1:8080/embed -d '{"inputs": ["one text", "another"]}'
-    curl 127.0.0.1:8080/rerank -d '{"query": "capital of France", "texts": ["Paris", "a cow"]}'
+    curl 127.0.0.1:8080/rerank -d '{"query": "capital of France", "texts": ["Paris", "a cow"]}'  # words: ok
     curl 127.0.0.1:8080/predict -d '{"inputs": "a fine film"}'
 
 An example in the standard library, and a way to measure (load.py): no batching of several requests, no TLS.
@@ -49,7 +49,7 @@ class Server(ThreadingHTTPServer):
     Args:
         address: host and port; port 0 takes a free one.
         callers: requests that are computed at once.
-        waiting: requests that may wait for these; more are told to come again.
+        waiting: requests that may wait for these; more get status 429.
         shared: whether other processes listen on the port too.
     """
 
@@ -89,13 +89,12 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Send small answers at once."""
+        """Send small responses at once."""
         super().setup()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        torch.set_num_threads(1)  # of this thread: callers share the cores
 
     def do_GET(self) -> None:
-        """Answer /health and /info."""
+        """Return /health and /info."""
         if self.path == "/health":
             self._answer(HTTPStatus.OK, {})
         elif self.path == "/info":
@@ -107,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             self._error(RequestError(f"there is no {self.path[:80]}", HTTPStatus.NOT_FOUND))
 
     def do_POST(self) -> None:
-        """Answer a request to the model."""
+        """Compute a request to the model."""
         try:
             body = self._body()
             route = ROUTES.get(self.path)
@@ -170,15 +169,15 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=8, metavar="N", help="requests computed at once (8)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this port (1)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # of each thread that computes a request: they share the cores
     children: list[subprocess.Popen[str]] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the children end too
     try:
         model = Model(options.model, options.backend)
         address = (options.host, options.port)
         server = Server(address, model, options.callers, shared=options.workers > 1 or "SERVE_SHARED" in os.environ)
-        host, port = server.server_address[:2]
-        again = [sys.executable, __file__, options.model, "--host", str(host), "--port", str(port)]
+        port = server.server_address[1]
+        again = [sys.executable, __file__, options.model, "--host", options.host, "--port", str(port)]
         again += ["--backend", options.backend, "--callers", str(options.callers)]
         environment = {**os.environ, "SERVE_SHARED": "1"}
         for _ in range(options.workers - 1):
@@ -187,7 +186,7 @@ def main() -> None:
         for child in children:
             if child.stdout is None or not child.stdout.readline():
                 raise SparsityError("another process of this server could not start")
-        print(f"ready {host}:{port} {model.kind}", flush=True)
+        print(f"ready {options.host}:{port} {model.kind}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     except (SparsityError, OSError) as error:

@@ -16,6 +16,7 @@ import torch
 from hf_sparse import SparsityConfig, save_runtime, sparsify, to_runtime
 from hf_sparse.kernels import KERNELS
 from scripts.serving import load, server
+from scripts.serving.served_model import Model
 from tests.helpers import sentence, tiny
 
 TEXTS = sentence.TEXTS[:6]
@@ -24,7 +25,7 @@ BACKEND = "csr" if KERNELS["cpu"].unavailable() else "cpu"
 
 @contextmanager
 def serving(folder: Path, backend: str = BACKEND, **options: Any) -> Iterator[str]:
-    made = server.Server(("127.0.0.1", 0), server.Model(str(folder), backend), **options)
+    made = server.Server(("127.0.0.1", 0), Model(str(folder), backend), **options)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -159,9 +160,7 @@ def test_bad_requests_get_a_reason_and_the_server_goes_on(embedder: Path, path: 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(embedder: Path) -> None:
     with serving(embedder, callers=1, waiting=0) as address:
-        model = sentence.package()
-        del model
-        results = []
+        results: list[int] = []
 
         def work() -> None:
             results.extend(call(address, "/embed", {"inputs": TEXTS[:6]})[0] for _ in range(20))
@@ -179,7 +178,7 @@ def test_load_generator_compares_and_counts(embedder: Path, tmp_path: Path, caps
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     out = tmp_path / "out.json"
     with serving(embedder, "dense") as dense, serving(embedder) as sparse, serving(classifier(tmp_path, 1)) as other:
-        arguments = ["load", f"dense={dense}", f"sparse={sparse}", "--texts", str(texts), "--clients", "1", "3"]
+        arguments = ["load", f"dense={dense}", f"sparse={sparse}", "--examples", str(texts), "--clients", "1", "3"]
         monkeypatch.setattr("sys.argv", [*arguments, "--rounds", "2", "--json", str(out)])
         load.main()
         rows = json.loads(out.read_text(encoding="utf-8"))
@@ -187,11 +186,11 @@ def test_load_generator_compares_and_counts(embedder: Path, tmp_path: Path, caps
             ("dense", 1), ("sparse", 1), ("dense", 3), ("sparse", 3),
         ]  # fmt: skip
         assert all(0 < row["p50"] <= row["p90"] <= row["p99"] for row in rows)
-        assert "6 requests of 1 texts to /embed" in capsys.readouterr().out
+        assert "6 requests of 1 examples to /embed" in capsys.readouterr().out
         bodies = load.requests_of("reranker", TEXTS, 3)
         assert len(bodies) == 2
         embeds = load.requests_of("embedding", TEXTS, 3)
-        with pytest.raises(RuntimeError, match="sparse answers otherwise than dense, by"):
+        with pytest.raises(RuntimeError, match="the outputs of sparse differ from those of dense by"):
             load.compare({"dense": dense, "sparse": sparse}, "/embed", embeds, -1.0)
         with pytest.raises(RuntimeError, match="424"):
             load.send(dense, "/rerank", bodies, 2)
