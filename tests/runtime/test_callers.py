@@ -85,23 +85,15 @@ def outputs(model: Any, number: int, repeat: int = 1) -> list[Tensor]:
     return [model(**each).logits for _ in range(repeat) for each in inputs_of(number)]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["cpu", "cpu-int8", "csr"])
+@pytest.mark.parametrize(("backend", "threads"), [("cpu", 1), ("cpu", 2), ("cpu-int8", 1), ("cpu-int8", 2), ("csr", 1)])
 def test_encoder_gives_every_caller_the_same_bits(backend: str, threads: int) -> None:
     model = sparse("bert", hidden_size=32, intermediate_size=64)
     to_runtime(model, backend)
     with threads_of_torch(threads):
         expected = [outputs(model, number) for number in range(CALLERS)]
-        found = at_once(lambda number: outputs(model, number, repeat=4))
+        found = at_once(lambda number: outputs(model, number, repeat=2))
     for number, each in enumerate(found):
-        if backend == "csr":  # of torch, which divides its work otherwise when it is busy
-            assert all(map(_close, each, expected[number] * 4)), number
-        else:
-            assert all(map(torch.equal, each, expected[number] * 4)), number
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
+        assert all(map(torch.equal, each, expected[number] * 2)), number
 
 
 @pytest.mark.parametrize(
@@ -124,9 +116,9 @@ def test_decoder_generates_the_same_for_every_caller(backend: str) -> None:
         return [tensor for each in done for tensor in (each.sequences, *each.scores)]
 
     expected = [generated(number) for number in range(CALLERS)]
-    found = at_once(lambda number: generated(number, repeat=3))
+    found = at_once(lambda number: generated(number, repeat=2))
     for number, each in enumerate(found):
-        assert all(map(torch.equal, each, expected[number] * 3)), number
+        assert all(map(torch.equal, each, expected[number] * 2)), number
 
 
 def test_layers_of_one_matmul_called_by_themselves() -> None:
