@@ -104,8 +104,10 @@ def load(folder: str, backend: str) -> Any:
         "model_type", "SentenceTransformer"
     )
     embeds = has_modules(folder) and said == "SentenceTransformer"
-    model: Any = load_sentence_transformer(folder, device="cpu") if embeds else load_whole(folder)
-    model.eval().float()
+    if embeds:
+        model: Any = load_sentence_transformer(folder, device="cpu").eval().float()
+    else:
+        model = load_whole(folder, dtype=torch.float32)
     if backend != "dense":
         print(hf_sparse.to_runtime(model, backend), file=sys.stderr)
     return model
