@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -53,10 +54,11 @@ def save_runtime(model: nn.Module, folder: PathLike) -> None:
     Args:
         model: of transformers or sentence-transformers, after `to_runtime`. A tokenizer is saved as ever, beside it; a
             model of sentence-transformers saves its own.
-        folder: made if there is none; the files of an earlier save are replaced when the new ones are complete.
+        folder: made if there is none; the files of an earlier `save_runtime` are replaced when the new ones are
+            complete. A folder with a checkpoint is refused.
 
     Raises:
-        RecipeError: if it is another model, or has adapters.
+        RecipeError: if it is another model, has adapters, or would replace a checkpoint.
         BackendError: if it is not in runtime form, or was changed since.
         SparsityError: if the folder cannot be written.
 
@@ -88,6 +90,7 @@ def save_runtime(model: nn.Module, folder: PathLike) -> None:
             f"save_runtime got a {type(inner).__name__} of which nothing is packed: call hf_sparse.to_runtime(model) "
             "first. If dense is faster there for all its layers, save it with save_pretrained"
         )
+    _refuse_checkpoint(Path(folder))
     if inner is model:
         _save(inner, folder)
         return
@@ -126,7 +129,8 @@ def load_runtime(folder: PathLike) -> Any:
         RecipeError: if config.json does not fit it.
     """
     path = Path(folder)
-    finish_replacing(path)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is read as it is
+        finish_replacing(path)
     if not (path / SINGLE).is_file():
         raise CheckpointError(f"there is no {SINGLE} in {path}: name a folder that hf_sparse.save_runtime has written")
     manifest = read_manifest(path / SINGLE)
@@ -138,6 +142,21 @@ def load_runtime(folder: PathLike) -> Any:
     if (path / MODULES).is_file():
         return _wrapper_class(path)(os.fspath(path), device="cpu", local_files_only=True)
     return load_whole(os.fspath(path))
+
+
+def _refuse_checkpoint(folder: Path) -> None:
+    """Raise if a folder has weights that are not in runtime form: they may be the only ones that there are."""
+    if not folder.is_dir():
+        return
+    if (folder / SINGLE).is_file():
+        manifest = read_manifest(folder / SINGLE)
+        if manifest is not None and RUNTIME_KEY in manifest.extra:
+            return
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise RecipeError(
+            f"save_runtime would replace the checkpoint in {folder} ({found[0]}) by a file for one kind of processor: "
+            "name another folder"
+        )
 
 
 def _wrapper_class(folder: Path) -> Any:

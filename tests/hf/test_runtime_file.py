@@ -342,6 +342,8 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a checkpoint, and no runtime form"):
         load_runtime(tmp_path / "packed")
     to_runtime(model, "cpu")
+    with pytest.raises(RecipeError, match="would replace the checkpoint"):
+        save_runtime(model, tmp_path / "packed")
     layer = model.bert.encoder.layer[0]
     kept, layer.output = layer.output, nn.Identity()
     with pytest.raises(BackendError, match="replaced"):
