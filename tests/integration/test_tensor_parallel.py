@@ -35,8 +35,8 @@ OWN_PLANS: dict[str, dict[str, str]] = {
         "bert.encoder.layer.*.output.dense": "rowwise",
     },
     "t5": {
-        f"{stack}.block.*.layer.{place}.DenseReluDense.{layer}": style
-        for stack, place in (("encoder", 1), ("decoder", 2))
+        f"{stack}.block.*.layer.*.DenseReluDense.{layer}": style
+        for stack in ("encoder", "decoder")
         for layer, style in (("wi", "colwise"), ("wo", "rowwise"))
     },
 }
