@@ -32,7 +32,7 @@ def free_between_passes(module: nn.Module, masked: Any) -> None:
 
 
 def _begin(masked: Any, *_: Any) -> None:
-    masked.made = []
+    masked.made = None if torch.compiler.is_compiling() else []
 
 
 def _end(masked: Any, module: nn.Module, inputs: Any, output: Any) -> None:
