@@ -18,7 +18,7 @@ from __future__ import annotations
 from . import fp32_ops as ops  # isort: skip
 from . import int8_ops as int8  # isort: skip
 from . import csr_op as csr  # isort: skip
-from . import bitmask, bitmask_int8  # isort: skip
+from . import bitmask, bitmask_int8, bitmask_int4  # isort: skip
 from . import dense_gemv as dense  # isort: skip
 from .gpu import block_sparse, semi_structured  # isort: skip
 from .fp32_layout import PackedWeight, pack, unpack
@@ -37,6 +37,7 @@ __all__ = [
     "PackedInt8",
     "PackedWeight",
     "bitmask",
+    "bitmask_int4",
     "bitmask_int8",
     "block_sparse",
     "csr",

@@ -83,14 +83,19 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pack_rows(weight, dtype, -(-weight.shape[1] // WORD), lambda rows: rows)
 
 
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Some rows with what is stored, and which entries are -> the stored numbers row after row, how many of each row."""
+
+
 def pack_rows(
-    weight: Tensor, dtype: torch.dtype, words: int, convert: Callable[[Tensor], Tensor]
+    weight: Tensor, dtype: torch.dtype, words: int, convert: Callable[[Tensor], Tensor], store: Store | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return values, bits and row pointers of a weight, a few rows at a time: indexes of all entries would fill memory.
 
     Args:
         words: of each row of bits.
         convert: some rows of the weight -> their values, zero where nothing is stored.
+        store: how the values of some rows are stored; None = one after the other.
 
     Raises:
         BackendError: more nonzeros than int32 can count.
@@ -101,8 +106,9 @@ def pack_rows(
     for part in row_blocks(out, width):
         rows = convert(weight[part])
         kept = rows != 0
-        counts[part], bits[part] = kept.sum(1), to_words(kept, words)
-        values.append(rows[kept].to(dtype))
+        bits[part] = to_words(kept, words)
+        stored, counts[part] = (rows[kept], kept.sum(1)) if store is None else store(rows, kept)
+        values.append(stored.to(dtype))
     total = int(counts.sum())
     if total + width + SLACK >= 2**31:
         raise BackendError(f"weights in bits hold fewer than 2^31 nonzeros, and this one has {total}")

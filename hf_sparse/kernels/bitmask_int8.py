@@ -7,6 +7,7 @@ the largest of each `GROUP` columns / 127, so that one large number costs its ne
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,21 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
-from .bitmask import WORD, bound_function, call, is_native, pack_rows, unpack_rows
-from .int8_layout import NOTHING, STEPS, refusal
-from .library import library, why_not_built
+from ..modeling.value_grid import GRIDS, NOTHING, ValueGrid
+from .bitmask import WORD, Store, bound_function, call, is_native, pack_rows, unpack_rows
+from .int8_layout import STEPS, refusal
+from .library import Library, library, why_not_built
 from .op_table import WeightFormat
 from .operators import define_all, without_rows
 from .registry import Kernel, Layout, register
 
-GROUP = 128
-"""Columns that share a scale."""
+GRID = GRIDS[8]
+GROUP = GRID.group
+"""Columns that share a scale, of weights and of inputs."""
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class _BitmaskInt8(ctypes.Structure):
-    """`BitmaskInt8` of csrc/kernels.h."""
+class RoundedStructure(ctypes.Structure):
+    """`BitmaskInt8` and `BitmaskInt4` of csrc/kernels.h."""
 
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("values", "bits", "pointers", "scales", "bias")],
@@ -37,8 +40,8 @@ class _BitmaskInt8(ctypes.Structure):
     )
 
 
-class BitmaskInt8Weight(NamedTuple):
-    """A weight with its bias, as the operator passes it on; see `pack`."""
+class RoundedWeight(NamedTuple):
+    """A weight with its bias, as the operators of rounded values pass it on; see `pack`."""
 
     values: Tensor
     bits: Tensor
@@ -50,7 +53,7 @@ class BitmaskInt8Weight(NamedTuple):
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the last dimension to steps, group by group.
+    """Round the last dimension of inputs to steps, group by group.
 
     Shapes:
         x: (..., features). Returns the steps, (..., groups, `GROUP`), and what a step is worth, (..., groups, 1).
@@ -83,26 +86,47 @@ def pack(weight: Tensor) -> Parts:
         >>> values[:2].tolist(), bits.tolist(), pointers.tolist(), round(scales.item(), 3)
         ([127, 1], [[6, 0]], [0, 2], 0.01)
     """
-    scales: list[Tensor] = []
+    return pack_rounded(weight, GRID, torch.int8)
+
+
+def pack_rounded(weight: Tensor, grid: ValueGrid, dtype: torch.dtype, store: Store | None = None) -> Parts:
+    """Return the parts of a weight that is rounded to a grid; scales in float32.
+
+    Args:
+        dtype: of the values.
+        store: see `pack_rows`.
+    """
+    words = words_of(weight.shape[1])
+    scales = [torch.zeros(0, words * WORD // grid.group)]
 
     def convert(rows: Tensor) -> Tensor:
-        steps, each = rounded(rows)
+        grouped = grid.grouped(F.pad(rows, (0, words * WORD - rows.shape[1])))
+        each = grid.scales(grouped)
         scales.append(each.squeeze(-1))
-        return steps.flatten(1)  # what rounds to zero is not stored
+        return grid.steps_of(grouped, each).flatten(1)  # what rounds to zero is not stored
 
-    groups = -(-weight.shape[1] // GROUP)
-    values, bits, pointers = pack_rows(weight, torch.int8, groups * GROUP // WORD, convert)
-    return values, bits, pointers, torch.cat([torch.zeros(0, groups), *scales])
+    values, bits, pointers = pack_rows(weight, dtype, words, convert, store)
+    return values, bits, pointers, torch.cat(scales)
+
+
+def words_of(in_features: int) -> int:
+    """Return the words of bits of a row, of whole groups of inputs."""
+    return -(-in_features // GROUP) * GROUP // WORD
 
 
 def unpack(
     values: Tensor, bits: Tensor, pointers: Tensor, scales: Tensor, out_features: int, in_features: int
 ) -> Tensor:
     """Return the dense weight after rounding, in float32."""
-    width = bits.shape[1] * WORD
-    steps = unpack_rows(values, bits, pointers, width)
-    weight = steps.view(out_features, -1, GROUP) * scales[..., None] if width else steps
-    return weight.view(out_features, width)[:, :in_features].contiguous()
+    steps = unpack_rows(values, bits, pointers, bits.shape[1] * WORD)
+    return scaled(steps, scales, GROUP, in_features)
+
+
+def scaled(steps: Tensor, scales: Tensor, group: int, in_features: int) -> Tensor:
+    """Return steps times their scales, without the columns that fill up the last group."""
+    if not steps.numel():
+        return steps[:, :in_features]
+    return (steps.unflatten(1, (-1, group)) * scales[..., None]).flatten(1)[:, :in_features].contiguous()
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,34 +140,46 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def _check(weight: BitmaskInt8Weight) -> None:
+def check_parts(weight: RoundedWeight, grid: ValueGrid, dtypes: Sequence[torch.dtype], maker: str) -> None:
+    """Refuse parts whose shapes or types are not those of a weight that `maker` packs."""
     values, bits, pointers, scales, _, out_features, in_features = weight
-    groups = -(-in_features // GROUP)
     shapes = [tuple(part.shape) for part in (bits, pointers, scales)]
-    fits = shapes == [(out_features, groups * GROUP // WORD), (out_features + 1,), (out_features, groups)]
-    dtypes = [part.dtype for part in (values, bits, pointers, scales)]
-    if values.dim() != 1 or not fits or dtypes != [torch.int8, torch.int64, torch.int32, torch.float32]:
+    words = words_of(in_features)
+    fits = shapes == [(out_features, words), (out_features + 1,), (out_features, words * WORD // grid.group)]
+    found = [part.dtype for part in (values, bits, pointers, scales)]
+    if values.dim() != 1 or not fits or found != list(dtypes):
         raise BackendError(
-            f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({dtypes}) do not form a "
-            f"weight of {out_features} x {in_features} as hf_sparse.kernels.bitmask_int8.pack makes it"
+            f"values, bits, pointers and scales of shapes {tuple(values.shape)}, {shapes} ({found}) do not form a "
+            f"weight of {out_features} x {in_features} as {maker} makes it"
         )
 
 
-def _matmul(x: Tensor, weight: BitmaskInt8Weight) -> Tensor:
+def _check(weight: RoundedWeight) -> None:
+    dtypes = (torch.int8, torch.int64, torch.int32, torch.float32)
+    check_parts(weight, GRID, dtypes, "hf_sparse.kernels.bitmask_int8.pack")
+
+
+def native_matmul(loaded: Library | None, name: str, x: Tensor, weight: RoundedWeight) -> Tensor | None:
+    """Return what the C function of this name computes, or None where it cannot."""
     values, bits, pointers, scales, bias, out_features, in_features = weight
-    loaded = library()
     if loaded is None or not is_native(x, values, bits, pointers, scales, bias):
-        return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
+        return None
     values, bits, pointers, scales = values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    structure = _BitmaskInt8(
+    structure = RoundedStructure(
         *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), scales.data_ptr()),
         *(None if bias is None else bias.data_ptr(), values.numel(), out_features, in_features),
     )
-    return call(bound_function(loaded, "hf_sparse_bitmask_int8", _BitmaskInt8), structure, x, out_features)
+    return call(bound_function(loaded, name, RoundedStructure), structure, x, out_features)
 
 
-bitmask_int8_linear = define_all(WeightFormat("bitmask_int8", BitmaskInt8Weight, _matmul, _check))["linear"]
+def _matmul(x: Tensor, weight: RoundedWeight) -> Tensor:
+    native = native_matmul(library(), "hf_sparse_bitmask_int8", x, weight)
+    *parts, bias, out_features, in_features = weight
+    return matmul(x, unpack(*parts, out_features, in_features).to(x), bias) if native is None else native
+
+
+bitmask_int8_linear = define_all(WeightFormat("bitmask_int8", RoundedWeight, _matmul, _check))["linear"]
 
 
 def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
@@ -160,7 +196,7 @@ register(
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         guard=refusal,
         unavailable=why_not_built,
-        error=0.5 / STEPS,
+        error=GRID.error,
         few_tokens=True,
     )
 )

@@ -247,6 +247,8 @@ def bind_group(model: nn.Module, config: GroupConfig) -> PruningGroup:
     selection = of_pattern or chosen or scorer.own_selection() or Uniform()
     scorer.check_selection(selection)
     scorer.check_pattern(pattern)
+    if config.reconstruction is not None:
+        scorer.check_reconstruction()
     sparsity = config.sparsity if config.sparsity is not None else pattern.fixed_sparsity
     units = find_units(model, pattern, config.target_names, config.exclude_names)
     selection.prepare_units(units, pattern)

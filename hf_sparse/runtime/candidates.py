@@ -16,7 +16,7 @@ from . import fused_attention, fused_ffn
 from .fused_parts import any_observed
 from .lazy_weights import materialize
 from .packed_linear import become_packed
-from .packed_weight import Packed
+from .packed_weight import Packed, RoundingErrors
 
 Form = Literal["linear", "ffn", "qkv"]
 """A layer alone; a whole feed-forward sub-block; query, key and value as one matmul."""
@@ -89,12 +89,12 @@ class PackCandidate:
             return partial(fused_attention.multiply_joint, layers, x)
         return lambda: [layer(x) for layer in layers]
 
-    def errors(self) -> dict[str, float]:
-        """Measure the error of int8 matmuls against dense ones; layers that are one matmul have one error."""
+    def errors(self) -> dict[str, RoundingErrors]:
+        """Measure the errors of rounded matmuls; layers that are one matmul have one error."""
         if self.form == "qkv":
-            return dict.fromkeys(self.names, self.packed[0].error(torch.cat([layer.weight for layer in self.layers])))
+            return dict.fromkeys(self.names, self.packed[0].errors(torch.cat([layer.weight for layer in self.layers])))
         parts = zip(self.names, self.layers, self.packed, strict=True)
-        return {name: packed.error(layer.weight) for name, layer, packed in parts}
+        return {name: packed.errors(layer.weight) for name, layer, packed in parts}
 
     def _copies(self) -> list[nn.Linear]:
         """Return plain layers with these weights and biases, without hooks."""

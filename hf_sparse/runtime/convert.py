@@ -21,6 +21,7 @@ from .fused_parts import RuntimeBlock
 from .guards import freeze, guard, unfreeze, unguard
 from .lazy_weights import materialize, trim_memory
 from .packed_linear import PackedLinear, become_dense
+from .packed_weight import RoundingErrors
 from .planner import choose, choose_for_decoding, generates, token_counts
 from .report import LayerReport, RuntimeReport
 from .survey import LayerDecision, refuse_dense, survey, warn_of_others
@@ -61,10 +62,11 @@ def to_runtime(
             every token count that is timed; "cpu" packs every sparse layer for the kernels of this package; "csr" for
             torch's CSR; "dense" packs nothing, and reports what there is. "cpu-int8" is "cpu" with weights and inputs
             rounded to int8, several times faster and **not exact**: the report has the error of each layer, and only
-            you can judge the change of your model's outputs. "bitmask" and "bitmask-int8" are for models that
-            generate: a bit for each entry, and the values exact or in int8; the LM head too. "auto" tries "bitmask"
-            beside "cpu" there, and never chooses one that rounds. Those keep the exact weights, packed, to restore
-            them. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a GPU.
+            you can judge the change of your model's outputs. "bitmask", "bitmask-int8" and "bitmask-int4" are for
+            models that generate: a bit for each entry, and the values exact, in int8 or in 4 bits; the LM head too, but
+            never in less than int8. "auto" tries "bitmask" beside "cpu" there, and never chooses one that rounds. Those
+            keep the exact weights, packed, to restore them, unless they lose nothing: those that
+            `scorer={"name": "sparsegpt", "bits": 4}` (or 8) left are on their grid. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a GPU.
         keep_dense: keep the dense weights too, so that `to_dense_runtime` restores the same parameter objects.
         tokens: token counts (batch size times sequence length) that "auto" times; None = some from 17 to 1024, and for
             a model that generates also from 1 to 8 (but for its encoder, which reads whole sequences). A call with
@@ -148,7 +150,7 @@ class _Conversion:
         self.shapes = {name: tuple(decision.layer.weight.shape) for name, decision in decisions.items()}
         self.dense_bytes = {name: decision.layer.weight.nbytes for name, decision in decisions.items()}
         self.packed: list[PackCandidate] = []
-        self.errors: dict[str, float] = {}
+        self.errors: dict[str, RoundingErrors] = {}
         self.unfused = unfused_blocks(model)
 
     def pack(self, kernel: Kernel, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
@@ -194,7 +196,7 @@ class _Conversion:
                 self.decisions[name] = decision.stays_dense(decision.reason or "", speedups)
                 return
         if few is not None and not KERNELS[few[0]].exact:
-            self.errors[name] = lm_head.error_of(layer, few)
+            self.errors[name] = lm_head.errors_of(layer, few)
         lm_head.use_few_token_kernel(layer, few)
         self.decisions[name] = lm_head.decide(decision, speedups)
 
@@ -213,7 +215,7 @@ class _Conversion:
             rows, size = packed.rows, round(packed.nbytes * share) + (dense if self.keep_dense else 0)
         return LayerReport(
             *(name, self.shapes[name], decision.sparsity, decision.kernel, rows, size, dense),
-            *(decision.speedups, decision.reason, self.errors.get(name)),
+            *(decision.speedups, decision.reason, *self.errors.get(name, (None, None))),
         )
 
 

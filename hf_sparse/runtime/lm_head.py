@@ -22,7 +22,7 @@ from ..kernels.dense_gemv import FEW, dense_linear
 from ..modeling.class_swap import swap_class
 from .autotune import TOLERANCE, Measurement, SpeedTable, Trial
 from .fused_parts import RuntimeBlock
-from .packed_weight import Packed
+from .packed_weight import Packed, RoundingErrors
 from .survey import LayerDecision
 
 KERNEL = "dense_few"
@@ -102,16 +102,17 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, few: Copy | None) -
     return KERNELS[kernel].op(x, *parts, bias, 1, *weight.shape)
 
 
-def error_of(layer: nn.Linear, few: Copy) -> float:
-    """Return the relative error of the matmul with a copy, see `Packed.error`."""
+def errors_of(layer: nn.Linear, few: Copy) -> RoundingErrors:
+    """Measure the errors of the matmul with a copy."""
     kernel, parts = few
-    return Packed(kernel, 1, layer.out_features, layer.in_features, parts).error(layer.weight)
+    return Packed(kernel, 1, layer.out_features, layer.in_features, parts).errors(layer.weight)
 
 
 @torch.no_grad()
 def copy_of(layer: nn.Linear, kernel: str) -> Copy | None:
-    """Return the copy for a few tokens of a layer, packed for a kernel; None where it would be hardly smaller."""
+    """Return the copy for a few tokens, packed for the kernel of other layers; None where it would be hardly smaller."""
     weight = layer.weight.detach()
+    kernel = KERNELS[kernel].lm_head or kernel
     if KERNELS[kernel].exact and not is_bfloat16(weight):
         return None
     return kernel, KERNELS[kernel].pack(weight)

@@ -13,7 +13,7 @@ from ..errors import BackendError
 from ..modeling.layer_matching import BACK, InRuntimeForm
 from ..modeling.zero_preservation import resume_guards, suspend_guards
 from .joint import Joint
-from .packed_weight import Packed, exact_names, operand_names
+from .packed_weight import Packed, operand_names
 
 
 class PackedLinear(InRuntimeForm, nn.Module):
@@ -144,7 +144,7 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
             "rows": packed.rows,
             "exact_rows": packed.exact_rows,
             "operand_names": operand_names(packed.kernel),
-            "exact_names": exact_names(packed.kernel),
+            "exact_names": packed.exact_names,
             "joint": joint,
             "order": tuple(layer._parameters),
             "trainable": weight.requires_grad,

@@ -16,15 +16,16 @@ class LayerReport:
         shape: of its weight.
         sparsity: fraction of zeros.
         kernel: "sparse_linear", "sparse_ffn" (a whole feed-forward sub-block), "sparse_qkv" (query, key and value as
-            one matmul), the same three with "int8" for "sparse", "csr", "bitmask" and "bitmask-int8" (for models
-            that generate), "dense_few" (dense, by a GEMV kernel for a few tokens) or "dense".
+            one matmul), the same three with "int8" for "sparse", "csr", "bitmask", "bitmask-int8" and "bitmask-int4"
+            (for models that generate), "dense_few" (dense, by a GEMV kernel for a few tokens) or "dense".
         rows: output rows that share their columns in the packed form; 0 of a dense layer.
         bytes: of the weight in memory.
         dense_bytes: of the dense weight.
         gains: token count -> speed-up over dense, where it was measured; for layers that stay dense, that of the
             kernel that was not faster.
         reason: why the layer is not sparse; None if it is.
-        error: of an int8 matmul, relative to the exact one, on normally distributed inputs; None of exact kernels.
+        error: of a rounded matmul, relative to the exact one, on normally distributed inputs; None of exact kernels.
+        weight_error: of the rounded weight, relative to the exact one; 0 where that is on the grid of the kernel.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerReport:
     gains: Mapping[int, float]
     reason: str | None = None
     error: float | None = None
+    weight_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -88,8 +90,7 @@ class RuntimeReport:
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             share = layer.bytes / layer.dense_bytes if layer.dense_bytes else 1.0
-            error = None if layer.error is None else f"not exact: relative error {layer.error:.2%} on random inputs"
-            result = layer.reason or _speedups(layer.gains) or error or "not measured"
+            result = layer.reason or _speedups(layer.gains) or _errors(layer) or "not measured"
             lines.append(
                 f"{layer.name:<{width}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
                 f"{layer.rows or '':>4}  {share:>6.0%}  {result}"
@@ -100,6 +101,14 @@ class RuntimeReport:
             f"{self.dense_bytes / 1e6:.1f} MB. {self.machine}. {self.kernels}"
         )
         return "\n".join(lines)
+
+
+def _errors(layer: LayerReport) -> str | None:
+    """Format the errors of a rounded layer."""
+    if layer.error is None or layer.weight_error is None:
+        return None
+    weight = f"{layer.weight_error:.2%} of the weight" if layer.weight_error else "none of the weight"
+    return f"not exact: relative error {layer.error:.2%} on random inputs, {weight}"
 
 
 def _speedups(speedups: Mapping[int, float]) -> str:

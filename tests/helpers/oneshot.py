@@ -43,10 +43,33 @@ def wanda(weight: Tensor, x: Tensor, sparsity: float, nm: NM | None = None) -> T
     return weight
 
 
+def grid_scale(values: Sequence[float], steps: int, digits: int) -> float:
+    """Return the largest value / steps, rounded up to as many binary digits."""
+    largest = max(abs(value) for value in values) / steps
+    if largest == 0:
+        return 0.0
+    mantissa, exponent = math.frexp(largest)
+    return math.ldexp(math.ceil(mantissa * 2**digits), exponent - digits)
+
+
+BITS = {8: (128, 127, 1), 4: (64, 8, 5)}
+"""Columns that share a scale, steps to either side and binary digits of a scale, by the bits of a value."""
+
+
 def sparsegpt(
-    weight: Tensor, x: Tensor, sparsity: float, nm: NM | None = None, damping: float = 0.01, block: int = 128
+    weight: Tensor,
+    x: Tensor,
+    sparsity: float,
+    nm: NM | None = None,
+    damping: float = 0.01,
+    block: int = 128,
+    bits: int | None = None,
 ) -> Tensor:
-    """Return a weight as algorithm 1 of the paper leaves it; columns of inputs that are always zero are zero."""
+    """Return a weight as algorithm 1 of the paper leaves it; columns of inputs that are always zero are zero.
+
+    Args:
+        bits: round what is kept, as section 3.5 says; `block` has to be a multiple of the columns of a scale.
+    """
     weight, x = weight.double().clone(), x.double()
     columns = weight.shape[1]
     hessian = 2.0 / len(x) * x.T @ x
@@ -57,6 +80,7 @@ def sparsegpt(
     hessian += damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     kept = torch.ones_like(weight, dtype=torch.bool)
+    scales: list[float] = []
     for column in range(columns):
         group: Sequence[int] = ()
         if nm is not None and column % nm[1] == 0:
@@ -71,10 +95,19 @@ def sparsegpt(
             chosen = torch.ones(scores.shape, dtype=torch.bool)
             chosen.view(-1)[lowest] = False
             kept[:, group[0] : group[-1] + 1] = chosen
-        error = torch.where(kept[:, column], 0.0, weight[:, column] / factor[column, column])
-        for j in range(column, columns):
+        new = torch.where(kept[:, column], weight[:, column], 0.0)
+        if bits is not None:
+            together, steps, digits = BITS[bits]
+            if column % together == 0:
+                ahead = torch.where(kept, weight, 0.0)[:, column : column + together].tolist()
+                scales = [grid_scale(values, steps, digits) for values in ahead]
+            for row, scale in enumerate(scales):
+                step = round(float(new[row]) / scale) if scale else 0
+                new[row] = max(-steps, min(steps, step)) * scale
+        error = (weight[:, column] - new) / factor[column, column]
+        for j in range(column + 1, columns):
             weight[:, j] -= error * factor[column, j]
-        weight[:, column] = torch.where(kept[:, column], weight[:, column], 0.0)
+        weight[:, column] = new
     return weight
 
 

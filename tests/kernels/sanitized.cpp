@@ -7,6 +7,8 @@
 #include "../../hf_sparse/kernels/csrc/kernels.h"
 
 using hf_sparse::Bitmask;
+using hf_sparse::BitmaskInt4;
+using hf_sparse::BitmaskInt8;
 using hf_sparse::Norm;
 using hf_sparse::Weight;
 extern "C" const char* hf_sparse_isa(int place);
@@ -20,6 +22,10 @@ extern "C" int hf_sparse_attention(int, const Weight*, const Weight*, const Norm
 extern "C" int hf_sparse_dense(int, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int32_t);
 
 extern "C" int hf_sparse_bitmask(int, const Bitmask*, const float*, float*, int64_t, int32_t);
+
+extern "C" int hf_sparse_bitmask_int8(int, const BitmaskInt8*, const float*, float*, int64_t, int32_t);
+
+extern "C" int hf_sparse_bitmask_int4(int, const BitmaskInt4*, const float*, float*, int64_t, int32_t);
 
 static std::mt19937 random_bits(0);
 
@@ -46,6 +52,55 @@ struct Packed {
     weight = {values.data(), columns.data(), pointers.data(), bias.data(), int64_t(columns.size()), rows, out, in, chunk};
   }
 };
+
+// Weights and inputs of 1 and -1, whose sums are whole numbers; values in int8, or two in a byte.
+static const char* check_rounded(int isa, int out, int in, int count, bool two) {
+  const bool hostile = random_bits() % 3 == 0;  // bits name more columns than there are values, or than there are
+  const int groups = (in + 127) / 128, words = 2 * groups, threads = 1 + int(random_bits() % 3);
+  std::vector<uint64_t> bits(size_t(out) * words);
+  std::vector<int32_t> pointers{0};
+  std::vector<uint8_t> values;
+  std::vector<float> x(size_t(count) * in), y(size_t(count) * out), wanted(y.size());
+  for (float& each : x) each = random_bits() % 2 ? 1.0f : -1.0f;
+  for (int r = 0; r < out; r++) {
+    for (int w = 0; w < words; w++) {
+      int kept = 0;
+      for (int j = 64 * w; j < 64 * (w + 1) && j < in; j++) {
+        if (random_bits() % 2) continue;
+        bits[size_t(r) * words + w] |= uint64_t(1) << j % 64;
+        const bool negative = random_bits() % 2;
+        if (!two) {
+          values.push_back(uint8_t(negative ? -64 : 64));
+        } else if (kept % 2) {
+          values.back() |= negative ? 0x00 : 0xf0;
+        } else {
+          values.push_back(negative ? 0x00 : 0x0f);
+        }
+        kept++;
+        for (int t = 0; t < count; t++) wanted[size_t(t) * out + r] += x[size_t(t) * in + j] * (negative ? -1.0f : 1.0f);
+      }
+    }
+    pointers.push_back(int32_t(values.size()));
+  }
+  if (hostile)
+    for (uint64_t& each : bits) each = ~uint64_t(0);
+  values.resize(values.size() + in + 256);
+  values.shrink_to_fit();
+  const std::vector<float> scales(size_t(out) * groups, 1.0f / 64);
+  const std::vector<uint16_t> halves(size_t(out) * words, 0x3e00);  // 1 / 8
+  const int64_t total = int64_t(values.size());
+  for (int missing = 0; missing < 2; missing++) {
+    const BitmaskInt8 bytes{reinterpret_cast<const int8_t*>(values.data()), bits.data(), pointers.data(), scales.data(),
+                            nullptr, total - missing, out, in};
+    const BitmaskInt4 pairs{values.data(), bits.data(), pointers.data(), halves.data(), nullptr, total - missing, out, in};
+    const int result = two ? hf_sparse_bitmask_int4(isa, &pairs, x.data(), y.data(), count, threads)
+                           : hf_sparse_bitmask_int8(isa, &bytes, x.data(), y.data(), count, threads);
+    if ((result != 0) != (missing != 0)) return missing ? "a rounded weight that is too short was taken" : "a valid rounded weight was refused";
+  }
+  for (size_t i = 0; i < y.size() && !hostile; i++)
+    if (!(y[i] - wanted[i] < 1e-3f && wanted[i] - y[i] < 1e-3f)) return "a wrong sum of a rounded weight";
+  return nullptr;
+}
 
 int main() {
   const int tokens[] = {0, 1, 2, 3, 7, 16, 33, 64, 65, 130};
@@ -141,6 +196,12 @@ int main() {
             if (!hf_sparse_bitmask(isa, &weight, x.data(), y.data(), count, threads))
               return std::printf("%s: a weight in bits that is too short was taken\n", name), 1;
           }
+    for (int two = 0; two < 2; two++)
+      for (int out : sizes)
+        for (int in : {1, 33, 64, 129, 2100})
+          for (int count : tokens)
+            if (const char* wrong = check_rounded(isa, out, in, count, two))
+              return std::printf("%s, %d bits: %s\n", name, two ? 4 : 8, wrong), 1;
     // Rows with more values than their chunk has columns, which a valid weight cannot have: one token takes another way.
     Packed crowded(40, 33, 1, 50, true);
     const int times = 20000 / (int(crowded.columns.size()) + 1) + 1;

@@ -24,12 +24,13 @@ def way(request, monkeypatch):
 
 def test_layout_by_hand():
     weight = torch.zeros(2, 200)
-    weight[0, 1], weight[0, 150], weight[1, 127] = 2.54, -1.27, 1e-40
+    weight[0, 1], weight[0, 2], weight[0, 150], weight[1, 127] = 2.54, 0.03, -1.27, 1e-40
     values, bits, pointers, scales = pack(weight)
-    assert values[:2].tolist() == [127, -127]
-    assert bits.tolist() == [[2, 0, 1 << 22, 0], [0, 0, 0, 0]], "what counts as zero is not stored"
-    assert pointers.tolist() == [0, 2, 2]
-    torch.testing.assert_close(scales[0], torch.tensor([0.02, 0.01]))
+    assert values[:3].tolist() == [127, 2, -1]
+    assert bits.tolist() == [[6, 0, 1 << 22, 0], [0, 0, 0, 0]], "what counts as zero is not stored"
+    assert pointers.tolist() == [0, 3, 3]
+    torch.testing.assert_close(scales[0], torch.tensor([0.02, 1.27]))  # one value is on a grid of its own
+    weight[0, 2] = 0.04
     torch.testing.assert_close(unpack(values, bits, pointers, scales, 2, 200)[0], weight[0])
 
 

@@ -11,6 +11,8 @@
 
 #ifdef __AVX2__
 #include <immintrin.h>  // its functions are always inlined
+#elif HF_SPARSE_NEON
+#include <arm_neon.h>  // likewise
 #endif
 
 namespace hf_sparse {
@@ -22,6 +24,14 @@ constexpr int kSpreadRows = 4;
 constexpr int64_t kPanelFloats = 1 << 16;  // of inputs that the second cache has room for
 
 INLINE int ones(uint64_t bits) { return __builtin_popcountll(bits); }
+
+INLINE float widened(float value) { return value; }
+INLINE float widened(uint16_t value) {  // a bfloat16
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
 
 #ifdef __AVX512VBMI2__
 // Of 32 columns the even ones come out first, the halves of 32-bit lanes: inputs are kept in that order.
@@ -116,15 +126,52 @@ INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
   }
   return values;
 }
-#else
-INLINE float widened(float value) { return value; }
-INLINE float widened(uint16_t value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof(wide));
-  return wide;
+#elif HF_SPARSE_NEON
+// As above, in bytes: of eight 16-bit values for a byte of bits, of four 32-bit ones for half of one.
+struct SpreadTable {
+  alignas(16) uint8_t eight[256][16];
+  alignas(16) uint8_t four[16][16];
+  constexpr SpreadTable() : eight(), four() {
+    for (int bits = 0; bits < 256; bits++)
+      for (int i = 0, next = 0; i < 8; i++) {
+        const bool kept = bits >> i & 1;
+        for (int b = 0; b < 2; b++) eight[bits][2 * i + b] = kept ? uint8_t(2 * next + b) : 0x80;
+        next += kept;
+      }
+    for (int bits = 0; bits < 16; bits++)
+      for (int i = 0, next = 0; i < 4; i++) {
+        const bool kept = bits >> i & 1;
+        for (int b = 0; b < 4; b++) four[bits][4 * i + b] = kept ? uint8_t(4 * next + b) : 0x80;
+        next += kept;
+      }
+  }
+};
+constexpr SpreadTable kSpreadTable;
+
+INLINE const uint16_t* spread(uint64_t bits, const uint16_t* values, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    const int byte = int(bits >> 8 * i & 255);
+    const uint8x16_t packed = vreinterpretq_u8_u16(vld1q_u16(values));
+    const uint16x8_t found = vreinterpretq_u16_u8(vqtbl1q_u8(packed, vld1q_u8(kSpreadTable.eight[byte])));
+    vst1q_f32(out + 8 * i, vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(found), 16)));
+    vst1q_f32(out + 8 * i + 4, vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(found), 16)));
+    values += ones(uint64_t(byte));
+  }
+  return values;
 }
 
+INLINE const float* spread(uint64_t bits, const float* values, float* out) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    const int half = int(bits >> 4 * i & 15);
+    const uint8x16_t packed = vreinterpretq_u8_f32(vld1q_f32(values));
+    vst1q_f32(out + 4 * i, vreinterpretq_f32_u8(vqtbl1q_u8(packed, vld1q_u8(kSpreadTable.four[half]))));
+    values += ones(uint64_t(half));
+  }
+  return values;
+}
+#else
 template <typename Value>
 INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
   for (int i = 0; i < kBits; i++) {

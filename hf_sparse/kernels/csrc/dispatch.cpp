@@ -79,6 +79,18 @@ int bitmask_linear(const AnyBitmask& w, const float* x, float* y, int64_t tokens
   return kOk;
 }
 
+template <typename AnyBitmask, typename Multiply>
+int rounded_linear(const Kernels& k, const Multiply& multiply, const AnyBitmask& w, const float* x, float* y,
+                   int64_t tokens, int threads) {
+  if (tokens < 0) return kBadArgument;
+  return bitmask_linear(
+      w, x, y, tokens, threads, round_up(w.in_features, kScaled) / 16 * 5,
+      [&](const float* from, int64_t count, float* room) { k.rounded_inputs(from, count, w.in_features, room); },
+      [&](float* room, float* to, int64_t count, int64_t first, int64_t last) {
+        multiply(w, room, to, count, first, last);
+      });
+}
+
 // Chunks of hidden features that a feed-forward part computes at a time.
 constexpr int64_t kPanel = 2;
 
@@ -262,15 +274,15 @@ EXPORT int hf_sparse_bitmask(int isa, const Bitmask* w, const float* x, float* y
       });
 }
 
-// The same of int8 values: y = round(x) w^T + bias.
+// The same of int8 values, or int4: y = round(x) w^T + bias.
 EXPORT int hf_sparse_bitmask_int8(int isa, const BitmaskInt8* w, const float* x, float* y, int64_t tokens,
                                   int32_t threads) {
-  if (!is_usable(isa) || tokens < 0) return kBadArgument;
-  const Kernels& k = *kAll[isa];
-  return bitmask_linear(
-      *w, x, y, tokens, threads, round_up(w->in_features, kScaled) / 16 * 5,
-      [&](const float* from, int64_t count, float* room) { k.bitmask_int8_inputs(from, count, w->in_features, room); },
-      [&](float* room, float* to, int64_t count, int64_t first, int64_t last) {
-        k.bitmask_int8(*w, room, to, count, first, last);
-      });
+  if (!is_usable(isa)) return kBadArgument;
+  return rounded_linear(*kAll[isa], kAll[isa]->bitmask_int8, *w, x, y, tokens, threads);
+}
+
+EXPORT int hf_sparse_bitmask_int4(int isa, const BitmaskInt4* w, const float* x, float* y, int64_t tokens,
+                                  int32_t threads) {
+  if (!is_usable(isa)) return kBadArgument;
+  return rounded_linear(*kAll[isa], kAll[isa]->bitmask_int4, *w, x, y, tokens, threads);
 }

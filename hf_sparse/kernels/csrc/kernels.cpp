@@ -4,7 +4,7 @@
 // linker must never take the AVX-512 copy of a shared function for all.
 #include "attention.h"
 #include "bitmask.h"
-#include "bitmask_int8.h"
+#include "bitmask_rounded.h"
 #include "dense_gemv.h"
 #include "norm.h"
 #include "transpose.h"
@@ -283,6 +283,6 @@ void gemv(const Weight& w, const float* in, float* out, int64_t first, int64_t l
 extern const Kernels HF_SPARSE_KERNELS = {
     TEXT(HF_SPARSE_NAME), kLanes, widest,    gather, scatter,    matmul,         multiply,
     gemv,                 activate, normalize, attend, dense_gemv, bitmask_inputs, bitmask,
-    bitmask_int8_inputs,  bitmask_int8};
+    rounded_inputs,       bitmask_int8, bitmask_int4};
 
 }  // namespace hf_sparse

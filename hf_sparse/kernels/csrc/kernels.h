@@ -49,6 +49,19 @@ struct BitmaskInt8 {
   int32_t in_features;
 };
 
+// A weight as bitmask_int4.py lays it out: two values a byte, the first in the lower half, those of each word of bits from a
+// byte of their own on. A row reads no further than in_features bytes, rounded up, after its pointer.
+struct BitmaskInt4 {
+  const uint8_t* values;    // row after row; some more than the last pointer says (see is_valid)
+  const uint64_t* bits;     // as those of BitmaskInt8
+  const int32_t* pointers;  // out_features + 1, in bytes
+  const uint16_t* scales;   // out_features x words, bfloat16
+  const float* bias;        // out_features, or null
+  int64_t count;            // of bytes
+  int32_t out_features;
+  int32_t in_features;
+};
+
 inline int64_t groups(const Weight& w) { return (int64_t(w.out_features) + w.rows - 1) / w.rows; }
 inline int64_t chunks(const Weight& w) { return (int64_t(w.in_features) + w.chunk - 1) / w.chunk; }
 // Features that a tile of inputs has room for: a column is one byte, so that no column can point past this.
@@ -109,9 +122,11 @@ struct Kernels {
   void (*bitmask_inputs)(const float* x, int64_t tokens, int64_t in, bool halves, float* out);
   // Outputs first to last of y = x w^T + bias. `at` has room for out_features.
   void (*bitmask)(const Bitmask& w, const float* in, float* y, int64_t tokens, int64_t first, int64_t last, int32_t* at);
-  // The same of int8: inputs rounded to int8 in `room`, of 5 / 16 floats for each feature rounded up to whole groups.
-  void (*bitmask_int8_inputs)(const float* x, int64_t tokens, int64_t in, float* room);
+  // The same of int8 and int4: inputs rounded to int8 in `room`, of 5 / 16 floats for each feature rounded up to whole
+  // groups.
+  void (*rounded_inputs)(const float* x, int64_t tokens, int64_t in, float* room);
   void (*bitmask_int8)(const BitmaskInt8& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last);
+  void (*bitmask_int4)(const BitmaskInt4& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last);
 };
 
 extern const Kernels kPortable;

@@ -18,7 +18,8 @@ typedef float LooseVec __attribute__((vector_size(HF_SPARSE_BYTES), aligned(4), 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntQuad __attribute__((vector_size(16)));
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_METHOD inline __attribute__((always_inline))
+#define INLINE static INLINE_METHOD
 
 INLINE Vec broadcast(float value) { return value - Vec{}; }
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }

@@ -88,6 +88,9 @@ class Scorer:
     def check_pattern(self, pattern: Pattern) -> None:
         """Raise `PatternError` if the method does not work with this pattern."""
 
+    def check_reconstruction(self) -> None:
+        """Raise `RecipeError` if nothing may change the values that the method leaves."""
+
     def check_steps(self, every: int, steps: int) -> None:
         """Raise `RecipeError` if so short a training leaves the method nothing to do.
 

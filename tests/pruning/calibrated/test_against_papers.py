@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse import SparsityConfig, sparsify
+from hf_sparse.errors import RecipeError
+from hf_sparse.runtime.packed_weight import Packed
 from tests.helpers import oneshot
 
 SPARSITY: dict[str, Any] = {"sparsity": 0.5}
@@ -71,6 +73,50 @@ def test_sparsegpt_in_float64_is_the_formula_to_the_last_digits() -> None:
     expected = oneshot.sparsegpt(model[0].weight.detach(), x, 0.5, damping=0.1, block=32)
     found = pruned(model, x, scorer={"name": "sparsegpt", "damping": 0.1, "block": 32}, sparsity=0.5)
     check(found, expected, 1e-11)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("nm", [None, (2, 4)])
+def test_sparsegpt_with_bits_is_the_formula(bits: int, nm: oneshot.NM | None) -> None:
+    x, model = inputs(300, dead=(3, 70)).double(), layer(13, 300, torch.float64)
+    expected = oneshot.sparsegpt(model[0].weight.detach(), x, 0.6, nm, bits=bits)
+    group: dict[str, Any] = {"sparsity": 0.6} if nm is None else {"pattern": "2:4"}
+    found = pruned(model, x, scorer={"name": "sparsegpt", "bits": bits}, **group)
+    check(found, expected, 1e-12)
+    assert float((found == 0).double().mean()) >= group.get("sparsity", 0.5) - 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sparsegpt_with_bits_leaves_what_the_kernel_holds_exactly(bits: int, dtype: torch.dtype) -> None:
+    x, model = inputs(300).to(dtype), layer(40, 300, dtype)
+    found = pruned(model, x, scorer={"name": "sparsegpt", "bits": bits, "block": 100}, sparsity=0.5).float()
+    packed = Packed.of(found, f"bitmask-int{bits}")
+    assert torch.equal(packed.multiplied(), found)
+    assert packed.errors(found).weight == 0.0
+    assert not packed.exact, "nothing is kept beside values that are exact"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_behind_make_up_for_the_rounding(bits: int) -> None:
+    x = inputs(256)
+    apart, joint = layer(32, 256), layer(32, 256)
+    dense = apart[0].weight.detach().clone()
+    unrounded = pruned(apart, x, scorer="sparsegpt", sparsity=0.5)
+    later = Packed.of(unrounded, f"bitmask-int{bits}").multiplied()
+    found = pruned(joint, x, scorer={"name": "sparsegpt", "bits": bits}, sparsity=0.5)
+    error, least, rounded_later = (float((x @ (new - dense).T).square().sum()) for new in (found, unrounded, later))
+    if bits == 4:
+        assert error < rounded_later
+    else:
+        assert error < 1.02 * least, "steps of int8 are so small that pruning is nearly all of the error"
+
+
+def test_bits_that_no_kernel_has_and_what_would_undo_them_are_refused() -> None:
+    with pytest.raises(RecipeError, match="`bits` must be one of 8, 4, got 3"):
+        SparsityConfig(targets="*", sparsity=0.5, scorer={"name": "sparsegpt", "bits": 3})
+    with pytest.raises(RecipeError, match="bits=4 leaves values that a kernel holds"):
+        pruned(layer(8, 64), inputs(64), sparsity=0.5, scorer={"name": "sparsegpt", "bits": 4}, reconstruction="cg")
 
 
 def test_sparsegpt_with_fewer_tokens_than_inputs() -> None:
