@@ -7,7 +7,7 @@ the largest of each `GROUP` columns / 127, so that one large number costs its ne
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch

@@ -31,6 +31,7 @@ class PackCandidate:
         packed: one per layer; of "qkv" one for all.
         block: the sub-block of "ffn" and "qkv".
         activation: of "ffn", as the operators name it.
+        dense_up_to: token count up to which a call computes with the dense weights, which are kept for it.
     """
 
     form: Form
@@ -40,6 +41,7 @@ class PackCandidate:
     packed: tuple[Packed, ...]
     block: SubBlock | None = None
     activation: str | None = None
+    dense_up_to: int = 0
 
     @property
     def report_name(self) -> str:
@@ -56,10 +58,10 @@ class PackCandidate:
     def pack(self, layers: Sequence[nn.Linear], keep_dense: bool) -> None:
         """Turn layers with these weights into packed ones, in place."""
         if self.form == "qkv":
-            become_packed(layers, self.packed[0], keep_dense)
+            become_packed(layers, self.packed[0], keep_dense, self.dense_up_to)
             return
         for layer, packed in zip(layers, self.packed, strict=True):
-            become_packed([layer], packed, keep_dense)
+            become_packed([layer], packed, keep_dense, self.dense_up_to)
 
     def fuse(self) -> None:
         """Let the sub-block of packed layers compute in one operator."""

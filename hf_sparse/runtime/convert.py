@@ -66,11 +66,14 @@ def to_runtime(
             models that generate: a bit for each entry, and the values exact, in int8 or in 4 bits; the LM head too, but
             never in less than int8. "auto" tries "bitmask" beside "cpu" there, and never chooses one that rounds. Those
             keep the exact weights, packed, to restore them, unless they lose nothing: those that
-            `scorer={"name": "sparsegpt", "bits": 4}` (or 8) left are on their grid. A model on a GPU takes "auto" alone: 2:4 and blocks, by kernels not yet run on a GPU.
+            `scorer={"name": "sparsegpt", "bits": 4}` (or 8) left are on their grid. A model on a GPU takes "auto"
+            alone: 2:4 and blocks, by kernels not yet run on a GPU.
         keep_dense: keep the dense weights too, so that `to_dense_runtime` restores the same parameter objects.
         tokens: token counts (batch size times sequence length) that "auto" times; None = some from 17 to 1024, and for
-            a model that generates also from 1 to 8 (but for its encoder, which reads whole sequences). A call with
-            fewer tokens than the smallest count may be slower than dense.
+            a model that generates also from 1 to 8 (but for its encoder, which reads whole sequences). Other layers
+            that are faster there are timed at 1 to 15 tokens too: where dense is as fast, the dense weight is kept
+            and computes calls that are so short. With `tokens`, a call with fewer tokens than the smallest count may be
+            slower than dense.
         table: where times are cached.
 
     Returns:
@@ -167,10 +170,10 @@ class _Conversion:
         rivals = None if rival is None or rival is kernel else Candidates(self.model, able, rival.name)
         for group in Candidates(self.model, able, kernel.name).groups():
             at = counts(group.candidate)
-            if table is not None and rivals is not None and min(at) <= DECODING:
-                choice = choose_for_decoding(group, rivals, self.decisions, table, at)
+            if table is not None and rivals is not None and min(at.needed) <= DECODING:
+                choice = choose_for_decoding(group, rivals, self.decisions, table, at.needed)
             else:
-                choice = choose(group, self.decisions, table, at)
+                choice = choose(group, self.decisions, table, *at)
             self.decisions |= choice.decisions
             for candidate in choice.packed:
                 if not kernel.exact:
@@ -206,16 +209,17 @@ class _Conversion:
         return tuple(self._report(name, decision, by_name.get(name)) for name, decision in self.decisions.items())
 
     def _report(self, name: str, decision: LayerDecision, candidate: PackCandidate | None) -> LayerReport:
-        rows, dense = 0, self.dense_bytes[name]
+        rows, limit, dense = 0, 0, self.dense_bytes[name]
         size = dense + lm_head.extra_bytes(decision.layer)
         if candidate is not None:
             packed = candidate.packed[candidate.names.index(name) if len(candidate.packed) > 1 else 0]
             # The bytes of layers that are packed as one are shared by their output rows.
             share = self.shapes[name][0] / packed.out_features
-            rows, size = packed.rows, round(packed.nbytes * share) + (dense if self.keep_dense else 0)
+            rows, limit = packed.rows, candidate.dense_up_to
+            size = round(packed.nbytes * share) + (dense if self.keep_dense or limit else 0)
         return LayerReport(
             *(name, self.shapes[name], decision.sparsity, decision.kernel, rows, size, dense),
-            *(decision.speedups, decision.reason, *self.errors.get(name, (None, None))),
+            *(decision.speedups, decision.reason, *self.errors.get(name, (None, None)), limit),
         )
 
 

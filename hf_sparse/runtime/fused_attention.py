@@ -71,6 +71,8 @@ class FusedSelfAttention(SharedInput):
     ) -> Any:
         """Return what the plain module returns."""
         core: _CoreParts = self.fused_core
+        if core.first.is_short(hidden_states):  # each of the three layers computes for itself
+            return super(SharedInput, self).forward(hidden_states, attention_mask, *args, **kwargs)
         if args or not takes(self, core, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         fusion = core.fusion
@@ -102,9 +104,11 @@ class FusedAttentionBlock(RuntimeBlock):
     ) -> Any:
         """Return what the plain module returns."""
         block: _BlockParts = self.fused_block
-        if not args and block.parts.intact():
-            module, norm = block.core, block.end.operand()
-            core: _CoreParts = module.fused_core
+        module, output = block.core, block.output
+        core: _CoreParts = module.fused_core
+        short = core.first.is_short(hidden_states) or output.is_short(hidden_states)
+        if not args and not short and block.parts.intact():
+            norm = block.end.operand()
             if norm is not None and takes(module, core, hidden_states, attention_mask, kwargs):
                 assert core.fusion is not None
                 scale = float(getattr(module, core.fusion.scale))

@@ -90,6 +90,11 @@ class _Parts:
             module, [*paths, table.activation] if is_module else paths, () if is_module else [table.activation]
         )
 
+    def is_short(self, x: Tensor) -> bool:
+        """Return whether the layers compute with their dense weights, one by one."""
+        first = self.layers[0]
+        return isinstance(first, PackedLinear) and first.is_short(x)
+
 
 class FusedFeedForward(RuntimeBlock):
     """A module whose feed-forward method computes its packed layers in one operator."""
@@ -100,7 +105,7 @@ class FusedFeedForward(RuntimeBlock):
     def swapped_call(self: Any, hidden_states: Tensor) -> Tensor:
         """Return what the plain method returns."""
         fused: _Parts = self.fused_ffn
-        if fused.activation is not None and fused.parts.intact():
+        if fused.activation is not None and not fused.is_short(hidden_states) and fused.parts.intact():
             if fused.end is not None:
                 if fused.takes_norm and (norm := fused.end.operand()) is not None:
                     return multiply(fused.layers, hidden_states, fused.activation, norm)

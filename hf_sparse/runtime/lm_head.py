@@ -110,7 +110,7 @@ def errors_of(layer: nn.Linear, few: Copy) -> RoundingErrors:
 
 @torch.no_grad()
 def copy_of(layer: nn.Linear, kernel: str) -> Copy | None:
-    """Return the copy for a few tokens, packed for the kernel of other layers; None where it would be hardly smaller."""
+    """Return the copy for a few tokens, packed as other layers are; None where it would be hardly smaller."""
     weight = layer.weight.detach()
     kernel = KERNELS[kernel].lm_head or kernel
     if KERNELS[kernel].exact and not is_bfloat16(weight):

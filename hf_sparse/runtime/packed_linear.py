@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BackendError
@@ -30,6 +31,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
         trainable: whether the weight required gradients.
         marks: attributes of the weight parameter.
         dense: the dense parameter in a tuple, if it is kept.
+        dense_up_to: token count up to which the dense parameter is multiplied by.
     """
 
     in_features: int
@@ -45,6 +47,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
     trainable: bool
     marks: dict[str, Any]
     dense: tuple[nn.Parameter, ...]
+    dense_up_to: int
 
     @property
     def packed(self) -> Packed:
@@ -72,9 +75,19 @@ class PackedLinear(InRuntimeForm, nn.Module):
             BackendError: in training, with gradients through the layer, or for another dtype or device.
         """
         self.check(x)
+        if self.is_short(x):
+            return F.linear(x, self.dense[0], self.bias)
         if self.joint is not None:
             return self.joint.product(self, x)
         return self.packed.multiply(x, self.bias)
+
+    def is_short(self, x: Tensor) -> bool:
+        """Return whether an input has so few tokens that the dense weight is faster.
+
+        Compiled and exported programs take the packed one: they are made for any number of tokens.
+        """
+        limit = self.dense_up_to  # nearly always 0
+        return limit > 0 and x.numel() <= limit * self.in_features and not torch.compiler.is_compiling()
 
     def check(self, x: Tensor) -> None:
         """Raise `BackendError` for what only a dense layer can do."""
@@ -88,7 +101,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 "a layer in runtime form (hf_sparse.to_runtime) computes no gradients, and its input requires them. "
                 "Use torch.no_grad(), or call hf_sparse.to_dense_runtime(model) before training"
             )
-        if x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.dtype != torch.float32 or not x.is_cpu:
             raise BackendError(
                 f"a layer in runtime form computes in float32 on the CPU, got an input in {x.dtype} on {x.device} "
                 f"(torch.autocast around the model may be the cause: remove it). To move or cast the model, {BACK}"
@@ -130,11 +143,12 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 destination[f"{prefix}{name}"] = destination.pop(f"{prefix}{name}")
 
 
-def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool) -> None:
+def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool, dense_up_to: int = 0) -> None:
     """Turn a layer, or several with the same input, into packed ones, in place.
 
     Args:
         packed: their weights, concatenated along the output rows.
+        dense_up_to: token count up to which they compute with their dense weights, which are then kept.
     """
     weights = [cast(nn.Parameter, layer.weight) for layer in layers]
     joint = Joint(cast(Any, layers)) if len(layers) > 1 else None  # packed ones in a moment
@@ -149,7 +163,8 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
             "order": tuple(layer._parameters),
             "trainable": weight.requires_grad,
             "marks": dict(vars(weight)),
-            "dense": (weight,) if keep_dense else (),
+            "dense": (weight,) if keep_dense or dense_up_to else (),
+            "dense_up_to": dense_up_to,
         }
         for layer, weight in zip(layers, weights, strict=True)
     ]
@@ -167,6 +182,8 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
         for layer in layers:
             del layer._parameters["weight"]
         suspend_guards(layers)
+        for weight in weights if dense_up_to else ():
+            weight.requires_grad_(False)  # it computes
     except BaseException:
         _restore(layers, weights)
         raise
@@ -174,7 +191,7 @@ def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool)
 
 _ATTRIBUTES = (
     *("kernel", "rows", "exact_rows", "operand_names", "exact_names"),
-    *("joint", "order", "trainable", "marks", "dense"),
+    *("joint", "order", "trainable", "marks", "dense", "dense_up_to"),
 )
 """What `become_packed` sets on a layer."""
 
@@ -182,6 +199,9 @@ _ATTRIBUTES = (
 def become_dense(layers: Sequence[PackedLinear]) -> None:
     """Restore packed layers to `nn.Linear`, in place; those that are computed together all at once."""
     weights = [layer.dense[0] if layer.dense else _parameter(layer) for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        if weight.requires_grad != layer.trainable:
+            weight.requires_grad_(layer.trainable)
     _restore(layers, weights)
 
 

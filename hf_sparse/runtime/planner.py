@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from ..kernels import KERNELS
-from .autotune import DECODING, Measurement, SpeedTable, Trial, why_dense
+from .autotune import DECODING, TOLERANCE, Measurement, SpeedTable, Trial, why_dense
 from .candidates import CandidateGroup, Candidates, PackCandidate
 from .survey import LayerDecision
 
@@ -19,7 +21,22 @@ TOKENS = (17, 65, 200, 1024)
 DECODING_TOKENS = (1, 2, 5, 8)
 """Token counts that are timed in addition for a model that generates: one token of each sequence."""
 
+SHORT_TOKENS = (1, 2, 4, 8, 15)
+"""Token counts that are timed in addition for other models, to find up to which one they compute with dense weights."""
+
 Decisions = Mapping[str, LayerDecision]
+
+
+class TokenCounts(NamedTuple):
+    """Token counts that are timed.
+
+    Attributes:
+        needed: where the kernel has to be faster.
+        short: below the others; the dense weights are kept for those where it is not faster.
+    """
+
+    needed: Sequence[int]
+    short: Sequence[int] = ()
 
 
 class Choice(NamedTuple):
@@ -36,12 +53,18 @@ class Choice(NamedTuple):
     seconds: dict[int, float]
 
 
-def choose(group: CandidateGroup, decisions: Decisions, table: SpeedTable | None, tokens: Sequence[int]) -> Choice:
+def choose(
+    group: CandidateGroup,
+    decisions: Decisions,
+    table: SpeedTable | None,
+    tokens: Sequence[int],
+    short: Sequence[int] = (),
+) -> Choice:
     """Return which candidates of a group are packed: all together, else layer by layer.
 
     Args:
         table: of times; None = pack without timing.
-        tokens: token counts that are timed.
+        tokens, short: see `TokenCounts`.
     """
     candidate = group.candidate
     kernel, names = candidate.report_name, candidate.names
@@ -49,13 +72,36 @@ def choose(group: CandidateGroup, decisions: Decisions, table: SpeedTable | None
     speedups = {count: each.speedup for count, each in measured.items()}
     reason = why_dense(kernel, measured) if measured else None
     if reason is None:
+        few = measure(candidate, table, short) if table is not None and short else {}
+        limit = dense_up_to(few, min(measured, default=0))
+        speedups = {count: each.speedup for count, each in few.items() if count > limit} | speedups
+        candidate = dataclasses.replace(candidate, dense_up_to=limit)
         decided = {name: decisions[name].takes(kernel, speedups) for name in names}
         return Choice([candidate], decided, {count: each.packed for count, each in measured.items()})
     dense = {name: decisions[name].stays_dense(reason, speedups) for name in names}
     singles = [CandidateGroup(single, list) for single in group.split()]
     if not singles:
         return Choice([], dense, {count: each.dense for count, each in measured.items()})
-    return _together([choose(single, decisions, table, tokens) for single in singles])
+    return _together([choose(single, decisions, table, tokens, short) for single in singles])
+
+
+def dense_up_to(measured: Mapping[int, Measurement], above: int) -> int:
+    """Return the largest token count at which dense weights are used; 0 = nowhere.
+
+    Args:
+        measured: times at short counts.
+        above: a count, longer than those, where the kernel is faster.
+
+    Example:
+        >>> slow, fast = Measurement(1.0, 1.2, 0.8), Measurement(1.0, 0.5, 1.9)
+        >>> dense_up_to({1: slow, 4: fast, 8: slow, 15: fast}, 17), dense_up_to({1: slow, 8: slow}, 17)
+        (14, 16)
+    """
+    limit = 0
+    for count, following in itertools.pairwise([*sorted(measured), above]):
+        if measured[count].speedup < 1.0 + TOLERANCE:
+            limit = following - 1
+    return limit
 
 
 def choose_for_decoding(
@@ -110,21 +156,23 @@ def generates(model: nn.Module) -> bool:
     return bool(callable(can) and can())
 
 
-def token_counts(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[PackCandidate], Sequence[int]]:
+def token_counts(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[PackCandidate], TokenCounts]:
     """Return a function that gives the token counts at which a candidate is timed.
 
-    A model that generates reads one token of each sequence at every step; its encoder, if it has one, reads whole
-    sequences.
+    A model that generates reads one token of each sequence at every step; its encoder, if it has one, and other models
+    read whole sequences, of which some are short.
 
     Args:
         tokens: the requested counts; None = what fits the model.
     """
     if tokens is not None:
-        requested = sorted(set(tokens))
+        requested = TokenCounts(sorted(set(tokens)))
         return lambda candidate: requested
+    whole = TokenCounts(TOKENS, SHORT_TOKENS)
     if not generates(model):
-        return lambda candidate: TOKENS
+        return lambda candidate: whole
+    steps = TokenCounts((*DECODING_TOKENS, *TOKENS))
     has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder_of: Any = getattr(model, "get_encoder", None) if has_encoder else None
     encoder = set(encoder_of().modules()) if callable(encoder_of) else set()
-    return lambda candidate: TOKENS if candidate.layers[0] in encoder else (*DECODING_TOKENS, *TOKENS)
+    return lambda candidate: whole if candidate.layers[0] in encoder else steps

@@ -26,6 +26,7 @@ class LayerReport:
         reason: why the layer is not sparse; None if it is.
         error: of a rounded matmul, relative to the exact one, on normally distributed inputs; None of exact kernels.
         weight_error: of the rounded weight, relative to the exact one; 0 where that is on the grid of the kernel.
+        dense_up_to: token count up to which a call computes with the dense weight, which is kept for it; 0 = nowhere.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerReport:
     reason: str | None = None
     error: float | None = None
     weight_error: float | None = None
+    dense_up_to: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -91,6 +93,7 @@ class RuntimeReport:
             shape = "x".join(map(str, layer.shape))
             share = layer.bytes / layer.dense_bytes if layer.dense_bytes else 1.0
             result = layer.reason or _speedups(layer.gains) or _errors(layer) or "not measured"
+            result += f", dense up to {layer.dense_up_to} tokens" if layer.dense_up_to else ""
             lines.append(
                 f"{layer.name:<{width}}  {shape:>11}  {layer.sparsity:>8.2%}  {layer.kernel:<13}  "
                 f"{layer.rows or '':>4}  {share:>6.0%}  {result}"

@@ -1,6 +1,7 @@
 """Is `to_runtime(model, "auto")` ever slower than dense? Random shapes, sparsities, blocks and batches.
 
     python scripts/benchmarks/bench_auto.py --json auto.json       # exit code 1 if any is below 0.97
+    python scripts/benchmarks/bench_auto.py --cases 50 --tokens 1 512          # 150 calls, short ones too
 
 Two thirds of the models are a linear layer, the others a BERT of one layer. Each is chosen for with a fresh table, and
 called with sequence lengths that were not timed for the choice. Dense and runtime model are timed interleaved, with one
@@ -54,8 +55,8 @@ def prune(layer: nn.Linear, sparsity: float, rows: int, generator: torch.Generat
     layer.weight.mul_(kept.repeat_interleave(rows, 0)[:height])
 
 
-def make(number: int, seed: int, calls: int) -> tuple[str, Any, list[Any]]:
-    """Return a random case: what it is, the pruned model, its inputs."""
+def make(number: int, seed: int, calls: int, shortest: int, longest: int) -> tuple[str, Any, list[Any]]:
+    """Return a random case: what it is, the pruned model, its inputs of so many tokens."""
     random_ = random.Random(f"{seed}:{number}")  # noqa: S311  no secret
     generator = torch.Generator().manual_seed(random_.randrange(2**31))
     torch.manual_seed(0)
@@ -80,7 +81,7 @@ def make(number: int, seed: int, calls: int) -> tuple[str, Any, list[Any]]:
             prune(layer, sparsity, rows, generator)
     inputs = []
     for _ in range(calls):
-        tokens = even(random_, 16, max(17, min(4096, int(WORK / each))))
+        tokens = even(random_, shortest, max(shortest + 1, min(longest, int(WORK / each))))
         if number % 3 < 2:
             inputs.append(torch.randn(1, tokens, into, generator=generator))
         else:
@@ -104,6 +105,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--first", type=int, default=0, help="number of the first case (0)")
     parser.add_argument("--calls", type=int, default=3, help="token counts for each case (3)")
+    parser.add_argument("--tokens", type=int, nargs=2, metavar=("LEAST", "MOST"), default=(1, 4096))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -113,7 +115,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with threads_of_torch(options.threads), tempfile.TemporaryDirectory() as folder:
         for number in range(options.first, options.first + options.cases):
-            said, model, inputs = make(number, options.seed, options.calls)
+            said, model, inputs = make(number, options.seed, options.calls, *options.tokens)
             dense = copy.deepcopy(model)
             start = time.perf_counter()
             try:

@@ -1,15 +1,21 @@
-"""Decode with a pruned causal model in runtime form, beside dense torch and llama.cpp: speed and perplexity.
+"""Decode with pruned causal models in runtime form, beside dense torch and llama.cpp: speed, bytes and perplexity.
 
-    python scripts/benchmarks/bench_decode.py DENSE SPARSE [--backends bitmask bitmask-int8] [--data test.txt]
-        [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1] [--json FILE]
+    python scripts/benchmarks/bench_decode.py DENSE SPARSE [--backends bitmask bitmask-int8=FOLDER bitmask-int4=FOLDER]
+        [--data test.txt] [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1] [--json FILE]
 
-DENSE is the folder of the model, SPARSE of the same model pruned (`hf-sparse prune DENSE --scorer sparsegpt ...`).
-Engines of torch: the dense model in float32 and in bfloat16, the sparse one in runtime form. Before anything is
-timed, the logits of the exact forms are compared with those of the sparse model in torch. Each engine then generates as
-many tokens, greedily, from the same prompt. Figures are ratios over the faster dense type of torch, round by round:
-median and quartiles. With --data also the perplexity of each (windows of 512 tokens, with BOS if the model has one).
+DENSE is the folder of the model, SPARSE of the same model pruned (`hf-sparse prune DENSE --scorer sparsegpt ...`). A
+backend may have a folder of its own: for int8 and int4 the model that was pruned for it, with
+`--scorer "{name: sparsegpt, bits: 4}"`. Engines of torch: the dense model in float32 and in bfloat16, the sparse ones
+in runtime form. Before anything is timed, the logits of the exact forms are compared with those of the sparse model in
+torch. Each engine then generates as many tokens, greedily, from the same prompt. Figures are ratios over the faster
+dense type of torch, round by round: median and quartiles. With --data also the perplexity of each (windows of 512
+tokens, with BOS if the model has one; the same tokens in llama.cpp).
+
+Bytes of a token are those of all weights that a matmul of one token reads, without those of the cache; of a GGUF file,
+those of the file. What memory can give is measured beside it: the sum of a tensor much larger than the caches.
 
 llama.cpp runs in an environment of its own (PYTHON with llama-cpp-python), with the model in its own format (GGUF).
+Results are kept in --json (recipes/reference/decode.json), by model and threads.
 """
 
 from __future__ import annotations
@@ -19,11 +25,14 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "recipes" / "reference" / "decode.json"
 
 PROMPT = "The history of the city begins in the twelfth century, when"
 WINDOW = 512
@@ -44,6 +53,23 @@ for line in sys.stdin:
         llama.eval([token])
         token = llama.sample(temp=0.0)
     print(json.dumps((time.perf_counter() - start) / count), flush=True)
+"""
+
+LLAMA_LOSS = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+file, threads = sys.argv[1], int(sys.argv[2])
+llama = Llama(file, n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False, seed=0, logits_all=True)
+total, count = 0.0, 0
+for ids, scored in json.load(sys.stdin):
+    llama.reset()
+    llama.eval(ids)
+    for place in range(len(ids) - scored, len(ids)):
+        row = llama.scores[place - 1].astype(np.float64)
+        total -= row[ids[place]] - row.max() - np.log(np.exp(row - row.max()).sum())
+    count += scored
+print(json.dumps(total / count))
 """
 
 
@@ -69,10 +95,16 @@ class LlamaCpp:
         return float(self.read())
 
 
+def llama_loss(python: str, file: str, threads: int, windows: Sequence[Any]) -> float:
+    """Return the mean loss of a model of llama.cpp on windows of token ids."""
+    given = json.dumps([[window.ids[0].tolist(), window.scored] for window in windows])
+    command = [python, "-c", LLAMA_LOSS, file, str(threads)]
+    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
 def torch_engine(model: Any, ids: Any, tokens: int) -> Callable[[], float]:
     """Return a function that decodes and gives the seconds of a token, without those of the prompt."""
-    import time
-
     import torch
 
     @torch.inference_mode()
@@ -88,89 +120,164 @@ def torch_engine(model: Any, ids: Any, tokens: int) -> Callable[[], float]:
     return run
 
 
-def check(models: dict[str, Any], sparse: Any, ids: Any) -> dict[str, float]:
-    """Return the largest deviation of the logits of each runtime form, as a fraction of the largest logit."""
+def bytes_of_a_token(model: Any) -> int:
+    """Return the bytes of the weights that the matmuls of one token read."""
+    from torch import nn
+
+    from hf_sparse.runtime.packed_linear import PackedLinear
+
+    total = 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            if module.joint is None or module.joint.layers[0] is module:
+                total += sum(part.nbytes for part in module.packed.operands)
+        elif isinstance(module, nn.Linear):
+            copied = vars(module).get("few_token_copy")
+            total += module.weight.nbytes if copied is None else sum(part.nbytes for part in copied[1])
+    return total
+
+
+def memory_rate(rounds: int = 5) -> float:
+    """Return the bytes a second at which torch adds up a tensor of 512 MiB."""
+    import torch
+
+    numbers, seconds = torch.ones(1 << 27), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - start)
+    return numbers.nbytes / sorted(seconds)[rounds // 2]
+
+
+def deviation(model: Any, sparse: Any, ids: Any) -> float:
+    """Return the largest deviation of the logits of a runtime form, as a fraction of the largest logit."""
     import torch
 
     with torch.inference_mode():
-        expected = [sparse(input_ids=part).logits for part in (ids, ids[:, :1])]
-        found = {name: [model(input_ids=part).logits for part in (ids, ids[:, :1])] for name, model in models.items()}
-    return {
-        name: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(each, expected, strict=True))
-        for name, each in found.items()
-    }
+        pairs = [(model(input_ids=part).logits, sparse(input_ids=part).logits) for part in (ids, ids[:, :1])]
+    return max(float((found - exact).abs().max() / exact.abs().max()) for found, exact in pairs)
 
 
-def main() -> None:
-    """Print the table."""
+def load(folder: str, kind: str = "float32") -> Any:
+    """Return the causal model of a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval()
+
+
+def runtime_forms(options: argparse.Namespace, ids: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return the sparse models in runtime form, and what is known of each."""
+    import hf_sparse
+    from hf_sparse.kernels import KERNELS
+
+    forms = {}
+    for spec in options.backends:
+        backend, _, folder = spec.partition("=")
+        model, sparse = (load(folder or options.sparse) for _ in range(2))
+        report = hf_sparse.to_runtime(model, backend)
+        print(report)
+        off = deviation(model, sparse, ids)
+        if (backend == "auto" or KERNELS.backends[backend].exact) and off > 1e-4:
+            sys.exit(f"{spec}: the logits deviate by {off:.2e} of the largest")
+        errors = [layer.weight_error for layer in report.sparse if layer.weight_error is not None]
+        facts: dict[str, Any] = {"logit_deviation": off}
+        if errors:
+            facts["largest_weight_error"] = max(errors)
+        forms[f"sparse, {backend}{', pruned for it' if folder else ''}"] = model, facts
+    return forms
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("sparse")
-    parser.add_argument("--backends", nargs="+", default=["bitmask", "bitmask-int8"])
+    parser.add_argument("--backends", nargs="+", default=["bitmask", "bitmask-int8", "bitmask-int4"])
     parser.add_argument("--gguf", nargs="+", metavar="FILE", help="a Python with llama-cpp-python, then files")
     parser.add_argument("--data", help="text for the perplexity")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Measure, print the table and keep the figures."""
+    options = parse()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    import hf_sparse
     from hf_sparse.analysis.perplexity import mean_loss
-    from hf_sparse.kernels import KERNELS
+    from hf_sparse.kernels import library_status
     from hf_sparse.profiling.machine import machine
     from hf_sparse.profiling.timer import in_rounds, quartiles, ratios
     from hf_sparse.recipe.texts import TokenStream
+    from hf_sparse.utils.atomic_io import read_json, write_text
 
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.dense)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-
-    def load(folder: str, dtype: torch.dtype = torch.float32) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    sparse = load(options.sparse)
-    forms = {}
-    for backend in options.backends:
-        forms[f"sparse, {backend}"] = load(options.sparse)
-        print(hf_sparse.to_runtime(forms[f"sparse, {backend}"], backend))
-    errors = check(forms, sparse, ids)
-    for name, error in errors.items():
-        backend = name.removeprefix("sparse, ")
-        if (backend == "auto" or KERNELS.backends[backend].exact) and error > 1e-4:
-            sys.exit(f"{name}: the logits deviate by {error:.2e} of the largest")
-    del sparse  # memory for the next ones
-    models = {"dense, float32": load(options.dense), "dense, bfloat16": load(options.dense, torch.bfloat16), **forms}
-    losses = {}
+    forms = runtime_forms(options, ids)
+    models: dict[str, Any] = {f"dense, {kind}": load(options.dense, kind) for kind in ("float32", "bfloat16")}
+    known: dict[str, dict[str, Any]] = {name: {} for name in models} | {
+        name: facts for name, (_, facts) in forms.items()
+    }
+    models |= {name: model for name, (model, _) in forms.items()}
+    for name, model in models.items():
+        known[name]["bytes_per_token"] = bytes_of_a_token(model)
+    python, *files = options.gguf or [""]
+    for file in files:
+        known[f"llama.cpp, {Path(file).name}"] = {"bytes_per_token": Path(file).stat().st_size}
     if options.data:
         stream = TokenStream.of(Path(options.data).read_text(encoding="utf-8"), tokenizer, "auto")
         windows = list(stream.windows(WINDOW, None, options.windows))
-        losses = {name: math.exp(mean_loss(model, windows)) for name, model in models.items()}
-    engines = {name: torch_engine(model, ids, options.tokens) for name, model in models.items()}
-    for file in (options.gguf or [])[1:]:
-        engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(options.gguf[0], file, options.threads, options.tokens)
+        for name, model in models.items():
+            known[name]["perplexity"] = math.exp(mean_loss(model, windows))
+        for file in files:
+            loss = llama_loss(python, file, options.threads, windows)
+            known[f"llama.cpp, {Path(file).name}"]["perplexity"] = math.exp(loss)
+    engines: dict[str, Any] = {name: torch_engine(model, ids, options.tokens) for name, model in models.items()}
+    for file in files:
+        engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(python, file, options.threads, options.tokens)
+    memory = memory_rate()
     seconds = in_rounds(engines, options.rounds, warmup=1)
-    best = min((name for name in models if name.startswith("dense")), key=lambda name: sorted(seconds[name])[0])
-    print(f"{machine()}, {options.threads} threads, {options.tokens} tokens, {options.rounds} rounds; over {best}")
-    print("| engine | tokens/s | speed-up | quartiles | perplexity | deviation of logits |\n|---|---|---|---|---|---|")
-    result = {}
+    best = min((name for name in models if name.startswith("dense")), key=lambda name: quartiles(seconds[name])[1])
+    print(
+        f"{machine()}, {library_status().isa}, {options.threads} threads, {options.tokens} tokens, {options.rounds} "
+        f"rounds; over {best}; memory gives {memory / 1e9:.1f} GB/s"
+    )
+    head = ("engine", "tokens/s", "speed-up", "quartiles", "MB/token", "GB/s", "perplexity")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, each in seconds.items():
+        facts = known[name]
         low, middle, high = quartiles(ratios(seconds, best, name))
         rate = 1 / quartiles(each)[1]
-        said = f"{losses[name]:.2f}" if name in losses else "-"
-        deviation = f"{errors[name]:.1e}" if name in errors else "-"
-        print(f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {said} | {deviation} |")
-        result[name] = {
-            "tokens_per_second": rate, "speedup": [low, middle, high], "perplexity": losses.get(name),
-            "logit_deviation": errors.get(name),
-        }  # fmt: skip
-    if options.json:
-        facts = {"machine": machine(), "threads": options.threads, "tokens": options.tokens, "over": best}
-        options.json.write_text(json.dumps({**facts, "engines": result}, indent=1) + "\n", encoding="utf-8")
+        facts |= {
+            "tokens_per_second": rate,
+            "speedup": [low, middle, high],
+            "bytes_per_second": rate * facts["bytes_per_token"],
+        }
+        said = f"{facts['perplexity']:.2f}" if "perplexity" in facts else "-"
+        print(
+            f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {facts['bytes_per_token'] / 1e6:.0f} | "
+            f"{facts['bytes_per_second'] / 1e9:.1f} | {said} |"
+        )
+    results: dict[str, Any] = read_json(options.json) or {} if options.json.exists() else {}
+    results[f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"] = {
+        "machine": machine(),
+        "instruction_set": library_status().isa,
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "windows": options.windows if options.data else 0,
+        "over": best,
+        "memory_bytes_per_second": memory,
+        "engines": known,
+    }
+    write_text(options.json, json.dumps(results, indent=1) + "\n")
+    print(f"kept in {options.json}")
 
 
 if __name__ == "__main__":

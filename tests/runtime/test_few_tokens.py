@@ -13,6 +13,7 @@ import torch
 
 from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.kernels import LibraryStatus
+from hf_sparse.modeling.value_grid import GRIDS
 from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import SpeedTable, lm_head
 from hf_sparse.runtime.autotune import Measurement, Trial, why_dense
@@ -140,17 +141,44 @@ def test_kernel_that_gains_at_few_tokens_must_not_lose_at_many() -> None:
     assert "at 1024 tokens" in str(why_dense("sparse_ffn", {17: faster, 1024: equal})), "nothing gains from few tokens"
 
 
-def test_int8_by_name_reports_its_errors_and_restores_the_bits() -> None:
+@pytest.mark.parametrize(("bits", "most", "of_the_model"), [(8, 0.02, 0.1), (4, 0.12, 0.6)])
+def test_rounded_by_name_reports_its_errors_and_restores_the_bits(bits: int, most: float, of_the_model: float) -> None:
     model, inputs = rounded("t5"), batch("t5")
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = answers(model, inputs)
-    report = to_runtime(model, "bitmask-int8")
-    errors = {layer.name: layer.error for layer in report.layers}
-    assert all(0 < float(errors[layer.name] or 0) < 0.02 for layer in report.sparse)
-    assert 0 < float(errors["lm_head"] or 0) < 0.02
+    report = to_runtime(model, f"bitmask-int{bits}")
+    by_name = {layer.name: layer for layer in report.layers}
+    assert all(0 < float(layer.error or 0) < most for layer in report.sparse)
+    assert all(0 < float(layer.weight_error or 0) < most for layer in report.sparse)
+    assert 0 < float(by_name["lm_head"].error or 0) < 0.02, "never less than int8"
     found = answers(model, inputs)
     assert not torch.equal(found, expected)
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert float((found - expected).norm() / expected.norm()) < of_the_model
+    to_dense_runtime(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_on_the_grid_of_the_kernel_lose_nothing_and_are_kept_once(bits: int) -> None:
+    model, inputs, grid = sparse("t5", 0.5), batch("t5"), GRIDS[bits]
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+                grouped = grid.grouped(layer.weight)
+                scales = grid.scale_of(grouped, grid.exact_digits)
+                on_grid = (grid.steps_of(grouped, scales) * scales).flatten(1)
+                layer.weight.copy_(on_grid[:, : layer.in_features])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    dense = copy.deepcopy(model)
+    report = to_runtime(model, f"bitmask-int{bits}")
+    assert {layer.weight_error for layer in report.sparse} == {0.0}
+    assert all(float(layer.error or 0) < 0.02 for layer in report.sparse), "of the rounded inputs alone"
+    assert "none of the weight" in str(report)
+    assert all(layer.bytes < 0.8 * layer.dense_bytes for layer in report.sparse), "no exact weight beside it"
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  made here
+        assert all(torch.equal(value, state[name]) for name, value in twin.state_dict().items())
+        found, expected = answers(twin, inputs), answers(dense, inputs)
+        assert float((found - expected).norm() / expected.norm()) < 0.1
     to_dense_runtime(model)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 

@@ -33,13 +33,13 @@ def test_each_candidate_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     real = planner.measure
 
     def counted(candidate: Any, speeds: Any, tokens: Sequence[int]) -> Any:
-        seen[candidate.kernel, candidate.form, candidate.names] += 1
+        seen[candidate.kernel, candidate.form, candidate.names, tuple(tokens)] += 1
         return real(candidate, speeds, tokens)
 
     monkeypatch.setattr(planner, "measure", counted)
     to_runtime(sparse("t5"), "auto", table=table(tmp_path, bitmask=0.4, sparse_ffn=2.0, sparse_qkv=2.0))
-    assert {kernel for kernel, _, _ in seen} == {"cpu", "bitmask"}
-    assert {form for _, form, _ in seen} == {"linear", "ffn", "qkv"}
+    assert {kernel for kernel, *_ in seen} == {"cpu", "bitmask"}
+    assert {form for _, form, *_ in seen} == {"linear", "ffn", "qkv"}
     assert set(seen.values()) == {1}
 
 
