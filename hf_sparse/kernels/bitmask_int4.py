@@ -86,8 +86,10 @@ def _check(weight: RoundedWeight) -> None:
 
 def _matmul(x: Tensor, weight: RoundedWeight) -> Tensor:
     native = native_matmul(library(), "hf_sparse_bitmask_int4", x, weight)
-    *parts, bias, out_features, in_features = weight
-    return matmul(x, unpack(*parts, out_features, in_features).to(x), bias) if native is None else native
+    if native is not None:
+        return native
+    values, bits, pointers, scales, bias, out_features, in_features = weight
+    return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
 
 
 bitmask_int4_linear = define_all(WeightFormat("bitmask_int4", RoundedWeight, _matmul, _check))["linear"]

@@ -175,8 +175,10 @@ def native_matmul(loaded: Library | None, name: str, x: Tensor, weight: RoundedW
 
 def _matmul(x: Tensor, weight: RoundedWeight) -> Tensor:
     native = native_matmul(library(), "hf_sparse_bitmask_int8", x, weight)
-    *parts, bias, out_features, in_features = weight
-    return matmul(x, unpack(*parts, out_features, in_features).to(x), bias) if native is None else native
+    if native is not None:
+        return native
+    values, bits, pointers, scales, bias, out_features, in_features = weight
+    return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
 
 
 bitmask_int8_linear = define_all(WeightFormat("bitmask_int8", RoundedWeight, _matmul, _check))["linear"]

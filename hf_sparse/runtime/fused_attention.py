@@ -72,7 +72,7 @@ class FusedSelfAttention(SharedInput):
         """Return what the plain module returns."""
         core: _CoreParts = self.fused_core
         if core.first.is_short(hidden_states):  # each of the three layers computes for itself
-            return super(SharedInput, self).forward(hidden_states, attention_mask, *args, **kwargs)
+            return super(SharedInput, self).forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if args or not takes(self, core, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         fusion = core.fusion

@@ -7,7 +7,8 @@ import torch
 
 from hf_sparse.errors import BackendError
 from hf_sparse.kernels import bitmask_int4, library
-from hf_sparse.kernels.bitmask_int4 import bitmask_int4_linear, matmul, pack, unpack
+from hf_sparse.kernels.bitmask_int4 import bitmask_int4_linear, pack, unpack
+from hf_sparse.kernels.bitmask_int8 import matmul
 from hf_sparse.kernels.library import Library
 from tests.helpers.kernels import odd_inputs, sparse
 
@@ -36,7 +37,7 @@ def test_layout_by_hand():
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 64), (9, 200), (0, 70), (4, 0)])
 def test_values_are_the_nearest_of_16_and_zero(shape):
-    weight = sparse(*shape, 0.4)
+    weight = sparse(shape[0], shape[1], 0.4)
     parts = pack(weight)
     found = unpack(*parts, *shape)
     assert found.shape == shape

@@ -89,8 +89,8 @@ def cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     return {name: value[:1, :length] if value.dim() > 1 else value[:1] for name, value in inputs.items()}
 
 
-def layer_inputs(tokens: int, layer: nn.Module) -> Tensor:
-    return torch.randn(1, tokens, int(layer.in_features))  # type: ignore[call-overload]
+def layer_inputs(tokens: int, layer: PackedLinear) -> Tensor:
+    return torch.randn(1, tokens, layer.in_features)
 
 
 def test_short_inputs_are_bit_for_bit_those_of_dense(tmp_path: Path) -> None:
