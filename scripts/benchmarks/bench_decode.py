@@ -265,7 +265,7 @@ def main() -> None:
             f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {facts['bytes_per_token'] / 1e6:.0f} | "
             f"{facts['bytes_per_second'] / 1e9:.1f} | {said} |"
         )
-    results: dict[str, Any] = read_json(options.json) or {} if options.json.exists() else {}
+    results: dict[str, Any] = read_json(options.json) or {}
     results[f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"] = {
         "machine": machine(),
         "instruction_set": library_status().isa,
