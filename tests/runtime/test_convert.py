@@ -658,7 +658,8 @@ def test_restoring_a_model_of_which_nothing_is_packed_changes_nothing(tmp_path: 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
     with pytest.raises(
-        BackendError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'dense', got 'gpu'"
+        BackendError,
+        match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'bitmask-int4', 'dense', got 'gpu'",
     ):
         to_runtime(sparse("bert"), "gpu")
 
@@ -716,7 +717,9 @@ def test_dense_checkpoint_is_pruned_and_packed_in_one_load(tmp_path: Any) -> Non
 
 
 def test_config_refuses_unknown_backends_and_two_wishes() -> None:
-    with pytest.raises(RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'dense'"):
+    with pytest.raises(
+        RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'bitmask-int4', 'dense'"
+    ):
         SparseConfig(backend="gpu")
     with pytest.raises(RecipeError, match="one of the two"):
         SparseConfig(backend="auto", quantization_config={"load_in_8bit": True})
