@@ -44,6 +44,7 @@ class SavedUnit:
         layers: their names. Those of "qkv" have one packed weight, under the name of the first.
         rows: block height of each packed weight.
         exact_rows: that of the exact weight beside the operands of a kernel that rounds; else 0.
+        dense_up_to: token count up to which they compute with their dense weights, which are then stored too.
     """
 
     form: Form
@@ -51,6 +52,7 @@ class SavedUnit:
     layers: tuple[str, ...]
     rows: tuple[int, ...]
     exact_rows: tuple[int, ...]
+    dense_up_to: int = 0
 
     def __post_init__(self) -> None:
         _require(self.form in get_args(Form), f"the form of a packed unit must be one of {get_args(Form)}", self.form)
@@ -63,6 +65,8 @@ class SavedUnit:
             count = 1 if self.form == "qkv" else len(names)
             good = isinstance(heights, tuple) and len(heights) == count and all(map(is_count, heights))
             _require(good and max(heights) <= _MOST, f"a packed unit has {count} block heights", heights)
+        good = is_count(self.dense_up_to) and self.dense_up_to <= _MOST
+        _require(good, "`dense_up_to` of a packed unit must be a token count", self.dense_up_to)
 
     @property
     def owners(self) -> tuple[str, ...]:

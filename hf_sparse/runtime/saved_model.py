@@ -42,8 +42,11 @@ def describe(model: nn.Module) -> tuple[SavedRuntime, dict[str, Tensor]]:
     for form, layers in _packed_units(model):
         packed = [layers[0].packed] if form == "qkv" else [layer.packed for layer in layers]
         heights = tuple(each.rows for each in packed), tuple(each.exact_rows for each in packed)
-        unit = SavedUnit(form, packed[0].kernel, tuple(names[id(layer)] for layer in layers), *heights)
+        own, limit = tuple(names[id(layer)] for layer in layers), layers[0].dense_up_to
+        unit = SavedUnit(form, packed[0].kernel, own, *heights, limit)
         units.append(unit)
+        if limit:
+            tensors |= {_dense_key(name): layer.dense[0].detach() for name, layer in zip(own, layers, strict=True)}
         for owner, each in zip(unit.owners, packed, strict=True):
             stored = {_key(owner, part, each.kernel): value for part, value in each.buffers().items()}
             tensors |= {key: value for key, value in stored.items() if value is not None}
@@ -81,6 +84,8 @@ def restore(model: nn.Module, saved: SavedRuntime, read: Read) -> None:
     head = _linear(model, saved.lm_head) if saved.lm_head else None
     copied = _copy(saved, head, read) if head is not None and saved.copy else None
     for candidate in candidates:
+        if candidate.dense_up_to:
+            _put_dense(candidate, read)
         candidate.pack(candidate.layers, keep_dense=False)
     if head is not None:
         lm_head.use_few_token_kernel(head, copied)
@@ -93,6 +98,7 @@ def packed_tensors(saved: SavedRuntime) -> set[str]:
     for unit in saved.units:
         parts = (*operand_names(unit.kernel), "packed_negative", *EXACT_NAMES)
         found |= {_key(owner, part, unit.kernel) for owner in unit.owners for part in parts}
+        found |= {_dense_key(name) for name in unit.layers if unit.dense_up_to}
     return found
 
 
@@ -159,6 +165,19 @@ def _key(owner: str, part: str, kernel: str) -> str:
     return f"{owner}.{'weight' if part == operand_names(kernel)[0] else part}"
 
 
+def _dense_key(layer: str) -> str:
+    return f"{layer}.dense_weight"
+
+
+def _put_dense(candidate: PackCandidate, read: Read) -> None:
+    """Give layers the dense weights that they compute short calls with."""
+    for name, layer in zip(candidate.names, candidate.layers, strict=True):
+        weight, shape = read(_dense_key(name)), (layer.out_features, layer.in_features)
+        if weight is None or weight.dtype != torch.float32 or weight.shape != shape:
+            raise CheckpointError(f"the runtime form lacks '{_dense_key(name)}' of shape {shape} in float32: {REMEDY}")
+        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+
+
 def _copy_keys(head: str, kernel: str) -> list[str]:
     return [f"{head}.few_token_{part}" for part in KERNELS[kernel].layout.parts]
 
@@ -200,7 +219,7 @@ def _candidate(
         sizes = [(sum(height for height, _ in sizes), sizes[0][1])]
     described = zip(unit.owners, unit.rows, unit.exact_rows, sizes, strict=True)
     packed = tuple(_packed(unit.kernel, owner, rows, exact, size, read) for owner, rows, exact, size in described)
-    return PackCandidate(unit.form, unit.kernel, unit.layers, layers, packed, block, activation)
+    return PackCandidate(unit.form, unit.kernel, unit.layers, layers, packed, block, activation, unit.dense_up_to)
 
 
 def _packed(kernel: str, owner: str, rows: int, exact_rows: int, size: tuple[int, int], read: Read) -> Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -35,7 +36,9 @@ from hf_sparse.formats.safetensors_io import MANIFEST_KEY, read_header
 from hf_sparse.hf.embedding.wrapper import inner_model
 from hf_sparse.kernels import KERNELS
 from hf_sparse.modeling.class_swap import Swapped
-from hf_sparse.runtime import is_runtime, saved_form
+from hf_sparse.profiling.timer import Run
+from hf_sparse.runtime import SpeedTable, is_runtime, saved_form
+from hf_sparse.runtime.autotune import Measurement, Trial
 from hf_sparse.runtime.packed_linear import PackedLinear
 from tests.helpers import decoders, sentence, structures
 from tests.helpers.kernels import pretend
@@ -81,6 +84,26 @@ def test_outputs_and_structure_are_those_after_to_runtime(family: str, backend: 
     assert not any(isinstance(module, (Swapped, PackedLinear)) for module in loaded.modules())
     assert loaded.state_dict().keys() == dense.keys()
     assert all(torch.equal(value, dense[name]) for name, value in loaded.state_dict().items())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_short_calls_compute_with_dense_weights_after_loading_too(tmp_path: Path) -> None:
+    model, inputs = sparse("bert"), structures.batch("bert")
+    dense = copy.deepcopy(model)
+
+    def clock(trial: Trial, plain: Run, packed: Run) -> Measurement:
+        return Measurement(1.0, 2.0, 0.5) if trial.tokens <= 8 else Measurement(1.0, 0.5, 2.0)
+
+    to_runtime(model, "auto", table=SpeedTable(tmp_path / "times.json", clock))
+    save_runtime(model, tmp_path / "saved")
+    loaded = load_runtime(tmp_path / "saved")
+    assert {module.dense_up_to for module in loaded.modules() if isinstance(module, PackedLinear)} == {14}
+    short = {name: value[:1, :9] if value.dim() > 1 else value[:1] for name, value in inputs.items()}
+    assert torch.equal(answers(loaded, short), answers(dense, short)), "the operations of the dense model"
+    assert torch.equal(answers(loaded, inputs), answers(model, inputs))
+    to_dense_runtime(loaded)
+    state = dense.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
 
