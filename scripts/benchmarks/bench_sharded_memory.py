@@ -1,7 +1,8 @@
 """Peak memory of each process while a model that is sharded over processes trains, renews its masks, and is saved.
 
     python scripts/benchmarks/bench_sharded_memory.py                 # 400 M parameters, 2 processes, about 6 GB
-    python scripts/benchmarks/bench_sharded_memory.py --small         # 6 M parameters, to try it
+    python scripts/benchmarks/bench_sharded_memory.py --small         # 7 M parameters, to try it
+    python scripts/benchmarks/bench_sharded_memory.py --scorer none   # the same model without masks
 
 A Llama shape with random weights, float32, AdamW, on CPU processes with gloo. The model is made without memory (meta
 device), divided by `fully_shard`, one unit for each block, the embeddings and the LM head, and given memory and masks
@@ -48,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64},
 }
 SCORERS: dict[str, Any] = {
+    "none": None,
     "magnitude": "magnitude",
     "movement": {"name": "movement", "learning_rate": 0.1},
     "taylor": "taylor",
@@ -97,22 +99,26 @@ def run(shape: str, scorer: str, folder: Path) -> tuple[int, dict[str, int]]:
     config = config_of(shape)
     with phase("made"):
         model = sharded_model(config)
-        options = SparsityConfig(sparsity=0.9, scorer=SCORERS[scorer], schedule="constant")
-        pruner = Pruner(model, options).attach()
-        pruner.step(0.0)
-    optimizer = torch.optim.AdamW(pruner.parameter_groups())
+        options: dict[str, Any] = {"scorer": SCORERS[scorer], "sparsity": 0.9, "schedule": "constant"}
+        pruners = [] if scorer == "none" else [Pruner(model, SparsityConfig(**options)).attach()]
+        for pruner in pruners:
+            pruner.step(0.0)
+    optimizer = torch.optim.AdamW(pruners[0].parameter_groups() if pruners else model.parameters())
     ids = torch.randint(0, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
     for name in ("training step", "second step"):
         with phase(name):
             model(input_ids=ids, labels=ids).loss.backward()
-            pruner.observe()
+            for pruner in pruners:
+                pruner.observe()
             optimizer.step()
         with phase("selection"):
-            pruner.step(0.5)
+            for pruner in pruners:
+                pruner.step(0.5)
         optimizer.zero_grad(set_to_none=False)  # gradients stay in memory, as the share counts them
-    pruner.bake()
-    with phase("save"):
-        model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    for pruner in pruners:  # of a model without masks it is not we who save shards
+        pruner.bake()
+        with phase("save"):
+            model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
     return before, peaks
 
 
@@ -138,7 +144,11 @@ def table(options: argparse.Namespace, found: list[dict[str, int]], saved: int) 
     parts = memory(sizes, "FSDP2", options.processes, options.scorer == "movement")
     if options.scorer == "taylor":
         parts["scores"] = 2 * 4 * sizes.targeted / options.processes  # the importance, and the gradient of a step
+    if options.scorer == "none":
+        parts["masks"] = 0.0
+        parts["one block"] -= (1 + 4) * sizes.layer
     block, share = parts.pop("one block"), sum(parts.values())
+    largest = max(parameter.numel() for parameter in model.parameters())
     first = parts["weights"] + parts["masks"] + parts["scores"] / (4 if options.scorer == "movement" else 1)
     lines = [
         f"{sizes.parameters / 1e6:.0f} M parameters, {sizes.targeted / 1e6:.0f} M with masks, {options.scorer}, "
@@ -147,14 +157,14 @@ def table(options: argparse.Namespace, found: list[dict[str, int]], saved: int) 
         f"| phase | share | one block | {' | '.join(f'process {rank}' for rank in range(len(found)))} | over |",
         "|---|---|---|" + "---|" * (len(found) + 1),
     ]
-    for name in PHASES:
+    for name in (name for name in PHASES if name in found[0]):
         mine = first if name == "made" else share
-        extra = saved / options.processes + 4 * sizes.layer if name == "save" else block
+        extra = saved / options.processes + 4 * largest if name == "save" else block
         peaks = [each[name] for each in found]
         over = max(0.0, max(peaks) - mine - extra)
         cells = [f"{size / 1e6:.1f}" for size in (mine, extra, *peaks, over)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "In the last row: its part of the packed file and one weight instead of a block."])
+    return "\n".join([*lines, "", "In the last row: its part of the file and the largest weight instead of a block."])
 
 
 def main() -> None:
