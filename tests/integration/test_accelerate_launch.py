@@ -24,7 +24,7 @@ from accelerate.utils import ComputeEnvironment, DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
-from hf_sparse import RecipeError, SparsityCallback, SparsityConfig, last_checkpoint, sparsify, summarize
+from hf_sparse import Pruner, RecipeError, SparsityCallback, SparsityConfig, last_checkpoint, sparsify, summarize
 from tests.helpers.ranks import LIMIT, ROOT
 from tests.helpers.sharded import SCORERS, build
 from tests.helpers.training import RAMP, Rows, arguments, bert
@@ -90,7 +90,8 @@ def trainer_of(folder: Path, kind: str, scorer: str = "movement", **options: Any
     return Trainer(
         bert(**NO_DROPOUT),
         arguments(
-            folder / kind, max_steps=8, optim="sgd", learning_rate=0.1, ddp_backend="gloo", save_strategy="steps",
+            folder / kind, max_steps=8, optim="sgd", learning_rate=0.1, save_strategy="steps",
+            ddp_backend="gloo" if "LOCAL_RANK" in os.environ else None,
             save_steps=4, train_sampling_strategy="sequential", **options,
         ),
         train_dataset=Rows(),
@@ -167,12 +168,9 @@ def computes(folder: Path, kind: str) -> None:
     with torch.no_grad():
         torch.save(model(IDS).logits, folder / f"logits-{os.environ['RANK']}.pt")
     with pytest.raises(RecipeError, match=r"is sharded already.*not under tensor parallelism.*Put masks on first"):
-        Trainer(
-            model,
-            arguments(folder / "run", ddp_backend="gloo"),
-            train_dataset=Rows(),
-            callbacks=[SparsityCallback(SparsityConfig(sparsity=0.95))],
-        )
+        Pruner(model, SparsityConfig(sparsity=0.95)).attach()
+    with pytest.raises(ValueError, match="ParallelismConfig is only compatible"):  # on a CPU
+        Trainer(model, arguments(folder / "run", ddp_backend="gloo"), train_dataset=Rows())
 
 
 @pytest.mark.slow
