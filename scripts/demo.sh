@@ -36,7 +36,7 @@ for process in first second; do
 done
 
 say "speed: the sparse model after to_runtime against the dense one"
-.venv-demo/bin/hf-sparse bench runs/demo/sparse --against runs/demo/dense --batch 8 --length 64 --save
+.venv-demo/bin/hf-sparse bench runs/demo/sparse --against runs/demo/dense --batch 8 --length 64 --engines none --save
 
 say "result"
 "$python" scripts/demo/table.py runs/demo/dense runs/demo/sparse
