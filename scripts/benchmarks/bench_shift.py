@@ -3,7 +3,7 @@
     python scripts/benchmarks/bench_shift.py FOLDER --model models/paraphrase-minilm-l3-v2 --data data [--seeds 0 1 2]
 
 FOLDER gets one run for each method and seed, and `shift.json`; runs that are finished are not repeated. First the model
-is pruned on SST-2 by magnitude. Then its encoder, with a new head, goes on with MRPC or BBC news in four ways: with
+is pruned on SST-2 by magnitude. Then its encoder, with a new head, goes on with BBC news or MRPC in four ways: with
 fixed masks (the zeros stay), RigL (constant sparsity), movement (which frees the zeros and prunes again) and, as a
 bound, all weights free (`fill`). "SST-2 after" is the accuracy on SST-2 of the encoder under the head it had.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.train import run
@@ -74,6 +74,15 @@ def finished(folder: Path, made: Recipe) -> float:
     return float((read_json(folder / "eval_results.json") or {})["eval_accuracy"])
 
 
+def encoder_of(pruned: Path) -> Path:
+    """Return the folder with the model without its head, whose size is that of the first task."""
+    folder = pruned.with_name(f"{pruned.name}-encoder")
+    if not (folder / "config.json").is_file():
+        AutoTokenizer.from_pretrained(pruned).save_pretrained(folder)
+        AutoModel.from_pretrained(pruned).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def old_accuracy(before: Path, after: Path, data: Path) -> float:
     """Return the accuracy on SST-2 of the encoder of `after` under the head of `before`."""
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", choices=("bbc-news", "mrpc"), default=["bbc-news", "mrpc"])
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     for seed in options.seeds:
@@ -111,11 +121,11 @@ def main() -> None:
             "schedule": {"name": "cubic", "begin": 0.1, "end": 0.7, "every": 5},
         }
         first = finished(pruned, recipe("sst2", {"name": options.model}, options.data, pruned, seed, section))
-        for task in ("mrpc", "bbc-news"):
+        encoder = encoder_of(pruned)
+        for task in options.tasks:
             for name, sparsity in methods(options.sparsity).items():
                 output = options.folder / f"{task}-{name}-{seed}"
-                # A head of another size is made anew by its own name; the same model section for all methods.
-                model = {"name": str(pruned), "fill": name == "free"}
+                model = {"name": str(encoder), "fill": name == "free"}
                 value = finished(output, recipe(task, model, options.data, output, seed, sparsity))
                 old = old_accuracy(pruned, output, options.data)
                 row = {"seed": seed, "task": task, "method": name, "accuracy": value, "first": first, "old": old}
@@ -125,7 +135,7 @@ def main() -> None:
     print(
         "| second task | masks | accuracy (mean) | per seed | SST-2 before | SST-2 after |\n|---|---|---|---|---|---|"
     )
-    for task in ("mrpc", "bbc-news"):
+    for task in options.tasks:
         for name in methods(options.sparsity):
             rows = [row for row in results if (row["task"], row["method"]) == (task, name)]
             mean = {key: statistics.mean(row[key] for row in rows) for key in ("accuracy", "first", "old")}
