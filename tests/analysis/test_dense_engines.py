@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparsityConfig, sparsify
 from hf_sparse.analysis.dense_engines import ENGINES, INT8, DenseEngine, Job, engines_named, first_output
