@@ -118,7 +118,7 @@ object.__setattr__(self, "train", v)
 ALLOWED = {
     # State of ours on a module, under a key of ours.
     "modeling/model_state.py": {"vars(owner)[self.name]"},
-    # What accelerate calls for a layer that a device_map places: the forward method of the class that the layer has then.
+    # What accelerate calls for a layer that a device_map places: the forward method of its class.
     "runtime/packed_linear.py": {"vars(layer)[name]"},
     # Methods of torch, not of these libraries, on a module in runtime form.
     "runtime/guards.py": {"vars(module)['_apply']", "vars(module)['_load_from_state_dict']", "vars(module)[name]"},
