@@ -17,7 +17,7 @@ from ..utils.atomic_io import PathLike
 from ..utils.text import format_bytes, printable
 from .codecs import layout
 from .codecs.base import as_bits
-from .manifest import ITEM_BYTES, Manifest
+from .manifest import ITEM_BYTES, Manifest, refuse_runtime
 from .model_folder import safetensors_files
 from .safetensors_io import Header, Stored, check_headers, manifests_in, open_safetensors, read_header
 from .stored_layers import LayerGroup, layer_groups, removed_groups, removed_lines
@@ -162,6 +162,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     manifests = manifests_in(headers)
     packed = {file: manifest for file, manifest in manifests.items() if manifest is not None}
     for manifest in list(packed.values())[:1]:
+        refuse_runtime(manifest, path)
         found = {key for file in packed for key in headers[file].tensors}
         if path.is_dir() or found >= manifest.tensors.keys():
             check_headers({file: headers[file] for file in packed}, manifests)

@@ -30,6 +30,9 @@ ITEM_BYTES: dict[str, int] = {
 MAX_BYTES = 2**46
 """A single tensor above 64 TiB is a mistake or an attack; the limit also keeps every size inside 64 bits."""
 
+RUNTIME_KEY = "runtime"
+"""Key in `extra` of what `save_runtime` wrote: tensors as kernels read them."""
+
 _MAX_DIMENSIONS = 32
 _CHECKSUM = re.compile(r"crc32:[0-9a-f]{8}")
 _WORD = re.compile(r"[a-z0-9_:]{1,32}")
@@ -268,3 +271,12 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise CheckpointError(f"holds the number {shorten(text)}, which is too large")
     return value
+
+
+def refuse_runtime(manifest: Manifest | None, where: object) -> None:
+    """Raise `CheckpointError` if a file is in runtime form: its tensors are those of kernels, not of the model."""
+    if manifest is not None and RUNTIME_KEY in manifest.extra:
+        raise CheckpointError(
+            f"{where} is in runtime form, which hf_sparse.save_runtime wrote for inference alone: name the checkpoint "
+            "that it was made from"
+        )

@@ -18,7 +18,7 @@ from ..errors import BackendError, CheckpointError, RecipeError
 from ..formats.aligned_file import with_fillers, write_aligned
 from ..formats.codecs import encode
 from ..formats.layer_forms import FORMS_KEY, LayerForms
-from ..formats.manifest import Manifest
+from ..formats.manifest import RUNTIME_KEY, Manifest
 from ..formats.model_folder import SINGLE
 from ..formats.safetensors_io import MANIFEST_KEY, read_manifest
 from ..formats.structure import EDITS_KEY
@@ -29,7 +29,7 @@ from ..modeling.model_state import check_model
 from ..pruning.compaction import apply_edits, edits_of
 from ..pruning.compressions.saved_forms import apply_forms, forms_of
 from ..runtime import is_runtime
-from ..runtime.saved_form import RUNTIME_KEY, SavedRuntime
+from ..runtime.saved_form import SavedRuntime
 from ..runtime.saved_model import describe, packed_tensors
 from ..utils.atomic_io import PathLike, finish_replacing, read_json
 from . import patches

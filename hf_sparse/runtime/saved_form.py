@@ -21,9 +21,6 @@ from .packed_weight import EXACT
 
 logger = logging.getLogger(__name__)
 
-RUNTIME_KEY = "runtime"
-"""Key in `extra` of a manifest."""
-
 VERSION = 1
 """Of what stands there."""
 

@@ -42,6 +42,9 @@ def describe(model: nn.Module) -> tuple[SavedRuntime, dict[str, Tensor]]:
     for form, layers in _packed_units(model):
         packed = [layers[0].packed] if form == "qkv" else [layer.packed for layer in layers]
         heights = tuple(each.rows for each in packed), tuple(each.exact_rows for each in packed)
+        if gone := [layer for layer in layers if id(layer) not in names]:
+            there = next((names[id(layer)] for layer in layers if id(layer) in names), type(gone[0]).__name__)
+            raise _replaced(there)
         own, limit = tuple(names[id(layer)] for layer in layers), layers[0].dense_up_to
         unit = SavedUnit(form, packed[0].kernel, own, *heights, limit)
         units.append(unit)
@@ -102,6 +105,13 @@ def packed_tensors(saved: SavedRuntime) -> set[str]:
     return found
 
 
+def _replaced(where: str) -> BackendError:
+    return BackendError(
+        f"save_runtime got a model whose layers in '{where}', or packed with it, were replaced after to_runtime: call "
+        "hf_sparse.to_dense_runtime(model), and hf_sparse.to_runtime(model) again"
+    )
+
+
 def _packed_units(model: nn.Module) -> Iterator[tuple[Form, tuple[PackedLinear, ...]]]:
     """Yield what is packed together."""
     done: set[int] = set()
@@ -109,10 +119,7 @@ def _packed_units(model: nn.Module) -> Iterator[tuple[Form, tuple[PackedLinear, 
         if isinstance(module, FusedFeedForward) and module.fused_ffn.activation is not None:
             fused = module.fused_ffn
             if any(modules.get(link) is not child for modules, link, child in fused.parts.links):
-                raise BackendError(
-                    f"save_runtime got a model whose layers in '{name}' were replaced after to_runtime: call "
-                    "hf_sparse.to_dense_runtime(model), and hf_sparse.to_runtime(model) again"
-                )
+                raise _replaced(name)
             done.update(map(id, fused.layers))
             yield "ffn", fused.layers
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ...errors import CheckpointError
-from ...formats.manifest import Manifest
+from ...formats.manifest import Manifest, refuse_runtime
 from ...formats.model_folder import PICKLED, SINGLE, check_link, pickled_files, weight_files
 from ...formats.safetensors_io import Stored
 from ...formats.sharding import opened
@@ -153,6 +153,7 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
         return
     files = weight_files(path)
     manifest = manifest_of(files, _described(config))
+    refuse_runtime(manifest, files[0])
     with opened(files) as shards:
         yield Checkpoint(path, config, files, shards, manifest)
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
 from ...formats.aligned_file import FILLER
-from ...formats.manifest import Manifest
+from ...formats.manifest import RUNTIME_KEY, Manifest
 from ...formats.safetensors_io import reading
 from ...modeling.class_swap import plain_class_of
-from ...runtime.saved_form import RUNTIME_KEY, SavedRuntime
+from ...runtime.saved_form import SavedRuntime
 from ...runtime.saved_model import packed_tensors, restore
 from .load_plan import LoadPlan
 
@@ -84,7 +84,7 @@ class RuntimePlan(LoadPlan):
         if name != self.saved.model:
             raise CheckpointError(
                 f"{self.files[0]} has a {self.saved.model} in runtime form, and was loaded as a {name}: load it with "
-                "hf_sparse.load_runtime, or with the auto class of its task"
+                "hf_sparse.load_runtime, the auto class of its task, or from_pretrained of that class if it is your own"
             )
         if not len(self.files) == 1:
             raise CheckpointError(f"a runtime form is one file, and there are {len(self.files)} beside {self.files[0]}")
