@@ -45,3 +45,15 @@ def test_model_with_a_transposed_weight_is_packed_and_restored(backend: str) -> 
     to_dense_runtime(model)
     assert torch.equal(layer.weight, before)
     assert torch.equal(torch.signbit(layer.weight), torch.signbit(before))
+
+
+@pytest.mark.parametrize("kernel", ["int8", "bitmask-int8", "bitmask-int4"])
+@pytest.mark.parametrize("scale", [1.0, 1e-23, 1e-31])
+def test_errors_of_small_weights_are_not_lost_in_small_squares(kernel: str, scale: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 128) * (torch.rand(16, 128) < 0.5) * scale
+    packed = Packed.of(weight, kernel)
+    of_weight = packed.errors(weight).weight
+    lost = (packed.multiplied() / scale - weight / scale).norm() / (weight / scale).norm()
+    assert of_weight == pytest.approx(float(lost), rel=1e-3)
+    assert of_weight > 1e-3
