@@ -53,7 +53,7 @@ def compare_gradients(folder: Path, families: tuple[str, ...] = ("bert",)) -> No
     dist.init_process_group("gloo")
     chosen = {"element": PATTERNS["element"], "head+neuron": PATTERNS["head+neuron"]}
     if len(families) > 1:
-        chosen = {**PATTERNS, **{name: MORE_PATTERNS[name] for name in ("global", "32x2", "column", "per_row")}}
+        chosen = PATTERNS
     for family in families:
         for name, options in chosen.items():
             for scorer in GRADIENT_SCORERS:
@@ -82,9 +82,13 @@ def test_masks_by_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_masks_by_gradients_for_every_family(ranks: int, tmp_path: Path) -> None:
-    on_ranks(__name__, "compare_all_gradients", tmp_path, ranks)
+def test_masks_by_gradients_for_every_family(tmp_path: Path) -> None:
+    on_ranks(__name__, "compare_all_gradients", tmp_path)
+
+
+@pytest.mark.slow
+def test_masks_by_gradients_on_four_ranks(tmp_path: Path) -> None:
+    on_ranks(__name__, "compare_gradients", tmp_path, 4)
 
 
 @pytest.mark.slow
