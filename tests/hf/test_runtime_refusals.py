@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("output", ["dense", "packed"])
 def test_convert_wants_the_checkpoint(output: str, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="in runtime form, which .* name the checkpoint that it was made from"):
+    with pytest.raises(CheckpointError, match=r"in runtime form, which .* name the checkpoint that it was made from"):
         import_checkpoint(folder, tmp_path / "out", format=output)
     assert not (tmp_path / "out").exists()
 
@@ -43,5 +43,7 @@ def test_a_projection_that_was_replaced_is_named(name: str, tmp_path: Path) -> N
     attention = model.bert.encoder.layer[0].attention.self
     width = attention.query.in_features
     setattr(attention, name, nn.Linear(width, width))
-    with pytest.raises(BackendError, match=r"layer\.0\.attention\.self\.(key|query)', or packed with it, were replaced"):
+    with pytest.raises(
+        BackendError, match=r"layer\.0\.attention\.self\.(key|query)', or packed with it, were replaced"
+    ):
         save_runtime(model, tmp_path)
