@@ -12,12 +12,7 @@ from torch import Tensor
 
 from ..modeling.value_grid import GRIDS
 from .bitmask import WORD, from_words, row_blocks
-from .bitmask_int8 import Parts, RoundedWeight, check_parts, matmul, native_matmul, pack_rounded, scaled
-from .int8_layout import refusal
-from .library import library, why_not_built
-from .op_table import WeightFormat
-from .operators import define_all, without_rows
-from .registry import Kernel, Layout, register
+from .bitmask_rounded import Parts, pack_rounded, register_rounded, scaled
 
 GRID = GRIDS[4]
 
@@ -79,38 +74,6 @@ def unpack(
     return scaled(steps, scales.float(), GRID.group, in_features)
 
 
-def _check(weight: RoundedWeight) -> None:
-    dtypes = (torch.uint8, torch.int64, torch.int32, torch.bfloat16)
-    check_parts(weight, GRID, dtypes, "hf_sparse.kernels.bitmask_int4.pack")
+DTYPES = (torch.uint8, torch.int64, torch.int32, torch.bfloat16)
 
-
-def _matmul(x: Tensor, weight: RoundedWeight) -> Tensor:
-    native = native_matmul(library(), "hf_sparse_bitmask_int4", x, weight)
-    if native is not None:
-        return native
-    values, bits, pointers, scales, bias, out_features, in_features = weight
-    return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
-
-
-bitmask_int4_linear = define_all(WeightFormat("bitmask_int4", RoundedWeight, _matmul, _check))["linear"]
-
-
-def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
-    values, bits, pointers, scales = parts
-    return unpack(values, bits, pointers, scales, out_features, in_features)
-
-
-register(
-    Kernel(
-        name="bitmask-int4",
-        layout=Layout(("values", "bits", "pointers", "scales"), lambda weight, rows: pack(weight), _unpack),
-        op=without_rows(bitmask_int4_linear),
-        reference=matmul,
-        isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
-        guard=refusal,
-        unavailable=why_not_built,
-        error=GRID.error,
-        few_tokens=True,
-        lm_head="bitmask-int8",
-    )
-)
+bitmask_int4_linear = register_rounded("bitmask-int4", GRID, DTYPES, pack, unpack, lm_head="bitmask-int8")

@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels import KERNELS
+from hf_sparse.kernels import KERNELS, library
+from hf_sparse.kernels.library import Library
+
+NATIVE = library.library()
+WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
+"""In which an operator computes here: plain torch, and each instruction set of the library."""
 
 
 def _returned(reason: str | None) -> str | None:
@@ -22,6 +28,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **unavailable: str | None) -> None:
     for name, reason in unavailable.items():
         kernel = dataclasses.replace(KERNELS[name], unavailable=partial(_returned, reason))
         monkeypatch.setitem(KERNELS._kernels, name, kernel)
+
+
+def use_way(monkeypatch: pytest.MonkeyPatch, module: Any, way: str) -> None:
+    """Let the operators of a module compute in one of `WAYS`."""
+    chosen = Library(NATIVE.path, way) if NATIVE and way != "torch" else None
+    monkeypatch.setattr(module, "library", lambda: chosen)
 
 
 def sparse(out: int, width: int, zeros: float) -> Tensor:

@@ -7,20 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse.errors import BackendError
-from hf_sparse.kernels import KERNELS, bitmask, library
+from hf_sparse.kernels import KERNELS, bitmask
 from hf_sparse.kernels.bitmask import SLACK, bitmask_linear, pack, unpack
-from hf_sparse.kernels.library import Library
-from tests.helpers.kernels import odd_inputs, sparse
+from tests.helpers.kernels import NATIVE, WAYS, odd_inputs, sparse, use_way
 
-NATIVE = library.library()
-WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
-    monkeypatch.setattr(bitmask, "library", lambda: chosen)
+    use_way(monkeypatch, bitmask, request.param)
     return request.param
 
 

@@ -7,18 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse.kernels import dense_gemv as dense
-from hf_sparse.kernels import library
 from hf_sparse.kernels.dense_gemv import FEW, dense_linear
-from hf_sparse.kernels.library import Library
-
-NATIVE = library.library()
-WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
+from tests.helpers.kernels import WAYS, use_way
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
-    monkeypatch.setattr(dense, "library", lambda: chosen)
+    use_way(monkeypatch, dense, request.param)
     return request.param
 
 

@@ -10,21 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse.errors import BackendError
-from hf_sparse.kernels import PackedWeight, library, pack
+from hf_sparse.kernels import PackedWeight, pack
 from hf_sparse.kernels import fp32_ops as ops
 from hf_sparse.kernels import reference as fallback
-from hf_sparse.kernels.library import Library
 from hf_sparse.kernels.types import ACTIVATIONS, Norm, Weight
-from tests.helpers.kernels import masks, odd_inputs, sparse
-
-NATIVE = library.library()
-WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
+from tests.helpers.kernels import NATIVE, WAYS, masks, odd_inputs, sparse, use_way
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    chosen = Library(NATIVE.path, request.param) if NATIVE and request.param != "torch" else None
-    monkeypatch.setattr(ops, "library", lambda: chosen)
+    use_way(monkeypatch, ops, request.param)
     return request.param
 
 
