@@ -186,7 +186,7 @@ def _timed(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         lengths = len({each["input_ids"].shape for each in batches})
         job = Job(dense, lengths, torch.get_num_threads(), Path(folder))
-        others, left_out = built(engines, job, partial(_difference_of, dense, batches))
+        others, left_out = built(engines, job, partial(engine_difference, dense, batches))
         seconds = interleave(
             {
                 "dense": lambda: [dense(**each) for each in batches],
@@ -210,8 +210,14 @@ def _over_all(run: Engine, batches: Sequence[Mapping[str, Tensor]]) -> list[Tens
 
 
 @torch.inference_mode()
-def _difference_of(dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], precision: str, engine: Engine) -> float:
-    """Return the largest difference of the outputs of an engine, see `compare`."""
+def engine_difference(
+    dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], precision: str, engine: Engine
+) -> float:
+    """Return the largest difference of the outputs of an engine from those of the dense model, see `compare`.
+
+    Raises:
+        BackendError: if it is above what the precision explains.
+    """
     tolerance = TOLERANCE if precision == FP32 else INT8_TOLERANCE
     return max(_within(engine(each), first_output(dense(**each)), tolerance, "this engine") for each in batches)
 

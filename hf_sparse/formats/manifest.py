@@ -273,9 +273,14 @@ def _finite(text: str) -> float:
     return value
 
 
+def is_runtime_form(manifest: Manifest | None) -> bool:
+    """Return whether `save_runtime` wrote a file, by its manifest; None = the file has none."""
+    return manifest is not None and RUNTIME_KEY in manifest.extra
+
+
 def refuse_runtime(manifest: Manifest | None, where: object) -> None:
     """Raise `CheckpointError` if a file is in runtime form: its tensors are those of kernels, not of the model."""
-    if manifest is not None and RUNTIME_KEY in manifest.extra:
+    if is_runtime_form(manifest):
         raise CheckpointError(
             f"{where} is in runtime form, which hf_sparse.save_runtime wrote for inference alone: name the checkpoint "
             "that it was made from"

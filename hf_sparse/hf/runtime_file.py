@@ -18,7 +18,7 @@ from ..errors import BackendError, CheckpointError, RecipeError
 from ..formats.aligned_file import with_fillers, write_aligned
 from ..formats.codecs import encode
 from ..formats.layer_forms import FORMS_KEY, LayerForms
-from ..formats.manifest import RUNTIME_KEY, Manifest
+from ..formats.manifest import RUNTIME_KEY, Manifest, is_runtime_form
 from ..formats.model_folder import SINGLE
 from ..formats.safetensors_io import MANIFEST_KEY, read_manifest
 from ..formats.structure import EDITS_KEY
@@ -133,8 +133,7 @@ def load_runtime(folder: PathLike) -> Any:
         finish_replacing(path)
     if not (path / SINGLE).is_file():
         raise CheckpointError(f"there is no {SINGLE} in {path}: name a folder that hf_sparse.save_runtime has written")
-    manifest = read_manifest(path / SINGLE)
-    if manifest is None or RUNTIME_KEY not in manifest.extra:
+    if not is_runtime_form(read_manifest(path / SINGLE)):
         raise CheckpointError(
             f"{path} holds a checkpoint, and no runtime form: load it with from_pretrained, call hf_sparse.to_runtime "
             "and hf_sparse.save_runtime"
@@ -148,10 +147,8 @@ def _refuse_checkpoint(folder: Path) -> None:
     """Raise if a folder has weights that are not in runtime form: they may be the only ones that there are."""
     if not folder.is_dir():
         return
-    if (folder / SINGLE).is_file():
-        manifest = read_manifest(folder / SINGLE)
-        if manifest is not None and RUNTIME_KEY in manifest.extra:
-            return
+    if (folder / SINGLE).is_file() and is_runtime_form(read_manifest(folder / SINGLE)):
+        return
     if found := sorted(path.name for path in folder.glob("*.safetensors")):
         raise RecipeError(
             f"save_runtime would replace the checkpoint in {folder} ({found[0]}) by a file for one kind of processor: "

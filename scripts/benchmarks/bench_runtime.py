@@ -31,9 +31,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, TOLERANCE, compare, size
-from hf_sparse.analysis.dense_engines import ENGINES, INT8, Engine, Job, built, engines_named
-from hf_sparse.errors import BackendError
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, engine_difference, size
+from hf_sparse.analysis.dense_engines import ENGINES, INT8, Job, built, engines_named
 from hf_sparse.kernels import library_status
 from hf_sparse.modeling.layer_matching import block_layers
 from hf_sparse.profiling.machine import machine
@@ -91,16 +90,7 @@ def dense_engines(
     if name.startswith("t5"):
         return {}
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def difference(precision: str, engine: Engine) -> float:
-        with torch.inference_mode():
-            expected = dense(ids)[0]
-        apart = float((engine(batch) - expected).abs().max() / expected.abs().max())
-        if not apart <= (TOLERANCE if precision == FP32 else INT8_TOLERANCE):
-            raise BackendError(f"its outputs differ by {apart:.1e}")
-        return apart
-
-    engines, _ = built(names, Job(dense, 1, threads, Path(folder)), difference)
+    engines, _ = built(names, Job(dense, 1, threads, Path(folder)), partial(engine_difference, dense, [batch]))
     return {label: partial(engine, batch) for label, (engine, _) in engines.items()}
 
 

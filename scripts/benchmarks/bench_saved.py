@@ -23,12 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from hf_sparse.analysis.bench_inputs import make_inputs
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, TOLERANCE
-from hf_sparse.analysis.dense_engines import ENGINES, Engine, Job, built, engines_named, first_output
-from hf_sparse.errors import BackendError
+from hf_sparse.analysis.benchmark import engine_difference
+from hf_sparse.analysis.dense_engines import ENGINES, Job, built, engines_named
 from hf_sparse.formats.inspection import inspect
 from hf_sparse.hf.auto import load_whole
-from hf_sparse.profiling.speed_record import FP32
 from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 
@@ -44,21 +42,12 @@ def call(model: Any, options: argparse.Namespace) -> Callable[[], Any]:
     return lambda: model(**inputs)
 
 
-@torch.inference_mode()
 def dense_engines(
     names: Sequence[str], model: Any, options: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], Any]]:
     """Return what else runs the first model, with its outputs."""
     inputs = make_inputs(model, options.batch, options.length)
-    expected = first_output(model(**inputs))
-
-    def difference(precision: str, engine: Engine) -> float:
-        apart = float((engine(inputs) - expected).abs().max() / expected.abs().max())
-        if not apart <= (TOLERANCE if precision == FP32 else INT8_TOLERANCE):
-            raise BackendError(f"its outputs differ by {apart:.1e}")
-        return apart
-
-    engines, _ = built(names, Job(model, 1, options.threads, folder), difference)
+    engines, _ = built(names, Job(model, 1, options.threads, folder), partial(engine_difference, model, [inputs]))
     return {name: partial(engine, inputs) for name, (engine, _) in engines.items()}
 
 

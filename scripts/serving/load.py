@@ -24,8 +24,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hf_sparse.profiling.timer import in_rounds
 
 ROUTES = {"embedding": "/embed", "reranker": "/rerank", "classifier": "/predict"}
 
@@ -141,12 +144,8 @@ def measure(
     """Send the requests to each server in each round."""
     for address in servers.values():
         send(address, path, bodies[: 2 * clients], clients)  # what is made at the first call is not timed
-    found: dict[str, list[Result]] = {name: [] for name in servers}
-    names = list(servers)
-    for number in range(rounds):
-        for name in reversed(names) if number % 2 else names:
-            found[name].append(send(servers[name], path, bodies, clients))
-    return found
+    runs = {name: partial(send, address, path, bodies, clients) for name, address in servers.items()}
+    return in_rounds(runs, rounds, warmup=0)
 
 
 def summary(results: Sequence[Result], bodies: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from hf_sparse import SparsityConfig, sparsify
 from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import SpeedTable
 from hf_sparse.runtime.autotune import Measurement, Trial
+from tests.helpers import decoders
 from tests.helpers.structures import build
 
 
@@ -18,6 +19,21 @@ def sparse(family: str, sparsity: float = 0.8, pattern: Any = "element", **optio
     """Return a pruned model of a family."""
     model = build(family, **options)
     sparsify(model, SparsityConfig(sparsity=sparsity, pattern=pattern))
+    return model.eval()
+
+
+def round_to_bfloat16(model: nn.Module) -> None:
+    """Leave parameters in float32 that bfloat16 holds exactly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+
+
+def sparse_decoder(family: str) -> Any:
+    """Return a decoder with half of its weights zero and the others such that bfloat16 holds them."""
+    model = decoders.build(family)
+    round_to_bfloat16(model)
+    sparsify(model, SparsityConfig(sparsity=0.5))
     return model.eval()
 
 

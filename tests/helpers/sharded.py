@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,14 +105,27 @@ def trained(family: str, scorer: str, options: dict[str, Any], how: str) -> tupl
         called = DistributedDataParallel(model)
     rank, ranks = (0, 1) if how == "alone" else (dist.get_rank(), dist.get_world_size())
     optimizer = torch.optim.SGD(pruner.parameter_groups(), lr=0.1)
-    pruner.step(0.0)
-    masks = [digest(member.masked.mask for unit in pruner.units for member in unit.members)]
-    for step in range(STEPS):
-        called(**batch(step, rank, ranks)).loss.backward()
-        pruner.observe()
+
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+    return pruner, run(pruner, lambda step: called(**batch(step, rank, ranks)).loss.backward(), update)
+
+
+def run(pruner: Pruner, backward: Callable[[int], object], update: Callable[[], object]) -> list[int]:
+    """Train `STEPS` steps; return a number for the masks at the beginning and after each."""
+
+    def masks_now() -> int:
+        return digest(member.masked.mask for unit in pruner.units for member in unit.members)
+
+    pruner.step(0.0)
+    masks = [masks_now()]
+    for step in range(STEPS):
+        backward(step)
+        pruner.observe()
+        update()
         pruner.step((step + 1) / STEPS)
-        masks.append(digest(member.masked.mask for unit in pruner.units for member in unit.members))
+        masks.append(masks_now())
     pruner.finish()
-    return pruner, masks
+    return masks

@@ -42,7 +42,7 @@ from hf_sparse.runtime.autotune import Measurement, Trial
 from hf_sparse.runtime.packed_linear import PackedLinear
 from tests.helpers import decoders, sentence, structures
 from tests.helpers.kernels import pretend
-from tests.helpers.runtime_models import answers, sparse
+from tests.helpers.runtime_models import answers, sparse, sparse_decoder
 
 FILE = "model.safetensors"
 
@@ -128,12 +128,7 @@ def test_zeros_with_a_sign_and_block_heights_are_kept(pattern: Any, tmp_path: Pa
 @pytest.mark.parametrize("backend", ["bitmask", "bitmask-int8"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox"])
 def test_decoders_generate_the_same_with_the_copy_of_the_lm_head(family: str, backend: str, tmp_path: Path) -> None:
-    model = decoders.build(family)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
-    sparsify(model, SparsityConfig(sparsity=0.5))
-    model.eval()
+    model = sparse_decoder(family)
     to_runtime(model, backend)
     save_runtime(model, tmp_path)
     loaded = load_runtime(tmp_path)

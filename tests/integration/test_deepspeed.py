@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hf_sparse import Pruner, RecipeError, SparsityConfig
-from hf_sparse.pruning.mask_sync import digest
 from tests.helpers.ranks import on_ranks
-from tests.helpers.sharded import BATCH, GRADIENT_SCORERS, SCORERS, STEPS, batch, build, trained
+from tests.helpers.sharded import BATCH, GRADIENT_SCORERS, SCORERS, batch, build, run, trained
 
 deepspeed: Any = pytest.importorskip("deepspeed")
 
@@ -32,16 +31,7 @@ def zero(scorer: str, stage: int) -> tuple[Pruner, list[int]]:
         "gradient_clipping": 0.0, "zero_optimization": {"stage": stage},
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    pruner.step(0.0)
-    masks = [digest(member.masked.mask for unit in pruner.units for member in unit.members)]
-    for step in range(STEPS):
-        engine.backward(engine(**batch(step, rank, ranks)).loss)
-        pruner.observe()
-        engine.step()
-        pruner.step((step + 1) / STEPS)
-        masks.append(digest(member.masked.mask for unit in pruner.units for member in unit.members))
-    pruner.finish()
-    return pruner, masks
+    return pruner, run(pruner, lambda step: engine.backward(engine(**batch(step, rank, ranks)).loss), engine.step)
 
 
 def worker(folder: Path) -> None:

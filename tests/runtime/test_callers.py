@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse import SparsityConfig, sparsify, to_runtime
+from hf_sparse import to_runtime
 from hf_sparse.kernels import KERNELS
 from tests.helpers import decoders
 from tests.helpers.kernels import pretend
-from tests.helpers.runtime_models import sparse
+from tests.helpers.runtime_models import sparse, sparse_decoder
 from tests.helpers.structures import VOCABULARY
 
 CALLERS = 8
@@ -100,12 +100,7 @@ def test_encoder_gives_every_caller_the_same_bits(backend: str, threads: int) ->
     "backend", ["cpu", *(kernel.backend for kernel in KERNELS.of_device("cpu") if kernel.few_tokens)]
 )
 def test_decoder_generates_the_same_for_every_caller(backend: str) -> None:
-    model = decoders.build("llama")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
-    sparsify(model, SparsityConfig(sparsity=0.5))
-    model.eval()
+    model = sparse_decoder("llama")
     to_runtime(model, backend)
 
     def generated(number: int, repeat: int = 1) -> list[Tensor]:

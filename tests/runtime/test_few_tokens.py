@@ -19,7 +19,7 @@ from hf_sparse.runtime import SpeedTable, lm_head
 from hf_sparse.runtime.autotune import Measurement, Trial, why_dense
 from hf_sparse.runtime.packed_linear import PackedLinear
 from tests.helpers.kernels import pretend
-from tests.helpers.runtime_models import answers, sparse, table
+from tests.helpers.runtime_models import answers, round_to_bfloat16, sparse, table
 from tests.helpers.structures import batch
 
 
@@ -35,9 +35,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> None:
 def rounded(family: str) -> Any:
     """Return a sparse model whose values bfloat16 holds exactly."""
     model = sparse(family, 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+    round_to_bfloat16(model)
     return model
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...errors import CheckpointError
 from ...formats.aligned_file import FILLER
-from ...formats.manifest import RUNTIME_KEY, Manifest
+from ...formats.manifest import RUNTIME_KEY, Manifest, is_runtime_form
 from ...formats.safetensors_io import reading
 from ...modeling.class_swap import plain_class_of
 from ...runtime.saved_form import SavedRuntime
@@ -33,7 +33,7 @@ def plan_of(files: Sequence[str], expected: Manifest | None = None) -> LoadPlan 
         CheckpointError: as `LoadPlan.of`, or for a runtime form that this machine cannot read.
     """
     plan = LoadPlan.of(files, expected)
-    if plan is None or RUNTIME_KEY not in plan.manifest.extra:
+    if plan is None or not is_runtime_form(plan.manifest):
         return plan
     saved = SavedRuntime.from_dict(plan.manifest.extra[RUNTIME_KEY])
     saved.check_here()
