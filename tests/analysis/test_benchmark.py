@@ -26,6 +26,7 @@ from hf_sparse.analysis.dense_engines import ENGINES
 from hf_sparse.analysis.environment import diagnose
 from hf_sparse.cli.main import main
 from hf_sparse.hf.auto import most_tokens
+from hf_sparse.kernels import KERNELS
 from hf_sparse.kernels.int8_ops import why_not_int8
 from hf_sparse.profiling.speed_record import SPEED, Speed, read_speed
 from hf_sparse.runtime import RuntimeReport
@@ -271,9 +272,13 @@ def test_doctor_verifies_the_kernels_and_finds_wrong_ones(capsys: Any, monkeypat
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "C++ kernels" in text
-    assert text.count("verified") == (6 if why_not_int8() is None else 5)
+    tried = [line for line in text.splitlines() if line[4:].startswith("kernel '")]
+    assert len(tried) == len(KERNELS.of_device("cpu"))
+    assert not [line for line in tried if "verified" not in line and "cannot run here" not in line]
+    assert why_not_int8() is not None or not [line for line in tried if "cannot run here" in line]
     monkeypatch.setattr(Packed, "multiply", lambda self, x, bias: torch.zeros(len(x), self.out_features))
     wrong = {finding.name: finding for finding in diagnose().findings}
     assert not wrong["kernel 'csr'"].works
     assert "WRONG" in wrong["kernel 'csr'"].says
+    assert "WRONG" in wrong["kernel 'bitmask-int4'"].says
     assert why_not_int8() is not None or "WRONG" in wrong["kernel 'int8'"].says
