@@ -15,7 +15,7 @@ Bytes of a token are those of all weights that a matmul of one token reads, with
 those of the file. What memory can give is measured beside it: the sum of a tensor much larger than the caches.
 
 llama.cpp runs in an environment of its own (PYTHON with llama-cpp-python), with the model in its own format (GGUF).
-Results are kept in --json (recipes/reference/decode.json), by model and threads.
+Results are kept in --json (recipes/reference/decode.json), by model, threads and --avx2.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from avx2_code import keep_to_avx2  # type: ignore[import-not-found]  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -200,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--avx2", action="store_true", help="keep to AVX2 what has a switch for it; see avx2_code.py")
     parser.add_argument("--json", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -207,6 +210,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table and keep the figures."""
     options = parse()
+    if options.avx2:
+        keep_to_avx2()
     import torch
     from transformers import AutoTokenizer
 
@@ -266,7 +271,8 @@ def main() -> None:
             f"{facts['bytes_per_second'] / 1e9:.1f} | {said} |"
         )
     results: dict[str, Any] = read_json(options.json) or {}
-    results[f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"] = {
+    case = f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"
+    results[f"{case}, AVX2 code" if options.avx2 else case] = {
         "machine": machine(),
         "instruction_set": library_status().isa,
         "tokens": options.tokens,

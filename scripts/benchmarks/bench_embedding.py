@@ -36,6 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from avx2_code import keep_to_avx2  # type: ignore[import-not-found]  # beside this file
 from tqdm.auto import tqdm
 
 from hf_sparse.profiling.machine import machine
@@ -46,13 +47,6 @@ from hf_sparse.reporting.plotting import new_figure, write_figure, write_labels
 
 ENGINE = Path(__file__).with_name("embedding_engine.py")
 ROOT = Path(__file__).parents[2]
-AVX2 = {
-    "HF_SPARSE_ISA": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
-"""What keeps our kernels, torch's, those of oneDNN (OpenVINO's too) and MKL's to AVX2."""
 PEERS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
 
 
@@ -262,7 +256,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if options.avx2:
-        os.environ.update(AVX2)
+        keep_to_avx2()
     if options.files:
         rows = [
             {"run": file.stem, **row}

@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from avx2_code import keep_to_avx2  # type: ignore[import-not-found]  # beside this file
 from bench_runtime import make, prune  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor, nn
 
@@ -253,7 +254,10 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="BERT-base at 90 %%, 7 rounds")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--avx2", action="store_true", help="keep to AVX2 what has a switch for it; see avx2_code.py")
     options = parser.parse_args()
+    if options.avx2:
+        keep_to_avx2()
     if options.quick:
         options.models, options.sparsities, options.rounds = ["bert-base"], [0.9], 7
     commit = subprocess.run(
