@@ -68,8 +68,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the values, the bits and the row pointers of a weight.
 
     Shapes:
-        weight: (out, in). values: (nonzeros + in + `SLACK`,), in bfloat16 if that is exact, else float32.
-        bits: (out, words), int64; column j is bit j % 64 of word j // 64. pointers: (out + 1,), int32.
+        weight: (out, in). values: (stored entries + in + `SLACK`,), in bfloat16 if that is exact, else float32.
+        bits: (out, words), int64; column j is bit j % 64 of word j // 64. pointers: (out + 1,), int32. Stored are the
+        nonzeros, and the zeros of a row with few (see `pack_rows`), such as those of an LM head that is not pruned.
 
     Raises:
         BackendError: more nonzeros than int32 can count.
@@ -92,6 +93,8 @@ def pack_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return values, bits and row pointers of a weight, a few rows at a time: indexes of all entries would fill memory.
 
+    Of a row whose zeros take fewer bytes than its bits, all entries are stored: the C++ kernels do not read its bits.
+
     Args:
         words: of each row of bits.
         convert: some rows of the weight -> their values, zero where nothing is stored.
@@ -106,6 +109,8 @@ def pack_rows(
     for part in row_blocks(out, width):
         rows = convert(weight[part])
         kept = rows != 0
+        if store is None:
+            kept[kept.sum(1) > width * (1 - 1 / (8 * dtype.itemsize)), :width] = True
         bits[part] = to_words(kept, words)
         stored, counts[part] = (rows[kept], kept.sum(1)) if store is None else store(rows, kept)
         values.append(stored.to(dtype))

@@ -20,8 +20,8 @@ def pack(weight: Tensor) -> Parts:
     """Return the values, the bits, the row pointers and the scales of a weight.
 
     Shapes:
-        weight: (out, in). values: (nonzeros + in + slack,), int8. bits: (out, words), int64, words of whole groups.
-        pointers: (out + 1,), int32. scales: (out, groups), float32.
+        weight: (out, in). values: (stored entries + in + slack,), int8; see `bitmask.pack`.
+        bits: (out, words), int64, words of whole groups. pointers: (out + 1,), int32. scales: (out, groups), float32.
 
     Raises:
         BackendError: more nonzeros than int32 can count.

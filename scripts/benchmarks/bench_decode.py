@@ -128,14 +128,21 @@ def bytes_of_a_token(model: Any) -> int:
 
     from hf_sparse.runtime.packed_linear import PackedLinear
 
+    def read(parts: Sequence[Any], in_features: int) -> int:
+        if len(parts) < 3:
+            return sum(part.nbytes for part in parts)
+        _, bits, pointers = parts[:3]
+        whole = int((pointers.diff() == in_features).sum()) if bits.dim() == 2 else 0  # rows whose bits are not read
+        return sum(part.nbytes for part in parts) - whole * bits.nbytes // max(1, len(bits))
+
     total = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
             if module.joint is None or module.joint.layers[0] is module:
-                total += sum(part.nbytes for part in module.packed.operands)
+                total += read(module.packed.operands, module.in_features)
         elif isinstance(module, nn.Linear):
             copied = vars(module).get("few_token_copy")
-            total += module.weight.nbytes if copied is None else sum(part.nbytes for part in copied[1])
+            total += module.weight.nbytes if copied is None else read(copied[1], module.in_features)
     return total
 
 

@@ -66,7 +66,7 @@ static const char* check_rounded(int isa, int out, int in, int count, bool two) 
     for (int w = 0; w < words; w++) {
       int kept = 0;
       for (int j = 64 * w; j < 64 * (w + 1) && j < in; j++) {
-        if (random_bits() % 2) continue;
+        if (r != 0 && random_bits() % 2) continue;  // the first row has a value for each column
         bits[size_t(r) * words + w] |= uint64_t(1) << j % 64;
         const bool negative = random_bits() % 2;
         if (!two) {
@@ -175,7 +175,7 @@ int main() {
             for (int r = 0; r < out; r++) {
               int kept = 0;
               for (int j = 0; j < in; j++)
-                if (random_bits() % 2) bits[size_t(r) * words + j / 64] |= uint64_t(1) << j % 64, kept++;
+                if (r == 0 || random_bits() % 2) bits[size_t(r) * words + j / 64] |= uint64_t(1) << j % 64, kept++;
               pointers.push_back(pointers.back() + kept);
             }
             if (hostile)

@@ -42,6 +42,29 @@ def test_values_that_bfloat16_cannot_hold_stay_as_they_are():
     assert torch.equal(unpack(*pack(tiny), 1, 1), tiny)
 
 
+def test_zeros_of_a_row_that_has_few_are_values():
+    """Above 1 / 16 of zeros (bfloat16) or 1 / 32 (float32) the bits of a row are fewer bytes."""
+    for dtype, few, many in ((torch.bfloat16, 3, 4), (torch.float32, 1, 2)):
+        weight = torch.randn(3, 64).to(dtype).float()
+        weight[0, :few], weight[1, :many] = 0.0, 0.0
+        values, bits, pointers = pack(weight)
+        assert values.dtype == dtype
+        assert pointers.tolist() == [0, 64, 128 - many, 192 - many]
+        assert bits[0].tolist() == [-1]
+        assert bits[1].tolist() == [-1 << many]
+        assert torch.equal(unpack(values, bits, pointers, 3, 64), weight)
+
+
+@pytest.mark.parametrize("width", [64, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_with_a_value_for_each_column_takes_nothing_of_the_next(way, dtype, width):
+    weight = torch.ones(2, width).to(DTYPES[dtype]).float()
+    weight[0, 0], weight[1] = 0.0, torch.inf
+    for tokens in (1, 3):
+        found = bitmask_linear(torch.ones(tokens, width), *pack(weight), None, 2, width)
+        assert torch.equal(found, torch.tensor([[width - 1.0, torch.inf]]).expand(tokens, 2))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (17, 64), (130, 301), (6, 2100)])
@@ -49,7 +72,7 @@ def test_matches_fp64_at_any_number_of_tokens(way, shape, dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for zeros in (0.0, 0.5, 0.9, 1.0):
+        for zeros in (0.0, 0.02, 0.5, 0.9, 1.0):
             weight, bias = sparse(shape[0], shape[1], zeros).to(DTYPES[dtype]).float(), torch.randn(shape[0])
             parts = pack(weight)
             for tokens in (*range(6), 9, 40, 70):

@@ -27,3 +27,13 @@ def test_a_large_number_costs_only_its_group_its_digits():
     values = (steps * scales).flatten()
     assert not values[1:GROUP].any()
     torch.testing.assert_close(values[GROUP:], x[GROUP:])
+
+
+def test_zeros_of_a_row_that_has_few_are_values():
+    weight = torch.randn(2, 64).sign()
+    weight[0, :7], weight[1, :8] = 0.0, 0.0  # an eighth is where the bits are as many bytes
+    values, bits, pointers, scales = pack(weight)
+    assert pointers.tolist() == [0, 64, 120]
+    assert values[:7].tolist() == [0] * 7
+    assert bits.tolist() == [[-1, 0], [-1 << 8, 0]]
+    assert torch.equal(unpack(values, bits, pointers, scales, 2, 64) == 0, weight == 0)

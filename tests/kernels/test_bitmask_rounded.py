@@ -45,7 +45,7 @@ def test_matches_the_rounded_numbers_at_any_number_of_tokens(kernel, way, shape,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for zeros in (0.0, 0.5, 0.9, 1.0):
+        for zeros in (0.0, 0.05, 0.5, 0.9, 1.0):
             weight, bias = sparse(shape[0], shape[1], zeros), torch.randn(shape[0])
             parts = kernel.pack(weight)
             exact = kernel.unpack(*parts, *shape)

@@ -25,6 +25,13 @@ constexpr int64_t kPanelFloats = 1 << 16;  // of inputs that the second cache ha
 
 INLINE int ones(uint64_t bits) { return __builtin_popcountll(bits); }
 
+// Whether a row has a value for each column: packing stores the zeros of rows that have few, since their bits, which need
+// not be read then, would take more bytes.
+template <typename W>
+INLINE bool is_whole(const W& w, int64_t row) {
+  return w.pointers[row + 1] - w.pointers[row] == w.in_features;
+}
+
 INLINE float widened(float value) { return value; }
 INLINE float widened(uint16_t value) {  // a bfloat16
   const uint32_t bits = uint32_t(value) << 16;
@@ -32,6 +39,14 @@ INLINE float widened(uint16_t value) {  // a bfloat16
   __builtin_memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
+
+#ifdef __AVX512F__
+// What is read from memory once: in halves a Zen 4 gives 19 GB/s, in whole registers 17.
+INLINE __m512i load_halves(const void* from) {
+  const __m256i* at = static_cast<const __m256i*>(from);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(at)), _mm256_loadu_si256(at + 1), 1);
+}
+#endif
 
 #ifdef __AVX512VBMI2__
 // Of 32 columns the even ones come out first, the halves of 32-bit lanes: inputs are kept in that order.
@@ -59,6 +74,23 @@ INLINE const float* spread(uint64_t bits, const float* values, __m512 (&out)[4])
   return values;
 }
 
+// The same of 64 values that are in their places.
+INLINE const uint16_t* in_place(const uint16_t* values, __m512 (&out)[4]) {
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    const __m512i all = load_halves(values + 32 * h);
+    out[2 * h] = _mm512_castsi512_ps(_mm512_slli_epi32(all, 16));
+    out[2 * h + 1] = _mm512_castsi512_ps(_mm512_and_si512(all, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  return values + kBits;
+}
+
+INLINE const float* in_place(const float* values, __m512 (&out)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) out[i] = _mm512_loadu_ps(values + 16 * i);
+  return values + kBits;
+}
+
 template <typename Value>
 INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
   __m512 v[4];
@@ -69,13 +101,13 @@ INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
 }
 
 // One token: what is spread stays in registers.
-template <typename Value>
+template <bool kWhole, typename Value>
 INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
   __m512 sums[4] = {};
   for (int64_t g = 0; g < words; g++, x += kBits) {
-    __builtin_prefetch(values + 1024);
+    if (!kWhole) __builtin_prefetch(values + 1024);
     __m512 v[4];
-    values = spread(bits[g], values, v);
+    values = kWhole ? in_place(values, v) : spread(bits[g], values, v);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) sums[i] = _mm512_fmadd_ps(v[i], _mm512_loadu_ps(x + 16 * i), sums[i]);
   }
@@ -184,12 +216,18 @@ INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
 #endif
 
 template <typename Value>
+INLINE const Value* in_place(const Value* values, float* out) {
+  for (int i = 0; i < kBits; i++) out[i] = widened(values[i]);
+  return values + kBits;
+}
+
+template <bool kWhole, typename Value>
 INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
   constexpr int kVecs = kBits / kLanes;
   Vec sums[kVecs] = {};
   for (int64_t g = 0; g < words; g++, x += kBits) {
     alignas(64) float row[kBits];
-    values = spread(bits[g], values, row);
+    values = kWhole ? in_place(values, row) : spread(bits[g], values, row);
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; i++) sums[i] += load(row + i * kLanes) * *reinterpret_cast<const LooseVec*>(x + i * kLanes);
   }
@@ -274,8 +312,14 @@ void bitmask_of(const Bitmask& w, const Value* values, const float* x, float* y,
                 int64_t last, int32_t* at) {
   const int64_t words = (int64_t(w.in_features) + kBits - 1) / kBits, padded = words * kBits, out = w.out_features;
   if (tokens == 1) {
-    for (int64_t row = first; row < last; row++)
-      y[row] = one_row(w.bits + row * words, values + w.pointers[row], x, words) + (w.bias ? w.bias[row] : 0.0f);
+    for (int64_t row = first; row < last; row++) {
+      const uint64_t* bits = w.bits + row * words;
+      const Value* from = values + w.pointers[row];
+      // What comes after the last column may be no number, which no input of zero takes away.
+      const bool whole = is_whole(w, row) && w.in_features % kBits == 0;
+      y[row] = whole ? one_row<true>(bits, from, x, words) : one_row<false>(bits, from, x, words);
+      if (w.bias) y[row] += w.bias[row];
+    }
     return;
   }
   for (int64_t row = first; row < last; row++) at[row] = w.pointers[row];

@@ -35,6 +35,8 @@ INLINE Columns spread(uint64_t bits, const int8_t* values) {
   return {_mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values))};
 }
 
+INLINE Columns in_place(const int8_t* values) { return {load_halves(values)}; }
+
 INLINE Columns spread_nibbles(uint64_t bits, const uint8_t* values) {
   const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
   const __m512i codes = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
@@ -109,6 +111,11 @@ INLINE Columns spread(uint64_t bits, const int8_t* values) {
   return out;
 }
 
+INLINE Columns in_place(const int8_t* values) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(values);
+  return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
+}
+
 // The steps of the values of one word, one after the other.
 INLINE void unpack_nibbles(const uint8_t* values, int8_t* out) {
   const __m256i steps = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kSteps)));
@@ -157,6 +164,10 @@ INLINE Columns spread(uint64_t bits, const int8_t* values) {
   return out;
 }
 
+INLINE Columns in_place(const int8_t* values) {
+  return {{vld1q_s8(values), vld1q_s8(values + 16), vld1q_s8(values + 32), vld1q_s8(values + 48)}};
+}
+
 INLINE void unpack_nibbles(const uint8_t* values, int8_t* out) {
   const int8x16_t steps = vld1q_s8(kSteps);
 #pragma GCC unroll 2
@@ -200,6 +211,12 @@ INLINE Columns spread(uint64_t bits, const int8_t* values) {
     out.each[i] = kept ? *values : int8_t(0);
     values += kept;
   }
+  return out;
+}
+
+INLINE Columns in_place(const int8_t* values) {
+  Columns out;
+  __builtin_memcpy(out.each, values, sizeof(out.each));
   return out;
 }
 
@@ -273,6 +290,20 @@ struct Int8Row {
     const int8_t* from = at;
     at += ones(bits);
     return spread(bits, from);
+  }
+};
+
+// The same of a row that has a value for each column: its bits are not read, nor the places of values looked for. What
+// comes after its last column is multiplied by inputs that are zeros.
+struct WholeInt8Row {
+  const int8_t* at;
+
+  WholeInt8Row(const BitmaskInt8& w, const uint64_t*, int64_t, int64_t row) : at(w.values + w.pointers[row]) {}
+
+  void fetch_ahead() const {}
+  INLINE_METHOD Columns next(uint64_t) {
+    at += kBits;
+    return in_place(at - kBits);
   }
 };
 
@@ -359,25 +390,28 @@ void row_rounded(const W& w, const RoundedInputs& x, int64_t token, int64_t row,
   for (int t = 0; t < kTokens; t++) y[t * int64_t(w.out_features) + row] = added(sums[t]) + (w.bias ? w.bias[row] : 0.0f);
 }
 
+// All tokens, of one row.
 template <typename Row, typename W>
-INLINE void rows_rounded(const W& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last) {
+INLINE void tokens_rounded(const W& w, const RoundedInputs& x, int64_t tokens, int64_t row, float* y) {
   constexpr int kMany = kManyRegisters ? 8 : 4;
-  const RoundedInputs x(room, tokens, w.in_features);
-  for (int64_t row = first; row < last; row++) {
-    int64_t t = 0;
-    for (; t + kMany <= tokens; t += kMany) row_rounded<Row, kMany>(w, x, t, row, y + t * w.out_features);
-    for (; t + 2 <= tokens; t += 2) row_rounded<Row, 2>(w, x, t, row, y + t * w.out_features);
-    if (t < tokens) row_rounded<Row, 1>(w, x, t, row, y + t * w.out_features);
-  }
+  int64_t t = 0;
+  for (; t + kMany <= tokens; t += kMany) row_rounded<Row, kMany>(w, x, t, row, y + t * w.out_features);
+  for (; t + 2 <= tokens; t += 2) row_rounded<Row, 2>(w, x, t, row, y + t * w.out_features);
+  if (t < tokens) row_rounded<Row, 1>(w, x, t, row, y + t * w.out_features);
 }
 
 // Outputs first to last of y = round(x) w^T + bias; `room` as `rounded_inputs` leaves it.
 void bitmask_int8(const BitmaskInt8& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last) {
-  rows_rounded<Int8Row>(w, room, y, tokens, first, last);
+  const RoundedInputs x(room, tokens, w.in_features);
+  for (int64_t row = first; row < last; row++) {
+    if (is_whole(w, row)) tokens_rounded<WholeInt8Row>(w, x, tokens, row, y);
+    else tokens_rounded<Int8Row>(w, x, tokens, row, y);
+  }
 }
 
 void bitmask_int4(const BitmaskInt4& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last) {
-  rows_rounded<Int4Row>(w, room, y, tokens, first, last);
+  const RoundedInputs x(room, tokens, w.in_features);
+  for (int64_t row = first; row < last; row++) tokens_rounded<Int4Row>(w, x, tokens, row, y);
 }
 
 }  // namespace
