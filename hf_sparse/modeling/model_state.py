@@ -6,6 +6,7 @@
 | `hf_sparse_edits` | the model that was compacted | the `Edits` that made its shape | never |
 | `hf_sparse_heads_per_kv` | an attention with grouped queries | heads that read each KV head, if uneven | never |
 | `hf_sparse_zero_guard` | a layer | what keeps the zeros of its weights | `free_zeros` (`fill`, attaching) |
+| `hf_sparse_masks_beside` | a layer that DeepSpeed ZeRO-3 partitions | the masks of its weights | `bake`, `detach` |
 | `hf_sparse_kept` | a layer of PEFT | which entries of the weight below are not zero, as bits | never |
 | `hf_sparse_update` | a layer that adapters were merged into | norms of the update | `unmerge` |
 | `hf_sparse_decode` | a parameter | how a lazy weight is decoded | its materialization |
@@ -64,6 +65,7 @@ class Attribute(Generic[T]):
 SPARSE_WEIGHTS: Attribute[tuple[str, ...]] = Attribute("hf_sparse_weights")
 EDITS: Attribute[Any] = Attribute("hf_sparse_edits")
 ZERO_GUARD: Attribute[Any] = Attribute("hf_sparse_zero_guard")
+MASKS_BESIDE: Attribute[dict[str, Any]] = Attribute("hf_sparse_masks_beside")
 KEPT: Attribute[Tensor] = Attribute("hf_sparse_kept")
 UPDATE: Attribute[tuple[float, float]] = Attribute("hf_sparse_update")
 DECODE: Attribute[Any] = Attribute("hf_sparse_decode")

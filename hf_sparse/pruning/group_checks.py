@@ -75,12 +75,6 @@ def check_disjoint(groups: Sequence[PruningGroup | FormGroup]) -> None:
 
 def check_shards(group: PruningGroup) -> None:
     """Raise `RecipeError` if the weights are divided in a way in which those of this group cannot be scored."""
-    emptied = next((member.name for member in group.members if hasattr(member.hidden, "ds_id")), None)
-    if emptied is not None:
-        raise RecipeError(
-            f"'{emptied}' is divided by DeepSpeed ZeRO-3, which leaves it empty, of shape (0,), on every process "
-            "between passes, and masks are made of the weights there. Use ZeRO-1 or 2, or fully_shard (FSDP2)"
-        )
     if any(isinstance(member.hidden, DTensor) for member in group.members):
         refuse_shards(group)
 

@@ -66,11 +66,14 @@ def bake_mask(module: nn.Module, attribute: str = "weight") -> None:
     masked = masked_weight(module, attribute)
     if masked is None:
         return
+    if not parametrize.is_parametrized(module, attribute):
+        masked.seal()  # it is beside the weight, which has the zeros
+        return
     dense = hidden(module, attribute)
     if isinstance(dense, DTensor):
         with torch.no_grad():
             dense.copy_(apply_mask(dense, masked.mask))
-        masked.sealed = True
+        masked.seal()
         return
     shown = [f"{attribute}{suffix}" for suffix in training_state(module, attribute) if suffix]
     take_off(module, masked.order, masked.hooks, True, attribute, shown)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import RecipeError
 from ..modeling.masked_values import mask_values, masks_by_bits
+from ..modeling.model_state import MASKS_BESIDE
 from .freed_weights import free_between_passes
 from .patterns import Pattern
 from .shards import mean_as, placed_as
@@ -169,11 +170,35 @@ class MaskedWeight(nn.Module):
         if self.gathered is not None and not isinstance(self.gathered, DTensor):
             self.gathered = mean_as(self.gathered, weight)
 
+    def layout(self, weight: Tensor) -> Tensor:
+        """Return a tensor that is divided over the processes as the weight is."""
+        return weight
+
+    def dense_of(self, weight: Tensor) -> Tensor:
+        """Return the dense weight under the mask, without its history.
+
+        Args:
+            weight: the parameter.
+        """
+        return weight.detach()
+
     @torch.no_grad()
     def renew(self, kept: Tensor, weight: Tensor) -> None:
         """Take a new mask, whole or sharded as the dense weight is."""
         self.place(weight)
         self.mask.copy_(placed_as(kept, self.mask))
+
+    def keep_all(self) -> None:
+        """Remove nothing."""
+        self.mask.fill_(True)
+
+    def seal(self) -> None:
+        """Note that the zeros are permanent, and that nothing continues."""
+        self.sealed = True
+
+    def zero_beside(self, bias: nn.Parameter, removed: Tensor) -> None:
+        """Make the entries of a bias zero that belong to removed groups, in place: optimizers know the parameter."""
+        bias.data.masked_fill_(placed_as(removed, bias), 0.0)
 
     def free_between_passes(self) -> None:
         """Keep no masked weight for the backward pass, now that weight and mask are sharded."""
@@ -197,21 +222,24 @@ class MaskedWeight(nn.Module):
 def masked_weight(module: nn.Module, attribute: str = "weight") -> MaskedWeight | None:
     """Return the mask on a weight of a module, or None if it has none."""
     if not parametrize.is_parametrized(module, attribute):
-        return None
+        return (MASKS_BESIDE.get(module) or {}).get(attribute)
     first = module.parametrizations[attribute][0]  # type: ignore[index]
     return first if isinstance(first, MaskedWeight) else None
 
 
 def masks_on(module: nn.Module) -> dict[str, MaskedWeight]:
     """Return all masks on a module, by the name of the weight; not those on modules inside it."""
+    beside: dict[str, MaskedWeight] = MASKS_BESIDE.get(module) or {}
     if not parametrize.is_parametrized(module):
-        return {}
+        return dict(beside)
     found = {name: masked_weight(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
-    return {name: masked for name, masked in found.items() if masked is not None}
+    return {name: masked for name, masked in found.items() if masked is not None} | beside
 
 
 def hidden(module: nn.Module, attribute: str = "weight") -> nn.Parameter:
     """Return the dense weight under the mask, the parameter that the optimizer trains."""
+    if not parametrize.is_parametrized(module, attribute):  # the mask is beside it
+        return module._parameters[attribute]  # type: ignore[return-value]
     parameter: nn.Parameter = module.parametrizations[attribute].original  # type: ignore[index,union-attr]
     return parameter
 

@@ -24,6 +24,7 @@ from .calibration import measure_heads, observe_batches
 from .compressions import bind_forms
 from .group import bind_group
 from .group_checks import check_disjoint, check_shards, warn_of_rounding
+from .masks_beside import are_under, in_memory, put_beside, refuse_partitioned
 from .patterns import Structure
 from .score_warmup import warm_up
 from .scorers import HeadImportance
@@ -69,6 +70,7 @@ class Pruner:
 
     def __init__(self, model: nn.Module, config: SparsityConfig | Mapping[str, Any]) -> None:
         check_model(model)
+        refuse_partitioned(model)
         self.model = model
         self.config = SparsityConfig.of(config)
         self.groups = [bind_group(model, group) for group in self.config.groups if group.prunes]
@@ -133,6 +135,10 @@ class Pruner:
         self._optimizers = SteppedOptimizers([weight for group in learned for weight in group.hidden])
         self.attached = True
 
+    def move_beside(self) -> None:
+        """Keep masks beside the weights, for DeepSpeed ZeRO-3: `step` does it; a resume needs it before it loads."""
+        self._presence = Presence(self.model, put_beside(self.groups, self._tied))
+
     def mark(self) -> None:
         """Let the model remember which weights are sparse, beside those of an earlier pruning, and be saved packed."""
         names = [name for unit in self.units for name in unit.names]
@@ -155,7 +161,7 @@ class Pruner:
             for unit in group.units:
                 unit.keep_all()
         self._take_masks_off()
-        keep_zeros(self._kept_zeros)
+        keep_zeros(in_memory(self._kept_zeros))
         self._optimizers.close()
         self.attached = False
         return self.model
@@ -185,6 +191,8 @@ class Pruner:
         if step is not None:
             check_integer("step", step, "[0, inf)")
         self.progress = progress
+        if are_under(self.groups):
+            self.move_beside()
         self._presence.check()
         self._optimizers.check([scores for group in self.groups for scores in group.scores])
         for group in self.groups:
@@ -307,7 +315,7 @@ class Pruner:
         """
         self._must_be_attached()
         self._take_masks_off()
-        keep_zeros(dict.fromkeys(slot for unit in self.units for slot in unit.slots))
+        keep_zeros(in_memory(dict.fromkeys(slot for unit in self.units for slot in unit.slots)))
         self._optimizers.close()
         self.attached = False
         return self.model

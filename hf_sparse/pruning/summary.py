@@ -18,6 +18,7 @@ from ..modeling.integration import integration_of
 from ..modeling.layer_matching import NEGLIGIBLE, block_layers
 from ..modeling.model_state import SPARSE_WEIGHTS, check_model, sparse_weights
 from .masked_weight import MaskedWeight
+from .partitions import is_partitioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +238,11 @@ def _outermost_marked(model: nn.Module) -> list[nn.Module]:
 def _values(model: nn.Module, module: nn.Module, name: str) -> Tensor:
     attribute = name.rpartition(".")[2]
     weight: Tensor = getattr(module, attribute).detach()
+    if is_partitioned(getattr(module, attribute)):
+        raise SparsityError(
+            f"'{name}' is partitioned by DeepSpeed ZeRO-3, so its zeros cannot be counted here. Save the model and "
+            "load it with from_pretrained; in training, `sparsity` is logged"
+        )
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()  # every process has to ask
     if weight.is_meta:

@@ -77,12 +77,22 @@ class Member:
     @property
     def dense(self) -> Tensor:
         """The dense weight under the mask, without its history."""
-        return self.hidden.detach()
+        return self.hidden.detach() if self.mask is None else self.mask.dense_of(self.hidden)
+
+    @property
+    def layout(self) -> Tensor:
+        """A tensor that is divided over the processes as the weight is."""
+        return self.masked.layout(self.hidden)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight as it is stored, wherever it is at the moment."""
+        return self.slot.shape if self.mask is None else tuple(self.mask.mask.shape)
 
     @property
     def divisible(self) -> bool:
         """Whether the dense weight is divided by rows, and every group lies in the rows of one process."""
-        rows = rows_per_process(self.dense)
+        rows = rows_per_process(self.layout)
         return rows > 0 and self.pattern.divides(rows)
 
 
@@ -129,7 +139,7 @@ class Unit:
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return math.prod(self.pattern.groups_shape(self.members[0].slot.shape))
+        return math.prod(self.pattern.groups_shape(self.members[0].shape))
 
     @property
     def slots(self) -> list[Slot]:
@@ -170,7 +180,7 @@ class Unit:
         """Return how many entries each group has in all members."""
         counts = []
         for member in self.members:
-            shape, pattern = member.slot.shape, member.pattern
+            shape, pattern = member.shape, member.pattern
             if isinstance(pattern, AssignedLines):
                 counts.append(pattern.entries(shape, torch.device("cpu")))
             else:
@@ -193,8 +203,8 @@ class Unit:
 
     def placed(self, groups: Tensor) -> Tensor:
         """Return one tensor over the groups divided by rows among the processes, if the dense weight is."""
-        dense = self.members[0].dense
-        return placed_as(groups, dense) if row_group(dense) is not None else groups
+        layout = self.members[0].layout
+        return placed_as(groups, layout) if row_group(layout) is not None else groups
 
     def pool_placed(self, elements: Sequence[Tensor], scores_of: Callable[[Tensor], Tensor] = _same) -> Tensor:
         """Return the score of each group, divided among the processes as the weights are.
@@ -213,7 +223,7 @@ class Unit:
         (member, *others), tensor = self.members, elements[0]
         if others or not isinstance(tensor, DTensor) or not member.divisible:
             return None
-        groups = member.pattern.groups_shape(member.slot.shape)[0]
+        groups = member.pattern.groups_shape(member.shape)[0]
         return on_shards(lambda rows: member.pattern.pool(scores_of(rows)), tensor, groups)
 
     def alive(self) -> Tensor:
@@ -229,16 +239,16 @@ class Unit:
                 sharded mask is made of them without gathering.
         """
         for member in self.members:
-            member.masked.renew(self._mask_of(member, groups), member.dense)
+            member.masked.renew(self._mask_of(member, groups), member.layout)
 
     def _mask_of(self, member: Member, groups: Tensor) -> Tensor:
         """Return the mask of a weight that keeps the groups that are True, placed as the dense weight."""
         shape = tuple(member.masked.mask.shape)
-        if isinstance(groups, DTensor) and member.divisible and row_group(groups) == row_group(member.dense):
+        if isinstance(groups, DTensor) and member.divisible and row_group(groups) == row_group(member.layout):
             return on_shards(
                 partial(_expand_rows, member.pattern, shape[0] // len(groups), shape[1:]), groups, shape[0]
             )
-        return placed_as(member.pattern.expand(whole(groups), shape), member.dense)
+        return placed_as(member.pattern.expand(whole(groups), shape), member.layout)
 
     def grow(self, groups: Tensor) -> None:
         """Keep the groups that are True, and start at 0 those that were removed."""
@@ -251,7 +261,7 @@ class Unit:
     def keep_all(self) -> None:
         """Remove nothing."""
         for member in self.members:
-            member.masked.mask.fill_(True)
+            member.masked.keep_all()
 
     def watch(self, watching: bool) -> None:
         """Gather the dense gradient in the backward passes that follow, or do not."""
@@ -317,10 +327,9 @@ class Unit:
         for member in self.members:
             bias = getattr(member.module, "bias", None)  # an embedding has none
             if member.has_bias and isinstance(bias, nn.Parameter):
-                # In place, so that it stays the parameter that an optimizer knows. A bias needs no mask of its own
-                # before this: behind it the exit is masked.
+                # A bias needs no mask of its own before this: behind it the exit is masked.
                 kept = oriented(member.module, whole(member.masked.mask)).any(1)
-                bias.data.masked_fill_(placed_as(~kept, bias), 0.0)
+                member.masked.zero_beside(bias, ~kept)
             if self.source is not None:
                 self.source.zero(~self.kept())
             bake_mask(member.module, member.attribute)

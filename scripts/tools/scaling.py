@@ -30,7 +30,18 @@ LLAMA_7B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000,
 }  # fmt: skip
-STRATEGIES = ("DDP", "FSDP2")
+DIVIDED: dict[str, tuple[str, ...]] = {
+    "DDP": (),
+    "ZeRO-1": ("optimizer",),
+    "ZeRO-2": ("optimizer", "gradients"),
+    "ZeRO-3": ("optimizer", "gradients", "weights", "masks"),
+    "FSDP2": ("optimizer", "gradients", "weights", "masks"),
+}
+"""What each strategy divides over the processes; scores as what they are of: weights, gradients, optimizer."""
+LEARNED = tuple(strategy for strategy in DIVIDED if strategy != "ZeRO-3")
+"""Strategies under which scores are learned."""
+SPARSITY = 0.9
+"""Of the tables: masks beside the weights (ZeRO-3) take the removed values too."""
 PARTS = ("weights", "gradients", "optimizer", "masks", "scores", "one block")
 
 
@@ -44,6 +55,7 @@ class Sizes:
         block: entries of the parameters of the largest block.
         block_targeted: entries of its weights with masks.
         layer: entries of the largest weight with a mask.
+        head: entries of the LM head, if it has a weight of its own.
     """
 
     parameters: int
@@ -51,6 +63,7 @@ class Sizes:
     block: int
     block_targeted: int
     layer: int
+    head: int = 0
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -66,24 +79,32 @@ def sizes_of(model: nn.Module) -> Sizes:
                     number = name[len(prefix) :].partition(".")[0]
                     blocks.setdefault(prefix + number, [0, 0])[place] += count
     block, block_targeted = max(blocks.values())
-    return Sizes(sum(parameters.values()), sum(layers.values()), block, block_targeted, max(layers.values()))
+    head = parameters.get("lm_head.weight", 0)  # one that is tied is not listed
+    return Sizes(sum(parameters.values()), sum(layers.values()), block, block_targeted, max(layers.values()), head)
 
 
-def memory(sizes: Sizes, strategy: str, processes: int, learned: bool) -> dict[str, float]:
+def memory(sizes: Sizes, strategy: str, processes: int, learned: bool, sparsity: float = SPARSITY) -> dict[str, float]:
     """Return bytes on each process, by what they are for.
 
     Args:
         learned: whether there is a score for each targeted weight, as in movement pruning; else as in magnitude.
+        sparsity: of the masks.
     """
-    share = 1 if strategy == "DDP" else processes
+    share = {part: processes if part in DIVIDED[strategy] else 1 for part in ("weights", "gradients", "optimizer")}
+    # ZeRO-1 and 2 copy the share of the weights that a process updates.
+    states = 3 if strategy in ("ZeRO-1", "ZeRO-2") else 2
+    of_one = FLOAT / share["weights"] + FLOAT / share["gradients"]
     found: dict[str, float] = {
-        "weights": FLOAT * sizes.parameters / share,
-        "gradients": FLOAT * sizes.parameters / share,
-        "optimizer": 2 * FLOAT * sizes.parameters / share,
-        "masks": sizes.targeted / share,
-        "scores": 4 * FLOAT * sizes.targeted / share if learned else 0.0,  # with their gradients and moments
+        "weights": FLOAT * sizes.parameters / share["weights"],
+        "gradients": FLOAT * sizes.parameters / share["gradients"],
+        "optimizer": states * FLOAT * sizes.parameters / share["optimizer"],
+        "masks": sizes.targeted / share["weights"],
+        "scores": sizes.targeted * (of_one + states * FLOAT / share["optimizer"]) if learned else 0.0,
         "one block": 0.0,
     }
+    if strategy == "ZeRO-3":
+        found["masks"] += FLOAT * sparsity * sizes.targeted / processes  # the removed values
+        found["one block"] = 2 * FLOAT * sizes.block + sizes.layer  # and of one layer at a time the gathered mask
     if strategy == "FSDP2":
         trained = sizes.block + (sizes.block_targeted if learned else 0)
         # Gathered weights and their gradients; and of one layer at a time the gathered mask and the masked weight.
@@ -91,12 +112,23 @@ def memory(sizes: Sizes, strategy: str, processes: int, learned: bool) -> dict[s
     return found
 
 
+def tensor_parallel(sizes: Sizes, processes: int) -> float:
+    """Return the bytes of the weights on each process under tensor parallelism, which divides those of the blocks.
+
+    The head is divided too, where the plan of the model has it; embeddings and norms are whole on every process.
+    """
+    divided = sizes.targeted + sizes.head
+    return FLOAT * (sizes.parameters - divided + divided / processes)
+
+
 def communication(sizes: Sizes, strategy: str, processes: int, learned: bool) -> float:
     """Return the bytes that each process receives in a training step, with collectives along a ring."""
     trained = sizes.parameters + (sizes.targeted if learned else 0)
-    # Sharded: gathered for the forward and the backward pass, and gradients reduced. Masks are gathered three times: to
-    # mask weights in both passes, and gradients.
-    total = 2 * FLOAT * trained if strategy == "DDP" else 3 * FLOAT * trained + 3 * sizes.targeted
+    # Divided weights are gathered for the forward and the backward pass, and gradients reduced; else gradients are
+    # reduced to shares and these, or what was updated of them, are gathered. Masks are gathered to mask gradients, and
+    # under FSDP2 weights in both passes.
+    gathered = {"ZeRO-3": 1, "FSDP2": 3}.get(strategy, 0)
+    total = (3 if gathered else 2) * FLOAT * trained + gathered * sizes.targeted
     return total * (processes - 1) / processes
 
 
@@ -114,6 +146,26 @@ def measured(pruner: Pruner, optimizer: torch.optim.Optimizer) -> dict[str, int]
         "optimizer": _bytes([t for weight in weights for t in states.get(weight, ())]),
         "masks": _bytes([masked.mask for masked in masks]),
         "scores": _bytes(of_scores) + _bytes_of_gradients(scores),
+    }
+
+
+def measured_with_deepspeed(pruner: Pruner, engine: Any) -> dict[str, int]:
+    """Return the bytes that this process holds after a step by an engine of DeepSpeed.
+
+    Gradients are freed by then. What the optimizer has of scores is in the same flat tensors as what it has of weights,
+    so they are counted together.
+    """
+    masks: list[Any] = [member.masked for unit in pruner.units for member in unit.members]
+    parameters: list[Any] = list(pruner.model.parameters())
+    here = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
+    states = engine.optimizer.optimizer.state.values()
+    copies = getattr(engine.optimizer, "single_partition_of_fp32_groups", ())  # ZeRO-3 has none in float32
+    return {
+        "weights and scores": sum(tensor.nbytes for tensor in here),
+        "optimizer": sum(tensor.nbytes for state in states for tensor in state.values() if tensor.ndim)
+        + sum(tensor.nbytes for tensor in copies),
+        "masks": _bytes([masked.mask for masked in masks])
+        + sum(masked.removed.nbytes for masked in masks if getattr(masked, "removed", None) is not None),
     }
 
 
@@ -147,12 +199,16 @@ def table(processes: int) -> str:
     ]
     for name, model in large_models().items():
         sizes = sizes_of(model)
-        for strategy in STRATEGIES:
-            for scorer in ("magnitude", "movement"):
+        for strategy in DIVIDED:
+            for scorer in ("magnitude", "movement") if strategy in LEARNED else ("magnitude",):
                 parts = memory(sizes, strategy, processes, scorer == "movement")
                 sent = communication(sizes, strategy, processes, scorer == "movement")
                 cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), sum(parts.values()), sent)]
                 lines.append(f"| {name} | {strategy} | {scorer} | {' | '.join(cells)} |")
+        weights = f"{tensor_parallel(sizes, processes) / 1e9:.1f}"
+        lines.append(
+            f"| {name} | tensor parallelism, no training | - | {weights} |{' - |' * 5} {weights} | see below |"
+        )
     return "\n".join(lines)
 
 

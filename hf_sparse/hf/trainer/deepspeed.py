@@ -1,4 +1,4 @@
-"""DeepSpeed in the Trainer: ZeRO-1 and 2 divide what the optimizer keeps, and masks work as in DDP; ZeRO-3 does not."""
+"""DeepSpeed in the Trainer: with ZeRO-1 and 2 masks work as in DDP; with ZeRO-3 they are beside the weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from transformers import Trainer
 from ...errors import RecipeError
 from ...pruning.pruner import Pruner
 
+GATHERS = "stage3_gather_16bit_weights_on_model_save"
+
 
 def check_deepspeed(trainer: Trainer, pruner: Pruner) -> None:
-    """Raise `RecipeError` if pruning does not work with the DeepSpeed settings of a Trainer; else do nothing."""
+    """Raise `RecipeError` if pruning does not work with the DeepSpeed settings of a Trainer.
+
+    Otherwise do nothing, but make masks ready for ZeRO-3, which is about to partition the model.
+    """
     if not trainer.is_deepspeed_enabled:
         return
     plugin: Any = trainer.accelerator.state.deepspeed_plugin
     if plugin.zero_stage == 3:
-        raise RecipeError(
-            "SparsityCallback does not work with DeepSpeed ZeRO-3: between passes it leaves each parameter empty, of "
-            "shape (0,), on every process, and masks, selections and checkpoints read the weights there. Use ZeRO-1 or "
-            "2, or FSDP2 (fsdp_version: 2), which divides weights too"
-        )
+        if plugin.deepspeed_config["zero_optimization"].get(GATHERS) in (False, "false", None):
+            raise RecipeError(
+                f"with DeepSpeed ZeRO-3 the Trainer saves a model only if {GATHERS} is true in the config of DeepSpeed "
+                "(zero3_save_16bit_model: true in that of accelerate). Set it"
+            )
+        pruner.move_beside()
     warming = next((group.scorer.name for group in pruner.groups if group.scorer.warmup), None)
     if warming is not None:
         raise RecipeError(

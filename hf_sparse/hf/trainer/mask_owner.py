@@ -63,5 +63,5 @@ def remove_masks(model: nn.Module) -> None:
     """Take all masks off a model, with the dense weights that were under them in place."""
     for module in model.modules():
         for attribute, masked in masks_on(module).items():
-            masked.mask.fill_(True)
+            masked.keep_all()
             bake_mask(module, attribute)
