@@ -86,7 +86,8 @@ def check_same(engine: Any, expected: dict[str, Tensor], what: object) -> None:
     assert found.keys() == expected.keys(), what
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=f"{what} {name}")
-        assert torch.equal(tensor == 0, expected[name] == 0) or "layer." not in name, (what, name)
+        # A gradient of rounding errors moves a bias that DDP leaves at zero: the masked weights are compared.
+        assert torch.equal(tensor == 0, expected[name] == 0) or "layer." not in name or tensor.ndim < 2, (what, name)
 
 
 def partitions(folder: Path) -> None:
@@ -116,7 +117,7 @@ def keeps_zeros_after(engine: Any) -> None:
     after = engine._zero3_consolidated_16bit_state_dict()
     if dist.get_rank() == 0:
         for name, tensor in before.items():
-            assert torch.equal(tensor == 0, after[name] == 0) or "layer." not in name, name
+            assert torch.equal(tensor == 0, after[name] == 0) or "layer." not in name or tensor.ndim < 2, name
         assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_sparse import CheckpointError, Pruner, RecipeError, SparsityConfig
-from hf_sparse.pruning.masked_weight import masks_on
+from hf_sparse.pruning.masked_weight import hidden, masks_on
 from hf_sparse.pruning.masks_beside import MaskBeside
 from tests.helpers.ranks import one_process
 
@@ -58,14 +58,15 @@ def pruned() -> tuple[nn.Sequential, Pruner, torch.optim.Optimizer]:
 
 
 def flat_of(model: Any) -> nn.Parameter:
-    weight = model[0]._parameters["weight"]
+    weight: Any = hidden(model[0])
     flat: nn.Parameter = weight._z3_optimizer.flats[weight]
     return flat
 
 
 def shares(model: Any) -> tuple[Tensor, Tensor]:
     """Return what the optimizer has of the weight, and what DeepSpeed computes with."""
-    return flat_of(model).detach(), model[0]._parameters["weight"].ds_tensor
+    weight: Any = hidden(model[0])
+    return flat_of(model).detach(), weight.ds_tensor
 
 
 def test_zeros_are_in_the_partitions_and_values_come_back() -> None:
@@ -146,8 +147,9 @@ def test_a_frozen_weight_and_one_without_an_optimizer_are_refused() -> None:
     pruner = Pruner(model, CONFIG).attach()
     with pytest.raises(RecipeError, match=r"'0.weight' is frozen .* no float32 partition"):
         pruner.move_beside()
-    model, pruner, _ = pruned()  # type: ignore[assignment]
-    del model[0].parametrizations.weight.original._z3_optimizer  # type: ignore[union-attr]
+    model, pruner, _ = pruned()
+    weight: Any = hidden(model[0])
+    del weight._z3_optimizer
     with pytest.raises(RecipeError, match="no optimizer of DeepSpeed has it"):
         pruner.step(0.0)
     with pytest.raises(RecipeError, match="before there was a mask on it"):
@@ -157,7 +159,7 @@ def test_a_frozen_weight_and_one_without_an_optimizer_are_refused() -> None:
 @pytest.mark.parametrize("setting", ["swap_optimizer", "params_in_nvme_and_cpu", "zenflow"])
 def test_partitions_that_are_elsewhere_are_refused(setting: str) -> None:
     model, pruner, _ = pruned()
-    zero: Any = model[0].parametrizations.weight.original._z3_optimizer  # type: ignore[union-attr,index]
-    setattr(zero, setting, True)
+    weight: Any = hidden(model[0])
+    setattr(weight._z3_optimizer, setting, True)
     with pytest.raises(RecipeError, match=r"pruning does not work with (offloading to NVMe|zenflow) of DeepSpeed"):
         pruner.step(0.0)
