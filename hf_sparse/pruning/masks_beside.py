@@ -265,7 +265,7 @@ class _Steps:
         self._installed = False
 
     def follow(self, mask: MaskBeside) -> None:
-        """Take the removed values of a weight out of the way of every step but its own."""
+        """Put the removed values of a weight back for each step of its optimizer."""
         self._followed.add(mask)
         if not self._installed:
             register_optimizer_step_pre_hook(self._before)
