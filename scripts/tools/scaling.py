@@ -55,7 +55,7 @@ class Sizes:
         block: entries of the parameters of the largest block.
         block_targeted: entries of its weights with masks.
         layer: entries of the largest weight with a mask.
-        head: entries of the LM head, if it has a weight of its own.
+        vocabulary: entries of the input embeddings, and of an LM head that is not tied to them.
     """
 
     parameters: int
@@ -63,7 +63,7 @@ class Sizes:
     block: int
     block_targeted: int
     layer: int
-    head: int = 0
+    vocabulary: int = 0
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -79,8 +79,12 @@ def sizes_of(model: nn.Module) -> Sizes:
                     number = name[len(prefix) :].partition(".")[0]
                     blocks.setdefault(prefix + number, [0, 0])[place] += count
     block, block_targeted = max(blocks.values())
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = parameters.get("lm_head.weight", 0)  # one that is tied is not listed
-    return Sizes(sum(parameters.values()), sum(layers.values()), block, block_targeted, max(layers.values()), head)
+    vocabulary = sum(table.numel() for table in tables) + head
+    return Sizes(
+        sum(parameters.values()), sum(layers.values()), block, block_targeted, max(layers.values()), vocabulary
+    )
 
 
 def memory(sizes: Sizes, strategy: str, processes: int, learned: bool, sparsity: float = SPARSITY) -> dict[str, float]:
@@ -113,11 +117,11 @@ def memory(sizes: Sizes, strategy: str, processes: int, learned: bool, sparsity:
 
 
 def tensor_parallel(sizes: Sizes, processes: int) -> float:
-    """Return the bytes of the weights on each process under tensor parallelism, which divides those of the blocks.
+    """Return the bytes of the weights on each process under tensor parallelism of a decoder of transformers.
 
-    The head is divided too, where the plan of the model has it; embeddings and norms are whole on every process.
+    It divides the weights of the blocks, the embeddings and the head; norms are whole on every process.
     """
-    divided = sizes.targeted + sizes.head
+    divided = sizes.targeted + sizes.vocabulary
     return FLOAT * (sizes.parameters - divided + divided / processes)
 
 
@@ -205,10 +209,9 @@ def table(processes: int) -> str:
                 sent = communication(sizes, strategy, processes, scorer == "movement")
                 cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), sum(parts.values()), sent)]
                 lines.append(f"| {name} | {strategy} | {scorer} | {' | '.join(cells)} |")
-        weights = f"{tensor_parallel(sizes, processes) / 1e9:.1f}"
-        lines.append(
-            f"| {name} | tensor parallelism, no training | - | {weights} |{' - |' * 5} {weights} | see below |"
-        )
+        if getattr(model, "_tp_plan", None):  # for T5 transformers has none
+            weights = f"{tensor_parallel(sizes, processes) / 1e9:.1f}"
+            lines.append(f"| {name} | tensor parallelism | - | {weights} |{' - |' * 5} {weights} | see below |")
     return "\n".join(lines)
 
 

@@ -83,7 +83,7 @@ def loads_in_parts(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tensor_parallelism_divides_the_blocks_and_the_head(tmp_path: Path) -> None:
+def test_tensor_parallelism_divides_blocks_embeddings_and_head(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "model")
     on_ranks(__name__, "loads_in_parts", tmp_path)
 
