@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..formats.structure import KINDS
 from ..hf.auto import load_whole
 from ..modeling.architectures import known_sub_blocks
-from ..modeling.layer_kinds import is_matrix_layer
+from ..modeling.layer_kinds import Slot, slots_of
 from ..modeling.model_state import sparse_weights
 from ..pruning.compaction import edits_of
 from ..reporting import html
@@ -230,13 +230,14 @@ def _labels(folders: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
 
 def _masks(model: nn.Module) -> dict[str, Tensor]:
     """Return which entries are kept, of the weights that are meant to be sparse and of others with as many zeros."""
-    names = set(sparse_weights(model))
+    meant = sparse_weights(model)
+    slots = {slot.name(path): slot for path, module in model.named_modules() for slot in slots_of(module)}
+    slots |= {name: Slot.of(model, name) for name in meant if name not in slots}  # embeddings
     found = {}
-    for name, module in model.named_modules():
-        if is_matrix_layer(module) and module.weight.numel():
-            kept = module.weight.detach() != 0
-            if f"{name}.weight" in names or int(kept.sum()) < 0.9 * kept.numel():
-                found[f"{name}.weight"] = kept
+    for name, slot in slots.items():
+        kept = slot.tensor.detach() != 0
+        if kept.numel() and (name in meant or int(kept.sum()) < 0.9 * kept.numel()):
+            found[name] = kept
     return found
 
 

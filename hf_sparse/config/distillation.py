@@ -37,8 +37,8 @@ class DistillationConfig:
             attn_implementation="eager".
         losses: more losses by name with their weights, as in `{"embedding_cosine": 1.0, "embedding_similarity": 5.0}`;
             one with options is a mapping, `{"weight": 1.0, ...}`. Names: those of `TERMS`.
-        cache: folder with the teacher's logits or embeddings, written by `hf-sparse teach`; training reads them and
-            does not run the teacher. Nothing else can be cached.
+        cache: folder with the teacher's logits or embeddings, written by `hf-sparse cache-teacher`; training reads them
+            and does not run the teacher. Nothing else can be cached.
         layer_map: "uniform" spreads the student's layers over the teacher's; "dynamic" matches them anew at each step
             (CoFi); or a list of pairs [student layer, teacher layer], counted from 0.
 

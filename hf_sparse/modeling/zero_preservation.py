@@ -225,6 +225,8 @@ class _Guard:
 class _GradientHook:
     """Call the guard as long as there is one; a parameter must not keep its layer alive."""
 
+    __torch_unserializable__ = True  # without it torch warns for each weight that is sent to another process
+
     def __init__(self, guard: _Guard) -> None:
         self.guard = weakref.ref(guard)
 

@@ -1,4 +1,4 @@
-"""`hf-sparse teach`: run the teacher of a recipe once over the training data and keep its outputs."""
+"""`hf-sparse cache-teacher`: run the teacher of a recipe once over the training data and keep its outputs."""
 
 from __future__ import annotations
 

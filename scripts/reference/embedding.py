@@ -8,7 +8,8 @@ The folder that it is started in has models/all-MiniLM-L6-v2, data/ and out/sent
 with the sentences that its seed draws and trains with the recipe; RUNS lists all, and --steps shortens them. `measure`
 gives, with the weights in fp32 and in int8, the correlations on STS-B validation, and the accuracy on bbc-news
 validation of the 10 nearest training articles, each cut at 64 tokens, by the embedding alone; of a reranker, the
-metrics of its recipe. `collect` reads the folders of runs: what each scored at the end and on the way, and measured.
+metrics of its recipe, on pairs of which no sentence was trained on. `collect` reads the folders of runs: what each
+scored at the end and on the way, and measured.
 
 Runs and their folders have been made with this script, but for e80_*, e90_s0, 4x1_80 and hn50: those were made step by
 step with the same settings. The one-shot model of 4x1_80 drew from all sentences: it does not come again to the digit.
@@ -36,8 +37,10 @@ from hf_sparse.utils.atomic_io import read_json, write_text
 DENSE = "models/all-MiniLM-L6-v2"
 SENTENCES = "out/sentences/sentences.jsonl"
 PAIRED = "data/stsb/train.jsonl"
+UNSEEN = "out/sentences/unseen_pairs.jsonl"
+"""Pairs of STS-B, validation, of which no sentence is in PAIRED."""
 PAIRS = 400
-"""That rerankers are measured on, each query with 20 candidates more; all 1,500 take longer than training."""
+"""Of them, that rerankers are measured on, each query with 20 candidates more; all take longer than training."""
 FEWER = [f"data.validation_samples={PAIRS}"]
 RERANKER = "rerank_dense"
 GENTLE = 1e-3
@@ -183,16 +186,16 @@ def measured_reranker(folder: str, data: Path, backend: str) -> dict[str, float]
     if not has_form(model, backend):
         return None
     score = functools.partial(model.predict, batch_size=64, show_progress_bar=False)
-    section = pairs(data, PAIRS)
+    section = pairs(data, UNSEEN, PAIRS)
     wanted = ["spearman", "pearson", "ndcg@10", "mrr@10"]
     return reranking_metrics(score, load_sentences(section, wanted, labelled=False), wanted, section.candidates)
 
 
-def pairs(data: Path, samples: int | None = None) -> DataSection:
-    """Return the pairs of STS-B, validation, with the candidates of the reranking recipe."""
+def pairs(data: Path, measured: str | None = None, samples: int | None = None) -> DataSection:
+    """Return pairs of STS-B, validation if no other file is named, with the candidates of the reranking recipe."""
     return DataSection(
         train=str(data / "stsb/train.jsonl"),
-        validation=str(data / "stsb/validation.jsonl"),
+        validation=measured or str(data / "stsb/validation.jsonl"),
         text=["sentence1", "sentence2"],
         candidates=20,
         validation_samples=samples,

@@ -1,12 +1,15 @@
 """Write the unlabelled sentences that the embedding recipes train on, and none that they are measured on.
 
+It also writes the pairs that a reranker is measured on, and none with a sentence that it was trained on.
+
     python scripts/reference/make_sentences.py --data DATA --output out/sentences --most 12000
 
 DATA has the folders sst2, mrpc, stsb, rte, bbc-news and e2e-nlg with `train.jsonl` (and the validation files of stsb,
 bbc-news and mrpc, whose sentences are left out). Two sentences are the same if they differ in case, spaces and
 punctuation only. --most bounds the sentences of each dataset, drawn at random, so that none outweighs the others: sst2
-alone has 60,000, most of them parts of sentences. Writes `sentences.jsonl` (columns "text" and "source"), and
-`held_out.jsonl` with every sentence that is measured.
+alone has 60,000, most of them parts of sentences. Writes `sentences.jsonl` (columns "text" and "source"),
+`held_out.jsonl` with every sentence that is measured, and `unseen_pairs.jsonl`: the validation pairs of stsb neither
+sentence of which is in its training part, on which rerankers train with labels (255 of 1,500 pairs have such a one).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_sparse.utils.atomic_io import write_text
 
@@ -77,6 +81,14 @@ def held_out(data: Path) -> list[str]:
     return list(found)
 
 
+def unseen_pairs(data: Path) -> list[dict[str, Any]]:
+    """Return the validation pairs of STS-B of which no sentence is in its training part."""
+    one = {"stsb": TRAIN["stsb"]}
+    trained = {key(text) for _, text in texts(data, "train", one)}
+    rows = map(json.loads, (data / "stsb" / "validation.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if not any(key(row[column]) in trained for column in MEASURED["stsb"])]
+
+
 def training_sentences(
     data: Path, measured: set[str], passage: int = 4, most: int | None = None
 ) -> list[dict[str, str]]:
@@ -105,7 +117,7 @@ def training_sentences(
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -114,7 +126,12 @@ def main() -> None:
     measured = held_out(options.data)
     sentences = training_sentences(options.data, {key(sentence) for sentence in measured}, most=options.most)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("sentences", sentences), ("held_out", [{"text": text} for text in measured])):
+    files: dict[str, list[Any]] = {
+        "sentences": sentences,
+        "held_out": [{"text": text} for text in measured],
+        "unseen_pairs": unseen_pairs(options.data),
+    }
+    for name, rows in files.items():
         write_text(options.output / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} in {options.output / name}.jsonl")
 

@@ -214,10 +214,15 @@ def stored_bytes(model: Any) -> int:
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
+STRIPES = {"name": "kernel_position", "by_filter": True}
 METHODS: dict[str, dict[str, Any]] = {
     "element 20 %": {"sparsity": 0.2, "targets": "*features*"},
     "element 50 %": {"sparsity": 0.5, "targets": "*features*"},
     "element 80 %": {"sparsity": 0.8, "targets": "*features*"},
+    "random 20 %": {"sparsity": 0.2, "scorer": "random", "targets": "*features*"},
+    "random 50 %": {"sparsity": 0.5, "scorer": "random", "targets": "*features*"},
+    "stripes 20 %": {"sparsity": 0.2, "pattern": STRIPES, "targets": "*features*"},
+    "stripes 50 %": {"sparsity": 0.5, "pattern": STRIPES, "targets": "*features*"},
     "filters 20 %, L1": {"sparsity": 0.2, "pattern": "filter"},
     "filters 50 %, L1": {"sparsity": 0.5, "pattern": "filter"},
     "filters 80 %, L1": {"sparsity": 0.8, "pattern": "filter"},
@@ -260,7 +265,7 @@ def measure(arguments: argparse.Namespace) -> None:
     seen, classes = images(arguments.data, "train")
     calibration = [{"pixel_values": seen[:200], "labels": classes[:200]}]
     rows = []
-    for name, model, error in variants(arguments.folder, calibration):
+    for name, model, error in variants(arguments.folder, calibration, arguments.methods):
         right, size = accuracy(model, pixels, labels), stored_bytes(model)
         rows.append({"method": name, "accuracy": right, "bytes": size, "masked_to_compacted": error})
         print(rows[-1], flush=True)

@@ -72,6 +72,15 @@ def test_zeros_stay_whatever_the_trainer_is_told(life: str, dtype: torch.dtype, 
         assert torch.all(model.get_parameter(name)[removed] == 0), name
 
 
+def test_weights_are_sent_to_another_process_without_a_warning_for_each() -> None:
+    layer = one_layer()
+    keep_zeros([layer])
+    assert layer.weight._backward_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.utils.hooks.warn_if_has_hooks(layer.weight)  # what torch.multiprocessing calls for each tensor
+
+
 def pickled(model: Any) -> Any:
     file = io.BytesIO()
     torch.save(model, file)

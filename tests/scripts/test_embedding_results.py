@@ -32,6 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sentences = tmp_path / embedding.SENTENCES
     sentences.parent.mkdir(parents=True)
     sentences.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / embedding.UNSEEN).write_text("".join(json.dumps(row) + "\n" for row in pairs))
     for setting in embedding.RUNS.values():
         if "drawn" in setting:
             monkeypatch.setitem(setting, "drawn", len(TEXTS))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "reference" / "make_sentences.py"
+RECIPES = ROOT / "recipes"
 REAL = Path(os.environ.get("HF_SPARSE_DATA", ROOT / "shared" / "data"))
 
 
@@ -67,6 +69,28 @@ def test_no_dataset_outweighs_the_others(tmp_path: Path) -> None:
     assert {name: sources.count(name) for name in script().TRAIN} == dict.fromkeys(script().TRAIN, 2)
 
 
+def test_pairs_with_a_sentence_that_a_reranker_was_trained_on_are_left_out(tmp_path: Path) -> None:
+    data = small(tmp_path / "data")
+    with (data / "stsb" / "validation.jsonl").open("a", encoding="utf-8") as file:
+        for one, two in (
+            ("A man is playing a flute", "New."),
+            ("New.", "A MAN is playing: a flute!"),
+            ("Two.", "Dogs."),
+        ):
+            file.write(json.dumps({"sentence1": one, "sentence2": two, "label": 1.0}) + "\n")
+    written(data, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "unseen_pairs.jsonl").read_text("utf-8").splitlines()]
+    assert [row["sentence1"] for row in rows] == ["A man is playing a flute. Only stsb measures this.", "Two."]
+    assert rows[1] == {"sentence1": "Two.", "sentence2": "Dogs.", "label": 1.0}
+
+
+def test_recipes_measure_rerankers_on_unseen_pairs_and_train_embeddings_on_unmeasured_sentences() -> None:
+    data = {path.stem: yaml.safe_load(path.read_text("utf-8"))["data"] for path in RECIPES.glob("*.yaml")}
+    assert data["rerank_stsb"]["validation"] == "out/sentences/unseen_pairs.jsonl"
+    for name in ("embed_minilm", "embed_minilm_heads_neurons", "embed_minilm_hybrid"):
+        assert data[name]["train"] == "out/sentences/sentences.jsonl"
+
+
 @pytest.mark.skipif(
     not REAL.is_dir(), reason="the datasets are not on this machine (HF_SPARSE_DATA names their folder)"
 )
@@ -82,3 +106,9 @@ def test_no_measured_sentence_is_in_the_training_file(tmp_path: Path) -> None:
             measured |= {key(json.loads(line)[column]) for column in columns}
     assert len(measured) > 2_000
     assert not trained & measured
+    # A reranker trains on the pairs of stsb with their labels.
+    lines = (REAL / "stsb" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    paired = {key(json.loads(line)[column]) for line in lines for column in ("sentence1", "sentence2")}
+    pairs = [json.loads(line) for line in (tmp_path / "unseen_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) > 1_000
+    assert not paired & {key(pair[column]) for pair in pairs for column in ("sentence1", "sentence2")}

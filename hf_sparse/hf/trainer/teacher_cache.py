@@ -71,8 +71,8 @@ class TeacherCache:
                 raise CheckpointError(f"the examples in {_ROWS} are not those that were written")
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
             raise CheckpointError(
-                f"{self.folder} has no complete cache of a teacher ({error}). Create one: hf-sparse teach RECIPE "
-                f"--output {self.folder}"
+                f"{self.folder} has no complete cache of a teacher ({error}). Create one: hf-sparse cache-teacher "
+                f"RECIPE --output {self.folder}"
             ) from error
         self._rows = rows.with_format("numpy")
 
@@ -92,7 +92,7 @@ class TeacherCache:
             raise CheckpointError(
                 f"the cache in {folder} holds the {cache.layout.top} most likely tokens at temperature "
                 f"{cache.layout.temperature:g}, and `distillation.temperature` is {temperature:g}. Create it again: "
-                f"hf-sparse teach RECIPE --output {folder} --top {cache.layout.top}"
+                f"hf-sparse cache-teacher RECIPE --output {folder} --top {cache.layout.top}"
             )
         return cache
 
@@ -112,7 +112,7 @@ class TeacherCache:
         if self.facts[what] != found:
             raise CheckpointError(
                 f"the cache in {self.folder} was made with another {what}: {why} (fingerprint {found}, in the cache "
-                f"{self.facts[what]}). Create it again: hf-sparse teach RECIPE --output {self.folder}"
+                f"{self.facts[what]}). Create it again: hf-sparse cache-teacher RECIPE --output {self.folder}"
             )
 
     def look_up(self, examples: Examples) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class TeacherCache:
         if found is None:
             raise CheckpointError(
                 f"the logits of example {key} in {self.folder} are corrupted: the checksum does not match. Create the "
-                f"cache again: hf-sparse teach RECIPE --output {self.folder}"
+                f"cache again: hf-sparse cache-teacher RECIPE --output {self.folder}"
             )
         return found
 

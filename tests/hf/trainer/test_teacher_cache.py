@@ -246,7 +246,7 @@ def test_a_cache_has_logits_alone(key: str) -> None:
 
 def test_no_cache_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
     student, teacher, _ = classes_batch()
-    with pytest.raises(CheckpointError, match="hf-sparse teach RECIPE"):
+    with pytest.raises(CheckpointError, match="hf-sparse cache-teacher RECIPE"):
         make_distiller(student, DistillationConfig(cache=str(tmp_path)), teacher)
 
 
