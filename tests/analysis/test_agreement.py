@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from hf_sparse import RecipeError, SparsityConfig, compact, sparsify
+from hf_sparse import RecipeError, SparsityConfig, compact, sparsify, summarize
 from hf_sparse.analysis.agreement import agreement, expected_jaccard
 from hf_sparse.cli.main import main
 from tests.helpers import convolutional, decoders
@@ -72,16 +72,17 @@ def test_heads_that_all_keep_also_after_compaction(tmp_path: Path) -> None:
 
 
 def test_convolutions_stacked_experts_and_embeddings_are_compared_too(tmp_path: Path) -> None:
-    for name, make, targets, weights in (
-        ("vgg", lambda: convolutional.build("resnet"), "*layer.0.convolution", 6),
-        ("mixtral", lambda: decoders.build("mixtral"), ["*.experts", "*embed_tokens"], 5),
+    for name, make, targets in (
+        ("resnet", convolutional.build, "*layer.0.convolution"),
+        ("mixtral", decoders.build, ["*.experts", "*embed_tokens"]),
     ):
         for seed in range(2):
-            model = sparsify(make(), {"targets": targets, "sparsity": 0.5, "scorer": {"name": "random", "seed": seed}})
+            group = {"targets": targets, "sparsity": 0.5, "scorer": {"name": "random", "seed": seed}}
+            model = sparsify(make(name), group)
             model.save_pretrained(tmp_path / name / str(seed))
         found = agreement([tmp_path / name / str(seed) for seed in range(2)]).weights
-        assert len(found) == weights, [weight.name for weight in found]
-        assert all(abs(weight.beyond_chance) < 0.2 for weight in found)
+        assert {weight.name for weight in found} == {weight.name for weight in summarize(model).weights}
+        assert all(abs(weight.beyond_chance) < 0.3 for weight in found)
 
 
 def test_command_page_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_zeros_stay_whatever_the_trainer_is_told(life: str, dtype: torch.dtype, 
 
 
 def test_weights_are_sent_to_another_process_without_a_warning_for_each() -> None:
-    layer = one_layer()
+    (layer,) = one_layer([[0.0, 1.0]])
     keep_zeros([layer])
     assert layer.weight._backward_hooks
     with warnings.catch_warnings():

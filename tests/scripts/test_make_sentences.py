@@ -78,8 +78,7 @@ def test_pairs_with_a_sentence_that_a_reranker_was_trained_on_are_left_out(tmp_p
             ("Two.", "Dogs."),
         ):
             file.write(json.dumps({"sentence1": one, "sentence2": two, "label": 1.0}) + "\n")
-    written(data, tmp_path / "out")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "unseen_pairs.jsonl").read_text("utf-8").splitlines()]
+    rows = script().unseen_pairs(data)
     assert [row["sentence1"] for row in rows] == ["A man is playing a flute. Only stsb measures this.", "Two."]
     assert rows[1] == {"sentence1": "Two.", "sentence2": "Dogs.", "label": 1.0}
 
