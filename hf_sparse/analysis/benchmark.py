@@ -22,6 +22,7 @@ from ..profiling.speed_record import FP32, EngineSpeed, fastest, verdict
 from ..profiling.timer import interleave, quartiles, ratios, threads_of_torch
 from ..pruning.compaction import edits_of
 from ..runtime import RuntimeReport, to_runtime
+from ..runtime.memory import bytes_of
 from .bench_inputs import Examples, inputs_of, make_inputs
 from .dense_engines import ENGINES, Engine, Job, built, first_output
 
@@ -38,7 +39,7 @@ class Timing:
 
     Attributes:
         seconds: quartiles of the time of a forward pass, or of those over all examples: 25 %, median, 75 %.
-        bytes: of its parameters and buffers.
+        bytes: of its weights in memory, see `bytes_of`.
     """
 
     seconds: tuple[float, float, float]
@@ -170,8 +171,8 @@ def bench(
     return Comparison(
         setting,
         difference,
-        Timing(quartiles(seconds["dense"]), size(dense)),
-        Timing(quartiles(seconds["runtime"]), size(sparse)),
+        Timing(quartiles(seconds["dense"]), bytes_of(dense)),
+        Timing(quartiles(seconds["runtime"]), bytes_of(sparse)),
         quartiles(ratios(seconds, "dense", "runtime")),
         report,
         others,
@@ -244,11 +245,6 @@ def _within(outputs: Tensor, expected: Tensor, tolerance: float, whose: str) -> 
             "with `hf-sparse doctor`"
         )
     return difference
-
-
-def size(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of a model."""
-    return sum(own.nbytes for own in (*model.parameters(), *model.buffers()))
 
 
 @torch.inference_mode()

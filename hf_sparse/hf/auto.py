@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 from ..errors import RecipeError, SparsityError
 from ..formats.model_folder import check_index
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _DROPOUT = re.compile(r"(dropout|pdrop|dropout_prob|dropout_rate)$")
 
 
@@ -79,6 +80,7 @@ def dropout_options(name: str, revision: str, probability: float) -> dict[str, f
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be loaded into a `RecipeError`."""
+    check_found(name, "model")
     if Path(name).is_dir():
         check_index(Path(name), exist=False)
     try:
@@ -86,14 +88,39 @@ def _readable(name: str) -> Iterator[None]:
     except SparsityError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        found = (
-            "the folder has no complete model" if Path(name).is_dir() else "no such folder, nor available from the Hub"
-        )
-        raise RecipeError(f"cannot load model '{name}' ({found}): {error}") from error
+        raise RecipeError(f"cannot load model '{name}' ({_where(name)}): {error}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
         raise RecipeError(f"cannot load model '{name}': its weights do not fit its config.json: {error}") from error
+
+
+def check_found(name: str, what: str, beside: Path | None = None) -> None:
+    """Refuse a name that can be none on the Hub, where there is no such folder: the Hub would tell about its own names.
+
+    Args:
+        what: the name stands for.
+        beside: folder where it was looked for too.
+
+    Raises:
+        RecipeError: naming where the folder was looked for.
+    """
+    path = Path(name)
+    places = [path.absolute(), *([] if beside is None else [(beside / path).absolute()])]
+    if path.is_file():
+        raise RecipeError(f"cannot load {what} '{name}': {path.absolute()} is a file, and no folder or name on the Hub")
+    if not path.is_dir() and not _HUB_NAME.fullmatch(name):
+        raise RecipeError(
+            f"cannot load {what} '{name}': there is no folder {' or '.join(map(str, places))}, and a name on the Hub "
+            "is NAME or OWNER/NAME"
+        )
+
+
+def _where(name: str) -> str:
+    """Return where a model was looked for."""
+    if Path(name).is_dir():
+        return "the folder has no complete model"
+    return f"there is no folder {Path(name).absolute()}, and it is not available from the Hub"
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -106,10 +133,12 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     Raises:
         RecipeError: if there is none.
     """
+    check_found(model, "the tokenizer of model")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"cannot load the tokenizer of model '{model}': {error}") from error
+        where = "" if Path(model).is_dir() else f" ({_where(model)})"
+        raise RecipeError(f"cannot load the tokenizer of model '{model}'{where}: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # What transformers makes up where there are no files: every text would become a row of [UNK].
         raise RecipeError(f"model '{model}' has no tokenizer beside it (tokenizer.json, vocab.txt, ...)")
@@ -126,6 +155,7 @@ def load_image_processor(model: str, revision: str | None = None) -> Any:
     Raises:
         RecipeError: if there is none.
     """
+    check_found(model, "the image processor of model")
     try:
         return AutoImageProcessor.from_pretrained(model, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:

@@ -146,6 +146,49 @@ def from_words(bits: Tensor, width: int) -> Tensor:
     return kept[:, :width]
 
 
+def ones(bits: Tensor) -> Tensor:
+    """Return how many bits of each word are set.
+
+    Example:
+        >>> ones(torch.tensor([0, 7, -1])).tolist()
+        [0, 3, 64]
+    """
+    pairs = bits - (bits >> 1 & 0x5555555555555555)
+    fours = (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333)
+    eights = fours + (fours >> 4) & 0x0F0F0F0F0F0F0F0F
+    return eights * 0x0101010101010101 >> 56
+
+
+def check_bits(
+    parts: tuple[Tensor, ...], in_features: int, words: int, sizes: Callable[[Tensor], Tensor] = ones
+) -> None:
+    """Refuse bits that do not say where the rows of the values begin: the kernels and `unpack` would differ.
+
+    Args:
+        parts: values, bits and pointers, perhaps others behind them.
+        words: of each row.
+        sizes: bits -> places that the values of each word take.
+
+    Raises:
+        BackendError: naming what does not fit.
+    """
+    values, bits, pointers = parts[:3]
+    rows = len(bits) if bits.dim() == 2 else -1
+    known = (bits.dtype, pointers.dtype) == (torch.int64, torch.int32)
+    if not known or bits.shape != (rows, words) or pointers.shape != (rows + 1,):
+        raise BackendError(f"bits are (out, {words}) in int64 and pointers (out + 1,) in int32")
+    starts = pointers.long()
+    if int(starts[0]) != 0 or starts[-1] + in_features + SLACK > values.numel():
+        raise BackendError(f"pointers run from {int(starts[0])} to {int(starts[-1])} of {values.numel()} values")
+    for part in row_blocks(rows, words):
+        if not torch.equal(sizes(bits[part]).sum(1), starts[1:][part] - starts[:-1][part]):
+            raise BackendError("the row pointers do not say how many bits of each row are set")
+        for word in range(in_features // WORD, words):
+            behind = -1 << max(0, in_features - word * WORD)  # columns that there are not
+            if bool((bits[part, word] & behind).any()):
+                raise BackendError(f"bits are set behind the last of {in_features} columns")
+
+
 def unpack_rows(values: Tensor, bits: Tensor, pointers: Tensor, width: int) -> Tensor:
     """Return the values in their places: (rows, width), in float32."""
     rows = torch.zeros(bits.shape[0], width)
@@ -220,10 +263,14 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return unpack(values, bits, pointers, out_features, in_features)
 
 
+def _check_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
+    check_bits(parts, in_features, -(-in_features // WORD))
+
+
 register(
     Kernel(
         name="bitmask",
-        layout=Layout(("values", "bits", "pointers"), lambda weight, rows: pack(weight), _unpack),
+        layout=Layout(("values", "bits", "pointers"), lambda weight, rows: pack(weight), _unpack, check=_check_parts),
         op=without_rows(bitmask_linear),
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         unavailable=why_not_built,

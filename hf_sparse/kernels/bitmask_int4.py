@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.value_grid import GRIDS
-from .bitmask import WORD, from_words, row_blocks
+from .bitmask import WORD, from_words, ones, row_blocks
 from .bitmask_rounded import Parts, pack_rounded, register_rounded, scaled
 
 GRID = GRIDS[4]
@@ -76,4 +76,6 @@ def unpack(
 
 DTYPES = (torch.uint8, torch.int64, torch.int32, torch.bfloat16)
 
-bitmask_int4_linear = register_rounded("bitmask-int4", GRID, DTYPES, pack, unpack, lm_head="bitmask-int8")
+bitmask_int4_linear = register_rounded(
+    "bitmask-int4", GRID, DTYPES, pack, unpack, lm_head="bitmask-int8", sizes=lambda bits: (ones(bits) + 1) // 2
+)

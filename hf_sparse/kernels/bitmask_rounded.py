@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..modeling.value_grid import GRIDS, NOTHING, ValueGrid
-from .bitmask import WORD, Store, bound_function, call, is_native, pack_rows
+from .bitmask import WORD, Store, bound_function, call, check_bits, is_native, ones, pack_rows
 from .int8_layout import STEPS, refusal
 from .library import Library, library, why_not_built
 from .op_table import WeightFormat
@@ -147,6 +147,7 @@ def register_rounded(
     pack: Callable[[Tensor], Parts],
     unpack: Callable[..., Tensor],
     lm_head: str | None = None,
+    sizes: Callable[[Tensor], Tensor] = ones,
 ) -> Callable[..., Tensor]:
     """Define the operators of a kernel of rounded values, register it, and return the one of a layer.
 
@@ -155,6 +156,7 @@ def register_rounded(
         pack: weight -> parts.
         unpack: (*parts, out_features, in_features) -> the dense weight after rounding, in float32.
         lm_head: see `Kernel`.
+        sizes: see `check_bits`.
     """
     module = name.replace("-", "_")
 
@@ -171,11 +173,19 @@ def register_rounded(
     def unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
         return unpack(*parts, out_features, in_features)
 
+    def check_file(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
+        check_bits(parts, in_features, words_of(in_features), sizes)
+
     linear: Any = define_all(WeightFormat(module, RoundedWeight, product, check))["linear"]
     register(
         Kernel(
             name=name,
-            layout=Layout(("values", "bits", "pointers", "scales"), lambda weight, rows: pack(weight), unpack_parts),
+            layout=Layout(
+                ("values", "bits", "pointers", "scales"),
+                lambda weight, rows: pack(weight),
+                unpack_parts,
+                check=check_file,
+            ),
             op=without_rows(linear),
             reference=matmul,
             isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),

@@ -33,6 +33,7 @@ from ..config.distillation import DistillationConfig
 from ..config.resolve import plain, resolved
 from ..config.sparsity import SparsityConfig
 from ..errors import RecipeError
+from ..hf.auto import check_found
 from ..registry import check_keys
 from ..utils.atomic_io import write_text
 from ..utils.strict_yaml import dump_yaml, override, read_yaml
@@ -135,6 +136,19 @@ metric, vocabulary, freeze, sparsity, distillation, training, seed.
         recipe = cls.from_dict(read_recipe(path, overrides)).located(path.parent)
         training = {"output_dir": os.path.join("runs", path.stem), **recipe.training}
         return dataclasses.replace(recipe, training=training)
+
+    def check_models(self, folder: Path) -> None:
+        """Refuse a run whose model or teacher is in a folder that does not exist.
+
+        Args:
+            folder: of the recipe, where they were looked for too.
+
+        Raises:
+            RecipeError: naming both places.
+        """
+        check_found(self.model.name, "model", folder)
+        if self.distillation is not None:
+            check_found(self.distillation.teacher, "the teacher", folder)
 
     def located(self, folder: Path) -> Self:
         """Return the recipe with absolute paths, looked for in the working directory first, then in `folder`."""

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from hf_sparse import to_runtime
-from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, engine_difference, size
+from hf_sparse.analysis.benchmark import INT8_TOLERANCE, compare, engine_difference
 from hf_sparse.analysis.dense_engines import ENGINES, INT8, Job, built, engines_named
 from hf_sparse.kernels import library_status
 from hf_sparse.modeling.layer_matching import block_layers
@@ -40,6 +40,7 @@ from hf_sparse.profiling.speed_record import FP32
 from hf_sparse.profiling.timer import interleave, quartiles, threads_of_torch
 from hf_sparse.profiling.timer import ratios as gains
 from hf_sparse.runtime.lm_head import use_few_token_kernel
+from hf_sparse.runtime.memory import bytes_of
 
 PATTERNS = {"element": (1, 1), "4x1": (4, 1), "32x32": (32, 32)}
 MINI: dict[str, Any] = {
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, name: str, batch: int, threads: int) ->
                 report = to_runtime(sparse, options.backend)
                 inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name.startswith("t5") else {})
                 difference = compare(sparse, same, inputs)
-                bytes_now, bytes_dense = size(sparse), size(same)
+                bytes_now, bytes_dense = bytes_of(sparse), bytes_of(same)
                 runs = {"dense": work(name, dense, ids), "sparse": work(name, sparse, ids), **peers}
                 if name == "t5-small-decode":  # what of the gain is the vocabulary alone
                     fast = make(name)

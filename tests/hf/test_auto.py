@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,22 @@ def test_length_that_leaves_nothing_of_an_example_is_refused(tmp_path: Path) -> 
     with pytest.raises(RecipeError, match="examples are cut at 2 tokens, of which the tokenizer adds 2"):
         check_length(2, structures.build("bert"), tokenizer)
     check_length(3, structures.build("bert"), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["./nosuch", "some/deep/folder", "/nosuch/model", "~/nosuch"])
+def test_folder_that_is_missing_is_looked_for_here_and_not_on_the_hub(name: str) -> None:
+    where = Path(name).absolute()
+    for load in (load_whole, load_tokenizer):
+        with pytest.raises(RecipeError, match=re.escape(f"there is no folder {where}, and a name on the Hub is NAME")):
+            load(name)
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="is a file, and no folder"):
+        load_whole(str(tmp_path / "model.safetensors"))
+
+
+def test_name_that_may_be_one_of_the_hub_tells_both_places() -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"there is no folder {Path('nosuch').absolute()}, and it is not")):
+        load_whole("nosuch")

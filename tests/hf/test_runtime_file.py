@@ -317,6 +317,35 @@ def test_wrong_indexes_are_refused_though_their_checksum_is_right(tmp_path: Path
             load_runtime(folder)
 
 
+@pytest.mark.parametrize("backend", ["bitmask", "bitmask-int8", "bitmask-int4"])
+def test_bits_that_do_not_fit_the_row_pointers_are_refused(backend: str, tmp_path: Path) -> None:
+    path = saved_bert(tmp_path, backend) / FILE
+    manifest = Manifest.from_json(read_header(path).metadata[MANIFEST_KEY])
+    with safe_open(path, "pt") as file:
+        stored = {key: file.get_tensor(key).clone() for key in manifest.tensors}
+
+    def written(key: str, part: Tensor) -> None:
+        tensors = stored | {key: part}
+        entries = {name: encode(tensor, "dense")[0] for name, tensor in tensors.items()}
+        write_aligned(tensors, path, {MANIFEST_KEY: replace(manifest, tensors=entries).to_json()})
+
+    key = next(key for key in stored if key.endswith("packed_pointers"))
+    pointers = stored[key].clone()
+    row = int((pointers.diff() > 0).nonzero()[1])  # the kernels take any that do not run backwards
+    pointers[row] += 1
+    written(key, pointers)
+    with pytest.raises(CheckpointError, match="do not say how many bits"):
+        load_runtime(tmp_path)
+    key = next(key for key in stored if key.endswith("packed_bits"))
+    bits = stored[key].clone()
+    row = int((bits[:, 0] != 0).nonzero()[0])
+    last = int(bits[row, 0]).bit_length() - 1
+    bits[row, 0] ^= (1 << last) | (1 << 62)  # as many as before, one behind the columns
+    written(key, bits)
+    with pytest.raises(CheckpointError, match="bits are set behind the last of"):
+        load_runtime(tmp_path)
+
+
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path = saved_bert(tmp_path) / FILE
     content = bytearray(path.read_bytes())

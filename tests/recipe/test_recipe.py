@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,13 @@ def test_load_refuses_what_is_no_yaml_mapping(folder, text):
     (folder / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         Recipe.load(folder / "bad.yaml")
+
+
+@pytest.mark.parametrize("key", ["model.name", "distillation.teacher"])
+def test_a_run_says_where_it_looked_when_a_folder_is_missing(folder, key):
+    found = f"there is no folder {Path('out/a/model').absolute()} or {folder.absolute() / 'out/a/model'}"
+    with pytest.raises(RecipeError, match=re.escape(found)):
+        Recipe.load(write(folder), [f"{key}=out/a/model"]).check_models(folder)
 
 
 def test_load_refuses_a_missing_file(folder):

@@ -16,10 +16,11 @@ from hf_sparse.kernels import LibraryStatus
 from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import SpeedTable
 from hf_sparse.runtime.autotune import Measurement, Trial
+from hf_sparse.runtime.memory import bytes_of
 from hf_sparse.runtime.packed_linear import PackedLinear
 from hf_sparse.runtime.planner import DECODING_TOKENS, SHORT_TOKENS, TOKENS, dense_up_to
 from tests.helpers.kernels import pretend
-from tests.helpers.runtime_models import answers, sparse
+from tests.helpers.runtime_models import answers, sparse, sparse_decoder
 from tests.helpers.structures import batch
 
 
@@ -91,6 +92,17 @@ def cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
 
 def layer_inputs(tokens: int, layer: PackedLinear) -> Tensor:
     return torch.randn(1, tokens, layer.in_features)
+
+
+def test_memory_counts_the_dense_weights_that_are_kept(tmp_path: Path) -> None:
+    model = sparse("bert")
+    before = bytes_of(model)
+    report = converted(model, tmp_path, SlowWhereShort(8))
+    assert bytes_of(model) - before == report.bytes - report.dense_bytes > 0
+    decoder = sparse_decoder("llama")
+    before = bytes_of(decoder)
+    report = to_runtime(decoder, "bitmask-int8", keep_dense=True)
+    assert bytes_of(decoder) - before == report.bytes - report.dense_bytes > 0
 
 
 def test_short_inputs_are_bit_for_bit_those_of_dense(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ...errors import RecipeError
 from ..options import add_overrides
@@ -32,6 +33,7 @@ class CacheTeacher(Verb):
         from ...utils.text import format_bytes
 
         recipe = Recipe.load(options.recipe, options.overrides)
+        recipe.check_models(Path(options.recipe).parent)
         output = options.output or (recipe.distillation.cache if recipe.distillation is not None else None)
         if output is None:
             raise RecipeError("the cache needs a folder: give --output DIR, or distillation.cache in the recipe")

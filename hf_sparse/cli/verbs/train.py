@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from ..options import add_overrides
 from ..verb import VERBS, Verb
@@ -45,5 +46,7 @@ class Train(Verb):
         if has_stages(options.recipe):
             result = run_stages(load_stages(options.recipe, overrides), **how)
         else:
-            result = run(Recipe.load(options.recipe, overrides), **how)
+            recipe = Recipe.load(options.recipe, overrides)
+            recipe.check_models(Path(options.recipe).parent)
+            result = run(recipe, **how)
         print(f"{result.summary}\n\nModel, metrics and report.md are in {result.output}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config.sparsity import SCORERS
 from ...errors import RecipeError, SparsityError
-from ...modeling.value_grid import GRIDS, ValueGrid
+from ...modeling.value_grid import GRIDS, NOTHING, ValueGrid
 from ...utils.validation import check_number, check_one_of, check_positive_int
 from ..calibrated.statistics import InputStatistics
 from ..patterns import NM, OnMatrix
@@ -36,7 +36,8 @@ class SparseGPT(InputScorer):
     With `bits`, what is kept is rounded too when its column is reached, and the columns behind make up for both. The
     values are those of a kernel of the runtime, which then packs them without a loss: "bitmask-int8" or
     "bitmask-int4". Scales have so few binary digits that bfloat16 holds every value; they come from the largest value
-    of their columns when the first of these is reached. What rounds to zero is removed.
+    of their columns when the first of these is reached. What rounds to zero is removed. Columns whose kept values are
+    all below 1e-30, for which no kernel has a scale, are not rounded, and that is said.
 
     Args:
         damping: of the mean of the diagonal of `H`, added to it.
@@ -82,11 +83,19 @@ class SparseGPT(InputScorer):
         together = math.lcm(pattern.inputs or 1, 1 if self.grid is None else self.grid.group)
         width = -(-self.block // together) * together
         step = (pattern.inputs or 1) if isinstance(pattern, NM) else width
+        tiny = 0
         for start in range(0, weight.shape[1], width):
             columns = slice(start, start + width)
             part = _Block(weight[:, columns], factor[columns, columns], choice, step, self.grid)
             errors, kept[:, columns] = part.prune()
             weight[:, start + width :].addmm_(errors.t(), factor[columns, start + width :], alpha=-1)
+            tiny += int((part.unscaled & ~part.removed).sum())
+        if tiny:
+            logger.warning(
+                f"scorer 'sparsegpt' with bits={self.bits} leaves {tiny} of {weight.numel()} weights of a layer as "
+                f"they are, not rounded: all that is kept of the columns of their scale is below {NOTHING:g}, where "
+                "kernels have no scale and compute with zeros"
+            )
         return weight, kept
 
 
@@ -98,12 +107,16 @@ class _Block:
         factor: `U` of these columns.
         step: columns that are chosen from at a time, when they are reached.
         grid: that values are rounded to.
+
+    Attributes:
+        unscaled: `(columns, out)`, where no kernel has a scale, so that nothing is rounded.
     """
 
     def __init__(self, weight: Tensor, factor: Tensor, choice: Choice, step: int, grid: ValueGrid | None) -> None:
         self.weight, self.factor, self.choice, self.step, self.grid = weight, factor, choice, step, grid
         self.rows = weight.t().contiguous()  # one row for each column, so that each is in one piece
         self.removed = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.unscaled = torch.zeros_like(self.removed)
 
     def prune(self) -> tuple[Tensor, Tensor]:
         """Return the errors `(columns, out)`, and which entries are kept, `(out, columns)`."""
@@ -115,9 +128,10 @@ class _Block:
                 self.removed[group] = ~self.choice((rows[group] / diagonal[group, None]).square().t()).t()
             if self.grid is not None and column % self.grid.group == 0:
                 scales = self._scales(self.grid, column)
+                self.unscaled[column : column + self.grid.group] = scales == 0
             value = rows[column].masked_fill(self.removed[column], 0.0)
             if self.grid is not None and scales is not None:
-                value = self.grid.steps_of(value, scales) * scales
+                value = torch.where(scales > 0, self.grid.steps_of(value, scales) * scales, value)
                 self.removed[column] |= value == 0
             errors[column] = (rows[column] - value) / diagonal[column]
             rows[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)

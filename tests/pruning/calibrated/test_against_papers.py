@@ -112,6 +112,16 @@ def test_columns_behind_make_up_for_the_rounding(bits: int) -> None:
         assert error < 1.02 * least, "steps of int8 are so small that pruning is nearly all of the error"
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_too_small_for_a_scale_are_kept_and_said(bits: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = layer(8, 256), inputs(256)
+    with torch.no_grad():
+        model[0].weight[2] *= 1e-31
+    found = pruned(model, x, scorer={"name": "sparsegpt", "bits": bits}, pattern="2:4")
+    assert int(found[2].count_nonzero()) == 128
+    assert "128 of 2048 weights of a layer as they are, not rounded" in caplog.text
+
+
 def test_bits_that_no_kernel_has_and_what_would_undo_them_are_refused() -> None:
     with pytest.raises(RecipeError, match="`bits` must be one of 8, 4, got 3"):
         SparsityConfig(targets="*", sparsity=0.5, scorer={"name": "sparsegpt", "bits": 3})
