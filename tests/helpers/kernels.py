@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.kernels import KERNELS, library
+from hf_sparse.kernels import KERNELS, LibraryStatus, library
 from hf_sparse.kernels.library import Library
+from hf_sparse.runtime import convert
 
 NATIVE = library.library()
 WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
@@ -28,6 +29,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **unavailable: str | None) -> None:
     for name, reason in unavailable.items():
         kernel = dataclasses.replace(KERNELS[name], unavailable=partial(_returned, reason))
         monkeypatch.setitem(KERNELS._kernels, name, kernel)
+
+
+def all_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels for the CPU count as there: without the library they compute the same in plain torch."""
+    for kernel in KERNELS.of_device("cpu"):
+        if kernel.unavailable():
+            pretend(monkeypatch, **{kernel.name: None})
+
+
+def built_for_test(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the runtime believe in a library, whose kernels of these names compute in plain torch."""
+    status = LibraryStatus(True, None, "test", "as if they were there")
+    monkeypatch.setattr(convert, "library_status", lambda: status)
+    pretend(monkeypatch, **dict.fromkeys(names))
 
 
 def use_way(monkeypatch: pytest.MonkeyPatch, module: Any, way: str) -> None:

@@ -12,41 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse import (
-    BackendError,
-    Pruner,
-    RecipeError,
-    SparseConfig,
-    SparsityConfig,
-    compact,
-    sparsify,
-    summarize,
-    to_dense_runtime,
-    to_runtime,
-)
-from hf_sparse.modeling.architectures import known_sub_blocks
-from hf_sparse.pruning.head_importance import head_importance
-from hf_sparse.runtime import SpeedTable, is_runtime
-from hf_sparse.runtime import fused_ffn as blocks
-from hf_sparse.runtime.autotune import Measurement, Trial
+from hf_sparse import BackendError, SparseConfig, SparsityConfig, sparsify, summarize, to_dense_runtime, to_runtime
+from hf_sparse.runtime import is_runtime
 from hf_sparse.runtime.packed_linear import PackedLinear
-from tests.helpers.kernels import pretend
-from tests.helpers.runtime_models import Fixed, answers, sparse, table
+from tests.helpers.kernels import built_for_test
+from tests.helpers.runtime_models import answers, sparse, table
 from tests.helpers.structures import FAMILIES, batch, build
 
 
 @pytest.fixture(autouse=True)
 def present(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the operators count as the kernels: without the library they fall back to torch, and give the same."""
-    import hf_sparse.runtime.convert as runtime
-    from hf_sparse.kernels import LibraryStatus
-
-    monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(True, None, "test", "as if they were there"))
-    pretend(monkeypatch, cpu=None, dense_few=None)
-
-
-def kernels_of(report: Any) -> dict[str, str]:
-    return {layer.name: layer.kernel for layer in report.layers}
+    built_for_test(monkeypatch, "cpu", "dense_few")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "csr"])
@@ -137,77 +113,6 @@ def test_the_hook_that_keeps_zeros_costs_nothing_in_runtime_form_and_returns(how
     assert not weight.grad[zeros].any()
     to_dense_runtime(model)
     assert all(len(layer._forward_pre_hooks) == 1 for layer in guarded)
-
-
-def test_feed_forward_parts_and_attention_inputs_are_taken_whole() -> None:
-    found = kernels_of(to_runtime(sparse("bert"), "cpu"))
-    layer = "bert.encoder.layer.0"
-    assert {found[f"{layer}.attention.self.{part}"] for part in ("query", "key", "value")} == {"sparse_qkv"}
-    assert found[f"{layer}.attention.output.dense"] == "sparse_linear"
-    assert found[f"{layer}.intermediate.dense"] == found[f"{layer}.output.dense"] == "sparse_ffn"
-
-    found = kernels_of(to_runtime(sparse("t5"), "cpu"))
-    assert found["encoder.block.0.layer.0.SelfAttention.q"] == "sparse_qkv"
-    assert found["decoder.block.0.layer.1.EncDecAttention.q"] == "sparse_linear"
-    assert found["decoder.block.0.layer.2.DenseReluDense.wi"] == "sparse_ffn"
-
-
-def test_product_of_several_layers_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sparse("bert")
-    to_runtime(model, "cpu")
-    attention = model.bert.encoder.layer[0].attention.self
-    calls: list[int] = []
-    from hf_sparse.runtime.packed_weight import Packed
-
-    real = Packed.multiply
-
-    def counted(self: Packed, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        calls.append(1)
-        return real(self, x, bias)
-
-    monkeypatch.setattr(Packed, "multiply", counted)
-    x, other = torch.randn(1, 5, 16), torch.randn(1, 7, 16)
-    expected = {
-        name: torch.nn.functional.linear(x, layer.weight, layer.bias)
-        for name, layer in attention.named_children()
-        if isinstance(layer, PackedLinear)
-    }
-    found = {name: getattr(attention, name)(x) for name in expected}
-    assert len(calls) == 1
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
-    # Another input between, the same tensor with other numbers, and the same layer twice: nothing stale comes out.
-    attention.query(x)
-    torch.testing.assert_close(
-        attention.key(other),
-        torch.nn.functional.linear(other, attention.key.weight, attention.key.bias),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-    attention.query(x)
-    x.mul_(2)
-    torch.testing.assert_close(
-        attention.key(x), torch.nn.functional.linear(x, attention.key.weight, attention.key.bias), atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(attention.query(x), attention.query(x))
-    with torch.no_grad():
-        attention.value.bias.add_(1)
-    torch.testing.assert_close(
-        attention.value(other),
-        torch.nn.functional.linear(other, attention.value.weight, attention.value.bias),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-
-
-def test_hook_inside_a_feed_forward_part_is_still_called() -> None:
-    model, seen = sparse("bert"), []
-    model.bert.encoder.layer[1].intermediate.register_forward_hook(lambda *_: seen.append(1))
-    found = kernels_of(to_runtime(model, "cpu"))
-    answers(model, batch("bert"))
-    assert seen == [1]
-    assert found["bert.encoder.layer.1.intermediate.dense"] == "sparse_linear"
-    assert found["bert.encoder.layer.0.intermediate.dense"] == "sparse_ffn"
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated"])
@@ -318,123 +223,6 @@ def test_exported_model_gives_the_same(strict: bool) -> None:
         torch.testing.assert_close(exported.module()(**ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_every_head_of_cross_attention_sees_its_own_input() -> None:
-    model, inputs = sparse("bert", is_decoder=True, add_cross_attention=True), batch("bert")
-    memory = torch.randn(3, 6, 16)
-    with torch.no_grad():
-        expected = model.bert(inputs["input_ids"], encoder_hidden_states=memory).last_hidden_state
-        to_runtime(model, "cpu")
-        found = model.bert(inputs["input_ids"], encoder_hidden_states=memory).last_hidden_state
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_activation_is_recognised_by_what_it_does() -> None:
-    for name, known in {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "tanh": None}.items():
-        (block, *_) = [b for b in known_sub_blocks(sparse("bert", hidden_act=name)) if b.kind == "feed_forward"]
-        assert blocks.activation_of(block) == known, name
-
-
-def test_activation_that_is_clipped_far_from_zero_is_another_one() -> None:
-    model, inputs = sparse("bert", hidden_act="gelu_10"), batch("bert")
-    with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            layer.intermediate.dense.weight.mul_(1000.0)
-    expected = answers(model, inputs)
-    (block, *_) = [b for b in known_sub_blocks(model) if b.kind == "feed_forward"]
-    assert float(next(iter(block.inputs.values()))(torch.randn(64, 16)).detach().max()) > 20
-    assert blocks.activation_of(block) is None
-    to_runtime(model, "cpu")
-    torch.testing.assert_close(answers(model, inputs), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_unknown_activation_leaves_the_layers_apart() -> None:
-    model, inputs = sparse("bert", hidden_act="tanh"), batch("bert")
-    expected = answers(model, inputs)
-    report = to_runtime(model, "cpu")
-    assert kernels_of(report)["bert.encoder.layer.0.intermediate.dense"] == "sparse_linear"
-    torch.testing.assert_close(answers(model, inputs), expected, atol=1e-5, rtol=1e-5)
-
-
-# -- choosing ----------------------------------------------------------------------------------------------------------
-
-
-def test_auto_keeps_dense_where_dense_wins(tmp_path: Any) -> None:
-    model = sparse("bert")
-    report = to_runtime(model, table=table(tmp_path, sparse_attention=0.98, sparse_linear=2.0, sparse_ffn=0.25))
-    found = kernels_of(report)
-    assert {found[f"bert.encoder.layer.0.attention.self.{part}"] for part in ("query", "key", "value")} == {"dense"}
-    assert found["bert.encoder.layer.0.intermediate.dense"] == "sparse_ffn"
-    by_name = {layer.name: layer for layer in report.layers}
-    dense = by_name["bert.encoder.layer.0.attention.output.dense"]
-    assert dense.reason is not None
-    assert "dense is faster" in dense.reason
-    assert dense.gains[200] == 0.5
-    assert by_name["bert.encoder.layer.0.output.dense"].gains[200] == 4.0
-    assert type(model.bert.encoder.layer[0].attention.output.dense) is nn.Linear
-
-
-def test_auto_takes_the_layers_of_a_company_that_loses_one_by_one(tmp_path: Any) -> None:
-    report = to_runtime(sparse("bert"), table=table(tmp_path, sparse_attention=1.0, sparse_ffn=1.0, sparse_linear=0.5))
-    assert {layer.kernel for layer in report.sparse} == {"sparse_linear"}
-    assert len(report.sparse) == 12
-
-
-def test_model_of_which_nothing_wins_stays_as_it_is(tmp_path: Any) -> None:
-    model = sparse("bert").requires_grad_(True)
-    report = to_runtime(model, table=table(tmp_path, sparse_attention=1.0, sparse_ffn=1.0, sparse_linear=1.0))
-    assert not report.sparse
-    assert not is_runtime(model)
-    assert all(own.requires_grad for own in model.parameters())
-
-
-def test_each_shape_is_timed_once_and_kept(tmp_path: Any) -> None:
-    clock = Fixed()
-    first = table(tmp_path)
-    first.clock = clock
-    to_runtime(sparse("bert"), table=first)
-    assert len(clock.asked) == len(set(clock.asked))
-    asked = {(trial.kind, trial.tokens) for trial in clock.asked}
-    assert {tokens for _, tokens in asked} == {1, 2, 4, 8, 15, 17, 65, 200, 1024}
-    again = table(tmp_path)
-    to_runtime(sparse("bert"), table=again)
-    assert again.clock.asked == []  # type: ignore[attr-defined]
-
-
-def test_model_that_generates_is_timed_with_one_token_too(tmp_path: Any) -> None:
-    times = table(tmp_path)
-    to_runtime(sparse("t5"), table=times)
-    assert {1, 2, 5, 8} < {trial.tokens for trial in times.clock.asked}  # type: ignore[attr-defined]
-
-
-def test_encoder_of_a_model_that_generates_is_timed_with_whole_texts_alone(tmp_path: Any) -> None:
-    class FewLose(Fixed):
-        def __call__(self, trial: Trial, dense: Any, packed: Any) -> Any:
-            return super().__call__(trial, dense, packed) if trial.tokens > 8 else Measurement(1.0, 2.0, 0.5)
-
-    times = table(tmp_path)
-    times.clock = FewLose()
-    report = to_runtime(sparse("t5"), table=times)
-    assert report.sparse
-    assert all(layer.name.startswith("encoder.") for layer in report.sparse)
-    assert not [layer for layer in report.layers if layer.name.startswith("encoder.") and layer not in report.sparse]
-
-
-def test_numbers_of_tokens_can_be_named(tmp_path: Any) -> None:
-    times = table(tmp_path)
-    to_runtime(sparse("t5"), tokens=(64, 32), table=times)
-    assert {trial.tokens for trial in times.clock.asked} == {32, 64}  # type: ignore[attr-defined]
-    for wrong in ((), (0, 3), 128, (1.5,), ("a", "b"), "12"):
-        with pytest.raises(BackendError, match="`tokens` must be"):
-            to_runtime(sparse("bert"), tokens=wrong, table=times)  # type: ignore[arg-type]
-
-
-def test_file_of_times_that_is_spoilt_is_measured_anew(tmp_path: Any) -> None:
-    for text in ("", '{"a": [1, 2', "[]", "[" * 100_000, '{"a": ["x"]}', '{"a": [NaN, 1, 1]}'):
-        (tmp_path / "runtime.json").write_text(text)
-        assert to_runtime(sparse("bert"), table=table(tmp_path)).sparse
-        assert len(table(tmp_path).cache.read()) > 1
-
-
 @pytest.mark.parametrize("backend", ["cpu", "csr"])
 def test_layers_compute_in_float32_under_autocast(backend: str) -> None:
     model: Any = nn.Sequential(nn.Linear(64, 64)).eval()
@@ -447,67 +235,6 @@ def test_layers_compute_in_float32_under_autocast(backend: str) -> None:
             assert torch.equal(model(x), expected)
             with pytest.raises(BackendError, match="autocast"):
                 model(x.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("measured", "faster"),
-    [
-        (Measurement(1.0, 0.5, 1.9), True),
-        (Measurement(1.0, 0.97, 1.02), False),  # less than the margin
-        (Measurement(1.0, 0.9, 0.99), False),  # slower in one round of four
-        (Measurement(1.0, 1.2, 0.8), False),
-    ],
-)
-def test_packed_product_wins_by_a_margin_and_in_most_rounds(measured: Measurement, faster: bool) -> None:
-    assert measured.is_faster is faster
-
-
-def test_one_number_of_tokens_that_loses_keeps_the_layer_dense(tmp_path: Any) -> None:
-    def clock(trial: Trial, dense: Any, packed: Any) -> Measurement:
-        return Measurement(1.0, 1.1, 0.9) if trial.tokens == 65 else Measurement(1.0, 0.2, 4.9)
-
-    report = to_runtime(sparse("bert"), table=SpeedTable(tmp_path / "t.json", clock))
-    assert not report.sparse
-    assert "at 65 tokens" in str(report.layers[0].reason)
-
-
-def test_race_takes_the_real_modules(tmp_path: Any) -> None:
-    found = []
-
-    def clock(trial: Trial, dense: Any, packed: Any) -> Measurement:
-        one, other = dense(), packed()
-        for a, b in zip(*(each if isinstance(each, list) else [each] for each in (one, other)), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        found.append(trial.kind)
-        return Measurement(1.0, 0.2, 4.9)
-
-    for family in ("bert", "t5-gated"):
-        with torch.no_grad():
-            to_runtime(sparse(family), table=SpeedTable(tmp_path / f"{family}.json", clock))
-    assert set(found) == {"sparse_linear", "sparse_qkv", "sparse_attention", "sparse_ffn", "dense_few", "bitmask"}
-
-
-def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
-    report = to_runtime(nn.Sequential(sparse_linear()).eval(), table=SpeedTable(tmp_path / "t.json"))
-    (layer,) = report.layers
-    assert {17, 65, 200, 1024} <= set(layer.gains) <= {1, 2, 4, 8, 15, 17, 65, 200, 1024}
-    assert all(gain > 0 for gain in layer.gains.values())
-
-
-def sparse_linear() -> nn.Linear:
-    layer = nn.Linear(64, 32)
-    with torch.no_grad():
-        layer.weight[:, 8:] = 0.0
-    return layer
-
-
-def test_blocks_set_the_height() -> None:
-    for rows in (1, 4, 16):
-        model: Any = nn.Sequential(nn.Linear(64, 64, bias=False)).eval()
-        kept = torch.rand(64 // rows, 64) < 0.2
-        with torch.no_grad():
-            model[0].weight.mul_(kept.repeat_interleave(rows, dim=0))
-        assert to_runtime(model, "cpu").layers[0].rows in ({16, 8} if rows == 16 else {rows})
 
 
 def test_report_is_data_and_a_table() -> None:
@@ -536,115 +263,6 @@ def test_summary_counts_packed_weights() -> None:
     assert summarize(model).nonzeros == expected.nonzeros
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def test_training_is_refused_with_the_way_out() -> None:
-    model, inputs = sparse("bert"), batch("bert")
-    to_runtime(model, "cpu")
-    model.train()
-    with pytest.raises(BackendError, match="to_dense_runtime"):
-        model(**inputs)
-
-
-def test_gradients_are_refused() -> None:
-    model = sparse("bert")
-    to_runtime(model, "cpu")
-    x = torch.randn(1, 4, 16, requires_grad=True)
-    with pytest.raises(BackendError, match="to_dense_runtime"):
-        model(inputs_embeds=x)
-    assert not model(input_ids=batch("bert")["input_ids"]).logits.requires_grad, "inference needs no no_grad()"
-
-
-@pytest.mark.parametrize("change", ["half", "meta", "bfloat16"])
-def test_casts_and_moves_are_refused(change: str) -> None:
-    model = sparse("bert")
-    to_runtime(model, "cpu")
-    with pytest.raises(BackendError, match="to_dense_runtime"):
-        model.to({"half": torch.float16, "bfloat16": torch.bfloat16}.get(change, change))
-
-
-def test_loading_weights_into_packed_layers_is_refused() -> None:
-    model = sparse("bert")
-    state = copy.deepcopy(model.state_dict())
-    to_runtime(model, "cpu")
-    with pytest.raises(RuntimeError, match="to_dense_runtime"):
-        model.load_state_dict(state)
-
-
-def masked() -> Any:
-    model = nn.Sequential(nn.Linear(16, 16)).eval()
-    Pruner(model, SparsityConfig(targets="*", sparsity=0.5, schedule="constant")).attach()
-    return model
-
-
-def meta() -> Any:
-    return nn.Sequential(nn.Linear(16, 16, device="meta"))
-
-
-def adapters() -> Any:
-    return nn.ModuleDict({"q": nn.ModuleDict({"base_layer": nn.Linear(4, 4)})})
-
-
-def quantized() -> Any:
-    model = nn.Sequential(nn.Linear(16, 16))
-    model[0].weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (masked, "bake"),
-        (meta, "offloaded"),
-        (adapters, "adapters"),
-        (quantized, "quantized"),
-        (lambda: nn.Sequential(sparse_linear()).half(), "float32"),
-        (lambda: nn.Sequential(nn.Linear(8, 8)), "nothing is sparse"),
-        (lambda: nn.Sequential(nn.ReLU()), "no linear layer"),
-    ],
-)
-def test_models_that_cannot_be_packed_are_refused_with_a_reason(make: Any, reason: str) -> None:
-    with pytest.raises(BackendError, match=reason):
-        to_runtime(make(), "cpu")
-
-
-def test_runtime_form_of_a_runtime_form_is_refused() -> None:
-    model = sparse("bert")
-    to_runtime(model, "cpu")
-    with pytest.raises(BackendError, match="already"):
-        to_runtime(model, "cpu")
-
-
-@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        compact,
-        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head")),
-        lambda model: sparsify(
-            model, SparsityConfig(sparsity=0.5, pattern="head", scorer="head_importance"), [batch("bert")]
-        ),
-        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, pattern="head+neuron")),
-        lambda model: sparsify(model, SparsityConfig(sparsity=0.5)),
-        lambda model: sparsify(model, SparsityConfig(sparsity=0.5, targets="*")),
-        lambda model: Pruner(model, SparsityConfig(sparsity=0.5)).attach(),
-        lambda model: head_importance(model, [batch("bert")]),
-    ],
-    ids=["compact", "heads", "head importance", "head+neuron", "default", "all", "Pruner", "importance"],
-)
-def test_pruning_and_cutting_a_runtime_model_names_the_way_back(change: Any, some: bool) -> None:
-    model = sparse("bert")
-    if some:
-        with torch.no_grad():
-            model.bert.encoder.layer[1].intermediate.dense.weight.normal_()
-    to_runtime(model, "cpu")
-    with pytest.raises(BackendError, match=r"'bert.encoder.layer.0.attention.self.query' .*to_dense_runtime\(model\)"):
-        change(model)
-    to_dense_runtime(model)
-    compact(model)
-
-
 def test_restoring_a_model_of_which_nothing_is_packed_changes_nothing(tmp_path: Any) -> None:
     model = sparse("bert")
     before = [(name, id(own), own.requires_grad) for name, own in model.named_parameters()]
@@ -654,26 +272,6 @@ def test_restoring_a_model_of_which_nothing_is_packed_changes_nothing(tmp_path: 
     to_dense_runtime(model)
     to_dense_runtime(model)
     assert [(name, id(own), own.requires_grad) for name, own in model.named_parameters()] == before
-
-
-def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(
-        BackendError,
-        match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'bitmask-int4', 'dense', got 'gpu'",
-    ):
-        to_runtime(sparse("bert"), "gpu")
-
-
-def test_missing_kernels_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    import hf_sparse.runtime.convert as runtime
-    from hf_sparse.kernels import LibraryStatus
-
-    monkeypatch.setattr(runtime, "library_status", lambda: LibraryStatus(False, None, None, "build them so"))
-    pretend(monkeypatch, cpu="build them so", dense_few="build them so")
-    with pytest.raises(BackendError, match="build them so"):
-        to_runtime(sparse("bert"), "cpu")
-    report = to_runtime(sparse("bert"), table=table(tmp_path))
-    assert {layer.kernel for layer in report.sparse} == {"csr"}
 
 
 def test_saved_runtime_model_is_the_sparse_model(tmp_path: Any) -> None:
@@ -714,12 +312,3 @@ def test_dense_checkpoint_is_pruned_and_packed_in_one_load(tmp_path: Any) -> Non
     assert is_runtime(loaded)
     with pytest.raises(BackendError, match="nothing is sparse"):
         type(model).from_pretrained(tmp_path, quantization_config=SparseConfig(backend="csr"))
-
-
-def test_config_refuses_unknown_backends_and_two_wishes() -> None:
-    with pytest.raises(
-        RecipeError, match="'auto', 'cpu', 'cpu-int8', 'csr', 'bitmask', 'bitmask-int8', 'bitmask-int4', 'dense'"
-    ):
-        SparseConfig(backend="gpu")
-    with pytest.raises(RecipeError, match="one of the two"):
-        SparseConfig(backend="auto", quantization_config={"load_in_8bit": True})

@@ -6,12 +6,15 @@ import time
 import types
 
 import pytest
+import yaml
 from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from huggingface_hub.utils._http import close_session
+from transformers import AutoTokenizer
 from transformers.utils import hub as transformers_hub
 
 from tests.hf.hub.server import WRITER, LocalHub
+from tests.hf.hub.small_model import pruned
 
 
 @pytest.fixture
@@ -41,3 +44,23 @@ def waits(monkeypatch):
     monkeypatch.setattr(_http, "time", clock)
     monkeypatch.setattr(file_download, "time", clock)
     return asked
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder as a Trainer leaves it: the model, and much that must stay at home."""
+    model = pruned(tmp_path)
+    folder = tmp_path / "small"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tmp_path / "dense").save_pretrained(folder)
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", ".env"):
+        (folder / name).write_bytes(b"not for others")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"not for others")
+    recipe = {
+        "model": {"name": "/home/somebody/models/bert"},
+        "data": {"train": "/home/somebody/train.jsonl"},
+        "training": {"output_dir": "/home/somebody/out", "max_steps": 3},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import traceback
 from pathlib import Path
 
 import datasets
@@ -16,10 +15,9 @@ import torch
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
+from transformers import AutoTokenizer, Trainer
 
-import hf_sparse
-from hf_sparse import CheckpointError, HubError, RecipeError, SparsityCallback, SparsityConfig
+from hf_sparse import HubError, SparsityCallback
 from hf_sparse.cli.main import main
 from hf_sparse.hf.hub.push import push_folder
 from hf_sparse.recipe.recipe import Recipe
@@ -27,49 +25,9 @@ from hf_sparse.recipe.train import run
 from tests.helpers.ranks import ROOT
 from tests.helpers.tiny import save_bert, write_sentences
 from tests.helpers.training import Rows, arguments, bert
-from tests.hf.hub.server import READER, WRITER, Fault, LocalHub, Repo
-
-REPO = "user/small"
-INPUT = torch.tensor([[2, 5, 7, 8, 3]])
-
-
-def pruned(folder):
-    model = AutoModelForSequenceClassification.from_pretrained(save_bert(folder / "dense", head=True))
-    hf_sparse.sparsify(model, SparsityConfig(sparsity=0.9))
-    return model.eval()
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A folder as a Trainer leaves it: the model, and much that must stay at home."""
-    model = pruned(tmp_path)
-    folder = tmp_path / "small"
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tmp_path / "dense").save_pretrained(folder)
-    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", ".env"):
-        (folder / name).write_bytes(b"not for others")
-    (folder / "checkpoint-5").mkdir()
-    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"not for others")
-    recipe = {
-        "model": {"name": "/home/somebody/models/bert"},
-        "data": {"train": "/home/somebody/train.jsonl"},
-        "training": {"output_dir": "/home/somebody/out", "max_steps": 3},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return folder
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=INPUT).logits
-
-
-def pulled(repo=REPO, **options):
-    return AutoModelForSequenceClassification.from_pretrained(repo, **options)
-
-
-def assert_same(folder, repo=REPO, **options):
-    assert torch.equal(logits(pulled(repo, **options)), logits(pulled(folder)))
+from tests.hf.hub.faulty_server import Fault
+from tests.hf.hub.server import LocalHub, Repo
+from tests.hf.hub.small_model import REPO, assert_same, logits, pruned, pulled
 
 
 def test_only_what_belongs_to_the_model_goes_up_and_it_comes_back_bit_for_bit(hub, saved):
@@ -238,28 +196,6 @@ def test_download_lost_in_the_middle_goes_on_where_it_was(hub, saved, waits):
     assert hub.count("GET /cdn/") == 2
 
 
-@pytest.mark.parametrize(
-    ("pattern", "status", "says"),
-    [
-        ("/api/repos/create", 401, "hf auth login"),
-        ("/api/repos/create", 429, "fewer requests"),
-        ("/preupload/", 403, "role 'write'"),
-        ("/preupload/", 404, "check the name"),
-        ("objects/batch", 403, "role 'write'"),
-        ("PUT /lfs/", 403, "role 'write'"),
-        ("/verify/", 404, "check the name"),
-        ("/commit/", 409, "push again"),
-        ("/commit/", 500, "the Hub has a problem: push again"),
-    ],
-)
-def test_refusal_says_what_to_do_and_leaves_the_repository_as_it_was(hub, saved, waits, pattern, status, says):
-    hub.faults.append(Fault(pattern, status=status, times=99))
-    with pytest.raises(HubError, match=says) as caught:
-        push_folder(saved, REPO)
-    assert f"{status}" in str(caught.value)
-    assert REPO not in hub.repos or set(hub.files(REPO)) == {".gitattributes"}
-
-
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("pattern", ["/preupload/", "objects/batch", "PUT /lfs/", "/verify/"])
 def test_busy_hub_is_waited_for(hub, saved, waits, pattern, status):
@@ -269,55 +205,6 @@ def test_busy_hub_is_waited_for(hub, saved, waits, pattern, status):
     assert_same(saved)
 
 
-def test_tokens(hub, saved, monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
-    with pytest.raises(HubError, match=r"401.*hf auth login"):
-        push_folder(saved, REPO)
-    monkeypatch.setenv("HF_TOKEN", READER)
-    assert main(["push", str(saved), REPO]) == 2
-    assert "role 'write'" in capsys.readouterr().err
-
-
-def test_offline_and_unreachable_hubs_are_told_apart(hub, saved, monkeypatch, waits):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
-        push_folder(saved, REPO)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match="the connection was lost"):
-        push_folder(saved, REPO)
-
-
-def test_nothing_is_sent_of_a_folder_that_is_no_whole_model(hub, saved):
-    (saved / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        push_folder(saved, REPO)
-    weights = saved / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(CheckpointError):
-        push_folder(saved, REPO)
-    with pytest.raises(RecipeError, match="not a name of a repository"):
-        push_folder(saved, "a/b/c")
-    assert hub.seen == []
-
-
-@pytest.mark.parametrize(
-    "name", ["LICENSE", "README.md", "recipe.yaml", "config.json", "model.safetensors", "tokenizer.json"]
-)
-def test_link_out_of_the_folder_is_refused_and_nothing_is_sent(hub, saved, tmp_path, name):
-    secret = tmp_path / "secret"
-    if (saved / name).is_file():
-        (saved / name).rename(secret)
-    else:
-        secret.write_text("secret")
-    (saved / name).symlink_to(secret)
-    with pytest.raises(CheckpointError, match=f"{name} is a link to .*secret, outside of its folder"):
-        push_folder(saved, REPO)
-    assert hub.seen == []
-
-
 def test_snapshot_in_the_cache_of_the_hub_is_pushed(hub, saved, tmp_path):
     push_folder(saved, REPO)
     snapshot = Path(hf_hub_download(REPO, "config.json")).parent
@@ -325,84 +212,6 @@ def test_snapshot_in_the_cache_of_the_hub_is_pushed(hub, saved, tmp_path):
     assert (snapshot / "config.json").is_symlink()
     push_folder(snapshot, "user/again")
     assert hub.files("user/again")["model.safetensors"] == (saved / "model.safetensors").read_bytes()
-
-
-def test_pipe_is_refused_and_nothing_is_sent(hub, saved):
-    os.mkfifo(saved / "LICENSE")
-    with pytest.raises(CheckpointError, match=r"LICENSE: .*not a regular file"):
-        push_folder(saved, REPO)
-    assert hub.seen == []
-
-
-def test_one_shard_of_several_and_an_index_of_other_folders_are_refused(hub, saved, capsys):
-    pulled(saved).save_pretrained(saved, max_shard_size="4KB")
-    shards = sorted(saved.glob("model-*.safetensors"))
-    assert len(shards) > 2
-    index = saved / "model.safetensors.index.json"
-    good = index.read_text(encoding="utf-8")
-    index.write_text(good.replace(shards[0].name, f"../{shards[0].name}"), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="which is not a file of its folder"):
-        push_folder(saved, REPO)
-    index.write_text(good, encoding="utf-8")
-    for shard in shards[1:]:
-        shard.unlink()
-    for verb in (["push", str(saved), REPO], ["card", str(saved)]):
-        assert main(verb) == 2
-        assert f"1 of {len(shards)} shards are there" in capsys.readouterr().err
-    assert hub.seen == []
-
-
-def test_weights_with_a_name_that_is_not_pushed_are_refused(hub, saved):
-    (saved / "model.safetensors").rename(saved / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="no weights with a name that is pushed"):
-        push_folder(saved, REPO)
-    assert hub.seen == []
-
-
-@pytest.mark.parametrize("token", ["hf_secret\nX: y", "hf_ secret", "hf_sécret", ""])
-def test_token_that_is_none_is_refused_and_not_shown(hub, saved, token):
-    with pytest.raises(RecipeError, match="`token` must be one word") as refused:
-        push_folder(saved, REPO, token=token)
-    assert "ret" not in str(refused.value)
-    assert hub.seen == []
-
-
-def test_token_with_the_line_feed_of_its_file_is_taken(hub, saved):
-    push_folder(saved, REPO, token=f"{WRITER}\n")
-    assert_same(saved)
-
-
-@pytest.mark.parametrize(
-    "text", ["Illegal header value b'Bearer hf_secret\\n'", "Bearer secret", "token hf_jwt_secret."]
-)
-def test_token_in_an_error_of_the_client_is_not_shown(hub, saved, monkeypatch, text):
-    def refuse(*_, **__):
-        raise ValueError(text)
-
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(HubError, match=r"\*\*\*") as refused:
-        push_folder(saved, REPO)
-    shown = "".join(traceback.format_exception(refused.value))
-    assert "secret" not in shown
-
-
-def test_what_is_not_there_or_private_cannot_be_loaded(hub, saved, monkeypatch):
-    push_folder(saved, REPO, private=True)
-    with pytest.raises(OSError, match="is not a local folder"):
-        pulled("user/other")
-    with pytest.raises(OSError, match="v9"):
-        pulled(revision="v9")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(OSError, match="private repository"):
-        pulled()
-
-
-def test_weights_damaged_on_the_way_are_refused(hub, saved):
-    push_folder(saved, REPO)
-    [oid] = hub.objects
-    hub.objects[oid] = hub.objects[oid][:-1] + bytes([hub.objects[oid][-1] ^ 1])
-    with pytest.raises(CheckpointError):
-        pulled()
 
 
 def test_server_keeps_to_the_protocol_where_the_client_looks(hub):
