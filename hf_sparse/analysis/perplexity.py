@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import RecipeError, SparsityError
 from ..hf.auto import check_length, default_length, is_causal, load_tokenizer, load_whole
 from ..recipe.texts import Bos, TokenStream, Window, read_text
+from ..runtime import to_runtime
 
 LENGTH = 2048
 """Tokens of a window by default, if the model takes as many."""
@@ -34,6 +35,7 @@ class Perplexity:
         against: the other model's, on the same windows.
         agreement: fraction of tokens where both models find the same token most likely.
         divergence: mean KL divergence of this model from the other one, in nats a token.
+        backend: of the runtime form that this model was in, see `to_runtime`; None = as it was loaded.
     """
 
     model: str
@@ -46,13 +48,15 @@ class Perplexity:
     against: Perplexity | None = None
     agreement: float | None = None
     divergence: float | None = None
+    backend: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        lines = [f"perplexity {self.value:.3f}  {self.model}"]
+        form = "" if self.backend is None else f", computed by {self.backend}"
+        lines = [f"perplexity {self.value:.3f}  {self.model}{form}"]
         if self.against is not None:
             ratio = self.value / self.against.value
             lines.append(f"perplexity {self.against.value:.3f}  {self.against.model}")
@@ -121,6 +125,7 @@ def perplexity(
     column: str = "text",
     bos: Bos = "auto",
     revision: str = "main",
+    backend: str | None = None,
 ) -> Perplexity:
     """Load a causal language model, and another on request, and measure both on the same windows of a text.
 
@@ -132,11 +137,15 @@ def perplexity(
         samples: number of windows from the beginning of the text; None = all.
         column: of a file of examples.
         bos: see `TokenStream.of`.
+        backend: bring the model `name` into runtime form first, as in "bitmask-int8"; `against` stays as it is, so that
+            the same name there tells what rounding changes. Both are computed in float32 then.
 
     Raises:
         RecipeError: if a model or the text cannot be loaded, or a number does not fit the model.
+        BackendError: if the model cannot be brought into that runtime form.
     """
-    model, tokenizer = _causal(name, revision), load_tokenizer(name, revision)
+    options = {} if backend is None else {"dtype": torch.float32}
+    model, tokenizer = _causal(name, revision, **options), load_tokenizer(name, revision)
     length = default_length(LENGTH, model, tokenizer) if length is None else length
     check_length(length, model, tokenizer, special=0)
     stream = TokenStream.of(read_text(data, column), tokenizer, bos)
@@ -150,17 +159,19 @@ def perplexity(
         "stride": stride or length - len(stream.prefix),
         "begins": stream.begins,
     }
+    if backend is not None:
+        to_runtime(model, backend)
     value = math.exp(mean_loss(model, windows))
     if against is None:
-        return Perplexity(name, value, **facts)
-    other = _causal(against, "main")
+        return Perplexity(name, value, **facts, backend=backend)
+    other = _causal(against, "main", **options)
     agreement, divergence = compare(model, other, windows)
     theirs = Perplexity(against, math.exp(mean_loss(other, windows)), **facts)
-    return Perplexity(name, value, **facts, against=theirs, agreement=agreement, divergence=divergence)
+    return Perplexity(name, value, **facts, against=theirs, agreement=agreement, divergence=divergence, backend=backend)
 
 
-def _causal(name: str, revision: str) -> Any:
-    model = load_whole(name, revision).eval()
+def _causal(name: str, revision: str, **options: Any) -> Any:
+    model = load_whole(name, revision, **options).eval()
     if not is_causal(model):
         raise RecipeError(
             f"'{name}' is a {type(model).__name__}, and perplexity is that of a model that predicts the next token: "

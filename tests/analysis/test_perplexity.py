@@ -11,6 +11,7 @@ from hf_sparse import RecipeError
 from hf_sparse.analysis.perplexity import perplexity
 from hf_sparse.cli.main import main
 from tests.helpers import oneshot, tiny
+from tests.helpers.kernels import all_present
 
 
 @pytest.fixture
@@ -54,6 +55,26 @@ def test_model_against_itself_and_against_another(model: str, text: str, tmp_pat
     assert other.divergence is not None
     assert other.against.value == same.value != other.value
     assert other.divergence > 0
+
+
+def test_what_rounding_changes_is_measured_in_runtime_form(
+    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_present(monkeypatch)
+    sparse = str(tmp_path / "sparse")
+    assert main(["prune", model, "--sparsity", "0.5", "--output", sparse]) == 0
+    exact = perplexity(sparse, text, against=sparse, length=21, backend="csr")
+    assert exact.against is not None
+    assert exact.value == pytest.approx(exact.against.value, rel=1e-5)
+    rounded = perplexity(sparse, text, against=sparse, length=21, backend="bitmask-int4")
+    assert rounded.against is not None
+    assert rounded.divergence is not None
+    assert rounded.against.value == exact.against.value != rounded.value
+    assert rounded.divergence > 1e-7
+    assert main(["perplexity", sparse, "--data", text, "--length", "21", "--backend", "bitmask-int8"]) == 0
+    assert f"{sparse}, computed by bitmask-int8" in capsys.readouterr().out
+    assert main(["perplexity", sparse, "--data", text, "--backend", "bitmask-int9"]) == 2
+    assert "`backend` must be one of" in capsys.readouterr().err
 
 
 def test_verb_prints_text_and_json(model: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

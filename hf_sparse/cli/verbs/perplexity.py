@@ -36,6 +36,11 @@ class Perplexity(Verb):
             default="auto",
             help="BOS before each window: auto = as the tokenizer begins a text (auto)",
         )
+        parser.add_argument(
+            "--backend",
+            metavar="NAME",
+            help="measure the model in runtime form, as in bitmask-int8; --against stays dense (as it is loaded)",
+        )
         add_json(parser)
         add_revision(parser)
 
@@ -46,6 +51,6 @@ class Perplexity(Verb):
             options.model,
             options.data,
             column=options.text,
-            **given(options, "against", "length", "stride", "samples", "bos", "revision"),
+            **given(options, "against", "length", "stride", "samples", "bos", "revision", "backend"),
         )
         print(json.dumps(measured.to_dict(), indent=2) if options.json else measured)
