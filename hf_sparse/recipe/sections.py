@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import RecipeError
 from ..utils.text import shorten
 from ..utils.validation import check_bool, check_number, check_one_of, check_positive_int, check_text
+from .lora import check_lora
 from .metrics import Predicts
 from .task import TASKS, Task
 
@@ -33,6 +35,8 @@ class ModelSection:
             anyway.
         dropout: in place of every dropout of the model's config; None = as it is. 0 where a copy of the model teaches
             it: the teacher has none.
+        lora: fields of `peft.LoraConfig`, as in `{r: 8, target_modules: all-linear}`: low-rank updates train beside the
+            weights, which are frozen, and are merged at the end with the zeros kept. For "causal-lm".
     """
 
     name: str
@@ -42,6 +46,7 @@ class ModelSection:
     fill: bool = False
     keep_zeros: bool = False
     dropout: float | None = None
+    lora: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_text("model.name", self.name)
@@ -56,6 +61,10 @@ class ModelSection:
             check_number("model.dropout", self.dropout, "[0, 1)")
         if self.revision is not None:
             check_text("model.revision", self.revision)
+        if self.lora is not None:
+            check_lora(self.lora)
+            if not self.kind.takes_lora:
+                raise RecipeError(f"`model.lora` is for `model.task` 'causal-lm', got '{self.task}'")
         self.kind.check_model(self)
 
     @property

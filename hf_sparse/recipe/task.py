@@ -60,10 +60,12 @@ class Task:
     Attributes:
         name: set by the registration.
         wraps: whether the model is one of sentence-transformers, which writes its own card.
+        takes_lora: whether low-rank updates can train in place of the model.
     """
 
     name: ClassVar[str]
     wraps: ClassVar[bool] = False
+    takes_lora: ClassVar[bool] = False
 
     def arguments(self) -> type[TrainingArguments]:
         """Return the class of the training arguments."""

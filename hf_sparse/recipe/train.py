@@ -30,6 +30,7 @@ from ..utils.atomic_io import read_json, write_text
 from ..utils.validation import is_integer
 from ..vocabulary import Criteria, VocabularyReport, carry_report, trim_vocabulary
 from .identity import SECTION, RunRecord, run_facts
+from .lora import add_lora, check_run, merge_lora
 from .recipe import Recipe
 from .report import RunResult, report_text
 from .step_timer import StepTimer
@@ -76,6 +77,7 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     output = Path(arguments.output_dir or ".")
     if not resume and not overwrite:
         check_unused(output)
+    check_run(recipe)
     task = recipe.model.kind
     examples = task.load_examples(recipe)
     set_seed(recipe.seed)  # before the model exists: every method starts from the same task head
@@ -87,6 +89,8 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
     if recipe.model.keep_zeros:
         keep_zeros(model)
     freeze(model, recipe.freeze)
+    if recipe.model.lora is not None:
+        add_lora(model, recipe.model.lora)
 
     checkpoint, changes = _checkpoint(arguments, facts, resume, allow)
     timer, record = StepTimer(), RunRecord(facts, changes)
@@ -103,6 +107,8 @@ def run(recipe: Recipe, resume: bool = False, overwrite: bool = False, allow: Se
         forget(output)  # or an interrupted run would look finished, with the results of the one before
     PartialState().wait_for_everyone()
     trained = trainer.train(resume_from_checkpoint=checkpoint)
+    if recipe.model.lora is not None:
+        merge_lora(model, output if trainer.is_world_process_zero() else None)
     trainer.save_model(str(output), _internal_call=True)  # pushed at the end, with what was measured
     trainer.save_state()
     trainer.save_metrics("train", trained.metrics)

@@ -103,6 +103,52 @@ def test_sections_that_do_not_fit_are_refused(
         run(recipe(files, tmp_path / "out", **sections))
 
 
+def test_recipe_with_lora_leaves_a_plain_model_with_the_same_zeros(files: dict[str, str], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = {"name": files["pruned"], "task": "causal-lm", "lora": {"r": 4, "target_modules": ["q_proj", "up_proj"]}}
+    made = recipe(files, tmp_path / "out", model=model, distillation={"teacher": files["dense"], "task_weight": 0.5})
+    before: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])
+    stored = {name: weight.clone() for name, weight in before.state_dict().items()}
+    _, validation = made.model.kind.load_examples(made).tokenized(load_tokenizer(files["dense"]), 21)
+    rows = torch.tensor(validation["input_ids"][:])
+    with torch.no_grad():
+        loss = float(before(input_ids=rows, labels=rows).loss)
+    result = run(made)
+    assert result.metrics["eval_loss"] < loss
+    after: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert summarize(after).sparsity == 0.5
+    for name, weight in after.state_dict().items():
+        assert torch.equal(weight == 0, stored[name] == 0), name
+        assert torch.equal(weight, stored[name]) != (("q_proj" in name) or ("up_proj" in name)), name
+    batch = oneshot.token_batches()[0]
+    beside = peft.PeftModel.from_pretrained(before, tmp_path / "out" / "adapter").eval()
+    assert not torch.equal(
+        beside(**batch).logits, AutoModelForCausalLM.from_pretrained(files["pruned"])(**batch).logits
+    )
+    merged = beside.merge_and_unload()
+    torch.testing.assert_close(after(**batch).logits, merged(**batch).logits)
+    assert '"r": 4' in json.dumps(Recipe.load(tmp_path / "out" / "recipe.yaml").to_dict())
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "message"),
+    [
+        ({"lora": 8}, {}, "`model.lora` must be a mapping"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, {}, "modules_to_save` trains layers in whole"),
+        ({"lora": {"r": 4}, "task": "seq2seq"}, {}, "is for `model.task` 'causal-lm', got 'seq2seq'"),
+        ({"lora": {"rank": 4}}, {}, "does not fit peft.LoraConfig"),
+        ({"lora": {"r": 4}}, {"sparsity": {"sparsity": 0.6}}, "and sparsity was given too"),
+        ({"lora": {"r": 4}}, {"training": {"max_steps": 1}}, "set training.save_strategy to 'no', got 'steps'"),
+    ],
+)
+def test_lora_that_does_not_fit_is_refused(
+    files: dict[str, str], tmp_path: Path, model: dict[str, Any], others: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(RecipeError, match=message):
+        run(recipe(files, tmp_path / "out", model={"name": files["pruned"], "task": "causal-lm", **model}, **others))
+
+
 def test_lora_beside_a_packed_base_and_merged_with_its_zeros(files: dict[str, str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])

@@ -21,6 +21,8 @@ from .labelled import LabelledTask
 class CausalLM(LabelledTask):
     """A decoder; text is packed into sequences of `data.max_length`, which are their own labels."""
 
+    takes_lora = True
+
     def predicts(self, section: Any) -> Predicts:
         return "token"
 
