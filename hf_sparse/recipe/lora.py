@@ -21,10 +21,10 @@ FOLDER = "adapter"
 
 
 def check_lora(given: Any) -> None:
-    """Refuse what is no set of options of `peft.LoraConfig`, as far as that is known without PEFT.
+    """Refuse what cannot be options of `peft.LoraConfig`, as far as that is known without PEFT.
 
     Raises:
-        RecipeError: if it is no mapping from names, or trains whole layers too.
+        RecipeError: if it is not a mapping from names, or trains whole layers too.
     """
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise RecipeError(f"`model.lora` must be a mapping with fields of peft.LoraConfig, got {shorten(given)}")
