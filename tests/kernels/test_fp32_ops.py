@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import pytest
@@ -482,23 +481,3 @@ def test_two_threads_at_once(way):
     for worker in workers:
         worker.join()
     assert not failures
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or NATIVE is None, reason="needs fork and the C++ kernels")
-@pytest.mark.timeout(30)
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_fork_after_use_does_not_hang():
-    assert NATIVE is not None
-    packed, x, native = pack(sparse(200, 300, 0.8)), torch.randn(150, 300), NATIVE.fp32
-    weight = Weight(*arguments(packed, x, None)[1:])
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        wanted = native.linear(x, weight, "none")
-        child = os.fork()
-        if child == 0:
-            same = bool((native.linear(x, weight, "none") == wanted).all().item())
-            os._exit(0 if same else 3)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        torch.set_num_threads(before)
