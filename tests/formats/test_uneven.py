@@ -28,7 +28,7 @@ from hf_sparse.modeling.architectures import find_sub_blocks
 from hf_sparse.pruning.compaction import edits_of
 from tests.helpers import structures
 from tests.helpers.training import Rows, arguments, bert, sparse_trainer
-from tests.hf.quantization.test_quantizer import change_header
+from tests.hf.quantization.packed_bert import change_header
 from tests.pruning.test_compaction import GENERATIONS, generate
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from transformers.distributed import DistributedConfig
 
 from hf_sparse import BackendError, CheckpointError, RecipeError, SparseConfig
-from tests.hf.quantization.packed_bert import QUERY, load
+from tests.hf.quantization.packed_bert import QUERY, change_header, load
 
 
 @pytest.mark.parametrize("sizes", [{"tp_size": 2, "tp_plan": "auto"}, {"fsdp_size": 2}])
@@ -29,21 +29,6 @@ def test_packed_weights_in_shards_are_refused(sizes: dict[str, Any], packed: Pat
 
 
 # -- hostile ---------------------------------------------------------------------------------------------------------
-
-
-def change_header(folder: Path, change: Callable[[dict[str, Any]], None], also_config: bool = True) -> None:
-    """Rewrite the manifest in the file (and in config.json) without touching a tensor."""
-    path = folder / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-        metadata = file.metadata()
-    manifest = json.loads(metadata["hf_sparse"])
-    change(manifest)
-    save_file(tensors, path, metadata={**metadata, "hf_sparse": json.dumps(manifest)})
-    if also_config:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["manifest"] = manifest
-        (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_truncated_file_is_an_error(packed: Path) -> None:
