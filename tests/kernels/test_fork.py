@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_sparse.kernels import KERNELS
+from hf_sparse.kernels.dense_gemv import FEW
 from tests.helpers.kernels import NATIVE, sparse
 
 OWN_THREADS = [name for name, kernel in KERNELS._kernels.items() if kernel.isas]
@@ -23,6 +24,8 @@ def test_fork_after_use_does_not_hang(name: str, tokens: int) -> None:
     kernel, weight, x = KERNELS[name], sparse(200, 300, 0.8), torch.randn(tokens, 300)
     if (why := kernel.unavailable()) is not None:
         pytest.skip(why)
+    if name == "dense_few" and tokens > FEW:
+        pytest.skip("so many tokens are computed by torch")
     parts = kernel.layout.pack(weight, 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
