@@ -55,7 +55,7 @@ def test_name_of_a_layer_that_is_gone_is_gone() -> None:
 
 def test_table_lists_every_attribute() -> None:
     names = [value.name for value in vars(model_state).values() if isinstance(value, Attribute)]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 9
     assert all(f"| `{name}` |" in (model_state.__doc__ or "") for name in names)
 
 

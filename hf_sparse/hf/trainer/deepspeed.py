@@ -21,7 +21,7 @@ def check_deepspeed(trainer: Trainer, pruner: Pruner) -> None:
         return
     plugin: Any = trainer.accelerator.state.deepspeed_plugin
     if plugin.zero_stage == 3:
-        if plugin.deepspeed_config["zero_optimization"].get(GATHERS) in (False, "false", None):
+        if plugin.deepspeed_config.get("zero_optimization", {}).get(GATHERS) in (False, "false", None):
             raise RecipeError(
                 f"with DeepSpeed ZeRO-3 the Trainer saves a model only if {GATHERS} is true in the config of DeepSpeed "
                 "(zero3_save_16bit_model: true in that of accelerate). Set it"

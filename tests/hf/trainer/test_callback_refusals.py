@@ -117,10 +117,20 @@ def test_diverged_training_is_an_error_not_a_wrong_mask(tmp_path: Path) -> None:
         trainer.train()
 
 
+GATHERED = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}
+
+
 @pytest.mark.parametrize(
     ("said", "stage", "settings", "scorer"),
     [
-        (r"ZeRO-3: .*of shape \(0,\), on every process.*Use ZeRO-1 or 2, or FSDP2", 3, {}, "magnitude"),
+        (
+            "ZeRO-3 the Trainer saves a model only if stage3_gather_16bit_weights_on_model_save is true",
+            3,
+            {},
+            "magnitude",
+        ),
+        ("'movement' does not work with DeepSpeed ZeRO-3.*Use scorer 'magnitude', or ZeRO-2", 3, GATHERED, "movement"),
+        (None, 3, GATHERED, "magnitude"),
         ("`warmup` does not work with DeepSpeed", 2, {}, {"name": "movement", "warmup": 0.1}),
         ("gradients does not work with DeepSpeed in fp16", 2, {"fp16": {"enabled": True}}, "taylor"),
         (None, 2, {"fp16": {"enabled": False}}, "taylor"),
