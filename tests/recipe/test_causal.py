@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_sparse import RecipeError, SparsityConfig, sparsify, summarize
 from hf_sparse.hf.auto import load_tokenizer
@@ -105,6 +107,8 @@ def test_sections_that_do_not_fit_are_refused(
 
 def test_recipe_with_lora_leaves_a_plain_model_with_the_same_zeros(files: dict[str, str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers takes PEFT {MIN_PEFT_VERSION} or later, and PEFT is {peft.__version__}")
     model = {"name": files["pruned"], "task": "causal-lm", "lora": {"r": 4, "target_modules": ["q_proj", "up_proj"]}}
     made = recipe(files, tmp_path / "out", model=model, distillation={"teacher": files["dense"], "task_weight": 0.5})
     before: Any = AutoModelForCausalLM.from_pretrained(files["pruned"])
