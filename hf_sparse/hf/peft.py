@@ -149,14 +149,14 @@ def _unmerge(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _merge_and_unload(tuner: Any, *args: Any, **kwargs: Any) -> Any:
     _warn_of_quantized(tuner.model)
     model = type(tuner).merge_and_unload(tuner, *args, **kwargs)
-    _log(_update_of(model))
+    log_update(model)
     return model
 
 
 def _merge_adapter(tuner: Any, *args: Any, **kwargs: Any) -> Any:
     _warn_of_quantized(tuner.model)
     result = type(tuner).merge_adapter(tuner, *args, **kwargs)
-    _log(_update_of(tuner.model))
+    log_update(tuner.model)
     return result
 
 
@@ -168,7 +168,9 @@ def _warn_of_quantized(model: Any) -> None:
         )
 
 
-def _log(update: MergedUpdate) -> None:
+def log_update(model: nn.Module) -> None:
+    """Say what of the adapters that were merged fell on zeros of a model; nothing if no weight is sparse."""
+    update = _update_of(model)
     if update.layers:
         logger.warning(
             f"merged adapters into {len(update.layers)} sparse weights and kept their zeros: "

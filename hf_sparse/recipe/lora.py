@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import RecipeError, SparsityError
-from ..hf.peft import merged_update
+from ..errors import RecipeError
+from ..hf.peft import log_update
 from ..utils.text import shorten
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "adapter"
 """In the output, with the updates alone."""
@@ -89,11 +86,7 @@ def merge_lora(model: PreTrainedModel, output: Path | None) -> None:
     model._hf_peft_config_loaded = False
     del model.peft_config
     model.requires_grad_(True)
-    try:
-        lost = merged_update(model).lost_fraction
-    except SparsityError:  # a dense model has nothing to lose
-        return
-    logger.warning("LoRA: %.1f %% of the update (of its norm) fell on zeros of the model, and is lost", 100 * lost)
+    log_update(model)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
