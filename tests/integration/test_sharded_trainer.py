@@ -116,9 +116,9 @@ def resumed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4])
-def test_resumed_by_another_number_of_processes(tmp_path: Path, count: int) -> None:
-    on_ranks(__name__, "whole_run", tmp_path, 2)
+@pytest.mark.parametrize(("saved_by", "count"), [(2, 1), (2, 4), (4, 2), (4, 1)])
+def test_resumed_by_another_number_of_processes(tmp_path: Path, saved_by: int, count: int) -> None:
+    on_ranks(__name__, "whole_run", tmp_path, saved_by)
     on_ranks(__name__, "resumed", tmp_path, count)
     for method in RESUMED:
         expected, found = (
