@@ -64,6 +64,18 @@ def blocks(sparsity: float, steps: int, seed: int = 0, **more: Any) -> dict[str,
     return {**element(sparsity, steps, seed), "pattern": {"name": "block", "rows": 4, "cols": 1}, "drawn": 2048, **more}
 
 
+def heads_neurons(share: float) -> dict[str, Any]:
+    """Return the settings where a share of the heads and of the neurons goes."""
+    changes = [f"sparsity.groups.{group}.sparsity={share}" for group in range(2)]
+    return {"recipe": "embed_minilm_heads_neurons", "steps": 260, "seed": 0, "changes": changes}
+
+
+def hybrid(attention: float, neurons: float) -> dict[str, Any]:
+    """Return the settings of 4x1 blocks in attention, a third of an encoder's weights, and whole neurons."""
+    changes = [f"sparsity.groups.0.sparsity={attention}", f"sparsity.groups.1.sparsity={neurons}"]
+    return {"recipe": "embed_minilm_hybrid", "steps": 260, "seed": 0, "changes": changes}
+
+
 RUNS: dict[str, dict[str, Any]] = {
     "e50": element(0.5, 80, rate=GENTLE),
     "e70": element(0.7, 120),
@@ -77,12 +89,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "2_4": {"pattern": "2:4", "drawn": 1024, "steps": 160, "seed": 0, "rate": GENTLE},
     "hn50": {"recipe": "embed_minilm_heads_neurons", "steps": 260, "seed": 0},
     **{f"hn50_s{seed}": {"recipe": "embed_minilm_heads_neurons", "steps": 260, "seed": seed} for seed in (1, 2)},
-    "hn70": {
-        "recipe": "embed_minilm_heads_neurons", "steps": 260, "seed": 0,
-        "changes": [f"sparsity.groups.{group}.sparsity=0.7" for group in range(2)],
-    },
+    **{f"hn{percent}": heads_neurons(percent / 100) for percent in (70, 80, 90)},
+    "hybrid50": hybrid(0.7, 0.4),
     "hybrid60": {"recipe": "embed_minilm_hybrid", "steps": 260, "seed": 0},
-    "hybrid80": blocks(0.6, 240, start="hn50"),
+    "hybrid70": hybrid(0.8, 0.65),
+    "hybrid80": hybrid(0.9, 0.75),
+    "hybrid90": hybrid(0.9, 0.9),
     RERANKER: {"recipe": "rerank_stsb", "steps": 180, "seed": 0, "changes": FEWER},
     "rerank_e80": element(0.8, 360, recipe="rerank_stsb", start=RERANKER, changes=FEWER),
     "rerank_4x1_80": blocks(0.8, 360, recipe="rerank_stsb", start=RERANKER, changes=FEWER),
@@ -90,7 +102,7 @@ RUNS: dict[str, dict[str, Any]] = {
 """Pattern and sparsity, sentences that SparseGPT sees, steps; or the recipe that prunes during training.
 
 Rerankers are trained on STS-B; the sparse ones are pruned from the dense one, and distilled from it.
-hybrid60: 4x1 blocks in attention and whole neurons. hybrid80: 60 % in 4x1 blocks of what hn50 left.
+hn and hybrid with the share of all weights of the encoder that goes.
 """
 RECIPES = Path(__file__).parents[2] / "recipes"
 MEASURED = "measured.json"
