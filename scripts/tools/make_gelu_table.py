@@ -1,9 +1,10 @@
-"""Write hf_sparse/kernels/csrc/gelu_table.h: the tail of the normal distribution in pieces, for the GELU of AVX-512.
+"""Write hf_sparse/kernels/csrc/gelu_table.h: the tail of the normal distribution in pieces, for the GELU of x86.
 
     python scripts/tools/make_gelu_table.py [--check]
 
-In piece i, Phi(-a) is a polynomial of degree 4 in u = a * SCALE - i, -1/2 <= u <= 1/2, through five Chebyshev points,
-which is off by 4e-9 at most where a is small and by 2e-5 of itself where it is large. The last piece is zero: there,
+In piece i, Phi(-a) is a polynomial in u = a * scale - i, -1/2 <= u <= 1/2, through Chebyshev points. One coefficient of
+all pieces fits what one instruction looks up in: 32 pieces of degree 4 for AVX-512, 8 of degree 8 for AVX2.
+Both are off by 4e-9 at most where a is small and by 2e-5 of itself where it is large. The last piece is zero: there,
 GELU(x) is x to fp32.
 """
 
@@ -14,38 +15,49 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 TARGET = Path(__file__).resolve().parents[2] / "hf_sparse" / "kernels" / "csrc" / "gelu_table.h"
-PIECES, DEGREE = 32, 4
-SCALE = 5.5
-"""Pieces a unit: the last but one ends at 30.5 / 5.5 = 5.55, where Phi(-a) is 1.5e-8."""
 
 
-def table() -> np.ndarray:
+class Form(NamedTuple):
+    """Pieces, their degree, and pieces a unit: the last but one ends at 5.55, where Phi(-a) is 1.5e-8."""
+
+    pieces: int
+    degree: int
+    scale: float
+
+
+FORMS = {"64": Form(32, 4, 5.5), "32": Form(8, 8, 1.171875)}
+"""By bytes of a register."""
+
+
+def table(form: Form) -> np.ndarray:
     """Return the coefficients, by power and piece."""
-    u = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1)) / 2
-    out = np.zeros((DEGREE + 1, PIECES))
-    for piece in range(PIECES - 1):
-        tail = [math.erfc((piece + at) / SCALE / math.sqrt(2)) / 2 for at in u]
+    u = np.cos(np.pi * (np.arange(form.degree + 1) + 0.5) / (form.degree + 1)) / 2
+    out = np.zeros((form.degree + 1, form.pieces))
+    for piece in range(form.pieces - 1):
+        tail = [math.erfc((piece + at) / form.scale / math.sqrt(2)) / 2 for at in u]
         out[:, piece] = np.linalg.solve(np.vander(u, increasing=True), tail)
     return out
 
 
 def text() -> str:
     """Return the header."""
-    lines = [
-        "// Written by scripts/tools/make_gelu_table.py: do not edit.",
-        "#pragma once",
-        "",
-        f"constexpr float kGeluScale = {SCALE}f;",
-        f"alignas(64) constexpr float kGeluTail[{DEGREE + 1}][{PIECES}] = {{",
-    ]
-    for row in table().astype(np.float32):
-        values = [f"{value:.9e}f" if value else "0.0f" for value in row]
-        lines.append("    {" + ",\n     ".join(", ".join(values[i : i + 6]) for i in range(0, PIECES, 6)) + "},")
-    return "\n".join([*lines, "};", ""])
+    lines = ["// Written by scripts/tools/make_gelu_table.py: do not edit.", "#pragma once", ""]
+    for number, (width, form) in enumerate(FORMS.items()):
+        lines.append(f"#{'elif' if number else 'if'} HF_SPARSE_BYTES == {width}")
+        lines.append(f"constexpr int kGeluDegree = {form.degree};")
+        lines.append(f"constexpr float kGeluScale = {form.scale}f;")
+        lines.append(f"alignas(64) constexpr float kGeluTail[kGeluDegree + 1][{form.pieces}] = {{")
+        for row in table(form).astype(np.float32):
+            values = [f"{value:.9e}f" if value else "0.0f" for value in row]
+            packed = ",\n     ".join(", ".join(values[i : i + 6]) for i in range(0, form.pieces, 6))
+            lines.append(f"    {{{packed}}},")
+        lines.append("};")
+    return "\n".join([*lines, "#endif", ""])
 
 
 def agrees(header: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
 from scripts.tools import make_gelu_table
 
@@ -14,12 +15,14 @@ def test_header_is_what_the_script_writes() -> None:
     assert make_gelu_table.agrees(header)
     assert not make_gelu_table.agrees(header.replace("5.5f", "5.6f"))
     assert not make_gelu_table.agrees(header.replace("1.179269", "1.179369"))
+    assert not make_gelu_table.agrees(header.replace("kGeluDegree = 8", "kGeluDegree = 7"))
 
 
-def test_pieces_are_near_the_tail_of_the_normal_distribution() -> None:
-    table = make_gelu_table.table()
-    for a in np.linspace(0, 30.49 / make_gelu_table.SCALE, 4001):
-        piece = round(a * make_gelu_table.SCALE)
-        found = np.polyval(table[::-1, piece], a * make_gelu_table.SCALE - piece)
+@pytest.mark.parametrize("form", make_gelu_table.FORMS.values(), ids=make_gelu_table.FORMS)
+def test_pieces_are_near_the_tail_of_the_normal_distribution(form: make_gelu_table.Form) -> None:
+    table = make_gelu_table.table(form)
+    for a in np.linspace(0, (form.pieces - 1.51) / form.scale, 4001):
+        piece = round(a * form.scale)
+        found = np.polyval(table[::-1, piece], a * form.scale - piece)
         wanted = math.erfc(a / math.sqrt(2)) / 2
         assert abs(found - wanted) < min(5e-9, 2.5e-5 * wanted), a

@@ -101,21 +101,36 @@ struct Fp32 {
 
   bool is_valid(const Weight& w) const { return hf_sparse::is_valid(w); }
 
-  // As wide as the registers allow, but no wider than there are tokens for, and a tile for each thread.
-  int tile_width(int64_t widest, int64_t tokens, int threads) const {
-    int64_t each = threads > 1 ? ceil_div(tokens, threads) : tokens;
-    if (each < kernels.lanes) each = kernels.lanes;
-    return int(min(round_up(ceil_div(each, ceil_div(each, widest)), kernels.lanes), widest));
+  // Tokens of a tile: the width with which all tiles take the least time, the widest of equals. `narrow`: the last one is
+  // no wider than its tokens need.
+  int tile_width(int rows, int64_t widest, int64_t tokens, int threads, bool narrow) const {
+    // What a tile costs, in vectors: one of few has too few sums in flight, the fewer the lower the blocks (measured).
+    const auto cost = [&](int64_t width) {
+      const float vectors = float(width) / float(kernels.lanes);
+      return vectors + (rows < 4 ? 1.0f : 0.5f) / vectors;
+    };
+    int64_t best = kernels.lanes;
+    float least = 0;
+    for (int64_t width = widest; width >= kernels.lanes; width -= kernels.lanes) {
+      const int64_t tiles = ceil_div(tokens, width), last = round_up(tokens - (tiles - 1) * width, kernels.lanes);
+      float time = float(ceil_div(tiles, threads)) * cost(width);
+      if (narrow && threads == 1) time += cost(last) - cost(width);
+      if (least == 0 || time < least) best = width, least = time;
+    }
+    return int(best);
   }
+
+  int last_width(int tokens, int tile) const { return int(min(round_up(tokens, kernels.lanes), tile)); }
 
   // One token at a time, by the GEMV kernel, where the lanes hold outputs better than tokens.
   int tile(const Weight& w, int64_t tokens, int threads) const {
     const bool gemv = tokens == 1 || tokens * (w.rows >= kernels.lanes ? w.rows / kernels.lanes : 1) < w.rows;
-    return gemv ? 1 : tile_width(kernels.widest(w.rows), tokens, threads);
+    return gemv ? 1 : tile_width(w.rows, kernels.widest(w.rows), tokens, threads, true);
   }
 
-  bool linear_tile(const Weight& w, const float* x, float* y, int tokens, int tile, int64_t first, int64_t last,
+  bool linear_tile(const Weight& w, const float* x, float* y, int tokens, int widest, int64_t first, int64_t last,
                    Activation act) const {
+    const int tile = widest == 1 ? 1 : last_width(tokens, widest);
     float* in = inputs.take(padded_inputs(w) * tile);
     // Of a GEMV every output at its own index; of a matmul from the first group on.
     float* out = outputs.take(groups(w) * w.rows * tile);
@@ -140,12 +155,13 @@ struct Fp32 {
 
   int ffn_tile_width(const Weight& first, const Weight* second, const Weight& down, int64_t tokens, int threads) const {
     const int64_t up = min(kernels.widest(first.rows), kernels.widest(second ? second->rows : first.rows));
-    return tile_width(min(up, kernels.widest(down.rows)), tokens, threads);
+    return tile_width(first.rows, min(up, kernels.widest(down.rows)), tokens, threads, true);
   }
 
   bool ffn_tile(const Weight& first, const Weight* second, const Weight& down, const Norm* norm, const float* x, float* y,
-                int tokens, int tile, Activation act) const {
+                int tokens, int widest, Activation act) const {
     const Kernels& k = kernels;
+    const int tile = last_width(tokens, widest);
     const int64_t inner = first.in_features, hidden = first.out_features;
     // The hidden features of as many chunks at a time as fit the second cache: none of them is kept.
     const int64_t panel = down.chunk * kPanel, room = (panel + 256) * tile;
@@ -175,7 +191,7 @@ struct Fp32 {
 
   int attention_tile(const Weight& w, const Weight* output, int64_t length, int threads) const {
     const int64_t widest = min(kernels.widest(w.rows), kernels.widest(output ? output->rows : w.rows));
-    return tile_width(widest, length, output ? threads : 1);
+    return tile_width(w.rows, widest, length, output ? threads : 1, false);
   }
 
   int64_t input_floats(const Weight& w, int tile) const { return padded_inputs(w) * tile; }

@@ -17,9 +17,23 @@ void multiply(float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(a + i, load(a + i) * load(b + i));
 }
 
-#if HF_SPARSE_BYTES == 64 && defined(WIDE_SHUFFLE)
+#if HF_SPARSE_BYTES >= 32 && defined(WIDE_SHUFFLE)
 #define HF_SPARSE_UNROLLED_ROW 1
 
+#if HF_SPARSE_BYTES == 32
+struct LaneIndexes {};
+// Four values in both halves of a register, in each of which one can be broadcast.
+INLINE Vec load_four(const float* from) {
+  const Quad quad = *reinterpret_cast<const Quad*>(from);
+  return WIDE_SHUFFLE(quad, quad, 0, 1, 2, 3, 0, 1, 2, 3);
+}
+#define BROADCAST_LANE(from, i, lanes) WIDE_SHUFFLE(from, from, i, i, i, i, i + 4, i + 4, i + 4, i + 4)
+#else
+INLINE Vec load_four(const float* from) {
+  const Quad quad = *reinterpret_cast<const Quad*>(from);
+  const auto wide = WIDE_SHUFFLE(quad, quad, 0, 1, 2, 3, -1, -1, -1, -1);
+  return WIDE_SHUFFLE(wide, wide, 0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+}
 // Broadcast one lane of a vector. GCC would make the constant index anew for each output, so an empty asm hides its value:
 // made once, kept in a register.
 #ifdef __clang__
@@ -38,6 +52,12 @@ struct LaneIndexes {
 };
 #define BROADCAST_LANE(from, i, lanes) __builtin_shuffle(from, lanes.at[i])
 #endif
+INLINE Vec load_eight(const float* from) {
+  typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+  const Eight eight = *reinterpret_cast<const Eight*>(from);
+  return WIDE_SHUFFLE(eight, eight, 0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+}
+#endif
 
 template <int kLane, int kVecs>
 INLINE void multiply_column(const float* __restrict in, Vec values, uint64_t columns, const LaneIndexes& lanes,
@@ -48,48 +68,64 @@ INLINE void multiply_column(const float* __restrict in, Vec values, uint64_t col
   for (int v = 0; v < kVecs; v++) sum[v] += weight * load(x + v * kLanes);
 }
 
+// Multiply-adds to one sum wait for each other. So many sums an output and vector, for enough in flight that fit registers.
+constexpr int sums_of(int vecs) {
+  if (HF_SPARSE_BYTES == 64) return vecs <= 2 ? 4 : 2;
+  return vecs <= 2 ? 4 : vecs <= 6 ? 2 : 1;
+}
+
+constexpr int kFewestUnrolled = HF_SPARSE_BYTES == 64 ? 2 : 1;  // vectors: for one of 64 bytes the plain loop is faster
+
 // The 1 x 1 blocks of one output, eight and four at a time; returns how many are done. Columns and values are loaded
-// together and split in registers, since loads are as scarce as multiplications. Every second value has sums
-// of its own: four sums in a row would wait for each other.
+// together and split in registers, since loads are as scarce as multiplications.
 template <int kVecs>
 INLINE int64_t unrolled_row(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
-                       int64_t count, const LaneIndexes& lanes, Vec (&sum)[kVecs]) {
-  typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-  Vec other[kVecs] = {};
+                            int64_t count, const LaneIndexes& lanes, Vec (&sum)[kVecs]) {
+  constexpr int kSums = sums_of(kVecs);
+  Vec more[3][kVecs] = {};
+  Vec (&second)[kVecs] = kSums > 1 ? more[0] : sum, (&third)[kVecs] = kSums > 2 ? more[1] : sum;
+  Vec (&fourth)[kVecs] = kSums > 2 ? more[2] : second;
   int64_t p = 0;
+#if HF_SPARSE_BYTES == 64
   for (; p + 8 <= count; p += 8) {
-    const Eight eight = *reinterpret_cast<const Eight*>(values + p);
-    const Vec all = WIDE_SHUFFLE(eight, eight, 0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+    const Vec all = load_eight(values + p);
     uint64_t at;
     __builtin_memcpy(&at, columns + p, 8);
     multiply_column<0>(in, all, at, lanes, sum);
-    multiply_column<1>(in, all, at, lanes, other);
-    multiply_column<2>(in, all, at, lanes, sum);
-    multiply_column<3>(in, all, at, lanes, other);
+    multiply_column<1>(in, all, at, lanes, second);
+    multiply_column<2>(in, all, at, lanes, third);
+    multiply_column<3>(in, all, at, lanes, fourth);
     multiply_column<4>(in, all, at, lanes, sum);
-    multiply_column<5>(in, all, at, lanes, other);
-    multiply_column<6>(in, all, at, lanes, sum);
-    multiply_column<7>(in, all, at, lanes, other);
+    multiply_column<5>(in, all, at, lanes, second);
+    multiply_column<6>(in, all, at, lanes, third);
+    multiply_column<7>(in, all, at, lanes, fourth);
   }
-  if (p + 4 <= count) {
-    const Quad quad = *reinterpret_cast<const Quad*>(values + p);
-    const Eight wide = WIDE_SHUFFLE(quad, quad, 0, 1, 2, 3, -1, -1, -1, -1);
-    const Vec all = WIDE_SHUFFLE(wide, wide, 0, 1, 2, 3, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+#endif
+  for (; p + 4 <= count; p += 4) {
+    const Vec all = load_four(values + p);
     uint32_t at;
     __builtin_memcpy(&at, columns + p, 4);
     multiply_column<0>(in, all, at, lanes, sum);
-    multiply_column<1>(in, all, at, lanes, other);
-    multiply_column<2>(in, all, at, lanes, sum);
-    multiply_column<3>(in, all, at, lanes, other);
-    p += 4;
+    multiply_column<1>(in, all, at, lanes, second);
+    multiply_column<2>(in, all, at, lanes, third);
+    multiply_column<3>(in, all, at, lanes, fourth);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i + 1 < kSums; i++)
 #pragma GCC unroll 8
-  for (int v = 0; v < kVecs; v++) sum[v] += other[v];
+    for (int v = 0; v < kVecs; v++) sum[v] += more[i][v];
   return p;
 }
 #else
 struct LaneIndexes {};
 #endif
+
+// Sums in flight that hide the latency of a multiply-add, where registers allow: measured, more is slower at 64 bytes.
+constexpr int kInFlight = HF_SPARSE_BYTES == 32 ? 8 : 4;
+
+// Floats of a weight that are asked for before they are multiplied: layer after layer, weights come from the third cache.
+// Worth 5 % with registers of 32 bytes; with 64, multiplied twice as fast, it was not.
+constexpr int kAhead = HF_SPARSE_BYTES == 32 ? 512 : 0;
 
 // The micro-kernel: kPart of the kRows outputs of each block times kVecs vectors of tokens; kUnroll blocks at once where
 // the sums in flight would otherwise be too few to hide the latency of a fused multiply-add.
@@ -97,10 +133,10 @@ template <int kRows, int kPart, int kVecs>
 INLINE void micro_kernel(const float* __restrict in, const float* __restrict values, const uint8_t* __restrict columns,
                  int64_t count, const LaneIndexes& lanes, Vec (&sum)[kPart][kVecs]) {
   constexpr int kTile = kVecs * kLanes;
-  constexpr int kUnroll = kPart * kVecs >= 4 ? 1 : 4 / (kPart * kVecs);
+  constexpr int kUnroll = kPart * kVecs >= kInFlight ? 1 : kInFlight / (kPart * kVecs);
   int64_t p = 0;
 #ifdef HF_SPARSE_UNROLLED_ROW
-  if constexpr (kRows == 1 && kVecs >= 3) p = unrolled_row(in, values, columns, count, lanes, sum[0]);
+  if constexpr (kRows == 1 && kVecs >= kFewestUnrolled) p = unrolled_row(in, values, columns, count, lanes, sum[0]);
 #endif
   if (kUnroll > 1) {
     Vec partial[kUnroll][kPart][kVecs] = {};
@@ -126,6 +162,7 @@ INLINE void micro_kernel(const float* __restrict in, const float* __restrict val
   for (; p < count; p++) {
     const float* x = in + int64_t(columns[p]) * kTile;
     const float* w = values + p * kRows;
+    if (kAhead) __builtin_prefetch(w + kAhead);
     Vec xv[kVecs];  // and one weight at a time: with 3 vectors and 4 rows, exactly the 16 registers of AVX2
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; v++) xv[v] = load(x + v * kLanes);

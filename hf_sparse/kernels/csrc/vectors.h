@@ -2,7 +2,7 @@
 #pragma once
 #include "kernels.h"
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>  // its functions are always inlined
 #endif
 
@@ -44,22 +44,29 @@ INLINE Vec exponential(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
 }
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include "gelu_table.h"
 
-// x Phi(x) = max(x, 0) - |x| Phi(-|x|), the latter from a table of polynomials that two registers hold a coefficient of:
+// One coefficient of each lane's piece; the lowest bits of a lane of `piece` say which, the others are not looked at.
+INLINE Vec look_up(const float* coefficients, Vec piece) {
+#if HF_SPARSE_BYTES == 64
+  return _mm512_permutex2var_ps(load(coefficients), _mm512_castps_si512(piece), load(coefficients + 16));
+#else
+  return _mm256_permutevar8x32_ps(load(coefficients), _mm256_castps_si256(piece));
+#endif
+}
+
+// x Phi(x) = max(x, 0) - |x| Phi(-|x|), the latter from a table of polynomials whose coefficients fit one look-up each:
 // less than half of the instructions of the form below.
 INLINE Vec gelu(Vec x) {
   const Vec size = x < Vec{} ? -x : x;
-  const Vec limit = broadcast(31.0f / kGeluScale), magic = broadcast(12582912.0f);
+  const Vec limit = broadcast((sizeof kGeluTail[0] / 4 - 1) / kGeluScale), magic = broadcast(12582912.0f);
   const Vec a = size > limit ? limit : size;
   const Vec shifted = a * broadcast(kGeluScale) + magic;
   const Vec u = a * broadcast(kGeluScale) - (shifted - magic);
-  const __m512i piece = _mm512_castps_si512(shifted);  // its lowest bits; the others are not looked at
-  Vec p = _mm512_permutex2var_ps(load(kGeluTail[4]), piece, load(kGeluTail[4] + 16));
-#pragma GCC unroll 4
-  for (int i = 3; i >= 0; i--)
-    p = p * u + Vec(_mm512_permutex2var_ps(load(kGeluTail[i]), piece, load(kGeluTail[i] + 16)));
+  Vec p = look_up(kGeluTail[kGeluDegree], shifted);
+#pragma GCC unroll 8
+  for (int i = kGeluDegree - 1; i >= 0; i--) p = p * u + look_up(kGeluTail[i], shifted);
   return (x < Vec{} ? Vec{} : x) - a * p;
 }
 #else
