@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..config.sparsity import PATTERNS, SCHEDULES, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import PatternError, RecipeError, SparsityError
-from ..modeling.layer_kinds import kind_of
+from ..modeling.layer_kinds import Slot, kind_of
 from .compressions import Compression, bind_beside
 from .masked_weight import check_free
-from .patterns import Pattern, Structure
+from .patterns import OnMatrix, Pattern, Structure
 from .schedules import Schedule
 from .scorers import Scorer
 from .selection import Selection, Uniform, in_multiples
@@ -93,7 +93,12 @@ class PruningGroup:
         return wants or self.config.reconstruction is not None or self.compression is not None
 
     def check_observable(self) -> None:
-        """Raise `RecipeError` if it looks at inputs of layers, and those of a weight cannot be seen."""
+        """Raise an error if it looks at inputs of layers, and those of a weight cannot be seen.
+
+        Raises:
+            RecipeError: if the inputs of a weight cannot be told from those of others.
+            PatternError: if matrices that are stacked have inputs of their own, and a group lies in two of them.
+        """
         for member in self.members if self.by_blocks else ():
             kind = kind_of(member.module)
             reason = None if kind is None else kind.not_observable(member.module)
@@ -103,6 +108,9 @@ class PruningGroup:
                     f"'{member.name}', and these cannot be observed: {reason}. Exclude it, or prune it in a group of "
                     "its own with scorer 'magnitude'"
                 )
+            if member.slot.parts is not None and self.scorer.source == "inputs":
+                pattern = member.pattern.inner if isinstance(member.pattern, OnMatrix) else member.pattern
+                pattern.check(member.slot.part_view.matrix_shape, member.name)
 
     def check_renewable(self) -> None:
         """Raise `RecipeError` if the masks cannot be renewed in training."""
@@ -208,6 +216,11 @@ class PruningGroup:
     def layers(self) -> dict[str, nn.Linear]:
         """Every layer with a weight in this group, by name; a module with several weights by their names."""
         return {member.layer_name: member.module for member in self.members}
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """Where every weight is, by the same names."""
+        return {member.layer_name: member.slot for member in self.members}
 
     @property
     def hidden(self) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import RecipeError
+from ...pruning.calibrated.activations import moved
+from ...pruning.calibrated.one_block import inside, prune_block
 from ...pruning.calibrated.outliers import outlier_shares
 from ...pruning.calibrated.recording import Recording, encoded, record
-from ...pruning.calibrated.tasks import OnLayer, Task, prune_block, tasks_of
+from ...pruning.calibrated.stacks import Unreached
+from ...pruning.calibrated.tasks import OnLayer, Task, tasks_of
 from ...pruning.calibrated.walk import Chain, ChainStep, Step
 from ...pruning.group import PruningGroup
 from ...pruning.selection import Owl
 from ...utils.atomic_io import read_json, write_text
+from .device_map import Placement
 from .lazy_model import LazyModel
 from .work_folder import WorkFolder
 
@@ -31,30 +36,41 @@ class BlockRun:
         lazy: with nothing loaded.
         stacks: names of blocks: of one stack, or of an encoder and the decoder behind it.
         batches: keyword arguments of the model.
+        places: where what.
         work: what is kept of the run.
         spill: keep hidden states there too.
     """
 
     def __init__(
-        self, lazy: LazyModel, stacks: Sequence[Sequence[str]], batches: Sequence[Batch], work: WorkFolder, spill: bool
+        self,
+        lazy: LazyModel,
+        stacks: Sequence[Sequence[str]],
+        batches: Sequence[Batch],
+        places: Placement,
+        work: WorkFolder,
+        spill: bool,
     ) -> None:
-        self.lazy, self.stacks, self.batches, self.work, self.spill = lazy, stacks, batches, work, spill
+        self.lazy, self.stacks, self.work, self.spill, self.places = lazy, stacks, work, spill, places
+        self.batches = [moved(dict(batch), places.rest) for batch in batches]
         self.names = [name for stack in stacks for name in stack]
         self.model, self.layers = lazy.model, self.names
-        lazy.load_rest(self.names)
+        lazy.load_rest(self.names, places.rest)
 
     def prune(self, groups: Sequence[PruningGroup], on_layer: OnLayer | None) -> None:
         """Prune the blocks that are not finished."""
         self._prepare_outliers(groups)
         tasks = tasks_of(groups, {})
+        unreached = Unreached(**self.work.experts)
         bar = tqdm(total=len(self.names), desc="Pruning block by block", initial=self.work.done, disable=None)
         with bar:
             for index, step in self._walk(self.work.done, self.work.activations if self.spill else None):
-                prune_block(step, tasks, on_layer)
-                weights = self._rounded(step.name, tasks)
+                prune_block(step, tasks, on_layer, unreached)
+                weights = self._rounded(step, tasks)
                 step.advance()
+                self.work.note_experts(index, unreached.total, unreached.missed)
                 self.work.save_block(index, weights)
                 bar.update()
+        unreached.warn()
 
     def steps(self) -> Iterator[Step]:
         """Yield all blocks as they are in the checkpoint."""
@@ -77,12 +93,13 @@ class BlockRun:
             blocks = [self.model.get_submodule(name) for name in names]
             folder = spill if spill is None or number == 0 else spill / f"stack-{number}"
             own = min(max(done - start, 0), len(names))
-            chain = Chain(names, blocks, recording, batches, folder, own, self.lazy.device)
+            devices = [self.places.blocks[name] for name in names]
+            chain = Chain(names, blocks, recording, batches, folder, own, devices)
             for index in range(chain.done, len(names)):
-                block = self.lazy.load_block(names[index])
+                self._load(names[index])
                 if index < own:
-                    self._restore(start + index)
-                    chain.advance(block, recording.calls[index])
+                    self.lazy.restore(self.work.load_block(start + index))
+                    chain.advance(index)
                 else:
                     yield start + index, ChainStep(chain, index, last=is_last and index + 1 == len(names))
                 chain.drop_before()
@@ -95,8 +112,9 @@ class BlockRun:
             chain.activations.clear()
 
     def _record(self, names: Sequence[str], batches: Sequence[Batch]) -> Recording:
-        self.lazy.load_block(names[0])
-        recording = record(self.model, [self.model.get_submodule(name) for name in names], batches)
+        self._load(names[0])
+        blocks = [self.model.get_submodule(name) for name in names]
+        recording = record(self.model, blocks, batches, self.places.blocks[names[0]])
         if recording is None:
             raise RecipeError(
                 f"the blocks from '{names[0]}' on do not hand their hidden states straight to each other, so they "
@@ -108,31 +126,22 @@ class BlockRun:
     def _behind(self, names: Sequence[str], batches: Sequence[Batch], chain: Chain) -> list[dict[str, Any]]:
         """Return the batches as a decoder needs them, with what its encoder has made of them."""
         blocks = [self.model.get_submodule(name) for name in names]
-        self.lazy.load_block(names[0])
+        self._load(names[0])
         found = []
         for index, batch in enumerate(batches):
-            outputs = encoded(self.model, blocks, batch, chain.activations.get(index))
+            hidden = chain.activations.get(index, self.places.rest)
+            outputs = encoded(self.model, blocks, batch, hidden, self.places.blocks[names[0]])
             found.append({**batch, "encoder_outputs": outputs})
         self.lazy.unload(names[0])
         return found
 
-    def _restore(self, index: int) -> None:
-        """Put the pruned weights of a finished block into the block."""
-        names = {key: name for name, key in self.lazy.keys.items()}
-        for key, weight in self.work.load_block(index).items():
-            parameter = self.model.get_parameter(names[key])
-            parameter.data.copy_(weight)
+    def _load(self, name: str) -> None:
+        self.lazy.load_block(name, self.places.blocks[name])
 
-    def _rounded(self, block: str, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
+    def _rounded(self, step: Step, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
         """Round the pruned weights of a block to the type of the checkpoint, and return them by key."""
-        found = {}
-        for name, task in tasks.items():
-            if name.startswith(f"{block}."):
-                key = self.lazy.keys[f"{name}.weight"]
-                stored = self.lazy.shards.get(key).dtype
-                weight = task.layer.weight.data
-                found[key] = weight.to(stored).cpu()
-                weight.copy_(found[key])
+        found = self.lazy.stored({tasks[name].member.name: tasks[name].weight for name in inside(step, tasks)})
+        self.lazy.restore(found)
         return found
 
     def _prepare_outliers(self, groups: Sequence[PruningGroup]) -> None:
@@ -142,7 +151,7 @@ class BlockRun:
                 continue
             known: dict[str, Any] = read_json(path) or {}
             if str(number) not in known:
-                known[str(number)] = outlier_shares(self, group.layers, group.selection.outlier)
+                known[str(number)] = outlier_shares(self, group.slots, group.selection.outlier)
                 write_text(path, json.dumps(known) + "\n")
             shares = [float(known[str(number)][unit.members[0].layer_name]) for unit in group.units]
-            group.selection.prepare_outliers(shares, [unit.module.weight.numel() for unit in group.units])
+            group.selection.prepare_outliers(shares, [math.prod(unit.members[0].shape) for unit in group.units])

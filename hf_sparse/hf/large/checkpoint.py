@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...config.sparsity import SparsityConfig
 from ...errors import RecipeError
@@ -28,6 +27,7 @@ from ..conversion.convert import SHARD_SIZE, copy_small, shard_limit
 from ..quantization.config import SparseConfig
 from ..quantization.saving import staged
 from .block_run import BlockRun
+from .device_map import DeviceMap, check_device_map, place
 from .lazy_model import LazyModel, source_files
 from .work_folder import NAME, WorkFolder, run_facts
 
@@ -40,7 +40,7 @@ def sparsify_checkpoint(
     config: SparsityConfig | Mapping[str, Any],
     batches: Iterable[Batch],
     *,
-    device: str | torch.device = "cpu",
+    device_map: DeviceMap = "cpu",
     dtype: torch.dtype | None = None,
     spill: bool = False,
     max_shard_size: int | str = SHARD_SIZE,
@@ -49,9 +49,11 @@ def sparsify_checkpoint(
     """Prune a checkpoint in one shot without ever holding the whole model, and write it packed.
 
     In memory are the embeddings, one block, the hidden states of all batches, and the statistics of the block's inputs.
-    After each block its pruned weights are on disk, in a hidden folder of the output. A run that was interrupted goes
-    on where it was when it is repeated, and its result is the same to the last bit: from the hidden states on disk with
-    `spill`; without, finished blocks are run once more for them.
+    Of stacked experts (`targets: ["*.experts"]`), SparseGPT and reconstructions gather the products of the inputs of as
+    many at a time as fit into 4 GiB, at least one, and the block runs again for the next ones. After each block its
+    pruned weights are on disk, in a hidden folder of the output. A run that was interrupted goes on where it was when
+    it is repeated, and its result is the same to the last bit: from the hidden states on disk with `spill`; without,
+    finished blocks are run once more for them.
 
     Args:
         source: folder of a dense checkpoint of a model with one stack of blocks, a decoder or an encoder, or with an
@@ -60,9 +62,12 @@ def sparsify_checkpoint(
         config: `SparsityConfig`, or a mapping with its keys; scorers wanda, sparsegpt, magnitude and random, with
             selections that take weights one by one.
         batches: keyword arguments of the model.
-        device: where blocks are computed, as in "cuda".
-        dtype: of weights and hidden states while they are computed with; None = float32 on the CPU, else that of the
-            checkpoint. Weights are written in the type in which the checkpoint has them.
+        device_map: where blocks are calibrated and pruned: "auto" (an accelerator if there is one, else the CPU), one
+            device as in "cpu", "cuda:1" or 1, or a mapping from names of modules to devices that covers the model, as
+            of `from_pretrained`. What is outside of the blocks is computed where the embeddings are, and hidden states
+            move between devices. The head is not computed.
+        dtype: of weights and hidden states while they are computed with; None = float32 if all is on the CPU, else that
+            of the checkpoint. Weights are written in the type in which the checkpoint has them.
         spill: keep hidden states in files.
         max_shard_size: of a file; a number of bytes or a text as in "2GB".
         on_layer: called with the `LayerUpdate` of each layer.
@@ -71,7 +76,8 @@ def sparsify_checkpoint(
         The manifest of what was written.
 
     Raises:
-        RecipeError: if the config cannot be met block by block, output is the source, or a model is there already.
+        RecipeError: if the config cannot be met block by block, output is the source, a model is there already, or
+            `device_map` names what is not there, covers not all, or divides a block.
         CheckpointError: if the checkpoint is corrupted or packed, or another run was interrupted in the output folder.
         SparsityError: as `sparsify`.
 
@@ -85,16 +91,18 @@ def sparsify_checkpoint(
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
     _refuse_finished(output)
     check_batches(batches)
-    device, batches = torch.device(device), list(batches)
+    devices, batches = check_device_map(device_map), list(batches)
     if not batches:
         raise RecipeError("sparsify_checkpoint goes from block to block with data, and `batches` is empty")
     with opened(files) as shards, torch.no_grad():
-        dtype = dtype or _compute_dtype(shards, device)
-        lazy = LazyModel(source, shards, dtype, device)
+        dtype = dtype or _compute_dtype(shards, devices)
+        lazy = LazyModel(source, shards, dtype)
         pruner = Pruner(lazy.model, config)
         blocks = _blocks(lazy, pruner)
-        work = WorkFolder(output, run_facts(config.to_dict(), files, batches, dtype, device))
-        run = BlockRun(lazy, blocks, [_on(device, batch) for batch in batches], work, spill)
+        places = place(lazy.model, [name for stack in blocks for name in stack], devices)
+        facts = run_facts(config.to_dict(), files, batches, dtype, list(places.blocks.values()))
+        work = WorkFolder(output, facts)
+        run = BlockRun(lazy, blocks, batches, places, work, spill)
         run.prune(pruner.groups, on_layer)
         manifest = _write(source, output, config, shards, work, limit)
     work.remove()
@@ -111,15 +119,11 @@ def _refuse_finished(output: Path) -> None:
         )
 
 
-def _compute_dtype(shards: Shards, device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
+def _compute_dtype(shards: Shards, devices: Mapping[str, torch.device]) -> torch.dtype:
+    if all(device.type == "cpu" for device in devices.values()):
         return torch.float32
     stored = {entry.dtype for entry in shards.headers.values()}
     return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32
-
-
-def _on(device: torch.device, batch: Batch) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _blocks(lazy: LazyModel, pruner: Pruner) -> list[list[str]]:
@@ -133,6 +137,7 @@ def _blocks(lazy: LazyModel, pruner: Pruner) -> list[list[str]]:
             "`compress` gives layers another form, which sparsify_checkpoint cannot. Use hf_sparse.sparsify"
         )
     for group in pruner.groups:
+        group.check_observable()
         if isinstance(group.pattern, Structure) or group.scorer.source not in ("weights", "inputs"):
             raise RecipeError(
                 f"scorer '{group.scorer.name}' with pattern '{group.pattern.name}' needs the whole model, and "
@@ -151,11 +156,11 @@ def _blocks(lazy: LazyModel, pruner: Pruner) -> list[list[str]]:
             "along one stack of blocks, or an encoder and then its decoder. Use hf_sparse.sparsify, or exclude what is "
             "outside"
         )
-    unread = [name for name in names if f"{name}.weight" not in lazy.keys]
+    unread = lazy.unwritable(member.name for group in pruner.groups for member in group.members)
     if unread:
         raise RecipeError(
-            f"'{unread[0]}.weight' is not stored as it is in memory, so it cannot be written back. Exclude it, or use "
-            "hf_sparse.sparsify"
+            f"'{unread[0]}' is not stored as it is in memory, and cannot be brought back into that form. Exclude it, "
+            "or use hf_sparse.sparsify"
         )
     found = []
     for number, prefix in enumerate(lists):

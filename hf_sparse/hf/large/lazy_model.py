@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from ...errors import CheckpointError, RecipeError
 from ...formats.model_folder import check_index, weight_files
@@ -44,24 +45,22 @@ class LazyModel:
         folder: of the checkpoint.
         shards: its weights.
         dtype: of weights and hidden states.
-        device: where blocks are computed.
 
     Attributes:
         model: of transformers.
-        keys: key in the files of each tensor in memory that is stored as it is, by its name.
     """
 
-    def __init__(self, folder: Path, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, shards: Shards, dtype: torch.dtype) -> None:
         config = AutoConfig.from_pretrained(folder)
-        self.shards, self.dtype, self.device = shards, dtype, device
+        self.shards, self.dtype = shards, dtype
         # Buffers that are computed (rotary embeddings) have values at once; parameters take no memory.
         with init_empty_weights(include_buffers=False):
             self.model: Any = model_class(config.architectures, config)._from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self._places = names_in_memory(self.model, shards.headers)
-        self.keys = {place.name: key for key, place in self._places.items() if not place.converted}
+        self._keys = {place.name: key for key, place in self._places.items() if not place.converted}
 
-    def load_rest(self, blocks: Iterable[str]) -> None:
+    def load_rest(self, blocks: Iterable[str], device: torch.device) -> None:
         """Load all that is outside of blocks, but the output embeddings, which no block needs."""
         inside = tuple(f"{block}." for block in blocks)
         head = self.model.get_output_embeddings()
@@ -71,14 +70,14 @@ class LazyModel:
         for key, place in self._places.items():
             if not all(name.startswith(left_out) for name in place.names):
                 state[key] = self.shards.get(key)
-        self._put(self.model, "", as_in_memory(self.model, state))
+        self._put(self.model, "", as_in_memory(self.model, state), device)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
+                    module._buffers[name] = buffer.to(device)
         self.model.tie_weights()
 
-    def load_block(self, name: str) -> nn.Module:
+    def load_block(self, name: str, device: torch.device) -> nn.Module:
         """Load one block.
 
         Raises:
@@ -87,7 +86,11 @@ class LazyModel:
         prefix = f"{name}."
         keys = [k for k, place in self._places.items() if any(n.startswith(prefix) for n in place.names)]
         block: nn.Module = self.model.get_submodule(name)
-        self._put(self.model, prefix, as_in_memory(self.model, {key: self.shards.get(key) for key in keys}))
+        self._put(self.model, prefix, as_in_memory(self.model, {key: self.shards.get(key) for key in keys}), device)
+        for module in block.modules():
+            for own, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[own] = buffer.to(device)
         missing = [own for own, tensor in block.named_parameters() if tensor.is_meta]
         if missing:
             raise CheckpointError(f"the checkpoint lacks '{prefix}{missing[0]}' and {len(missing) - 1} more tensors")
@@ -100,14 +103,54 @@ class LazyModel:
                 if parameter is not None:
                     module._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    def _put(self, model: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> None:
+    def unwritable(self, names: Iterable[str]) -> list[str]:
+        """Return the weights that cannot be written back: the checkpoint has them in a form that cannot be restored."""
+        found = []
+        for name in names:
+            keys = {key for key, place in self._places.items() if name in place.names}
+            try:
+                stored = self._as_stored(name, self.model.get_parameter(name))
+            except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError):
+                stored = {}
+            shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+            if not keys or shapes != {key: tuple(self.shards.headers[key].shape) for key in keys}:
+                found.append(name)
+        return found
+
+    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights as the checkpoint has them, by its keys: in its types, and split where it has several.
+
+        Args:
+            weights: by name in memory.
+        """
+        found = {}
+        for name, weight in weights.items():
+            for key, part in self._as_stored(name, weight).items():
+                found[key] = part.to(self.shards.get(key).dtype).cpu().contiguous()
+        return found
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Put weights into a block that is loaded.
+
+        Args:
+            stored: what `stored` has returned.
+        """
+        for name, weight in as_in_memory(self.model, stored).items():
+            self.model.get_parameter(name).data.copy_(weight)
+
+    def _as_stored(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        if name in self._keys:
+            return {self._keys[name]: weight}
+        return dict(revert_weight_conversion(self.model, {name: weight}))
+
+    def _put(self, model: nn.Module, prefix: str, state: Mapping[str, Tensor], device: torch.device) -> None:
         for name, tensor in state.items():
             path, _, own = name.rpartition(".")
             if not name.startswith(prefix):
                 continue
             module = model.get_submodule(path)
             held = module._parameters.get(own)
-            values = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, copy=True)
+            values = tensor.to(device, self.dtype if tensor.is_floating_point() else None, copy=True)
             if own in module._buffers:
                 module._buffers[own] = values
             elif held is not None:

@@ -27,9 +27,13 @@ def run_facts(
     files: Sequence[Path],
     batches: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
-    device: torch.device,
+    devices: Sequence[torch.device],
 ) -> dict[str, Any]:
-    """Return what decides the bits of a result."""
+    """Return what decides the bits of a result.
+
+    Args:
+        devices: of the blocks.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
         for key, value in sorted(batch.items()):
@@ -45,7 +49,7 @@ def run_facts(
         "source": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "batches": digest.hexdigest(),
         "dtype": str(dtype),
-        "device": device.type,
+        "device_map": [device.type for device in devices],
     }
 
 
@@ -87,6 +91,18 @@ class WorkFolder:
             count += 1
         return count
 
+    @property
+    def experts(self) -> dict[str, Any]:
+        """How many experts the finished blocks have, and which of them no token reached: arguments of `Unreached`."""
+        noted = read_json(self._experts(self.done - 1)) or {"total": 0, "missed": []}
+        return {"total": int(noted["total"]), "missed": [(str(name), int(number)) for name, number in noted["missed"]]}
+
+    def note_experts(self, index: int, total: int, missed: Sequence[tuple[str, int]]) -> None:
+        """Keep the same, up to a block that is about to be finished."""
+        if total:
+            self._experts(index).parent.mkdir(exist_ok=True)
+            write_text(self._experts(index), json.dumps({"total": total, "missed": missed}) + "\n")
+
     def save_block(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Keep the pruned weights of a block, packed, by their keys in the checkpoint; written as a whole."""
         save_file(weights, self._block(index), targets=sorted(weights))
@@ -113,6 +129,9 @@ class WorkFolder:
     def remove(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _experts(self, index: int) -> Path:
+        return self.path / "experts" / f"{index:05}.json"
 
     def _block(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:05}.safetensors"

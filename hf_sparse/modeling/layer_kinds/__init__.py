@@ -6,6 +6,7 @@ stores it is in its kind. A new kind is one file here and one import; those of t
 
 from . import convolution, linear  # noqa: F401  each registers its classes
 from .base import (
+    KeptTokens,
     LayerKind,
     MatrixLayer,
     Slot,
@@ -26,6 +27,7 @@ from .linear import NoInputs, TransposedLinear
 from .view import MatrixView
 
 __all__ = [
+    "KeptTokens",
     "LayerKind",
     "MatrixLayer",
     "MatrixView",

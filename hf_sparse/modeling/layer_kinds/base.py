@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from .view import MatrixView
 
 MatrixLayer: TypeAlias = nn.Linear
 """Static type of a layer of any kind. Only `weight` and `bias` are common to all: sizes come from `matrix_shape`."""
+
+KeptTokens: TypeAlias = Callable[[Tensor], Tensor | None]
+"""Takes the input of a layer, returns which of its tokens are not padding; None = all."""
 
 
 class LayerKind:
@@ -56,6 +60,30 @@ class LayerKind:
             inputs: what the module was called with.
         """
         return inputs
+
+    def parts(self, module: nn.Module, attribute: str) -> int | None:
+        """Return how many matrices a weight stacks in its first dimension, each with inputs of its own.
+
+        None = it is one matrix, with the inputs of the module.
+        """
+        return None
+
+    def part_view(self, module: nn.Module, attribute: str) -> MatrixView:
+        """Return one matrix of a stack, which is stored as `weight[part]`."""
+        raise NotImplementedError
+
+    def part_inputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], parts: Collection[int],
+        kept: KeptTokens,
+    ) -> Iterator[tuple[str, int, Tensor]]:  # fmt: skip
+        """Yield attribute, part and inputs `(tokens, in)` of the matrices of a stack that have any in one call.
+
+        Args:
+            args, kwargs: of the call.
+            parts: that matter.
+            kept: which tokens count.
+        """
+        raise NotImplementedError
 
 
 _KINDS: dict[type[nn.Module], LayerKind] = {}
@@ -134,6 +162,16 @@ class Slot(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight as it is stored."""
         return _kind(self.module).shape(self.module, self.attribute)
+
+    @property
+    def parts(self) -> int | None:
+        """How many matrices it stacks, each with inputs of its own; None = it is one."""
+        return _kind(self.module).parts(self.module, self.attribute)
+
+    @property
+    def part_view(self) -> MatrixView:
+        """One matrix of a stack."""
+        return _kind(self.module).part_view(self.module, self.attribute)
 
     def name(self, path: str) -> str:
         """Return the full name of the weight in a model.

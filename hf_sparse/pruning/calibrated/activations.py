@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,24 @@ from ...formats.safetensors_io import reading, writing
 from ...utils.atomic_io import replace_file
 
 _KEY = "hidden_states"
+T = TypeVar("T")
+
+
+def moved(value: T, device: torch.device | None) -> T:
+    """Return what a block is called with, or returns, on a device: tensors, also in tuples, lists and dictionaries.
+
+    Args:
+        device: None = everything stays where it is.
+    """
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)  # type: ignore[return-value]
+    if type(value) in (tuple, list):
+        return type(value)(moved(item, device) for item in value)  # type: ignore[attr-defined,call-arg,no-any-return]
+    if type(value) is dict:
+        return {key: moved(item, device) for key, item in value.items()}  # type: ignore[return-value]
+    return value
 
 
 class Activations:
@@ -21,17 +40,20 @@ class Activations:
     Args:
         count: number of batches.
         folder: for one file a batch; None = in memory.
-        device: of what `get` returns, while memory is that of the CPU; None = tensors stay where they are.
+        on_cpu: keep them in the memory of the CPU; else tensors stay where they are.
     """
 
-    def __init__(self, count: int, folder: Path | None = None, device: torch.device | None = None) -> None:
-        self.count, self.folder, self.device = count, folder, device
+    def __init__(self, count: int, folder: Path | None = None, on_cpu: bool = False) -> None:
+        self.count, self.folder, self.on_cpu = count, folder, on_cpu
         self._held: list[Tensor | None] = [None] * count
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, index: int) -> Tensor:
+    def get(self, index: int, device: torch.device | None = None) -> Tensor:
         """Return those of a batch.
+
+        Args:
+            device: where they are needed; None = where they are kept.
 
         Raises:
             CheckpointError: if their file is missing or corrupted.
@@ -42,16 +64,16 @@ class Activations:
                 found = load_file(path)
             if list(found) != [_KEY]:
                 raise CheckpointError(f"{path} must hold '{_KEY}', got {sorted(found)}")
-            return found[_KEY] if self.device is None else found[_KEY].to(self.device)
+            return moved(found[_KEY], device)
         held = self._held[index]
         if held is None:
             raise CheckpointError(f"there are no hidden states of batch {index}")
-        return held if self.device is None else held.to(self.device)
+        return moved(held, device)
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep those of a batch."""
         if self.folder is None:
-            self._held[index] = hidden.detach() if self.device is None else hidden.detach().cpu()
+            self._held[index] = hidden.detach().cpu() if self.on_cpu else hidden.detach()
             return
         path = self._path(index)
         with writing(path), replace_file(path) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...config.sparsity import SparsityConfig
-from ...modeling.layer_kinds import oriented
 from ...modeling.zero_preservation import free_zeros, keep_zeros
 from ..group import PruningGroup
 from ..pruner import Pruner
 from ..scorers import InputScorer
 from ..selection import Owl
 from .embeddings import fit_embeddings
+from .one_block import prune_block
 from .outliers import outlier_shares
-from .tasks import AnyTask, OnLayer, form_tasks, prune_block, tasks_of
+from .stacks import Unreached
+from .tasks import AnyTask, OnLayer, form_tasks, tasks_of
 from .walk import Walk
 
 
@@ -55,14 +57,16 @@ def prune_blockwise(
             return
         prepare_outliers(pruner.groups, walk)
         tasks = tasks_of(pruner.groups, masks_of(pruner, batches))
-        layers = [task.layer for task in tasks.values()]
-        free_zeros(layers)
+        slots = [task.member.slot for task in tasks.values()]
+        free_zeros(slots)
         every: dict[str, AnyTask] = {**tasks, **formed}
+        unreached = Unreached()
         steps = tqdm(walk.steps(), desc="Pruning block by block", total=walk.count, disable=None)
         for step in steps:
-            prune_block(step, every, on_layer)
+            prune_block(step, every, on_layer, unreached)
             step.advance()
-    keep_zeros(layers)
+    keep_zeros(slots)
+    unreached.warn()
 
 
 @contextlib.contextmanager
@@ -81,9 +85,9 @@ def prepare_outliers(groups: Sequence[PruningGroup], walk: Walk) -> None:
     """Let selections that spread the sparsity over blocks look at the dense model."""
     for group in groups:
         if isinstance(group.selection, Owl):
-            shares = outlier_shares(walk, group.layers, group.selection.outlier)
+            shares = outlier_shares(walk, group.slots, group.selection.outlier)
             names = [unit.members[0].layer_name for unit in group.units]
-            sizes = [unit.module.weight.numel() for unit in group.units]
+            sizes = [math.prod(unit.members[0].shape) for unit in group.units]
             group.selection.prepare_outliers([shares[name] for name in names], sizes)
 
 
@@ -108,7 +112,7 @@ def masks_of(pruner: Pruner, batches: Sequence[Mapping[str, Any]]) -> dict[str, 
     finally:
         part.detach()
     for member in members:
-        bias = member.module.bias
+        bias = getattr(member.module, "bias", None)
         if member.has_bias and isinstance(bias, nn.Parameter):
-            bias.data.masked_fill_(~oriented(member.module, masks[member.layer_name]).any(1), 0.0)
+            bias.data.masked_fill_(~member.slot.view.to_matrix(masks[member.layer_name]).any(1), 0.0)
     return masks

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import SparsityError
 from ...modeling.class_swap import Swapped, restore, swap_class
+from .activations import moved
 
 Batch = Mapping[str, Any]
 
@@ -43,6 +44,10 @@ class Call:
         if self.place == 0:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{**self.kwargs, str(self.place): hidden}))
+
+    def on(self, device: torch.device | None) -> Call:
+        """Return the call with its arguments on a device; None = where they are."""
+        return self if device is None else Call(moved(self.args, device), moved(dict(self.kwargs), device), self.place)
 
     def gives(self, tensor: Tensor) -> bool:
         """Return whether a tensor is one of the arguments, as the states of an encoder are."""
@@ -87,17 +92,20 @@ def run_model(model: nn.Module, batch: Batch) -> None:
         raise
 
 
-def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch]) -> Recording | None:
+def record(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], device: torch.device | None = None
+) -> Recording | None:
     """Record the calls of blocks that hand their hidden states to each other.
 
     Args:
         blocks: in the order of their calls.
+        device: of the first block, the only one that is computed, if the rest of the model is somewhere else.
 
     Returns:
         None if they form no such chain: one is called twice or not at all, or the model changes hidden states between
         two of them.
     """
-    chain = _Chain(blocks)
+    chain = _Chain(blocks, device)
     with chain.recording():
         for number, batch in enumerate(batches):
             chain.begin(ends=number > 0)
@@ -111,20 +119,23 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batc
     return Recording(chain.calls, chain.hidden)
 
 
-def encoded(model: Any, blocks: Sequence[nn.Module], batch: Batch, hidden: Tensor) -> Any:
+def encoded(
+    model: Any, blocks: Sequence[nn.Module], batch: Batch, hidden: Tensor, device: torch.device | None = None
+) -> Any:
     """Return what the encoder of a model gives for a batch, when its last block gives these hidden states.
 
     No block is computed but the first, for what it hands on beside them.
 
     Args:
         blocks: all of the encoder, in the order of their calls.
+        device: of the first block, if the rest of the model is somewhere else.
     """
     found: list[Any] = []
     rest: list[tuple[Any, ...] | None] = []
 
     def replaced(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not rest:
-            output = forward(*args, **kwargs)
+            output = _run_on(device, forward, args, kwargs)
             rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
         return hidden if rest[0] is None else (hidden, *rest[0])
 
@@ -172,8 +183,8 @@ class Recorded(Swapped):
 class _Chain:
     """Takes the calls of each block while they are recorded."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.blocks = list(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device | None) -> None:
+        self.blocks, self.device = list(blocks), device
         self.calls: list[list[Call]] = [[] for _ in blocks]
         self.hidden: list[Tensor] = []
         self.begin(ends=True)
@@ -203,7 +214,7 @@ class _Chain:
             if index == 0:
                 self.hidden.append(hidden.detach().clone())
             computed = index == 0 and not (self.ends and len(self.blocks) == 1)
-            output = forward(*args, **kwargs) if computed else None
+            output = _run_on(self.device, forward, args, kwargs) if computed else None
             self.calls[index].append(call if earlier is None else _shared(call, earlier))
             if self.ends and self.next == len(self.blocks):
                 raise Stop
@@ -219,6 +230,16 @@ class _Chain:
         return self._returned is None or (
             hidden.data_ptr() == self._returned.data_ptr() and hidden.shape == self._returned.shape
         )
+
+
+def _run_on(
+    device: torch.device | None, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run a block that is on another device than its arguments, and return its output where these are."""
+    if device is None:
+        return forward(*args, **kwargs)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return moved(forward(*moved(args, device), **moved(dict(kwargs), device)), tensors[0].device)
 
 
 def _call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Tensor] | None:

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import SparsityError
-from ...modeling.layer_kinds import MatrixLayer, kind_of, matrix_shape
+from ...modeling.layer_kinds import KeptTokens, MatrixLayer, kind_of, matrix_shape
 from ..processes import are_several, sum_of_counts, sum_over_processes
-
-KeptTokens = Callable[[Tensor], Tensor | None]
-"""Takes the input of a layer, returns which of its tokens are not padding; None = all."""
 
 
 def compute_type(weight: Tensor) -> torch.dtype:
@@ -62,6 +59,22 @@ class InputStatistics:
         self.tokens = sum_of_counts(self.tokens)
         sum_over_processes(self._squares if self._products is None else self._products)
 
+    def checked(self, name: str) -> InputStatistics:
+        """Return itself.
+
+        Args:
+            name: of the layer, for the message.
+
+        Raises:
+            SparsityError: if an input was not finite.
+        """
+        if not bool(self.squares.isfinite().all()):
+            raise SparsityError(
+                f"the inputs of '{name}' on the calibration batches are not finite. Are there NaN among the weights "
+                "that were loaded, or does float16 overflow? Load the model in float32 or bfloat16"
+            )
+        return self
+
     @property
     def squares(self) -> Tensor:
         """`sum x²` of each feature, in float64 on the CPU."""
@@ -81,6 +94,25 @@ class InputStatistics:
         if self._products is None:
             raise SparsityError("these statistics have no products of inputs: create them with products=True")
         return self._products * (2.0 / max(1, self.tokens))
+
+
+def check_part(name: str, called: bool, tokens: int) -> None:
+    """Raise `SparsityError` if nothing is known of the inputs of a layer.
+
+    Args:
+        called: whether it was.
+        tokens: that it was given, without padding.
+    """
+    if not called:
+        raise SparsityError(
+            f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its "
+            "inputs. Give batches that use it, or exclude it"
+        )
+    if not tokens:
+        raise SparsityError(
+            f"every token that '{name}' was given is padding: the attention_mask of the calibration batches is 0 "
+            "everywhere. Give batches with text"
+        )
 
 
 class UnsharedInputError(Exception):
@@ -149,22 +181,9 @@ class InputObserver:
             SparsityError: if it was never called, or had inputs that are not finite.
         """
         inputs = self.found.get(name)
-        if inputs is not None and not inputs.tokens:
-            raise SparsityError(
-                f"every token that '{name}' was given is padding: the attention_mask of the calibration batches is 0 "
-                "everywhere. Give batches with text"
-            )
-        if inputs is None:
-            raise SparsityError(
-                f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its "
-                "inputs. Give batches that use it, or exclude it"
-            )
-        if not bool(inputs.squares.isfinite().all()):
-            raise SparsityError(
-                f"the inputs of '{name}' on the calibration batches are not finite. Are there NaN among the weights "
-                "that were loaded, or does float16 overflow? Load the model in float32 or bfloat16"
-            )
-        return inputs
+        check_part(name, called=inputs is not None, tokens=0 if inputs is None else inputs.tokens)
+        assert inputs is not None
+        return inputs.checked(name)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:

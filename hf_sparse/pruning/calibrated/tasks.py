@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,16 +10,14 @@ from torch import Tensor, nn
 
 from ...config.sparsity import RECONSTRUCTIONS
 from ...errors import SparsityError
-from ...modeling.layer_kinds import MatrixLayer, Slot, oriented
+from ...modeling.layer_kinds import MatrixLayer, MatrixView, oriented
 from ..compressions import Compression, FormGroup
 from ..group import PruningGroup
 from ..patterns import OnMatrix
-from ..processes import have_same
 from ..scorers import Choice, InputScorer, Scorer
 from ..unit import Member
 from .reconstruction import Reconstruction
-from .statistics import InputObserver, InputStatistics, UnsharedInputError, compute_type
-from .walk import Step
+from .statistics import InputStatistics, compute_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,8 @@ class LayerUpdate:
         name: of the layer.
         sparsity: fraction of zeros in its weight, in [0, 1].
         change: Frobenius norm of what the kept entries were changed by, relative to that of the dense weight.
-        error: `‖(W - W_dense) X‖² / ‖W_dense X‖²` on its calibration inputs; None where only their norms were kept.
+        error: `‖(W - W_dense) X‖² / ‖W_dense X‖²` on its calibration inputs; None where only their norms were kept. Of
+            stacked experts both are summed over the experts, each with its own tokens.
     """
 
     name: str
@@ -43,9 +41,41 @@ class LayerUpdate:
 OnLayer = Callable[[LayerUpdate], None]
 
 
+@dataclasses.dataclass
+class Tally:
+    """What a `LayerUpdate` is computed from, summed over the matrices of a weight."""
+
+    entries: int = 0
+    zeros: int = 0
+    changed: float = 0.0
+    norm: float = 0.0
+    lost: float = 0.0
+    given: float = 0.0
+
+    def add(self, dense: Tensor, new: Tensor, kept: Tensor) -> None:
+        """Add a matrix."""
+        self.entries += new.numel()
+        self.zeros += new.numel() - int(torch.count_nonzero(new))
+        self.norm += float(torch.linalg.vector_norm(dense)) ** 2
+        self.changed += float(torch.linalg.vector_norm((new - dense).masked_fill_(~kept, 0.0))) ** 2
+
+    def add_outputs(self, dense: Tensor, new: Tensor, inputs: InputStatistics) -> None:
+        """Add `‖(W - W_dense) X‖²` and `‖W_dense X‖²` of a matrix."""
+        hessian, change = inputs.hessian(), new - dense
+        tokens = inputs.tokens / 2
+        self.given += float(((dense @ hessian) * dense).sum()) * tokens
+        self.lost += float(((change @ hessian) * change).sum()) * tokens
+
+    def update(self, name: str, with_error: bool) -> LayerUpdate:
+        """Return the update of the layer with this name."""
+        change = (self.changed / self.norm) ** 0.5 if self.norm else self.changed**0.5
+        error = None if not with_error else self.lost / self.given if self.given else 0.0
+        return LayerUpdate(name, self.zeros / max(1, self.entries), change, error)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One layer.
+    """One weight.
 
     Args:
         mask: which entries stay, as the weight is stored, if that is known before its block is reached; else `scorer`
@@ -66,45 +96,75 @@ class Task:
         return self.member.module
 
     @property
+    def weight(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.member.slot.tensor.data
+
+    @property
     def needs_products(self) -> bool:
         """Whether the products of its inputs are needed."""
         if self.compression is not None or self.reconstruction is not None:
             return True
         return self.scorer is not None and self.scorer.needs_products
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether anything depends on its inputs."""
+        return self.needs_products or not (self.scorer is None or isinstance(self.scorer, EntryScores))
+
     def apply(self, inputs: InputStatistics) -> LayerUpdate:
         """Prune the weight in place."""
-        weight = self.layer.weight.data
-        dense = oriented(self.layer, weight).to(compute_type(weight))
+        tally = Tally()
+        self._apply(self.weight, self.member.slot.view, self.mask, inputs, tally)
+        return tally.update(self.member.layer_name, self.needs_products)
+
+    def apply_part(self, part: int, mask: Tensor | None, inputs: InputStatistics | None, tally: Tally) -> None:
+        """Prune one matrix of a stack in place.
+
+        Args:
+            mask: of the whole stack, see `mask_of_stack`.
+            inputs: None if nothing is known of them: then the largest entries stay as they are.
+            tally: that the matrix is added to.
+        """
+        own = None if mask is None else mask[part]
+        self._apply(self.weight[part], self.member.slot.part_view, own, inputs, tally)
+
+    def mask_of_stack(self) -> Tensor | None:
+        """Return which entries of a stack stay, where all of its matrices compete and no inputs matter."""
+        if not isinstance(self.scorer, EntryScores) or self.choice is None:
+            return self.mask
+        pattern, weight = self.member.pattern, self.weight
+        scores = pattern.pool(self.scorer.element_scores(weight))
+        return pattern.expand(self.choice.selection.select_alone(scores, self.choice.sparsity), tuple(weight.shape))
+
+    def _apply(
+        self, weight: Tensor, view: MatrixView, mask: Tensor | None, inputs: InputStatistics | None, tally: Tally
+    ) -> None:
+        dense = view.to_matrix(weight).to(compute_type(weight))
         if bool(dense.isnan().any()):
             raise SparsityError(f"there are NaN among the entries of '{self.member.name}', so nothing can be selected")
-        if self.mask is not None:
-            new, kept = dense, oriented(self.layer, self.mask)
-        else:
-            assert self.scorer is not None
-            assert self.choice is not None
-            new, kept = self.scorer.prune(dense, inputs, self.choice)
+        new, kept = self._pruned(dense, None if mask is None else view.to_matrix(mask), inputs)
         new = new.masked_fill(~kept, 0.0)
-        if self.reconstruction is not None:
+        if self.reconstruction is not None and inputs is not None:
             new = self.reconstruction.fit(new, kept, dense, inputs).masked_fill_(~kept, 0.0)
-        added = None
+        computed = new
         if self.compression is not None:
-            added = self.compression.add_fitted(self.layer, dense - new, inputs.hessian())
+            assert inputs is not None
+            computed = new + self.compression.add_fitted(self.layer, dense - new, inputs.hessian())
         # Before the copy, which may be into the tensor `dense` itself.
-        update = self._update(dense, new, kept, added, inputs)
-        weight.copy_(Slot(self.layer).view.to_stored(new))
-        return update
+        tally.add(dense, new, kept)
+        if self.needs_products and inputs is not None:
+            tally.add_outputs(dense, computed, inputs)
+        weight.copy_(view.to_stored(new))
 
-    def _update(
-        self, dense: Tensor, new: Tensor, kept: Tensor, added: Tensor | None, inputs: InputStatistics
-    ) -> LayerUpdate:
-        norm = float(torch.linalg.vector_norm(dense)) or 1.0
-        change = float(torch.linalg.vector_norm((new - dense).masked_fill_(~kept, 0.0))) / norm
-        error = None
-        if self.needs_products:
-            error = output_error(dense, new if added is None else new + added, inputs)
-        zeros = new.numel() - int(torch.count_nonzero(new))
-        return LayerUpdate(self.member.layer_name, zeros / max(1, new.numel()), change, error)
+    def _pruned(self, dense: Tensor, mask: Tensor | None, inputs: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            return dense, mask
+        assert self.scorer is not None
+        assert self.choice is not None
+        if inputs is None:
+            return dense, self.choice(dense.abs())
+        return self.scorer.prune(dense, inputs, self.choice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,19 +187,13 @@ class FormTask:
         weight = oriented(self.layer, self.layer.weight.data)
         dense = weight.to(compute_type(weight))
         new = self.compression.replace_fitted(self.model, self.name, self.layer, inputs.hessian())
-        norm = float(torch.linalg.vector_norm(dense)) or 1.0
-        change = float(torch.linalg.vector_norm(new - dense)) / norm
-        return LayerUpdate(self.name, 0.0, change, output_error(dense, new, inputs))
+        tally = Tally()
+        tally.add(dense, new, torch.ones_like(dense, dtype=torch.bool))
+        tally.add_outputs(dense, new, inputs)
+        return dataclasses.replace(tally.update(self.name, True), sparsity=0.0)
 
 
 AnyTask = Task | FormTask
-
-
-def output_error(dense: Tensor, new: Tensor, inputs: InputStatistics) -> float:
-    """Return `‖(W - W_dense) X‖² / ‖W_dense X‖²`."""
-    hessian, change = inputs.hessian(), new - dense
-    whole = float(((dense @ hessian) * dense).sum())
-    return float(((change @ hessian) * change).sum()) / whole if whole else 0.0
 
 
 class EntryScores(InputScorer):
@@ -149,7 +203,10 @@ class EntryScores(InputScorer):
         self._scorer = scorer
 
     def prune(self, weight: Tensor, inputs: InputStatistics, choice: Choice) -> tuple[Tensor, Tensor]:
-        return weight, choice(self._scorer.element_scores(weight))
+        return weight, choice(self.element_scores(weight))
+
+    def element_scores(self, weight: Tensor) -> Tensor:
+        return self._scorer.element_scores(weight)
 
 
 def tasks_of(groups: Sequence[PruningGroup], masks: Mapping[str, Tensor]) -> dict[str, Task]:
@@ -185,36 +242,3 @@ def form_tasks(model: nn.Module, groups: Sequence[FormGroup]) -> dict[str, FormT
         for name, layer in group.layers.items()
         if not isinstance(layer, nn.Embedding)
     }
-
-
-def inside(step: Step, names: Mapping[str, object]) -> list[str]:
-    """Return which layers are in a block, or are it."""
-    return [name for name in names if name == step.name or name.startswith(f"{step.name}.")]
-
-
-def observe(step: Step, layers: Mapping[str, MatrixLayer], with_products: Sequence[str]) -> InputObserver:
-    """Run a block on all batches and return what its layers were given, on all processes together."""
-    observer = InputObserver(layers, with_products)
-    shared: dict[str, str] | None = None
-    with contextlib.suppress(UnsharedInputError), observer:
-        step.run(observer.begin)
-        shared = observer.leaders
-    if not have_same(shared) or shared is None:  # every process goes the same way
-        observer = InputObserver(layers, with_products, share=False)
-        with observer:
-            step.run(observer.begin)
-    observer.sum_over_processes()
-    return observer
-
-
-def prune_block(step: Step, tasks: Mapping[str, AnyTask], on_layer: OnLayer | None) -> None:
-    """Observe the layers of one block, and prune them."""
-    found = {name: tasks[name] for name in inside(step, tasks)}
-    if not found:
-        return
-    products = [name for name, task in found.items() if task.needs_products]
-    observer = observe(step, {name: task.layer for name, task in found.items()}, products)
-    for name, task in found.items():
-        update = task.apply(observer.of(name))
-        if on_layer is not None:
-            on_layer(update)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...modeling.layer_kinds import KeptTokens
 from .recording import Call
-from .statistics import KeptTokens
 
 _NEVER = -100
 """Label of a position that is not trained, everywhere in transformers."""
@@ -17,8 +17,9 @@ _NEVER = -100
 def kept_tokens(batch: Mapping[str, Any], block: str, call: Call | None) -> KeptTokens:
     """Return what tells which tokens of the input of a layer count.
 
-    A mask applies to inputs of its shape, `(examples, tokens)`. In a decoder behind an encoder the decoder's own mask
-    does, except for the states of the encoder.
+    A mask applies to inputs of its shape, `(examples, tokens)`, and to those with all tokens in one dimension, as the
+    experts of a mixture have them. In a decoder behind an encoder the decoder's own mask does, except for the states
+    of the encoder.
 
     Args:
         batch: keyword arguments of the model.
@@ -39,7 +40,9 @@ def kept_tokens(batch: Mapping[str, Any], block: str, call: Call | None) -> Kept
         mask = own
         if behind_encoder and not (call is not None and call.gives(inputs)):
             mask = decoder
-        return mask if mask is not None and mask.shape == inputs.shape[:-1] else None
+        if mask is None or inputs.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            return None
+        return mask.reshape(inputs.shape[:-1]).to(inputs.device)
 
     return kept
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from ...errors import SparsityError
 from ...modeling.blocks import block_prefixes
+from ...modeling.layer_kinds import KeptTokens
 from .activations import Activations
-from .recording import Batch, Call, Recording, Stop, record, run_model
-from .statistics import KeptTokens
+from .recording import Batch, Recording, Stop, record, run_model
 from .tokens import kept_tokens
 
 logger = logging.getLogger(__name__)
@@ -63,16 +63,18 @@ class ChainStep:
 
     def __init__(self, chain: Chain, index: int, last: bool) -> None:
         self.name, self.module = chain.names[index], chain.blocks[index]
-        self._chain, self._calls, self._last = chain, chain.recording.calls[index], last
+        self._chain, self._index, self._last = chain, index, last
 
     def run(self, begin: Begin) -> None:
-        for index, call in enumerate(self._calls):
-            begin(kept_tokens(self._chain.batches[index], self.name, call))
-            call.run(self.module, self._chain.activations.get(index))
+        device = self._chain.devices[self._index]
+        for number, call in enumerate(self._chain.recording.calls[self._index]):
+            there = call.on(device)
+            begin(kept_tokens(self._chain.batches[number], self.name, there))
+            there.run(self.module, self._chain.activations.get(number, device))
 
     def advance(self) -> None:
         if not self._last:
-            self._chain.advance(self.module, self._calls)
+            self._chain.advance(self._index)
 
 
 class Chain:
@@ -85,7 +87,7 @@ class Chain:
         spill: folder for hidden states; None = they stay in memory.
         done: how many blocks have been advanced over before, by a process whose folder this is. If their outputs are
             not there (any more), the chain begins at its first block.
-        device: of the blocks, where hidden states are on the CPU between them; None = they stay where they are.
+        devices: of each block, where hidden states are on the CPU between them; None = they stay where they are.
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class Chain:
         batches: Sequence[Batch],
         spill: Path | None = None,
         done: int = 0,
-        device: torch.device | None = None,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.names, self.blocks, self.recording, self.batches = list(names), list(blocks), recording, batches
-        self.spill, self.device = spill, device
+        self.spill, self.on_cpu = spill, devices is not None
+        self.devices: Sequence[torch.device | None] = devices or [None] * len(self.names)
         self.activations = self._before(done)
         self.done = done if done and self.activations.complete else 0
         if not self.done:
@@ -110,15 +113,16 @@ class Chain:
 
     def _before(self, done: int) -> Activations:
         folder = None if self.spill is None else self.spill / f"before-{done:04}"
-        return Activations(len(self.batches), folder, self.device)
+        return Activations(len(self.batches), folder, self.on_cpu)
 
-    def advance(self, block: nn.Module, calls: Sequence[Call]) -> None:
+    def advance(self, index: int) -> None:
         """Replace what goes into a block by what comes out of it. A folder of files is left for `drop_before`."""
         before, self.done = self.activations, self.done + 1
         self.activations = self._before(self.done)
-        for index, call in enumerate(calls):
-            self.activations.put(index, call.run(block, before.get(index)))
-            before.drop(index)
+        device = self.devices[index]
+        for number, call in enumerate(self.recording.calls[index]):
+            self.activations.put(number, call.on(device).run(self.blocks[index], before.get(number, device)))
+            before.drop(number)
 
     def drop_before(self) -> None:
         """Remove the files of what went into the block before."""
@@ -163,7 +167,7 @@ class Walk:
     Args:
         model: runs as in evaluation.
         batches: keyword arguments of the model.
-        layers: names of the layers that matter; a block without any is passed over where that is possible.
+        layers: names of the layers or weights that matter; a block without any is passed over where that is possible.
         spill: folder for hidden states; None = they stay in memory.
 
     Raises:
@@ -176,7 +180,9 @@ class Walk:
         self.model, self.batches, self.spill = model, list(batches), spill
         if not self.batches:
             raise SparsityError("scorers that look at the inputs of layers need data, and there was no batch")
-        self.layers = list(layers)
+        modules = {name for name, _ in model.named_modules()}
+        # Of a module with several weights, each has a name.
+        self.layers = list(dict.fromkeys(name if name in modules else name.rpartition(".")[0] for name in layers))
         self.lists = [prefix for prefix in block_prefixes(model) if any(n.startswith(prefix) for n in self.layers)]
 
     @property
