@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ...modeling.layer_kinds import KeptTokens, MatrixLayer
 from ..processes import have_same
-from .stacks import HELD_BYTES, StackObserver, Unreached, passes_over
+from .stacks import StackObserver, Unreached, passes_over
 from .statistics import InputObserver, UnsharedInputError
 from .tasks import AnyTask, OnLayer, Tally, Task
 from .walk import Step
@@ -52,19 +52,12 @@ def _run(step: Step, observer: InputObserver, stacks: StackObserver) -> None:
         step.run(begin)
 
 
-def prune_block(
-    step: Step,
-    tasks: Mapping[str, AnyTask],
-    on_layer: OnLayer | None,
-    unreached: Unreached,
-    limit: int = HELD_BYTES,
-) -> None:
-    """Observe the layers of one block, and prune them.
+def prune_block(step: Step, tasks: Mapping[str, AnyTask], on_layer: OnLayer | None, unreached: Unreached) -> None:
+    """Observe the layers of one block, and prune them. It runs as often as the products of all experts need.
 
     Args:
         tasks: by name of the layer, or of the weight where a module has several.
         unreached: that experts without tokens are added to.
-        limit: bytes of products of the inputs of experts that are held at a time; the block runs as often as needed.
     """
     found = {name: tasks[name] for name in inside(step, tasks)}
     if not found:
@@ -72,7 +65,7 @@ def prune_block(
     stacks = {n: task for n, task in found.items() if isinstance(task, Task) and task.member.slot.parts is not None}
     plain = {name: task for name, task in found.items() if name not in stacks}
     # The layers beside stacks come before the experts, and are left as they are until all experts were observed.
-    observer, tallies = _prune_stacks(step, plain, stacks, unreached, limit)
+    observer, tallies = _prune_stacks(step, plain, stacks, unreached)
     for name, task in found.items():
         tally = tallies.get(name)
         update = task.apply(observer.of(name)) if tally is None else tally.update(name, task.needs_products)
@@ -81,7 +74,7 @@ def prune_block(
 
 
 def _prune_stacks(
-    step: Step, plain: Mapping[str, AnyTask], stacks: Mapping[str, Task], unreached: Unreached, limit: int
+    step: Step, plain: Mapping[str, AnyTask], stacks: Mapping[str, Task], unreached: Unreached
 ) -> tuple[InputObserver, dict[str, Tally]]:
     """Prune the stacked weights of a block, observe its other layers, and return what was found of both."""
     masks = {name: task.mask_of_stack() for name, task in stacks.items()}
@@ -89,7 +82,7 @@ def _prune_stacks(
     observed = {name: task.member.slot for name, task in stacks.items() if task.needs_inputs}
     products = [name for name, task in stacks.items() if task.needs_products]
     first: InputObserver | None = None
-    for parts in passes_over(observed, products, limit) or [{}]:
+    for parts in passes_over(observed, products) or [{}]:
         stacked = StackObserver(observed, products, parts)
         layers = {name: task.layer for name, task in plain.items()} if first is None else {}
         found = observe(step, layers, [name for name in layers if plain[name].needs_products], stacked)

@@ -115,20 +115,20 @@ class StackObserver:
         return hook
 
 
-def passes_over(weights: Mapping[str, Slot], with_products: Iterable[str], limit: int = HELD_BYTES) -> list[Pass]:
+def passes_over(weights: Mapping[str, Slot], with_products: Iterable[str], limit: int | None = None) -> list[Pass]:
     """Return the parts that are observed together, for all parts of all weights; weights of one module together.
 
     Modules come in reverse order: what is pruned in one pass changes nothing that comes before it in the block.
 
     Args:
-        limit: bytes of products that are held at a time.
+        limit: bytes of products that are held at a time; None = `HELD_BYTES`.
     """
     products = set(with_products)
     modules: dict[nn.Module, list[str]] = {}
     for name, slot in weights.items():
         modules.setdefault(slot.module, []).append(name)
     found: list[Pass] = []
-    left = 0
+    limit, left = HELD_BYTES if limit is None else limit, 0
     for names in reversed(modules.values()):
         each = sum(_product_bytes(weights[name]) for name in names if name in products)
         for part in range(weights[names[0]].parts or 0):
