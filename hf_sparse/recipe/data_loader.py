@@ -69,7 +69,8 @@ class TextBatches(Sized):
             columns = {**tokens, **self._more(examples, start)}
             count = len(tokens["input_ids"])
             batch = collate([{key: values[place] for key, values in columns.items()} for place in range(count)])
-            yield {key: value.to(self.model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+            device = "cpu" if self.model.device.type == "meta" else self.model.device
+            yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
 
     def _collator(self) -> Any:
         return DataCollatorWithPadding(self.tokenizer)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config.sparsity import COMPRESSIONS, SCORERS, SELECTIONS, GroupConfig, SparsityConfig
 from ..errors import RecipeError
 from ..hf.auto import check_length, default_length, is_causal, load_image_processor, load_tokenizer, load_whole
+from ..hf.conversion.download import fetched
 from ..hf.embedding.module_files import carry_modules
 from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ours
+from ..hf.large.checkpoint import sparsify_checkpoint
+from ..hf.large.device_map import DeviceMap, check_device_map
+from ..hf.large.lazy_model import empty_model
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
 from ..pruning.summary import Summary, summarize
@@ -73,7 +78,8 @@ class CalibrationText:
         check_length(length, model, tokenizer, special=0)
         stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos, ends=not is_causal(model))
         logger.info("%d sequences of %d tokens, %s", self.samples, length, stream.begins)
-        return calibration_batches(stream, self.samples, length, self.seed, model.device)
+        device = "cpu" if model.device.type == "meta" else model.device
+        return calibration_batches(stream, self.samples, length, self.seed, device)
 
 
 def looks_at_inputs(config: GroupConfig) -> bool:
@@ -139,6 +145,46 @@ def prune(
         sparsify(model, config, batches)
     save_model(model, name, output, revision)
     return summarize(model)
+
+
+def prune_files(
+    name: str,
+    group: Mapping[str, Any],
+    output: str | os.PathLike[str],
+    device_map: DeviceMap,
+    revision: str = "main",
+    section: DataSection | None = None,
+    batch: int = 16,
+    text: CalibrationText | None = None,
+) -> str:
+    """Prune a model from file to file, of which one block is in memory at a time (`sparsify_checkpoint`).
+
+    Args:
+        name, group, output, revision, section, batch, text: as of `prune`; data is shown to magnitude too.
+        device_map: as of `sparsify_checkpoint`.
+
+    Returns:
+        What was written, as text.
+
+    Raises:
+        RecipeError, CheckpointError: as `sparsify_checkpoint`, or if there is no data.
+        HubError: if the model cannot be downloaded.
+    """
+    check_device_map(device_map)
+    source = fetched(name, revision)
+    model = empty_model(source)
+    if text is not None and _takes_text(model, text, by_blocks=True, by_loss=False):
+        batches: Any = text.batches(model, load_tokenizer(name, revision))
+    elif section is not None:
+        batches = _examples(model, name, revision, section, batch, by_blocks=True)
+    else:
+        raise RecipeError("a model is pruned from file to file by running each block on data: give some (--data)")
+    manifest = sparsify_checkpoint(source, output, group, list(batches), device_map=device_map)
+    finish_model(model, name, output, revision)
+    kept = [manifest.tensors[key] for key in manifest.targets]
+    sizes = [math.prod(entry.shape) for entry in kept]
+    zeros = 1 - sum(entry.nonzeros for entry in kept) / max(1, sum(sizes))
+    return f"{len(kept)} weights with {sum(sizes):,} entries, of which {zeros:.2%} are zero"
 
 
 def _examples(
@@ -215,6 +261,11 @@ def save_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str]
         name, revision: of the model that it was made of.
     """
     model.save_pretrained(output)
+    finish_model(model, name, output, revision)
+
+
+def finish_model(model: PreTrainedModel, name: str, output: str | os.PathLike[str], revision: str) -> None:
+    """Put beside the weights of a model that was made of another what goes with them, as `save_model`."""
     forget_run(Path(output))
     carry_report(name, output)
     carry_modules(name, output, revision)

@@ -45,8 +45,16 @@ class Prune(Verb):
             "--bos", choices=("auto", "always", "never"), default="auto", help="BOS before each sequence of text (auto)"
         )
 
+        parser.add_argument(
+            "--device-map",
+            type=_devices,
+            metavar="MAP",
+            help="prune from file to file with one block in memory, calibrated on auto, cpu, cuda:1, or by a mapping "
+            "from modules to devices: '{model.layers: 0, \"\": cpu}'",
+        )
+
     def run(self, options: argparse.Namespace) -> None:
-        from ...recipe.prune import SEQUENCES, CalibrationText, prune
+        from ...recipe.prune import SEQUENCES, CalibrationText, prune, prune_files
 
         group = {key: value for key, value in given(options, *GROUP).items() if value is not None}
         output = separate_output(options.model, options.output)
@@ -61,5 +69,15 @@ class Prune(Verb):
             )
             options.samples = EXAMPLES if options.samples is None else options.samples
             section = data_section(options)
-        summary = prune(options.model, group, output, options.revision, section, options.batch, text)
+        if options.device_map is not None:
+            summary: object = prune_files(
+                options.model, group, output, options.device_map, options.revision, section, options.batch, text
+            )
+        else:
+            summary = prune(options.model, group, output, options.revision, section, options.batch, text)
         print(f"{summary}\n\nSaved in {output}")
+
+
+def _devices(text: str) -> Any:
+    """Return a device map: a number is that of an accelerator."""
+    return int(text) if text.isdecimal() else spec(text)

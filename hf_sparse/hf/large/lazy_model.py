@@ -38,6 +38,17 @@ def source_files(folder: Path) -> list[Path]:
     return files
 
 
+def empty_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """Return the model that a folder holds without its values: parameters are on the meta device.
+
+    Buffers that are computed (rotary embeddings) have values at once.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config.architectures, config)._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
 class LazyModel:
     """A model on the meta device with what its first block needs, and blocks that are loaded on request.
 
@@ -51,12 +62,8 @@ class LazyModel:
     """
 
     def __init__(self, folder: Path, shards: Shards, dtype: torch.dtype) -> None:
-        config = AutoConfig.from_pretrained(folder)
         self.shards, self.dtype = shards, dtype
-        # Buffers that are computed (rotary embeddings) have values at once; parameters take no memory.
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = model_class(config.architectures, config)._from_config(config, dtype=dtype)
-        self.model.eval().requires_grad_(False)
+        self.model: Any = empty_model(folder, dtype)
         self._places = names_in_memory(self.model, shards.headers)
         self._keys = {place.name: key for key, place in self._places.items() if not place.converted}
 
