@@ -35,7 +35,7 @@ def check_device_map(device_map: DeviceMap) -> dict[str, torch.device]:
     """Return the device of each name; "" stands for the whole model.
 
     Raises:
-        RecipeError: for what is no device, or not there.
+        RecipeError: for anything but a device, and for one that is not there.
 
     Example:
         >>> check_device_map({"model": "cpu", "lm_head": "cpu"})

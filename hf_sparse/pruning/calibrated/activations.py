@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +14,9 @@ from ...formats.safetensors_io import reading, writing
 from ...utils.atomic_io import replace_file
 
 _KEY = "hidden_states"
-T = TypeVar("T")
 
 
-def moved(value: T, device: torch.device | None) -> T:
+def moved(value: Any, device: torch.device | None) -> Any:
     """Return what a block is called with, or returns, on a device: tensors, also in tuples, lists and dictionaries.
 
     Args:
@@ -26,11 +25,11 @@ def moved(value: T, device: torch.device | None) -> T:
     if device is None:
         return value
     if isinstance(value, Tensor):
-        return value.to(device)  # type: ignore[return-value]
+        return value.to(device)
     if type(value) in (tuple, list):
-        return type(value)(moved(item, device) for item in value)  # type: ignore[attr-defined,call-arg,no-any-return]
+        return type(value)(moved(item, device) for item in value)
     if type(value) is dict:
-        return {key: moved(item, device) for key, item in value.items()}  # type: ignore[return-value]
+        return {key: moved(item, device) for key, item in value.items()}
     return value
 
 
@@ -64,11 +63,13 @@ class Activations:
                 found = load_file(path)
             if list(found) != [_KEY]:
                 raise CheckpointError(f"{path} must hold '{_KEY}', got {sorted(found)}")
-            return moved(found[_KEY], device)
+            read: Tensor = moved(found[_KEY], device)
+            return read
         held = self._held[index]
         if held is None:
             raise CheckpointError(f"there are no hidden states of batch {index}")
-        return moved(held, device)
+        hidden: Tensor = moved(held, device)
+        return hidden
 
     def put(self, index: int, hidden: Tensor) -> None:
         """Keep those of a batch."""

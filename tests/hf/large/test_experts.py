@@ -45,6 +45,14 @@ def save(folder: Path, kind: str, dtype: torch.dtype = torch.float32, tied: bool
     return folder
 
 
+def loaded_whole(folder: Path) -> Any:
+    """Return a model in memory of its own: products with mapped files, which are not aligned, differ in last bits."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def same(a: Any, b: Any) -> None:
     assert a.state_dict().keys() == b.state_dict().keys()
     for key, weight in b.state_dict().items():
@@ -54,7 +62,7 @@ def same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_checkpoint_is_pruned_as_the_model_in_memory_is(tmp_path: Path, kind: str, name: str) -> None:
     source, group = save(tmp_path / "source", kind), {"targets": TARGETS, **GROUPS[name]}
-    expected: Any = AutoModelForCausalLM.from_pretrained(source)
+    expected = loaded_whole(source)
     sparsify(expected, SparsityConfig(**group), mixtures.batches())
     manifest = sparsify_checkpoint(source, tmp_path / "out", group, mixtures.batches(), max_shard_size="20KB")
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -90,7 +98,7 @@ def test_files_hold_the_experts_as_the_source_does(tmp_path: Path) -> None:
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     source = save(tmp_path / "source", "qwen3-moe", tied=True)
     group = {"targets": TARGETS, **GROUPS["wanda"]}
-    expected: Any = AutoModelForCausalLM.from_pretrained(source)
+    expected = loaded_whole(source)
     sparsify(expected, SparsityConfig(**group), mixtures.batches())
     sparsify_checkpoint(source, tmp_path / "out", group, mixtures.batches())
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

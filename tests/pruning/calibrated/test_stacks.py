@@ -60,7 +60,7 @@ def test_each_expert_is_pruned_with_its_own_tokens(kind: str, method: str, caplo
 def test_reconstruction_of_each_expert_fits_its_own_outputs(kind: str) -> None:
     dense = mixtures.build(kind)
     model, plain = copy.deepcopy(dense), copy.deepcopy(dense)
-    group = {"scorer": "magnitude", "sparsity": 0.5, "targets": TARGETS}
+    group: dict[str, Any] = {"scorer": "magnitude", "sparsity": 0.5, "targets": TARGETS}
     errors = {}
     steps = {"name": "cg", "steps": 200, "damping": 0.0}
     config = SparsityConfig(**group, reconstruction=steps)
@@ -132,7 +132,7 @@ def test_experts_without_any_token_are_an_error() -> None:
 
 def test_a_block_of_weights_must_not_lie_in_two_experts() -> None:
     pattern = {"name": "block", "rows": 32, "cols": 4}  # 5 experts of 16 rows
-    group = {"sparsity": 0.5, "targets": ["*.experts.down_proj"], "pattern": pattern}
+    group: dict[str, Any] = {"sparsity": 0.5, "targets": ["*.experts.down_proj"], "pattern": pattern}
     model = mixtures.build("mixtral")
     model.model.layers = model.model.layers[:1]
     with pytest.raises(PatternError, match="down_proj"):
