@@ -28,7 +28,9 @@ X86_KERNELS = {
     "avx512": ("kAvx512", 64, AVX512),
     "avx2": ("kAvx2", 32, ["-mavx2", "-mfma"]),
 }
-INT8_FLAGS = [*AVX512, "-mavx512vnni"]
+X86_INT8 = {"int8_vnni": [*AVX512, "-mavx512vnni"], "int8_avx2": ["-mavx2", "-mfma"]}
+ARM64_INT8 = {"int8_neon": ["-march=armv8.2-a+dotprod"]}
+"""The int8 kernels: a file for each instruction set, which is looked for where they run."""
 
 
 class BuildError(Exception):
@@ -61,7 +63,7 @@ def build(
     compiler = find_compiler()
     machine = (machine or platform.machine()).lower()
     x86, neon = machine in ("x86_64", "amd64"), machine in ("aarch64", "arm64")
-    flags = [*FLAGS, *extra, *(["-DHF_SPARSE_X86"] if x86 else [])]
+    flags = [*FLAGS, *extra, *(["-DHF_SPARSE_X86"] if x86 else ["-DHF_SPARSE_ARM64"] if neon else [])]
     kernels = {"neon" if neon else "portable": ("kPortable", 16, []), **(X86_KERNELS if x86 else {})}
     with tempfile.TemporaryDirectory() as folder:
         objects, commands = [], []
@@ -71,9 +73,10 @@ def build(
             defines.append(f"-DHF_SPARSE_NEON={int(neon)}")
             source = str(SOURCES / "kernels.cpp")
             commands.append([*compiler, *flags, *instructions, *defines, "-c", source, "-o", objects[-1]])
-        if x86:
-            objects.append(f"{folder}/int8.o")
-            commands.append([*compiler, *flags, *INT8_FLAGS, "-c", str(SOURCES / "int8.cpp"), "-o", objects[-1]])
+        for name, instructions in (X86_INT8 if x86 else ARM64_INT8 if neon else {}).items():
+            objects.append(f"{folder}/{name}.o")
+            source = str(SOURCES / f"{name}.cpp")
+            commands.append([*compiler, *flags, *instructions, "-c", source, "-o", objects[-1]])
         _run_all(commands)
         library = f"{folder}/library.so"
         try:

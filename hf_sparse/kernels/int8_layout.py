@@ -1,7 +1,8 @@
 """The packed layout of int8 weights: rows x 1 blocks in fours, each output in steps of its own size.
 
 Group after group of `rows` outputs, every column that holds a nonzero is kept, in fours ("quads", filled with zeros),
-because one instruction multiplies four bytes of inputs by four of weights. An output is its steps times its scale.
+because instructions multiply four bytes of inputs by four of weights. An output is its steps times its scale. The
+layout is the same for all instruction sets.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class PackedInt8(Packed):
         columns: (quads, 4), uint16.
         pointers: (groups + 1,), int32: group g has the quads from [g] to [g + 1].
         scales: (out,), fp32: what a step of an output is worth.
-        offsets: (out,), int32: -128 times the sum of its steps, because the kernels hold inputs plus 128.
+        offsets: (out,), int32: -128 times the sum of its steps, for the kernels that hold inputs plus 128 (VNNI).
 
     Raises:
         BackendError: the tensors do not fit together.

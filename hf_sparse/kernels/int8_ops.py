@@ -3,7 +3,8 @@
 They are those of fp32_ops with weights in int8. What a matmul is given is rounded as it comes: each token to steps of
 its largest feature / 127. So are the input, the output of the heads, the hidden features. Sums are exact in int32;
 queries, keys, values, scores and the layer norm are in fp32. A token with an infinity or NaN comes out as NaN.
-The C++ needs AVX-512 with VNNI; everything else is computed in plain torch, from the same rounded numbers.
+The C++ runs on AVX-512 with VNNI, on AVX2 and on 64-bit ARM with the dot product, and rounds and sums to the same bits
+on each; everything else is computed in plain torch, from the same rounded numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from .operators import define_all
 from .registry import Kernel, Layout, register
 from .types import Int8Weight
 
+NEEDED = "AVX2, or 64-bit ARM with the dot product"
+"""Of a processor, for the C++."""
+
 SHORTEST = 16
 """Tokens from which the C++ attention is used."""
 
@@ -29,7 +33,7 @@ MANY, SHORT = 3, 20
 """So many sequences of less than so many tokens are faster as single matmuls, where they share tiles."""
 
 TILE = 64
-"""Tokens of a tile in the C++."""
+"""Tokens of the widest tile in the C++."""
 
 int8_linear, int8_attention = linear, attention
 int8_ffn_norm, int8_attention_norm = ffn_norm, attention_norm
@@ -41,7 +45,7 @@ def why_not_int8() -> str | None:
     if native() is not None:
         return None
     status = library_status()
-    lacks = "the int8 kernels need AVX-512 with VNNI, and these do not have it here"
+    lacks = f"the int8 kernels need {NEEDED}, and these do not have it here"
     return f"{status.message}; {lacks}" if status.available else status.message
 
 
@@ -120,7 +124,7 @@ register(
         op=OPERATORS["linear"],
         reference=int8_matmul,
         fused=OPERATORS,
-        isas=("avx512vnni",),
+        isas=("avx512vnni", "avx2", "neon"),
         guard=refusal,
         unavailable=why_not_int8,
         heights={1: 1.0, 2: 0.68, 4: 0.6},

@@ -139,7 +139,7 @@ class Library:
 
     Attributes:
         fp32: operators of `Weight`.
-        int8: operators of `Int8Weight`; None where the instruction set has none.
+        int8: operators of `Int8Weight`; None where the instruction set, or this processor, has none.
 
     Raises:
         BackendError: it cannot be loaded, or this processor lacks the instruction set.
@@ -171,15 +171,15 @@ class Library:
         functions = (c.hf_sparse_linear, c.hf_sparse_ffn, c.hf_sparse_attention)
         self.fp32 = NativeOps([partial(function, index) for function in functions], _fp32_structure)
         self.int8: NativeOps | None = None
-        if c.hf_sparse_int8_runs(index):
-            self.int8 = NativeOps(self._declare_int8(), _int8_structure)
+        if c.hf_sparse_has_int8(index):
+            self.int8 = NativeOps([partial(function, index) for function in self._declare_int8()], _int8_structure)
         self._dense = partial(c.hf_sparse_dense, index)
 
     def _declare(self) -> None:
         # A name that is missing means that the library is of another version of the sources.
         self._c.hf_sparse_isa.restype = ctypes.c_char_p
         self._c.hf_sparse_shares.argtypes = []
-        self._c.hf_sparse_int8_runs.argtypes = [ctypes.c_int]
+        self._c.hf_sparse_has_int8.argtypes = [ctypes.c_int]
         functions = (self._c.hf_sparse_linear, self._c.hf_sparse_ffn, self._c.hf_sparse_attention)
         for function, types in zip(functions, _argument_types(_Weight), strict=True):
             function.argtypes = [ctypes.c_int, *types]
@@ -193,7 +193,7 @@ class Library:
     def _declare_int8(self) -> tuple[Callable[..., int], ...]:
         functions = (self._c.hf_sparse_int8_linear, self._c.hf_sparse_int8_ffn, self._c.hf_sparse_int8_attention)
         for function, types in zip(functions, _argument_types(_Int8Weight), strict=True):
-            function.argtypes = types
+            function.argtypes = [ctypes.c_int, *types]
         return functions
 
     def bound(self, name: str, types: Sequence[Any]) -> Callable[..., int]:

@@ -82,7 +82,7 @@ def to_runtime(
     Raises:
         BackendError: if no layer has enough zeros, the model cannot be packed (still masked, quantized, not float32,
             packed already, all of it offloaded or on another device), "cpu" is requested and the kernels are missing,
-            or "cpu-int8" and the processor has no AVX-512 with VNNI.
+            or "cpu-int8" and the processor has neither AVX2 nor the dot product of 64-bit ARM.
 
     Example:
         >>> import torch, hf_sparse

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from hf_sparse.kernels import PackedInt8, library_status, pack, pack_int8
 from hf_sparse.kernels.functional import ffn, linear
 from hf_sparse.kernels.int8_ops import why_not_int8
-from hf_sparse.kernels.library import library
+from hf_sparse.kernels.library import ISA_VARIABLE, library
 from hf_sparse.profiling.timer import interleave, quartiles, ratios
 
 Run = Callable[[], Tensor]
@@ -60,18 +61,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("IN", "OUT"))
-    parser.add_argument("--isa", help="avx512, avx2, portable, neon; the best by default")
+    parser.add_argument("--isa", help="avx512vbmi, avx512, avx2, portable, neon; the best by default")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-ffn", action="store_true")
     parser.add_argument("--int8", action="store_true", help="weights and inputs rounded to int8, in place of fp32")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    native = library()
-    if native is not None and options.isa:
-        if options.isa not in native.isas:
-            parser.error(f"--isa {options.isa}: this processor can do {', '.join(native.isas)}")
-        native.isa = options.isa
+    if options.isa:
+        os.environ[ISA_VARIABLE] = options.isa  # read with the library, which is loaded now
+        if library() is None:
+            parser.error(f"--isa {options.isa}: {library_status().message}")
     if options.int8 and (why := why_not_int8()) is not None:
         parser.error(f"--int8 cannot run here: {why}")
     print(f"{library_status().message}; {options.threads} thread(s), torch {torch.__version__}")

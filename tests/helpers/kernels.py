@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from hf_sparse.kernels import KERNELS, LibraryStatus, library
-from hf_sparse.kernels.library import Library
+from hf_sparse.kernels.library import Library, NativeOps
 from hf_sparse.runtime import convert
 
 NATIVE = library.library()
 WAYS = ["torch", *(NATIVE.isas if NATIVE else [])]
 """In which an operator computes here: plain torch, and each instruction set of the library."""
+
+
+def int8_ways() -> dict[str, NativeOps]:
+    """Return the int8 kernels of each instruction set that has some here."""
+    loaded = {isa: Library(NATIVE.path, isa).int8 for isa in NATIVE.isas} if NATIVE else {}
+    return {isa: native for isa, native in loaded.items() if native is not None}
 
 
 def _returned(reason: str | None) -> str | None:

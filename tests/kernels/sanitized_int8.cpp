@@ -8,11 +8,12 @@
 
 using hf_sparse::Int8Weight;
 using hf_sparse::Norm;
-extern "C" int hf_sparse_int8_runs(int);
-extern "C" int hf_sparse_int8_linear(const Int8Weight*, const float*, float*, int64_t, int32_t, int32_t);
-extern "C" int hf_sparse_int8_ffn(const Int8Weight*, const Int8Weight*, const Int8Weight*, const Norm*, const float*,
+extern "C" int hf_sparse_has_int8(int);
+extern "C" const char* hf_sparse_isa(int);
+extern "C" int hf_sparse_int8_linear(int, const Int8Weight*, const float*, float*, int64_t, int32_t, int32_t);
+extern "C" int hf_sparse_int8_ffn(int, const Int8Weight*, const Int8Weight*, const Int8Weight*, const Norm*, const float*,
                                   float*, int64_t, int32_t, int32_t);
-extern "C" int hf_sparse_int8_attention(const Int8Weight*, const Int8Weight*, const Norm*, const float*, float*,
+extern "C" int hf_sparse_int8_attention(int, const Int8Weight*, const Int8Weight*, const Norm*, const float*, float*,
                                         const float*, int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
 static std::mt19937 random_bits(0);
@@ -42,8 +43,7 @@ struct Packed {
   }
 };
 
-int main() {
-  if (!hf_sparse_int8_runs(0)) return std::puts("no AVX-512 VNNI here: all right"), 0;
+static int check(int isa) {
   for (int rows = 1; rows <= 4; rows *= 2)
     for (int out : {1, 5, 33, 129, 260})
       for (int in : {1, 5, 33, 129, 260})
@@ -54,23 +54,23 @@ int main() {
           Packed down(in, out, rows == 4 ? 1 : rows * 2, percent, hostile);
           std::vector<float> x(size_t(count) * in), y(size_t(count) * out), z(size_t(count) * in);
           for (float& value : x) value = hostile && random_bits() % 9 == 0 ? 1.0f / 0.0f : float(random_bits() % 99);
-          int bad = hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, count % 5, threads);
-          bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, nullptr, x.data(), z.data(), count, 1, threads);
-          bad |= hf_sparse_int8_ffn(&first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, 4, threads);
+          int bad = hf_sparse_int8_linear(isa, &first.weight, x.data(), y.data(), count, count % 5, threads);
+          bad |= hf_sparse_int8_ffn(isa, &first.weight, nullptr, &down.weight, nullptr, x.data(), z.data(), count, 1, threads);
+          bad |= hf_sparse_int8_ffn(isa, &first.weight, &second.weight, &down.weight, nullptr, x.data(), z.data(), count, 4, threads);
           const Norm norm{down.bias.data(), count % 2 ? down.bias.data() : nullptr, 1e-5f};
           if (count >= 64 * threads)
-            bad |= hf_sparse_int8_ffn(&first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
+            bad |= hf_sparse_int8_ffn(isa, &first.weight, nullptr, &down.weight, &norm, x.data(), z.data(), count, 1, threads);
           if (bad) return std::puts("a valid weight was refused"), 1;
           if (!first.columns.empty()) {
             uint16_t& column = first.columns[random_bits() % first.columns.size()];
             const uint16_t before = column;
             column = uint16_t(in + random_bits() % (65536 - in));
-            if (!hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, 0, threads))
+            if (!hf_sparse_int8_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
               return std::puts("a hostile column was taken"), 1;
             column = before;
           }
           first.pointers[random_bits() % first.pointers.size()] = int32_t(random_bits() | (1u << 30));
-          if (!hf_sparse_int8_linear(&first.weight, x.data(), y.data(), count, 0, threads))
+          if (!hf_sparse_int8_linear(isa, &first.weight, x.data(), y.data(), count, 0, threads))
             return std::puts("hostile pointers were taken"), 1;
         }
   for (int rows = 1; rows <= 4; rows *= 2)
@@ -87,7 +87,7 @@ int main() {
           for (float& value : x) value = hostile && random_bits() % 9 == 0 ? 1.0f / 0.0f : float(random_bits() % 99);
           const Norm norm{after.bias.data(), count % 2 ? after.bias.data() : nullptr, 1e-5f};
           const auto run = [&](const Packed* output, const Norm* wanted, const float* shown, int64_t step) {
-            return hf_sparse_int8_attention(&qkv.weight, output ? &output->weight : nullptr, wanted, x.data(),
+            return hf_sparse_int8_attention(isa, &qkv.weight, output ? &output->weight : nullptr, wanted, x.data(),
                                             output ? z.data() : y.data(), shown, step, batch, count, heads, 1, threads);
           };
           int bad = run(nullptr, nullptr, nullptr, 0) | run(nullptr, nullptr, mask.data(), int64_t(count) * count);
@@ -97,5 +97,15 @@ int main() {
           broken.pointers[random_bits() % broken.pointers.size()] = int32_t(random_bits() | (1u << 30));
           if (!run(&after, &norm, nullptr, 0)) return std::puts("hostile pointers of an attention were taken"), 1;
         }
+  return 0;
+}
+
+int main() {
+  const char* name;
+  for (int isa = 0; !(name = hf_sparse_isa(isa)) || *name; isa++) {
+    if (!name || !hf_sparse_has_int8(isa)) continue;
+    if (check(isa)) return std::printf("%s\n", name), 1;
+    std::printf("%s\n", name);
+  }
   std::puts("all right");
 }

@@ -160,9 +160,9 @@ def test_what_does_not_fit_is_refused():
         int8.int8_attention_norm(x.detach(), qkv, None, qkv, None, norm, 2)
 
 
-def test_hostile_weights_are_refused():
-    if int8.native() is None:
-        pytest.skip(f"the C++ int8 products do not run here: {int8.why_not_int8()}")
+def test_hostile_weights_are_refused(way):  # noqa: F811
+    if way == "torch":
+        pytest.skip("plain torch reads nothing outside of its tensors")
     for bad in (0, 1):
         weights = [pack_int8(sparse(48, 30, 0.5)), pack_int8(sparse(30, 16, 0.5))]
         weights[bad].pointers[2] = 10**6

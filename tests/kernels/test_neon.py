@@ -17,4 +17,6 @@ def test_neon_computes_what_it_should_in_an_emulator():
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "neon: at most" in done.stdout
-    assert done.stdout.count("all right") == 2
+    assert "neon: int8 bit by bit" in done.stdout
+    assert "neon: no int8 kernels" in done.stdout
+    assert done.stdout.count("all right") == 5

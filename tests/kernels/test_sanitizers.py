@@ -9,7 +9,7 @@ import pytest
 
 from hf_sparse.kernels.build import BuildError, build, find_compiler
 
-DRIVERS = ("sanitized.cpp", "sanitized_int8.cpp")
+DRIVERS = ("sanitized.cpp", "sanitized_int8.cpp", "exact_int8.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 

@@ -95,9 +95,9 @@ def test_auto_never_chooses_it_however_slow_the_exact_kernels_are(tmp_path: Any)
 
 
 def test_processors_that_cannot_refuse_in_words_and_leave_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, int8="no VNNI in this test")
+    pretend(monkeypatch, int8="no AVX2 in this test")
     model = sparse("bert")
-    with pytest.raises(BackendError, match="no VNNI in this test"):
+    with pytest.raises(BackendError, match="no AVX2 in this test"):
         to_runtime(model, "cpu-int8")
     assert not runtime.is_runtime(model)
 

@@ -25,10 +25,16 @@ bool runs_here(const Kernels* kernels) {
   return kernels == &kPortable;
 }
 
+}  // namespace
+
+const Kernels* kernels_here(int isa) { return isa >= 0 && isa < kCount && runs_here(kAll[isa]) ? kAll[isa] : nullptr; }
+
+namespace {
+
 // Values past the last row that its last word and a register may read.
 constexpr int64_t kSlack = 256;
 
-bool is_usable(int isa) { return isa >= 0 && isa < kCount && runs_here(kAll[isa]); }
+bool is_usable(int isa) { return kernels_here(isa) != nullptr; }
 
 // Pointers that run backwards or past the blocks would read outside; columns cannot (see padded_inputs).
 bool is_valid(const Weight& w) {

@@ -25,6 +25,10 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace hf_sparse {
+
+// The kernels at this index, best first; null where this processor lacks the instruction set. Defined in dispatch.cpp.
+const Kernels* kernels_here(int isa);
+
 namespace {
 
 enum Result : int { kOk, kBadWeight, kNoMemory, kBadArgument };

@@ -1,14 +1,17 @@
-// The int8 matmuls for AVX-512 with VNNI, whose one instruction multiplies 64 bytes and adds them up in fours. The four
+// The int8 kernels for AVX-512 with VNNI, whose one instruction multiplies 64 bytes and adds them up in fours. The four
 // columns of a quad lie anywhere; their bytes are interleaved on the way into the registers, once for all rows of a block.
-#include "int8.h"
-
 #include <immintrin.h>
 
+#include "int8.h"
+#include "kernels.h"
+
 namespace hf_sparse {
-namespace int8 {
 namespace {
 
 #define INLINE static inline __attribute__((always_inline))
+
+// Tokens in a narrow tile; the others have kInt8Tile.
+constexpr int kNarrowTile = 16;
 
 // A token with smaller numbers counts as zeros: 127 divided by less could be infinite.
 constexpr float kZero = 1e-30f;
@@ -212,7 +215,9 @@ void gemm_of_rows(const Int8Weight& w, const uint8_t* in, const float* steps, fl
   return gemm<4, kVecs>(w, in, steps, out, first, last);
 }
 
-}  // namespace
+int width(int tokens) { return tokens <= kNarrowTile ? kNarrowTile : kInt8Tile; }
+int attention_width(int64_t) { return kInt8Tile; }
+int64_t input_bytes(int64_t features, int tile) { return features * tile; }
 
 bool all_below(const uint16_t* columns, int64_t count, int32_t limit) {
   if (limit > 65535) return true;
@@ -225,18 +230,18 @@ bool all_below(const uint16_t* columns, int64_t count, int32_t limit) {
 }
 
 void quantize_rows(const float* x, int64_t stride, int tokens, int64_t features, int tile, uint8_t* out, float* steps) {
-  tile == kInt8NarrowTile ? quantize_rows_of<1>(x, stride, tokens, features, out, steps)
-                   : quantize_rows_of<4>(x, stride, tokens, features, out, steps);
+  tile == kNarrowTile ? quantize_rows_of<1>(x, stride, tokens, features, out, steps)
+                      : quantize_rows_of<4>(x, stride, tokens, features, out, steps);
 }
 
 void quantize_tile(const float* in, int64_t features, int tile, uint8_t* out, float* steps) {
-  tile == kInt8NarrowTile ? quantize_tile_of<1>(in, features, out, steps) : quantize_tile_of<4>(in, features, out, steps);
+  tile == kNarrowTile ? quantize_tile_of<1>(in, features, out, steps) : quantize_tile_of<4>(in, features, out, steps);
 }
 
 void matmul(const Int8Weight& w, const uint8_t* in, int tile, const float* steps, float* out, int64_t first,
-             int64_t last) {
-  tile == kInt8NarrowTile ? gemm_of_rows<1>(w, in, steps, out, first, last)
-                          : gemm_of_rows<4>(w, in, steps, out, first, last);
+            int64_t last) {
+  tile == kNarrowTile ? gemm_of_rows<1>(w, in, steps, out, first, last)
+                      : gemm_of_rows<4>(w, in, steps, out, first, last);
 }
 
 void store_rows(const float* in, int tile, int64_t features, int tokens, float* y, int64_t stride) {
@@ -247,5 +252,9 @@ void store_rows(const float* in, int tile, int64_t features, int tokens, float* 
     }
 }
 
-}  // namespace int8
+}  // namespace
+
+extern const Int8Kernels kInt8Vnni = {&kAvx512,      width,         attention_width, input_bytes, all_below,
+                                      quantize_rows, quantize_tile, matmul,          store_rows};
+
 }  // namespace hf_sparse
