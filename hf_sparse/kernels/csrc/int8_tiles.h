@@ -58,6 +58,18 @@ void scale_of(int32_t largest, float* inverse, float* step) {
   *step = nonzero ? size / 127.0f : finite ? 0.0f : __builtin_nanf("");
 }
 
+// The bits of the largest size: as integers they are ordered like the sizes, and compared in vectors.
+int32_t largest_size(const float* x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t j = 0; j < count; j++) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + j, 4);
+    bits &= kAllButSign;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
 // kVecs vectors of tokens of each feature, `stride` floats apart, as bytes.
 template <int kVecs>
 void round_features(const float* from, int64_t stride, int64_t features, const float* inverse, uint8_t* to) {
@@ -76,31 +88,47 @@ void round_features(const float* from, int64_t stride, int64_t features, const f
   }
 }
 
-void round_part(const float* from, int64_t stride, int tokens, int64_t features, const float* inverse, uint8_t* to) {
+template <int kVecs>
+void largest_sizes(const float* from, int64_t stride, int64_t features, int32_t* out) {
+  Ints largest[kVecs] = {};
+  for (int64_t j = 0; j < features; j++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; v++) {
+      Ints bits;
+      __builtin_memcpy(&bits, from + j * stride + v * kTokens, sizeof(Ints));
+      bits &= kAllButSign;
+      largest[v] = bits > largest[v] ? bits : largest[v];
+    }
+  __builtin_memcpy(out, largest, sizeof(largest));
+}
+
+// Call use(Vecs<n>()) for the vectors that so many tokens of a part fill.
+template <int kVecs>
+struct Vecs {
+  static constexpr int kCount = kVecs;
+};
+template <typename Use>
+void with_vecs(int tokens, const Use& use) {
   switch (tokens / kTokens) {
     case 1:
-      return round_features<1>(from, stride, features, inverse, to);
+      return use(Vecs<1>());
     case 2:
-      return round_features<2>(from, stride, features, inverse, to);
+      return use(Vecs<2>());
     case 3:
-      return round_features<3>(from, stride, features, inverse, to);
+      return use(Vecs<3>());
     default:
-      return round_features<4>(from, stride, features, inverse, to);
+      return use(Vecs<4>());
   }
+}
+
+void round_part(const float* from, int64_t stride, int tokens, int64_t features, const float* inverse, uint8_t* to) {
+  with_vecs(tokens, [&](auto vecs) { round_features<decltype(vecs)::kCount>(from, stride, features, inverse, to); });
 }
 
 void quantize_rows(const float* x, int64_t stride, int tokens, int64_t features, int tile, uint8_t* out, float* steps) {
   float inverse[kInt8Tile];
-  for (int i = 0; i < tile; i++) {
-    int32_t largest = 0;
-    for (int64_t j = 0; i < tokens && j < features; j++) {
-      int32_t bits;
-      __builtin_memcpy(&bits, x + i * stride + j, 4);
-      bits &= kAllButSign;
-      largest = bits > largest ? bits : largest;
-    }
-    scale_of(largest, inverse + i, steps + i);
-  }
+  for (int i = 0; i < tile; i++)
+    scale_of(i < tokens ? largest_size(x + i * stride, features) : 0, inverse + i, steps + i);
   constexpr int64_t kFeatures = 64;
   alignas(64) float transposed[kFeatures * kPartTokens];
   for (int t = 0; t < tile; t += kPartTokens) {
@@ -114,19 +142,14 @@ void quantize_rows(const float* x, int64_t stride, int tokens, int64_t features,
 }
 
 void quantize_tile(const float* in, int64_t features, int tile, uint8_t* out, float* steps) {
-  float inverse[kInt8Tile];
-  for (int t = 0; t < tile; t += kTokens) {
-    Ints largest = {};
-    for (int64_t j = 0; j < features; j++) {
-      Ints bits;
-      __builtin_memcpy(&bits, in + j * tile + t, sizeof(Ints));
-      bits &= kAllButSign;
-      largest = bits > largest ? bits : largest;
-    }
-    for (int i = 0; i < kTokens; i++) scale_of(largest[i], inverse + t + i, steps + t + i);
+  for (int t = 0; t < tile; t += kPartTokens) {
+    const int tokens = at_most(tile - t, kPartTokens);
+    int32_t largest[kPartTokens];
+    float inverse[kPartTokens];
+    with_vecs(tokens, [&](auto vecs) { largest_sizes<decltype(vecs)::kCount>(in + t, tile, features, largest); });
+    for (int i = 0; i < tokens; i++) scale_of(largest[i], inverse + i, steps + t + i);
+    round_part(in + t, tile, tokens, features, inverse, out + t * features);
   }
-  for (int t = 0; t < tile; t += kPartTokens)
-    round_part(in + t, tile, at_most(tile - t, kPartTokens), features, inverse + t, out + t * features);
 }
 
 // The micro-kernel: the outputs of each group for vectors kFrom to kFrom + kVecs of one part.
@@ -156,17 +179,12 @@ void matmul_of(const Int8Weight& w, const uint8_t* in, int tile, const float* st
                int64_t last) {
   constexpr int kAtOnce = kVecsAtOnce(kRows);
   for (int t = 0; t < tile; t += kPartTokens, in += w.in_features * int64_t(kPartTokens)) {
-    const auto run = [&](auto kernel) { kernel(w, in, tile, steps + t, out + t, first, last); };
-    const int vecs = at_most(tile - t, kPartTokens) / kTokens;
-    if constexpr (kAtOnce == 2) {
-      run(vecs == 1 ? panel<kRows, 0, 1> : panel<kRows, 0, 2>);
-      if (vecs > 2) run(vecs == 3 ? panel<kRows, 2, 1> : panel<kRows, 2, 2>);
-    } else {
-      run(vecs == 1   ? panel<kRows, 0, 1>
-          : vecs == 2 ? panel<kRows, 0, 2>
-          : vecs == 3 ? panel<kRows, 0, 3>
-                      : panel<kRows, 0, 4>);
-    }
+    with_vecs(at_most(tile - t, kPartTokens), [&](auto vecs) {
+      constexpr int kVecs = decltype(vecs)::kCount, kFirst = kVecs < kAtOnce ? kVecs : kAtOnce;
+      panel<kRows, 0, kFirst>(w, in, tile, steps + t, out + t, first, last);
+      if constexpr (kVecs > kFirst)
+        panel<kRows, kFirst, kVecs - kFirst>(w, in, tile, steps + t, out + t, first, last);
+    });
   }
 }
 
