@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_int8.py --isa avx2 avx512vbmi --tokens 8 64 128
 
 One thread, one linear layer, inputs rounded and outputs stored as in a model; interleaved, the median of ratios over
-shapes of MiniLM and BERT-base. Weights and masks are random. Code for AVX2 runs on a processor with AVX-512 too, which is
-not one with AVX2 alone.
+shapes of MiniLM and BERT-base. Weights and masks are random. A processor with more that runs code for AVX2 is not one
+with AVX2 alone.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def gain(native: Library, weight: Tensor, rows: int, tokens: int, rounds: int) -
     assert native.int8 is not None
     exact, rounded = pack(weight, rows), pack_int8(weight, rows)
     fp32, int8 = Weight(*exact.parts, None, rows, out, width), Int8Weight(*rounded.parts, None, rows, out, width)
-    x, ops = torch.randn(tokens, width), (native.fp32, native.int8)
-    expected, found = (each.linear(x, one, "none") for each, one in zip(ops, (fp32, int8), strict=True))
+    x, plain, quantized = torch.randn(tokens, width), native.fp32, native.int8
+    expected, found = plain.linear(x, fp32, "none"), quantized.linear(x, int8, "none")
     error = float((expected - found).norm() / expected.norm())
     if not error < 0.03:
         raise SystemExit(f"the int8 matmul is wrong: relative error {error:.1e}")
-    runs = {"fp32": lambda: ops[0].linear(x, fp32, "none"), "int8": lambda: ops[1].linear(x, int8, "none")}
+    runs = {"fp32": lambda: plain.linear(x, fp32, "none"), "int8": lambda: quantized.linear(x, int8, "none")}
     return statistics.median(ratios(interleave(runs, rounds, warmup=1), "fp32", "int8"))
 
 

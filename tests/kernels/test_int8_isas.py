@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_sparse.kernels import int8_ops, pack_int8
 from hf_sparse.kernels.int8_layout import MAX_INPUTS, ROWS
 from hf_sparse.kernels.library import Library, NativeOps
+from hf_sparse.kernels.types import Int8Weight
 from tests.helpers.kernels import NATIVE, int8_ways, sparse
 from tests.kernels.test_int8_ops import whole
 
@@ -140,4 +141,4 @@ def test_the_switch_of_instruction_sets_chooses_the_int8_kernels_too() -> None:
     for native in WAYS.values():
         packed = pack_int8(weight, 4)
         arguments = (*packed.parts, None, packed.rows, 8, 30)
-        assert torch.equal(native.linear(x, int8_ops.Int8Weight(*arguments), "none"), exact)
+        assert torch.equal(native.linear(x, Int8Weight(*arguments), "none"), exact)
