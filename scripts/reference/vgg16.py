@@ -233,12 +233,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def variants(
-    folder: Path, calibration: list[dict[str, Tensor]] | None, methods: str = ""
+    folder: Path, calibration: list[dict[str, Tensor]] | None, methods: str = "", seed: int = 0
 ) -> Iterator[tuple[str, Any, float]]:
     """Yield the dense model and pruned copies: name, model, and by how much compacting has changed the logits.
 
     Args:
         calibration: for Taylor scores; None = without those.
+        methods: what the names of those begin with.
+        seed: of random scores.
     """
     dense: Any = VGGForImageClassification.from_pretrained(folder)
     yield "dense", dense.eval(), 0.0
@@ -246,6 +248,8 @@ def variants(
     for name, config in METHODS.items():
         if not name.startswith(methods):
             continue
+        if config.get("scorer") == "random":
+            config = {**config, "scorer": {"name": "random", "seed": seed}}
         taylor = config.get("scorer") == "taylor"
         if taylor and calibration is None:
             continue
@@ -265,11 +269,13 @@ def measure(arguments: argparse.Namespace) -> None:
     seen, classes = images(arguments.data, "train")
     calibration = [{"pixel_values": seen[:200], "labels": classes[:200]}]
     rows = []
-    for name, model, error in variants(arguments.folder, calibration, arguments.methods):
+    for name, model, error in variants(arguments.folder, calibration, arguments.methods, arguments.seed):
         right, size = accuracy(model, pixels, labels), stored_bytes(model)
         rows.append({"method": name, "accuracy": right, "bytes": size, "masked_to_compacted": error})
         print(rows[-1], flush=True)
-    (arguments.folder / "measured.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (arguments.output or arguments.folder / "measured.json").write_text(
+        json.dumps(rows, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def compare_times(arguments: argparse.Namespace) -> None:
@@ -325,6 +331,8 @@ def main() -> None:
     parser.add_argument("--features", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", default="", help="of those whose name begins with this")
+    parser.add_argument("--seed", type=int, default=0, help="of random scores")
+    parser.add_argument("--output", type=Path, help="file of what is measured, instead of measured.json in the folder")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
