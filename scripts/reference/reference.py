@@ -180,8 +180,9 @@ def _found() -> dict[str, Path]:
 
 
 def with_sparsity(section: Mapping[str, Any], sparsity: float) -> dict[str, Any]:
-    """Return a sparsity section with the sparsity in all its groups; an n:m pattern says its own."""
+    """Return a sparsity section with the sparsity in all its groups; an n:m pattern and a compression say their own."""
     if "groups" in section:
         return {**section, "groups": [with_sparsity(group, sparsity) for group in section["groups"]]}
     pattern = section.get("pattern", "element")
-    return {**section} if isinstance(pattern, str) and ":" in pattern else {**section, "sparsity": sparsity}
+    fixed = "compress" in section or (isinstance(pattern, str) and ":" in pattern)
+    return {**section} if fixed else {**section, "sparsity": sparsity}

@@ -28,7 +28,7 @@ from hf_sparse import SparsityError
 from hf_sparse.analysis.benchmark import bench
 from hf_sparse.analysis.results import Method, Result, add_results, read_results
 from hf_sparse.errors import CheckpointError, RecipeError
-from hf_sparse.formats.inspection import inspect
+from hf_sparse.formats.inspection import Inspection, inspect
 from hf_sparse.hf.hub.model_card import read_recipe
 from hf_sparse.recipe.prune import compact_saved
 from hf_sparse.recipe.recipe import Recipe
@@ -98,7 +98,6 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
     except (OSError, ValueError, KeyError, CheckpointError) as error:
         raise RecipeError(f"{folder} must hold a finished run: {error}") from error
     named = {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
-    weights = found.weights if entry.sparsity else ()
     small = inspect(folder / "compact") if entry.compact else None
     settings = read_recipe(folder / "recipe.yaml")
     settings["model"]["name"] = machine.plan["models"][entry.model]
@@ -111,13 +110,21 @@ def result_of(machine: Machine, entry: Entry, seed: int, folder: Path) -> Result
         seed=seed,
         metrics={key: value for key, value in named.items() if key not in METRICS_LEFT_OUT},
         steps=steps,
-        reached=1 - sum(w.nonzeros for w in weights) / sum(w.parameters for w in weights) if weights else 0.0,
+        reached=_reached(found) if entry.sparsity else 0.0,
         bytes=sum(found.files.values()),
         compact_bytes=None if small is None else sum(small.files.values()),
         settings=_short(settings),
         note=f"starts from the model of {entry.after}" if entry.after else None,
         baseline=entry.baseline,
     )
+
+
+def _reached(found: Inspection) -> float:
+    """Return the part of the values of the targeted weights that is zero, or that a smaller form does without."""
+    forms = [group for group in found.layers if group.parameters < group.entries]
+    if forms:
+        return 1 - sum(group.nonzeros for group in forms) / sum(group.entries for group in forms)
+    return 1 - sum(w.nonzeros for w in found.weights) / sum(w.parameters for w in found.weights)
 
 
 def measure(machine: Machine, entry: Entry, seed: int, results: Path) -> Iterator[str]:

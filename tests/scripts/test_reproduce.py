@@ -10,7 +10,9 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
+from transformers import BertForSequenceClassification
 
 from hf_sparse import RecipeError
 from hf_sparse.analysis.results import read_results, write_results
@@ -65,7 +67,8 @@ def test_plan_names_each_result_once_and_every_recipe_of_it_is_one(data: Path, t
         recipe = machine.load(entry, 1)
         assert recipe.seed == 1
         asked = {group.sparsity for group in recipe.sparsity.groups} if recipe.sparsity else {0.0}
-        assert asked == ({None} if ":" in entry.method else {entry.sparsity})
+        own = ":" in entry.method or entry.method == "low rank"  # says itself how much is left
+        assert asked == ({None} if own else {entry.sparsity})
         assert entry.needs is None or entry.needs in machine.entries
         assert (recipe.distillation is None) == (entry.teacher is None)
 
@@ -78,6 +81,8 @@ def test_plan_names_each_result_once_and_every_recipe_of_it_is_one(data: Path, t
         ("sst2-movement-97", "sst2_movement", 0.97),
         ("sst2-soft-movement-97", "sst2_soft_movement", 0.97),
         ("sst2-heads-and-neurons-50", "sst2_heads_neurons", 0.5),
+        ("sst2-rigl-90", "sst2_rigl", 0.9),
+        ("sst2-low-rank-88-7", "sst2_low_rank", 0.887),
     ],
 )
 def test_plan_says_the_same_as_the_recipe_of_that_method(
@@ -186,3 +191,15 @@ def test_recipe_that_was_written_in_part_is_no_finished_run(tmp_path: Path) -> N
     for text in ("", "model: {name", "model: {name: a, shape: round}\n"):
         (tmp_path / "recipe.yaml").write_text(text)
         assert not reproduce._finished(tmp_path, Recipe.from_dict({"model": "m", "data": {"name": "d"}}))
+
+
+def test_low_rank_reaches_the_part_of_the_values_that_it_leaves_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_bert(tmp_path / "bert")
+    one = "sparsity={compress: {name: low_rank, rank: 1, weighted: false}}"
+    assert command(tmp_path, data, monkeypatch, "sst2-low-rank-88-7", "--seeds", "0", "--set", one) == 0
+    (result,) = read_results(tmp_path / "r.json")
+    layers = BertForSequenceClassification.from_pretrained(tmp_path / "bert").bert.encoder.layer
+    shapes = [layer.weight.shape for layer in layers.modules() if isinstance(layer, torch.nn.Linear)]
+    assert result.reached == pytest.approx(1 - sum(a + b for a, b in shapes) / sum(a * b for a, b in shapes))

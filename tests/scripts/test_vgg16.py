@@ -19,7 +19,7 @@ from hf_sparse.recipe.prune import compact_saved
 from hf_sparse.recipe.recipe import Recipe
 from hf_sparse.recipe.train import run
 from hf_sparse.utils.strict_yaml import read_yaml
-from scripts.reference import vgg16
+from scripts.reference import vgg16, vgg16_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAYERS = [8, "M", 8, "M"]
@@ -42,7 +42,7 @@ def files(tmp_path: Path) -> Path:
         table = {"image": rows, "label": [number % 10 for number in range(count)]}
         datasets.Dataset.from_dict(table).to_parquet(data / f"{split}.parquet")
     (features / "config.json").write_text(json.dumps({"cfg": LAYERS}))
-    state = vgg16.VGG(LAYERS, 4, 10).features.state_dict()
+    state = vgg16_model.VGG(LAYERS, 4, 10).features.state_dict()
     save_file({f"features.{key}": tensor.half() for key, tensor in state.items()}, features / "model.safetensors")
     options = {"data": data, "features": features, "folder": tmp_path / "models" / "vgg16-cifar10"}
     vgg16.fit(argparse.Namespace(**options, seeds=[0], epochs=1, hidden=4))
@@ -64,7 +64,7 @@ def recipe(files: Path, name: str) -> Recipe:
 
 def test_processor_prepares_images_as_the_classifier_was_fitted(files: Path) -> None:
     folder = files / "data" / "cifar10-6k"
-    pixels, _ = vgg16.images(folder, "validation")
+    pixels, _ = vgg16_model.images(folder, "validation")
     column = datasets.load_dataset("parquet", data_files=str(folder / "validation.parquet"), split="train")[:]["image"]
     raw = [Image.open(io.BytesIO(each["bytes"])).convert("RGB") for each in column]
     made = AutoImageProcessor.from_pretrained(files / "models" / "vgg16-cifar10-0")(raw, return_tensors="pt")
@@ -73,7 +73,8 @@ def test_processor_prepares_images_as_the_classifier_was_fitted(files: Path) -> 
 
 def test_recipes_run_and_their_results_are_collected(files: Path) -> None:
     # Half of the filters of both convolutions: half of 216 weights, 3/4 of 576, half of the 32 that read the last ones.
-    for name, zeros in (("vgg16_dense", 0.0), ("vgg16_element_80", 0.8), ("vgg16_filters_taylor", 556 / 824)):
+    asked = {"vgg16_dense": 0.0, "vgg16_element_80": 0.8, "vgg16_stripes": 0.47, "vgg16_filters_taylor": 556 / 824}
+    for name, zeros in asked.items():
         done = run(recipe(files, name))
         assert 0 <= done.metrics["eval_accuracy"] <= 1
         assert name == "vgg16_dense" or done.summary.sparsity == pytest.approx(zeros, abs=0.01)
@@ -81,7 +82,7 @@ def test_recipes_run_and_their_results_are_collected(files: Path) -> None:
     assert (files / "runs/small/preprocessor_config.json").is_file()
     rows = vgg16.collect(sorted((files / "runs").glob("*")))
     found = {row["run"]: row for row in rows}
-    dense = vgg16.VGGForImageClassification(vgg16.VGGConfig(LAYERS, 4, num_labels=10)).num_parameters()
+    dense = vgg16_model.VGGForImageClassification(vgg16_model.VGGConfig(LAYERS, 4, num_labels=10)).num_parameters()
     assert found["vgg16_dense"]["parameters"] == dense
     assert found["small"]["parameters"] < found["vgg16_filters_taylor"]["parameters"] == dense
     assert found["small"]["zeros"] == found["vgg16_dense"]["zeros"] == 0.0
@@ -91,7 +92,7 @@ def test_recipes_run_and_their_results_are_collected(files: Path) -> None:
 
 def test_recipes_differ_in_their_sparsity_alone() -> None:
     paths = sorted(RECIPES.glob("vgg16_*.yaml"))
-    assert len(paths) == 6
+    assert len(paths) == 7
     shared = []
     for path in paths:
         plain = read_yaml(path)
