@@ -1,6 +1,6 @@
 """A hash table as a codec beside those of the format: stored bits for each nonzero, and whether decoding is exact.
 
-    python scripts/benchmarks/bench_hash_codec.py [--rows 768] [--columns 3072]
+    python scripts/benchmarks/bench_hash_codec.py [--rows 768] [--columns 3072] [--output FILE]
 
 The table is a quotient filter that is exact (Bender et al. 2012, with the whole remainder, after an invertible hash of
 the position): m slots of a remainder and three flags each, filled to 95 % at most. A membership test reads a few slots;
@@ -10,13 +10,17 @@ the other codecs have to be decoded. No exact store of a random mask goes below 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_sparse.formats.codecs import decode, encode
 from hf_sparse.formats.codecs.base import Array
+from hf_sparse.utils.atomic_io import write_text
 
 FULL = 0.95
 CODECS = ("bitmask", "deflate", "csr", "gap")
@@ -74,11 +78,13 @@ class HashTable:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=768)
     parser.add_argument("--columns", type=int, default=3072)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    written: list[dict[str, Any]] = []
     total = options.rows * options.columns
     print(f"{options.rows} x {options.columns}, random masks: bits for each nonzero beside its value")
     print(f"| zeros | entropy | hash table | {' | '.join(CODECS)} | smallest |")
@@ -102,6 +108,11 @@ def main() -> None:
         best = min(found, key=lambda name: found[name])
         cells = " | ".join(f"{value:.2f}" for value in found.values())
         print(f"| {100 * zeros:g} % | {entropy:.2f} | {cells} | {best} |", flush=True)
+        written.append({"zeros": zeros, "entropy": entropy, **found})
+    if options.output:
+        what = "bits for each nonzero beside its value, random mask (seed 0)"
+        result = {"metric": what, "shape": [options.rows, options.columns], "rows": written}
+        write_text(options.output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

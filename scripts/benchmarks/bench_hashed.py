@@ -1,7 +1,7 @@
 """HashedLinear on MNIST beside networks of the same size, and the time and memory of the layer.
 
     python scripts/benchmarks/bench_hashed.py accuracy mnist5k.npz [--ratio 0.125] [--seeds 0 1 2] [--output FILE]
-    python scripts/benchmarks/bench_hashed.py speed
+    python scripts/benchmarks/bench_hashed.py speed [--rows 1 50 128 512 2048] [--output FILE]
 
 `accuracy` trains 784-1000-10 networks from scratch: dense, with hashed layers (`ratio` of the parameters), and networks
 with at most as many parameters: dense with fewer hidden units, low rank, and a random fixed mask (Chen et al. 2015,
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -25,12 +24,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_sparse.modeling.forms import HashedLinear, LowRankLinear
+from hf_sparse.profiling.machine import machine
 from hf_sparse.profiling.timer import interleave
 from hf_sparse.utils.atomic_io import write_text
 
 INPUTS, HIDDEN, OUTPUTS = 784, 1000, 10
 EPOCHS, BATCH = 15, 100
 RATES = (3e-4, 1e-3, 3e-3)
+ROUNDS = 15
 
 
 class FixedMask(nn.Module):
@@ -157,23 +158,26 @@ def passes(layer: nn.Module, x: Tensor, above: Tensor) -> None:
     layer(x).backward(above)
 
 
-def speed() -> None:
-    """Time forward and backward of one layer, all three gradients, and print the numbers that autograd keeps."""
+def speed(options: argparse.Namespace) -> None:
+    """Time forward and backward of one layer, all three gradients."""
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, one thread, fp32, 1/8 of the values")
+    print(f"{machine()}, fp32, 1/8 of the values")
     print("| layer | rows | dense ms | hashed ms | ratio |\n|---|---|---|---|---|")
+    found: list[dict[str, Any]] = []
     for inputs, outputs in ((784, 1000), (768, 768), (768, 3072), (3072, 768)):
-        for rows in (50, 128, 512, 2048):
+        for rows in options.rows:
             x, above = torch.randn(rows, inputs, requires_grad=True), torch.randn(rows, outputs)
             dense, hashed = nn.Linear(inputs, outputs), HashedLinear(inputs, outputs, inputs * outputs // 8)
             runs = {"dense": partial(passes, dense, x, above), "hashed": partial(passes, hashed, x, above)}
-            seconds = interleave(runs, 15, warmup=1, inference=False)
-            times = [statistics.median(each) for each in seconds.values()]
-            print(
-                f"| {inputs} x {outputs} | {rows} | {1e3 * times[0]:.2f} | {1e3 * times[1]:.2f} | "
-                f"{times[1] / times[0]:.2f} |",
-                flush=True,
-            )
+            seconds = interleave(runs, ROUNDS, warmup=1, inference=False)
+            times = [1e3 * statistics.median(each) for each in seconds.values()]
+            ratio = times[1] / times[0]
+            print(f"| {inputs} x {outputs} | {rows} | {times[0]:.2f} | {times[1]:.2f} | {ratio:.2f} |", flush=True)
+            layer = {"inputs": inputs, "outputs": outputs, "rows": rows}
+            found.append({**layer, "dense_ms": times[0], "hashed_ms": times[1], "ratio": ratio})
+    if options.output:
+        setting = {"machine": machine(), "dtype": "float32", "ratio": 1 / 8, "rounds": ROUNDS}
+        write_text(options.output, json.dumps({**setting, "rows": found}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -186,12 +190,13 @@ def main() -> None:
     one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     one.add_argument("--networks", nargs="+", help="names of rows; without it, all of them")
     one.add_argument("--output", type=Path)
-    verbs.add_parser("speed")
+    one.set_defaults(run=accuracy)
+    two = verbs.add_parser("speed")
+    two.add_argument("--rows", type=int, nargs="+", default=[1, 50, 128, 512, 2048])
+    two.add_argument("--output", type=Path)
+    two.set_defaults(run=speed)
     options = parser.parse_args()
-    if options.verb == "speed":
-        speed()
-    else:
-        accuracy(options)
+    options.run(options)
 
 
 if __name__ == "__main__":
