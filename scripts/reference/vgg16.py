@@ -141,13 +141,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def variants(
-    folder: Path, calibration: list[dict[str, Tensor]] | None, methods: str = "", seed: int = 0
+    folder: Path, calibration: list[dict[str, Tensor]] | None, methods: tuple[str, ...] = ("",), seed: int = 0
 ) -> Iterator[tuple[str, Any, float]]:
     """Yield the dense model and pruned copies: name, model, and by how much compacting has changed the logits.
 
     Args:
         calibration: for Taylor scores; None = without those.
-        methods: what the names of those begin with.
+        methods: what the names of the copies begin with.
         seed: of random scores.
     """
     dense: Any = VGGForImageClassification.from_pretrained(folder)
@@ -177,7 +177,7 @@ def measure(arguments: argparse.Namespace) -> None:
     seen, classes = images(arguments.data, "train")
     calibration = [{"pixel_values": seen[:200], "labels": classes[:200]}]
     rows = []
-    for name, model, error in variants(arguments.folder, calibration, arguments.methods, arguments.seed):
+    for name, model, error in variants(arguments.folder, calibration, tuple(arguments.methods), arguments.seed):
         right, size = accuracy(model, pixels, labels), stored_bytes(model)
         rows.append({"method": name, "accuracy": right, "bytes": size, "masked_to_compacted": error})
         print(rows[-1], flush=True)
@@ -192,7 +192,7 @@ def write(arguments: argparse.Namespace, name: str, found: dict[str, Any]) -> No
 
 def compare_times(arguments: argparse.Namespace) -> None:
     """Write times and multiply-accumulates of the pruned copies beside those of the dense model."""
-    made = list(variants(arguments.folder, None, arguments.methods))
+    made = list(variants(arguments.folder, None, tuple(arguments.methods)))
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     for _, model, _ in made:
         model.to(memory_format=layout)
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--features", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", default="", help="of those whose name begins with this")
+    parser.add_argument("--methods", nargs="+", default=[""], help="those whose name begins with one of these")
     parser.add_argument("--seed", type=int, default=0, help="of random scores")
     parser.add_argument("--output", type=Path, help="file of the results, instead of one in the folder of the model")
     parser.add_argument("--channels-last", action="store_true")
