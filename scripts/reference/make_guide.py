@@ -8,11 +8,13 @@ The same results give the same bytes.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,6 +36,8 @@ TITLES = {
     "g2p": "CMUdict: words in phonemes, by a T5",
 }
 NOT_MEASURED = "not measured"
+ROWS = {"experts.json": "scripts/reference/experts.py", "vgg16_oneshot.json": "scripts/reference/vgg16.py measure"}
+"""Files of rows in recipes/reference, and what writes them."""
 REMARKS = {
     "rte": "Evaluated on 277 examples: the standard error is 0.03, so no difference below is significant. "
     "Here, 'after dense' means after a dense run on MRPC.\n\n",
@@ -43,10 +47,11 @@ REMARKS = {
 def guide(results: Sequence[Result]) -> str:
     """Return the guide.
 
-    The template may contain `{{NAME}}` (mean of the main metric), `{{table NAME ...}}`, `{{claims}}` and `{{tasks}}`.
+    The template may contain `{{NAME}}` (mean of the main metric), `{{table NAME ...}}`, `{{rows FILE COLUMN ...}}`,
+    `{{claims}}` and `{{tasks}}`.
 
     Raises:
-        RecipeError: if the template names a result that is neither measured nor planned.
+        RecipeError: if the template names a result that is neither measured nor planned, or an unknown file of rows.
     """
     known, planned = by_name(results), {entry.name for entry in read_plan()[1]}
 
@@ -63,9 +68,34 @@ def guide(results: Sequence[Result]) -> str:
             return "\n\n".join(section(results, task) for task in TITLES)
         if what == "table":
             return result_table({name: runs_called(name) for name in names}, results)
+        if what == "rows":
+            return rows_table(*names)
         return mean(runs_called(what))
 
     return re.sub(r"{{(.+?)}}", filled, TEMPLATE.read_text(encoding="utf-8"))
+
+
+def rows_table(name: str, *columns: str) -> str:
+    """Return a table of columns of a file of rows; lists are values of one seed each.
+
+    Raises:
+        RecipeError: if it is not known what writes such a file.
+    """
+    if name not in ROWS:
+        raise RecipeError(f"rows of the guide must be in {', '.join(ROWS)}, got '{name}'")
+    path = ROOT / "recipes" / "reference" / name
+    if not path.is_file():
+        return f"{NOT_MEASURED.capitalize()}: `{ROWS[name]}`."
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return table(columns, [tuple(_cell(row[column]) for column in columns) for row in rows])
+
+
+def _cell(found: Any) -> str:
+    if isinstance(found, list):
+        return f"{statistics.mean(found):.3f}" + (f" [{min(found):.3f}, {max(found):.3f}]" if len(found) > 1 else "")
+    if isinstance(found, float):
+        return f"{found:.3f}"
+    return f"{found:,}" if isinstance(found, int) else str(found)
 
 
 def mean(runs: Sequence[Result], metric: str | None = None) -> str:

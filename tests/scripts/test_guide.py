@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,20 @@ def test_guide_that_names_no_result_is_refused(tmp_path: Path, monkeypatch: pyte
         make_guide.guide([])
     (tmp_path / "t.md").write_text("{{sst2-magnitude-50}}")
     assert make_guide.guide([]) == "not measured"
+
+
+def test_rows_are_those_of_a_file_with_the_range_of_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes" / "reference").mkdir(parents=True)
+    monkeypatch.setattr(make_guide, "ROOT", tmp_path)
+    (tmp_path / "t.md").write_text("{{rows experts.json method bytes bits}}")
+    monkeypatch.setattr(make_guide, "TEMPLATE", tmp_path / "t.md")
+    assert make_guide.guide([]) == "Not measured: `scripts/reference/experts.py`."
+    rows = [{"method": "a", "bytes": 1000, "bits": [2.0, 3.0]}, {"method": "b", "bytes": 1, "bits": 1.25}]
+    (tmp_path / "recipes" / "reference" / "experts.json").write_text(json.dumps({"rows": rows}))
+    assert make_guide.guide([]).splitlines()[2:] == ["| a | 1,000 | 2.500 [2.000, 3.000] |", "| b | 1 | 1.250 |"]
+    (tmp_path / "t.md").write_text("{{rows other.json method}}")
+    with pytest.raises(RecipeError, match=r"must be in experts\.json, .* got 'other\.json'"):
+        make_guide.guide([])
 
 
 def test_tables_have_the_number_of_seeds_and_the_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
