@@ -31,7 +31,9 @@ def sparsify(
 
     Scorers that look at the inputs of layers (wanda, sparsegpt), selection "owl" and a reconstruction go block by
     block: each is calibrated, pruned, and run again with its pruned weights before the next. Their batches need no
-    labels; padding does not count.
+    labels; padding does not count. Each of the experts that transformers stacks in one tensor (`targets: "*.experts"`)
+    is a weight of its own, calibrated with the tokens that the router sends to it; without any, it is pruned by
+    magnitude, and named in a warning.
 
     Args:
         model: any module with linear layers; a model of transformers saves packed from then on.
@@ -129,7 +131,9 @@ def _check_left(pruner: Pruner, alive: Mapping[str, Tensor]) -> None:
             continue
         units = [unit for unit in group.units if unit.name in alive]
         kept = [kept_count(unit.groups, group.sparsity_at(1.0)) for unit in units]
-        _refuse_more(group, alive, sum(kept))
+        # Each row, or each block of columns of SparseGPT, keeps a whole number of groups, rounded down.
+        rounded = [unit.pattern.groups_shape(unit.members[0].shape)[0] for unit in units]
+        _refuse_more(group, alive, sum(kept) - sum(rounded))
 
 
 def _alive_before(pruner: Pruner) -> dict[str, Tensor]:

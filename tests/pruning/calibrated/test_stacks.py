@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from hf_sparse import PatternError, RecipeError, SparsityConfig, SparsityError, sparsify
-from hf_sparse.modeling.layer_kinds import Slot
+from hf_sparse.modeling.layer_kinds import Slot, kind_of
 from hf_sparse.modeling.layer_matching import match_weights
 from hf_sparse.pruning.calibrated import stacks
 from hf_sparse.pruning.calibrated.outliers import outlier_shares
@@ -158,3 +160,38 @@ def test_padding_of_experts_that_all_tokens_share_does_not_count() -> None:
     sparsify(padded, group, [{"input_ids": left, "attention_mask": mask}])
     for key, weight in plain.state_dict().items():
         assert torch.equal(padded.state_dict()[key], weight), key
+
+
+@pytest.mark.parametrize(("scorer", "sparsity"), [("wanda", 0.55), ("sparsegpt", 0.57)])
+def test_the_same_request_again_changes_no_zero(scorer: str, sparsity: float) -> None:
+    """Though each row keeps a whole number of entries, and so fewer than the request says."""
+    model = mixtures.build("mixtral")
+    config = SparsityConfig(scorer=scorer, sparsity=sparsity, targets=["*_proj", *TARGETS])
+    sparsify(model, config, mixtures.batches())
+    zeros = {key: weight == 0 for key, weight in model.state_dict().items()}
+    sparsify(model, config, mixtures.batches())
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight == 0, zeros[key]), key
+    with pytest.raises(RecipeError, match="removed weights cannot be restored"):
+        sparsify(model, SparsityConfig(scorer=scorer, sparsity=0.3, targets=TARGETS), mixtures.batches())
+
+
+def test_experts_without_a_gate_have_what_their_activation_makes_of_their_tokens() -> None:
+    config = NemotronHConfig(hidden_size=8, n_routed_experts=4, moe_intermediate_size=6, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts: Any = NemotronHExperts(config)
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    x, chosen, share = torch.randn(7, 8), torch.stack([torch.randperm(4)[:2] for _ in range(7)]), torch.rand(7, 2)
+    kind = kind_of(experts)
+    assert kind is not None
+    with torch.no_grad():
+        computed = torch.zeros(7, 8)
+        for name, expert, rows in kind.part_inputs(experts, (x, chosen, share), {}, range(4), lambda hidden: None):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            if name == "up_proj":
+                assert torch.equal(rows, x[token])
+            else:
+                computed[token] += rows @ experts.down_proj[expert].T * share[token, place, None]
+        torch.testing.assert_close(computed, experts(x, chosen, share))
