@@ -9,8 +9,7 @@ nonzero, 20.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BackendError
-from .library import Library, checked, library, readable, why_not_built
+from .library import library, why_not_built
+from .native_bits import NativeBits
 from .op_table import WeightFormat
 from .operators import define_all, without_rows
 from .registry import Kernel, Layout, register
@@ -204,13 +204,6 @@ def unpack(values: Tensor, bits: Tensor, pointers: Tensor, out_features: int, in
     return unpack_rows(values, bits, pointers, in_features)
 
 
-@cache
-def bound_function(loaded: Library, name: str, structure: type[ctypes.Structure]) -> Callable[..., int]:
-    """Return the C function of this name, as `call` calls it."""
-    pointer = ctypes.c_void_p
-    return loaded.bound(name, [ctypes.POINTER(structure), pointer, pointer, ctypes.c_int64, ctypes.c_int32])
-
-
 def _check(weight: BitmaskWeight) -> None:
     values, bits, pointers, _, out_features, in_features = weight
     shapes = (bits.shape == (out_features, -(-in_features // WORD)), pointers.shape == (out_features + 1,))
@@ -223,39 +216,20 @@ def _check(weight: BitmaskWeight) -> None:
         )
 
 
-def is_native(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether a C++ kernel reads these: an input in float32, and all of them on the CPU."""
-    return x.dtype == torch.float32 and all(part is None or part.is_cpu for part in (x, *others))
-
-
-def call(function: Callable[..., int], structure: ctypes.Structure, x: Tensor, out_features: int) -> Tensor:
-    """Return what a C function of a weight in bits makes of an input.
-
-    Raises:
-        BackendError: with what the result of the function says.
-    """
-    x = readable(x)
-    y = x.new_empty((*x.shape[:-1], out_features))
-    tokens, threads = x.shape[:-1].numel(), torch.get_num_threads()
-    return checked(function(structure, x.data_ptr(), y.data_ptr(), tokens, threads), y)
+_native = NativeBits(
+    "hf_sparse_bitmask", _Bitmask, lambda: library(), lambda values: (int(values.dtype == torch.bfloat16),)
+)
 
 
 def _matmul(x: Tensor, weight: BitmaskWeight) -> Tensor:
+    if (native := _native(x, weight)) is not None:
+        return native
     values, bits, pointers, bias, out_features, in_features = weight
-    loaded = library()
-    if loaded is None or not is_native(x, values, bits, pointers, bias):
-        dense = unpack(values, bits, pointers, out_features, in_features).to(x)
-        return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    values, bits, pointers = values.contiguous(), bits.contiguous(), pointers.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    structure = _Bitmask(
-        *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(values.numel(), out_features, in_features, values.dtype == torch.bfloat16),
-    )
-    return call(bound_function(loaded, "hf_sparse_bitmask", _Bitmask), structure, x, out_features)
+    dense = unpack(values, bits, pointers, out_features, in_features).to(x)
+    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
-bitmask_linear = define_all(WeightFormat("bitmask", BitmaskWeight, _matmul, _check))["linear"]
+bitmask_linear = define_all(WeightFormat("bitmask", BitmaskWeight, _matmul, _check, _native.of_known))["linear"]
 
 
 def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> Tensor:
@@ -267,6 +241,11 @@ def _check_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_fea
     check_bits(parts, in_features, -(-in_features // WORD))
 
 
+def _joins(weights: Sequence[Tensor]) -> bool:
+    """Return whether each stays in its type, and its outputs in the groups of four that C++ adds up together."""
+    return all(weight.shape[0] % 4 == 0 for weight in weights) and len({is_bfloat16(each) for each in weights}) == 1
+
+
 register(
     Kernel(
         name="bitmask",
@@ -275,5 +254,6 @@ register(
         isas=("avx512vbmi", "avx512", "avx2", "neon", "portable"),
         unavailable=why_not_built,
         few_tokens=True,
+        joins=_joins,
     )
 )

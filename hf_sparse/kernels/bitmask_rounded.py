@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import BackendError
 from ..modeling.value_grid import GRIDS, NOTHING, ValueGrid
-from .bitmask import WORD, Store, bound_function, call, check_bits, is_native, ones, pack_rows
+from .bitmask import WORD, Store, check_bits, ones, pack_rows
 from .int8_layout import STEPS, refusal
-from .library import Library, library, why_not_built
+from .library import library, why_not_built
+from .native_bits import NativeBits
 from .op_table import WeightFormat
 from .operators import define_all, without_rows
 from .registry import Kernel, Layout, register
@@ -126,20 +127,6 @@ def check_parts(weight: RoundedWeight, grid: ValueGrid, dtypes: Sequence[torch.d
         )
 
 
-def native_matmul(loaded: Library | None, name: str, x: Tensor, weight: RoundedWeight) -> Tensor | None:
-    """Return what the C function of this name computes, or None where it cannot."""
-    values, bits, pointers, scales, bias, out_features, in_features = weight
-    if loaded is None or not is_native(x, values, bits, pointers, scales, bias):
-        return None
-    values, bits, pointers, scales = values.contiguous(), bits.contiguous(), pointers.contiguous(), scales.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    structure = RoundedStructure(
-        *(values.data_ptr(), bits.data_ptr(), pointers.data_ptr(), scales.data_ptr()),
-        *(None if bias is None else bias.data_ptr(), values.numel(), out_features, in_features),
-    )
-    return call(bound_function(loaded, name, RoundedStructure), structure, x, out_features)
-
-
 def register_rounded(
     name: str,
     grid: ValueGrid,
@@ -159,14 +146,14 @@ def register_rounded(
         sizes: see `check_bits`.
     """
     module = name.replace("-", "_")
+    native = NativeBits(f"hf_sparse_{module}", RoundedStructure, lambda: library())
 
     def check(weight: RoundedWeight) -> None:
         check_parts(weight, grid, dtypes, f"hf_sparse.kernels.{module}.pack")
 
     def product(x: Tensor, weight: RoundedWeight) -> Tensor:
-        native = native_matmul(library(), f"hf_sparse_{module}", x, weight)
-        if native is not None:
-            return native
+        if (found := native(x, weight)) is not None:
+            return found
         values, bits, pointers, scales, bias, out_features, in_features = weight
         return matmul(x, unpack(values, bits, pointers, scales, out_features, in_features).to(x), bias)
 
@@ -176,7 +163,7 @@ def register_rounded(
     def check_file(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features: int) -> None:
         check_bits(parts, in_features, words_of(in_features), sizes)
 
-    linear: Any = define_all(WeightFormat(module, RoundedWeight, product, check))["linear"]
+    linear: Any = define_all(WeightFormat(module, RoundedWeight, product, check, native.of_known))["linear"]
     register(
         Kernel(
             name=name,
@@ -193,6 +180,7 @@ def register_rounded(
             unavailable=why_not_built,
             error=grid.error,
             few_tokens=True,
+            joins=lambda weights: True,  # an output is that of its own row
             lm_head=lm_head,
         )
     )

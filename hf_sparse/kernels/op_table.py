@@ -109,12 +109,14 @@ class WeightFormat(Generic[W]):
             bias last, and integers that describe them.
         matmul: computes `x @ weight.T + bias`.
         check: refuses a weight whose tensors do not fit together, by their shapes and types alone.
+        known: computes with a weight that was checked before, from the arguments after x; None = it was not.
     """
 
     prefix: str
     weight: type[W]
     matmul: Callable[[Tensor, W], Tensor]
     check: Callable[[W], None] = lambda weight: None
+    known: Callable[[Tensor, tuple[Any, ...]], Tensor | None] = lambda x, arguments: None
 
     ops: ClassVar[tuple[OpSpec, ...]] = OPS[:1]
     size_type: ClassVar[str] = "SymInt"

@@ -81,8 +81,7 @@ def without_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return what `Kernel.op` calls, of an operator whose weights have no block height."""
 
     def op(x: Tensor, *arguments: Any) -> Tensor:
-        *parts, _, out_features, in_features = arguments
-        return operator(x, *parts, out_features, in_features)
+        return operator(x, *arguments[:-3], *arguments[-2:])
 
     return op
 
@@ -116,7 +115,11 @@ def _reader(spec: OpSpec, form: WeightFormat[Any]) -> Callable[[tuple[Any, ...]]
 
 
 def _forward_run(form: WeightFormat[W], read: Callable[..., Any]) -> Callable[..., Tensor]:
+    known = form.known
+
     def run(x: Tensor, *arguments: Any) -> Tensor:
+        if (found := known(x, arguments)) is not None:
+            return found
         weights, norm, activation = read(arguments)
         _check(form, x, weights, norm, activation)
         return form.forward(x, weights, activation, norm)

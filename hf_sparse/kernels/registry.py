@@ -7,7 +7,7 @@ tests (tests/contracts/test_kernels.py) run over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,8 @@ class Kernel:
             the weight is kept exactly.
         few_tokens: whether it is for a model that generates, a few tokens at a time: "auto" tries it there beside the
             preferred kernel, and the LM head is packed for it too.
+        joins: weights with the same input -> whether packing them as one gains, and changes no output; None = never.
+            Kernels with fused operators pack query, key and value as one anyway.
         lm_head: the kernel that the LM head is packed for instead; None = this one.
         suits: weight -> the block height to try it with, or why that cannot be worth it; None = `choose_rows`.
         module: makes a layer of its own from an `nn.Linear` and the height; for kernels that are not `PackedLinear`.
@@ -97,6 +99,7 @@ class Kernel:
     heights: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     error: float = 0.0
     few_tokens: bool = False
+    joins: Callable[[Sequence[Tensor]], bool] | None = None
     lm_head: str | None = None
     suits: Callable[[Tensor], int | str] | None = None
     module: Callable[[nn.Linear, int], nn.Module] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,8 +18,11 @@ from .lazy_weights import materialize
 from .packed_linear import become_packed
 from .packed_weight import Packed, RoundingErrors
 
-Form = Literal["linear", "ffn", "qkv"]
-"""A layer alone; a whole feed-forward sub-block; query, key and value as one matmul."""
+Form = Literal["linear", "ffn", "qkv", "gate_up"]
+"""A layer alone; a whole feed-forward sub-block; query, key and value as one matmul; gate and up as one."""
+
+JOINT = ("qkv", "gate_up")
+"""Forms whose layers have one packed weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +31,8 @@ class PackCandidate:
 
     Attributes:
         kernel: name of the kernel.
-        packed: one per layer; of "qkv" one for all.
-        block: the sub-block of "ffn" and "qkv".
+        packed: one per layer; of the `JOINT` forms one for all.
+        block: the sub-block of all forms but "linear".
         activation: of "ffn", as the operators name it.
         dense_up_to: token count up to which a call computes with the dense weights, which are kept for it.
     """
@@ -51,14 +54,14 @@ class PackCandidate:
     @property
     def head_size(self) -> int | None:
         """Width of the heads of an attention whose heads are computed in the same operator; else None."""
-        if self.form != "qkv" or self.block is None or fused_attention.fusion_of(self.block) is None:
+        if self.form != "qkv" or self.block is None or not KERNELS[self.kernel].fused:
             return None
-        return self.block.size
+        return None if fused_attention.fusion_of(self.block) is None else self.block.size
 
     def pack(self, layers: Sequence[nn.Linear], keep_dense: bool) -> None:
         """Turn layers with these weights into packed ones, in place."""
-        if self.form == "qkv":
-            become_packed(layers, self.packed[0], keep_dense, self.dense_up_to)
+        if self.form in JOINT:
+            become_packed(layers, self.packed[0], keep_dense, self.dense_up_to, self.form)
             return
         for layer, packed in zip(layers, self.packed, strict=True):
             become_packed([layer], packed, keep_dense, self.dense_up_to)
@@ -67,6 +70,8 @@ class PackCandidate:
         """Let the sub-block of packed layers compute in one operator."""
         if self.block is not None and self.form == "qkv":
             fused_attention.fuse(self.block)
+        elif self.block is not None and self.form == "gate_up":
+            fused_ffn.share_gate(self.block)
         elif self.block is not None and self.form == "ffn":
             fused_ffn.fuse(self.block, self.activation)
 
@@ -87,13 +92,13 @@ class PackCandidate:
             return partial(fused_attention.heads, layers[0], size, size**-0.5, x)
         if self.activation is not None:
             return partial(fused_ffn.multiply, layers, x, self.activation)
-        if self.form == "qkv":
+        if self.form in JOINT:
             return partial(fused_attention.multiply_joint, layers, x)
         return lambda: [layer(x) for layer in layers]
 
     def errors(self) -> dict[str, RoundingErrors]:
         """Measure the errors of rounded matmuls; layers that are one matmul have one error."""
-        if self.form == "qkv":
+        if self.form in JOINT:
             return dict.fromkeys(self.names, self.packed[0].errors(torch.cat([layer.weight for layer in self.layers])))
         parts = zip(self.names, self.layers, self.packed, strict=True)
         return {name: packed.errors(layer.weight) for name, layer, packed in parts}
@@ -136,14 +141,18 @@ class Candidates:
         Lazy weights are materialized here: whoever packs a group before the next one has one of them dense at a time.
         """
         grouped: set[str] = set()
-        for block in known_sub_blocks(self.model) if KERNELS[self.kernel].fused else ():
-            together = self._attention(block) if block.kind == "attention" else self._feed_forward(block)
-            if together is not None:
+        for block in self._blocks():
+            together = self._together(block)
+            if together is not None and grouped.isdisjoint(together.names):
                 grouped.update(together.names)
                 yield CandidateGroup(together, partial(self._split, together))
         for name in self.layers:
             if name not in grouped:
                 yield CandidateGroup(self.single(name), list)
+
+    def of(self, names: Sequence[str]) -> list[CandidateGroup]:
+        """Return the groups of these layers alone."""
+        return list(Candidates(self.model, {name: self.layers[name] for name in names}, self.kernel).groups())
 
     def single(self, name: str) -> PackCandidate:
         """Return the candidate of one layer alone."""
@@ -153,23 +162,45 @@ class Candidates:
         return PackCandidate("linear", self.kernel, (name,), (layer,), (packed,))
 
     def _split(self, together: PackCandidate) -> list[PackCandidate]:
-        if together.form == "qkv":
+        if together.form in JOINT:
             return [self.single(name) for name in together.names]
         parts = zip(together.names, together.layers, together.packed, strict=True)
         return [PackCandidate("linear", self.kernel, (name,), (layer,), (packed,)) for name, layer, packed in parts]
+
+    def _blocks(self) -> Iterable[SubBlock]:
+        kernel = KERNELS[self.kernel]
+        return known_sub_blocks(self.model) if kernel.fused or kernel.joins is not None else ()
+
+    def _together(self, block: SubBlock) -> PackCandidate | None:
+        if block.kind == "attention":
+            return self._attention(block)
+        return self._feed_forward(block) if KERNELS[self.kernel].fused else self._gate_up(block)
+
+    def _joint(self, form: Form, names: tuple[str, ...], block: SubBlock) -> PackCandidate | None:
+        """Return layers with the same input as one matmul, where the kernel gains by that."""
+        layers, joins = tuple(self.layers[name] for name in names), KERNELS[self.kernel].joins
+        if len({layer.bias is None for layer in layers}) > 1 or any_observed(layers):
+            return None
+        materialize(layers)
+        weights = [layer.weight.detach() for layer in layers]
+        if joins is not None and not joins(weights):
+            return None
+        packed = Packed.of(torch.cat(weights), self.kernel)
+        return PackCandidate(form, self.kernel, names, layers, (packed,), block)
+
+    def _gate_up(self, block: SubBlock) -> PackCandidate | None:
+        """Return the gate and what it multiplies as one matmul."""
+        names = tuple(block.inputs)
+        if len(names) < 2 or not all(name in self.layers for name in names) or not fused_ffn.shares_input(block):
+            return None
+        return self._joint("gate_up", names, block)
 
     def _attention(self, block: SubBlock) -> PackCandidate | None:
         """Return query, key and value as one matmul, if they have the same input."""
         names = tuple(block.inputs)
         if len(names) < 3 or block.is_cross_attention or not all(name in self.layers for name in names):
             return None
-        layers = tuple(self.layers[name] for name in names)
-        if len({layer.bias is None for layer in layers}) > 1 or any_observed(layers):
-            return None
-        materialize(layers)
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        packed = Packed.of(weight, self.kernel)
-        return PackCandidate("qkv", self.kernel, names, layers, (packed,), block)
+        return self._joint("qkv", names, block)
 
     def _feed_forward(self, block: SubBlock) -> PackCandidate | None:
         """Return a whole feed-forward sub-block, if an operator computes what it computes."""

@@ -14,15 +14,15 @@ from ..kernels.types import Norm
 from ..modeling.architectures import Attention, AttentionFusion, SubBlock
 from ..modeling.class_swap import Swapped, plain_class_of, swap_class
 from .fused_parts import FusedParts, RuntimeBlock, child
-from .joint import Joint
 from .packed_linear import PackedLinear
 from .residual_norm import FusedEnd
+from .shared_input import SharedInput, SharedParts, share
 
 _NOT_FUSED = ("output_attentions", "encoder_hidden_states", "position_bias", "softcap", "cache", "is_causal")
 """Arguments that the operator does not know; with one of them, attention is computed as before."""
 
 
-class _CoreParts:
+class _CoreParts(SharedParts):
     """What the core of a self-attention computes with.
 
     Args:
@@ -33,30 +33,11 @@ class _CoreParts:
         table, core = block.table, block.core
         assert isinstance(table, Attention)
         first: Any = next(iter(block.inputs.values()))
+        super().__init__(core, [_below(table.core, path) or "" for path in table.inputs], first.joint)
         self.first: PackedLinear = first
-        self.joint: Joint = first.joint
         self.fusion = table.fusion
         self.output_path = _below(table.core, table.output) or ""
-        self.parts = FusedParts(core, [_below(table.core, path) or "" for path in table.inputs])
         self.size = block.size
-
-
-class SharedInput(RuntimeBlock):
-    """The core of a self-attention whose query, key and value are one matmul: the first layer computes for all."""
-
-    instance_attributes = ("fused_core",)
-    fused_core: _CoreParts
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the plain module returns."""
-        core: _CoreParts = self.fused_core
-        if not core.parts.intact():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        held = core.joint.open()
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            held.clear()
 
 
 class FusedSelfAttention(SharedInput):
@@ -70,7 +51,7 @@ class FusedSelfAttention(SharedInput):
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Return what the plain module returns."""
-        core: _CoreParts = self.fused_core
+        core: _CoreParts = self.shared_input
         if core.first.is_short(hidden_states):  # each of the three layers computes for itself
             return super(SharedInput, self).forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if args or not takes(self, core, hidden_states, attention_mask, kwargs):
@@ -105,7 +86,7 @@ class FusedAttentionBlock(RuntimeBlock):
         """Return what the plain module returns."""
         block: _BlockParts = self.fused_block
         module, output = block.core, block.output
-        core: _CoreParts = module.fused_core
+        core: _CoreParts = module.shared_input
         short = core.first.is_short(hidden_states) or output.is_short(hidden_states)
         if not args and not short and block.parts.intact():
             norm = block.end.operand()
@@ -199,11 +180,9 @@ def fuse(block: SubBlock) -> None:
     assert isinstance(table, Attention)
     if not block.is_own(core) or not all(_below(table.core, path) for path in table.inputs):
         return  # a class that is not known may change its input between the three
-    fusion = fusion_of(block)
     parts = _CoreParts(block)
-    swap_class(core, SharedInput if fusion is None else FusedSelfAttention)
-    made: Any = core
-    made.fused_core = parts
+    fusion = fusion_of(block) if KERNELS[parts.first.kernel].fused else None
+    share(core, parts, SharedInput if fusion is None else FusedSelfAttention)
     if fusion is None or fusion.residual is None:
         return
     output, end = block.output, FusedEnd(block, fusion.residual)

@@ -17,6 +17,7 @@ from .fused_parts import FusedParts, RuntimeBlock, child
 from .packed_linear import PackedLinear
 from .packed_weight import Packed
 from .residual_norm import FusedEnd
+from .shared_input import SharedParts, share
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -165,6 +166,20 @@ def activation_of(block: SubBlock) -> str | None:
         out = function(probe.clone())
     # The exact GELU and its approximation by tanh are 5e-4 apart.
     return next((name for name, known in ACTIVATIONS.items() if torch.allclose(out, known(probe), atol=2e-6)), None)
+
+
+def shares_input(block: SubBlock) -> bool:
+    """Return whether `share_gate` may take the layers before the activation of a feed-forward sub-block."""
+    table = block.table
+    known = isinstance(table, FeedForward) and table.fusion is not None and table.fusion.method == "forward"
+    return known and not reads_output_weight(block) and is_fusible(block)
+
+
+def share_gate(block: SubBlock) -> None:
+    """Let a feed-forward sub-block compute its layers before the activation, packed together, as one matmul."""
+    assert isinstance(block.table, FeedForward)
+    first: Any = next(iter(block.inputs.values()))
+    share(block.module, SharedParts(block.module, block.table.inputs, first.joint))
 
 
 def fuse(block: SubBlock, activation: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Several packed layers with the same input (query, key, value): one packed weight, one matmul per input."""
+"""Several packed layers with the same input (query, key, value; gate and up): one packed weight, one matmul."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import KERNELS
 from .packed_weight import Packed
 
 
@@ -32,10 +33,13 @@ class Joint:
     `open()` each layer then computes anew.
 
     Results are kept per thread. Every part is returned once, so that none outlives the forward pass.
+
+    Args:
+        form: of `candidates.JOINT`.
     """
 
-    def __init__(self, layers: Sequence[JointLayer]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[JointLayer], form: str = "qkv") -> None:
+        self.layers, self.form = tuple(layers), form
         self.heights = [layer.out_features for layer in layers]
         self.out_features = sum(self.heights)
         self.traced: dict[str, Any] = {}
@@ -55,7 +59,10 @@ class Joint:
 
     def index(self, layer: JointLayer) -> int:
         """Return which of them a layer is."""
-        return next(number for number, each in enumerate(self.layers) if each is layer)
+        for number, each in enumerate(self.layers):
+            if each is layer:
+                return number
+        raise ValueError("not one of these layers")
 
     def open(self) -> dict[str, Any]:
         """Begin a scope in which nobody changes the input between two layers; `clear()` on what is returned ends it."""
@@ -71,12 +78,19 @@ class Joint:
         if known and (held.get("unchanged") or (version is not None and held["version"] == version)):
             parts = held["parts"]
         else:
-            parts = dict(enumerate(layer.packed.multiply(x, self.bias()).split(self.heights, dim=-1)))
+            parts = dict(enumerate(self._split(layer.packed, x)))
             held["input"], held["version"], held["parts"] = x, version, parts
         out: Tensor = parts.pop(index)
         if not parts or (version is None and not held.get("unchanged")):
             held.clear()
         return out
+
+    def _split(self, packed: Packed, x: Tensor) -> Sequence[Tensor]:
+        parts = packed.multiply(x, self.bias()).split(self.heights, dim=-1)
+        if KERNELS[packed.kernel].fused or torch.compiler.is_compiling():
+            return parts
+        # What follows rounds alike only where numbers lie as those of layers that are packed one by one.
+        return [part.contiguous() for part in parts]
 
     def bias(self) -> Tensor | None:
         """Return the biases of all layers, concatenated."""

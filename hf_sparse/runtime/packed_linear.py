@@ -143,15 +143,18 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 destination[f"{prefix}{name}"] = destination.pop(f"{prefix}{name}")
 
 
-def become_packed(layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool, dense_up_to: int = 0) -> None:
+def become_packed(
+    layers: Sequence[nn.Linear], packed: Packed, keep_dense: bool, dense_up_to: int = 0, form: str = "qkv"
+) -> None:
     """Turn a layer, or several with the same input, into packed ones, in place.
 
     Args:
         packed: their weights, concatenated along the output rows.
         dense_up_to: token count up to which they compute with their dense weights, which are then kept.
+        form: of several layers, see `Joint`.
     """
     weights = [cast(nn.Parameter, layer.weight) for layer in layers]
-    joint = Joint(cast(Any, layers)) if len(layers) > 1 else None  # packed ones in a moment
+    joint = Joint(cast(Any, layers), form) if len(layers) > 1 else None  # packed ones in a moment
     described: list[dict[str, Any]] = [
         {
             "kernel": packed.kernel,

@@ -21,6 +21,9 @@ TOKENS = (17, 65, 200, 1024)
 DECODING_TOKENS = (1, 2, 5, 8)
 """Token counts that are timed in addition for a model that generates: one token of each sequence."""
 
+BETWEEN_TOKENS = (9, 16)
+"""Token counts between those and the others, for the same: where a tile of 16 is filled least, and where it is full."""
+
 SHORT_TOKENS = (1, 2, 4, 8, 15)
 """Token counts that are timed in addition for other models, to find up to which one they compute with dense weights."""
 
@@ -114,11 +117,11 @@ def choose_for_decoding(
     """Return the same as `choose`, of two kernels that which needs less time for a few tokens.
 
     Args:
-        rivals: makes candidates for the other kernel, which packs layers one by one.
+        rivals: makes candidates for the other kernel.
     """
     choice = choose(group, decisions, table, tokens)
     names = group.candidate.names
-    other = _together([choose(CandidateGroup(rivals.single(name), list), decisions, table, tokens) for name in names])
+    other = _together([choose(each, decisions, table, tokens) for each in rivals.of(names)])
     few = [count for count in tokens if count <= DECODING]
     faster = sum(other.seconds[count] for count in few) < sum(choice.seconds[count] for count in few)
     return other if other.packed and faster else choice
@@ -171,7 +174,7 @@ def token_counts(model: nn.Module, tokens: Sequence[int] | None) -> Callable[[Pa
     whole = TokenCounts(TOKENS, SHORT_TOKENS)
     if not generates(model):
         return lambda candidate: whole
-    steps = TokenCounts((*DECODING_TOKENS, *TOKENS))
+    steps = TokenCounts((*DECODING_TOKENS, *BETWEEN_TOKENS, *TOKENS))
     has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder_of: Any = getattr(model, "get_encoder", None) if has_encoder else None
     encoder = set(encoder_of().modules()) if callable(encoder_of) else set()

@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..formats.manifest import is_count
 from ..kernels import KERNELS, library_status
 from ..utils.text import shorten
-from .candidates import Form
+from .candidates import JOINT, Form
 from .packed_weight import EXACT
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SavedUnit:
     Args:
         form: as of `PackCandidate`.
         kernel: its name.
-        layers: their names. Those of "qkv" have one packed weight, under the name of the first.
+        layers: their names. Those of `JOINT` forms have one packed weight, under the name of the first.
         rows: block height of each packed weight.
         exact_rows: that of the exact weight beside the operands of a kernel that rounds; else 0.
         dense_up_to: token count up to which they compute with their dense weights, which are then stored too.
@@ -54,12 +54,12 @@ class SavedUnit:
     def __post_init__(self) -> None:
         _require(self.form in get_args(Form), f"the form of a packed unit must be one of {get_args(Form)}", self.form)
         _require(_is_name(self.kernel), "the kernel of a packed unit must be a name", self.kernel)
-        wanted = {"linear": (1, 1), "ffn": (2, 3), "qkv": (2, _MOST)}[self.form]
+        wanted = {"linear": (1, 1), "ffn": (2, 3), "qkv": (2, _MOST), "gate_up": (2, 2)}[self.form]
         names = self.layers
         good = isinstance(names, tuple) and wanted[0] <= len(names) <= wanted[1] and all(map(_is_name, names))
         _require(good, f"a packed unit '{self.form}' has the names of {wanted[0]} layers or more", names)
         for heights in (self.rows, self.exact_rows):
-            count = 1 if self.form == "qkv" else len(names)
+            count = 1 if self.form in JOINT else len(names)
             good = isinstance(heights, tuple) and len(heights) == count and all(map(is_count, heights))
             _require(good and max(heights) <= _MOST, f"a packed unit has {count} block heights", heights)
         good = is_count(self.dense_up_to) and self.dense_up_to <= _MOST
@@ -68,7 +68,7 @@ class SavedUnit:
     @property
     def owners(self) -> tuple[str, ...]:
         """The layers under whose names packed weights are stored."""
-        return self.layers[:1] if self.form == "qkv" else self.layers
+        return self.layers[:1] if self.form in JOINT else self.layers
 
 
 @dataclasses.dataclass(frozen=True)

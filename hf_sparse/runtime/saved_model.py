@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..modeling.class_swap import plain_class_of
 from ..modeling.layer_matching import InRuntimeForm
 from ..modeling.model_state import sparse_weights
 from . import fused_ffn, lm_head
-from .candidates import Form, PackCandidate
+from .candidates import JOINT, Form, PackCandidate
 from .convert import fuse_all, unfused_blocks
 from .fused_ffn import FusedFeedForward
 from .lm_head import Copy, FewTokenLinear
@@ -40,7 +41,7 @@ def describe(model: nn.Module) -> tuple[SavedRuntime, dict[str, Tensor]]:
     units: list[SavedUnit] = []
     tensors, shared = _own_tensors(model)
     for form, layers in _packed_units(model):
-        packed = [layers[0].packed] if form == "qkv" else [layer.packed for layer in layers]
+        packed = [layers[0].packed] if form in JOINT else [layer.packed for layer in layers]
         heights = tuple(each.rows for each in packed), tuple(each.exact_rows for each in packed)
         if gone := [layer for layer in layers if id(layer) not in names]:
             there = next((names[id(layer)] for layer in layers if id(layer) in names), type(gone[0]).__name__)
@@ -81,7 +82,7 @@ def restore(model: nn.Module, saved: SavedRuntime, read: Read) -> None:
     Raises:
         CheckpointError: if the description or a tensor does not fit the model.
     """
-    blocks = {_layers_of(block): block for block in known_sub_blocks(model)}
+    blocks = {names: block for block in known_sub_blocks(model) for names in _layers_of(block)}
     unfused = unfused_blocks(model)
     candidates = [_candidate(model, unit, blocks, read) for unit in saved.units]
     head = _linear(model, saved.lm_head) if saved.lm_head else None
@@ -129,7 +130,7 @@ def _packed_units(model: nn.Module) -> Iterator[tuple[Form, tuple[PackedLinear, 
             raise BackendError(f"save_runtime got a model whose layer '{name}' is packed for a GPU: it saves for CPUs")
         layers: tuple[PackedLinear, ...] = (module,) if module.joint is None else module.joint.layers  # type: ignore[assignment]
         done.update(map(id, layers))
-        yield "linear" if module.joint is None else "qkv", layers
+        yield "linear" if module.joint is None else cast(Form, module.joint.form), layers
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,8 +190,11 @@ def _copy_keys(head: str, kernel: str) -> list[str]:
     return [f"{head}.few_token_{part}" for part in KERNELS[kernel].layout.parts]
 
 
-def _layers_of(block: SubBlock) -> tuple[str, ...]:
-    return tuple(block.inputs) if block.kind == "attention" else (*block.inputs, block.output_name)
+def _layers_of(block: SubBlock) -> Iterator[tuple[str, ...]]:
+    """Yield the layers of a sub-block that may be packed together."""
+    yield tuple(block.inputs)
+    if block.kind == "feed_forward":
+        yield (*block.inputs, block.output_name)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -208,10 +212,13 @@ def _candidate(
     model: nn.Module, unit: SavedUnit, blocks: Mapping[tuple[str, ...], SubBlock], read: Read
 ) -> PackCandidate:
     layers = tuple(_linear(model, name) for name in unit.layers)
-    block, activation = blocks.get(unit.layers), None
+    block, activation = blocks.get(unit.layers) if unit.form != "linear" else None, None
     if unit.form != "linear":
-        kind = {"qkv": "attention", "ffn": "feed_forward"}[unit.form]
-        if block is None or block.kind != kind or not KERNELS[unit.kernel].fused:
+        kind = {"qkv": "attention", "ffn": "feed_forward", "gate_up": "feed_forward"}[unit.form]
+        kernel = KERNELS[unit.kernel]
+        able = kernel.fused or (unit.form in JOINT and kernel.joins is not None)
+        shared = block is not None and (unit.form != "gate_up" or fused_ffn.shares_input(block))
+        if block is None or block.kind != kind or not able or not shared:
             raise CheckpointError(
                 f"the runtime form computes {', '.join(unit.layers)} together, which this hf_sparse does not know in a "
                 f"{type(model).__name__}: {REMEDY}"
@@ -222,7 +229,7 @@ def _candidate(
                 f"the activation of {', '.join(unit.layers)} is one that no kernel computes: {REMEDY}"
             )
     sizes = [(layer.out_features, layer.in_features) for layer in layers]
-    if unit.form == "qkv":
+    if unit.form in JOINT:
         sizes = [(sum(height for height, _ in sizes), sizes[0][1])]
     described = zip(unit.owners, unit.rows, unit.exact_rows, sizes, strict=True)
     packed = tuple(_packed(unit.kernel, owner, rows, exact, size, read) for owner, rows, exact, size in described)

@@ -1,15 +1,17 @@
 """Decode with pruned causal models in runtime form, beside dense torch and llama.cpp: speed, bytes and perplexity.
 
     python scripts/benchmarks/bench_decode.py DENSE SPARSE [--backends bitmask bitmask-int8=FOLDER bitmask-int4=FOLDER]
-        [--data test.txt] [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1] [--json FILE]
+        [--compile] [--data test.txt] [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1] [--json FILE]
 
 DENSE is the folder of the model, SPARSE of the same model pruned (`hf-sparse prune DENSE --scorer sparsegpt ...`). A
 backend may have a folder of its own: for int8 and int4 the model that was pruned for it, with
 `--scorer "{name: sparsegpt, bits: 4}"`. Engines of torch: the dense model in float32 and in bfloat16, the sparse ones
 in runtime form. Before anything is timed, the logits of the exact forms are compared with those of the sparse model in
-torch. Each engine then generates as many tokens, greedily, from the same prompt. Figures are ratios over the faster
-dense type of torch, round by round: median and quartiles. With --data also the perplexity of each (windows of 512
-tokens, with BOS if the model has one; the same tokens in llama.cpp).
+torch. Each engine then generates as many tokens, greedily, from the same prompt. Figures are ratios over the fastest
+dense engine of torch, round by round: median and quartiles. With --data also the perplexity of each (windows of 512
+tokens, with BOS if the model has one; the same tokens in llama.cpp). With --compile each engine of torch is there a
+second time, dense ones too: its steps in torch.compile, with a static cache. Before those are timed, their logits are
+compared with those of the same model uncompiled, token by token of the prompt.
 
 Bytes of a token are those of all weights that a matmul of one token reads, without those of the cache; of a GGUF file,
 those of the file. What memory can give is measured beside it: the sum of a tensor much larger than the caches.
@@ -125,6 +127,70 @@ def torch_engine(model: Any, ids: Any, tokens: int) -> Callable[[], float]:
     return run
 
 
+class Compiled:
+    """The steps of a model in torch.compile, with a static cache; the prompt is read uncompiled."""
+
+    def __init__(self, model: Any, ids: Any, tokens: int) -> None:
+        import torch
+        from transformers import StaticCache
+
+        self.model, self.ids, self.tokens = model, ids, tokens
+        self.step = torch.compile(model, fullgraph=True)
+        self.cache, self.other = (
+            StaticCache(config=model.config, max_cache_len=ids.shape[1] + tokens + 1) for _ in range(2)
+        )
+
+    def next(self, call: Any, cache: Any, token: Any, place: int) -> Any:
+        """Return the logits after a token."""
+        import torch
+
+        where = torch.tensor([[place]])
+        return call(input_ids=token, position_ids=where, past_key_values=cache, use_cache=True).logits
+
+    def deviation(self) -> float:
+        """Return the largest deviation from the model uncompiled, as a fraction of the largest logit."""
+        import torch
+
+        worst = 0.0
+        with torch.inference_mode():
+            for cache in (self.cache, self.other):
+                cache.reset()
+                self.model(input_ids=self.ids[:, :1], past_key_values=cache, use_cache=True)
+            for place in range(1, self.ids.shape[1]):
+                token = self.ids[:, place : place + 1]
+                exact = self.next(self.model, self.other, token, place)
+                found = self.next(self.step, self.cache, token, place)
+                worst = max(worst, float((found - exact).abs().max() / exact.abs().max()))
+        return worst
+
+    def __call__(self) -> float:
+        import torch
+
+        with torch.inference_mode():
+            self.cache.reset()
+            out = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            for place in range(self.ids.shape[1], self.ids.shape[1] + self.tokens):
+                token = self.next(self.step, self.cache, token, place)[:, -1:].argmax(-1)
+            return (time.perf_counter() - start) / self.tokens
+
+
+def compiled_engines(models: dict[str, Any], known: dict[str, dict[str, Any]], ids: Any, tokens: int) -> dict[str, Any]:
+    """Return the compiled models by name, after a look at their logits."""
+    engines: dict[str, Any] = {}
+    for name, model in models.items():
+        engine = Compiled(model, ids, tokens)
+        off = engine.deviation()
+        exact = not any(kind in name for kind in ("int8", "int4", "bfloat16"))
+        if exact and off > 1e-4:
+            sys.exit(f"{name}, compiled: the logits deviate by {off:.2e} of the largest")
+        engines[f"{name}, compiled"] = engine
+        same = {key: known[name][key] for key in ("bytes_per_token", "perplexity") if key in known[name]}
+        known[f"{name}, compiled"] = same | {"compiled_logit_deviation": off}
+    return engines
+
+
 def bytes_of_a_token(model: Any) -> int:
     """Return the bytes of the weights that the matmuls of one token read."""
     from torch import nn
@@ -207,6 +273,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("sparse")
     parser.add_argument("--backends", nargs="+", default=["bitmask", "bitmask-int8", "bitmask-int4"])
     parser.add_argument("--gguf", nargs="+", metavar="FILE", help="a Python with llama-cpp-python, then files")
+    parser.add_argument("--compile", action="store_true", help="each engine of torch in torch.compile too")
     parser.add_argument("--data", help="text for the perplexity")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
@@ -255,11 +322,13 @@ def main() -> None:
             loss = llama_loss(python, file, options.threads, windows)
             known[f"llama.cpp, {Path(file).name}"]["perplexity"] = math.exp(loss)
     engines: dict[str, Any] = {name: torch_engine(model, ids, options.tokens) for name, model in models.items()}
+    if options.compile:
+        engines |= compiled_engines(models, known, ids, options.tokens)
     for file in files:
         engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(python, file, options.threads, options.tokens)
     memory = memory_rate()
     seconds = in_rounds(engines, options.rounds, warmup=1)
-    best = min((name for name in models if name.startswith("dense")), key=lambda name: quartiles(seconds[name])[1])
+    best = min((name for name in engines if name.startswith("dense")), key=lambda name: quartiles(seconds[name])[1])
     print(
         f"{machine()}, {library_status().isa}, {options.threads} threads, {options.tokens} tokens, {options.rounds} "
         f"rounds; over {best}; memory gives {memory / 1e9:.1f} GB/s"

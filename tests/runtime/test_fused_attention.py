@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hf_sparse import to_dense_runtime, to_runtime
 from hf_sparse.modeling.class_swap import restore
-from hf_sparse.runtime.fused_attention import FusedAttentionBlock, SharedInput
+from hf_sparse.runtime.fused_attention import FusedAttentionBlock
 from hf_sparse.runtime.fused_ffn import FusedFeedForward
+from hf_sparse.runtime.shared_input import SharedInput
 from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse
 from tests.helpers.structures import batch
