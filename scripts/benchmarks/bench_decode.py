@@ -1,7 +1,8 @@
 """Decode with pruned causal models in runtime form, beside dense torch and llama.cpp: speed, bytes and perplexity.
 
     python scripts/benchmarks/bench_decode.py DENSE SPARSE [--backends bitmask bitmask-int8=FOLDER bitmask-int4=FOLDER]
-        [--compile] [--data test.txt] [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1] [--json FILE]
+        [--compile] [--data test.txt] [--gguf PYTHON FILE [FILE ...]] [--tokens 64] [--rounds 7] [--threads 1]
+        [--json FILE]
 
 DENSE is the folder of the model, SPARSE of the same model pruned (`hf-sparse prune DENSE --scorer sparsegpt ...`). A
 backend may have a folder of its own: for int8 and int4 the model that was pruned for it, with
@@ -125,70 +126,6 @@ def torch_engine(model: Any, ids: Any, tokens: int) -> Callable[[], float]:
         return (time.perf_counter() - start) / tokens
 
     return run
-
-
-class Compiled:
-    """The steps of a model in torch.compile, with a static cache; the prompt is read uncompiled."""
-
-    def __init__(self, model: Any, ids: Any, tokens: int) -> None:
-        import torch
-        from transformers import StaticCache
-
-        self.model, self.ids, self.tokens = model, ids, tokens
-        self.step = torch.compile(model, fullgraph=True)
-        self.cache, self.other = (
-            StaticCache(config=model.config, max_cache_len=ids.shape[1] + tokens + 1) for _ in range(2)
-        )
-
-    def next(self, call: Any, cache: Any, token: Any, place: int) -> Any:
-        """Return the logits after a token."""
-        import torch
-
-        where = torch.tensor([[place]])
-        return call(input_ids=token, position_ids=where, past_key_values=cache, use_cache=True).logits
-
-    def deviation(self) -> float:
-        """Return the largest deviation from the model uncompiled, as a fraction of the largest logit."""
-        import torch
-
-        worst = 0.0
-        with torch.inference_mode():
-            for cache in (self.cache, self.other):
-                cache.reset()
-                self.model(input_ids=self.ids[:, :1], past_key_values=cache, use_cache=True)
-            for place in range(1, self.ids.shape[1]):
-                token = self.ids[:, place : place + 1]
-                exact = self.next(self.model, self.other, token, place)
-                found = self.next(self.step, self.cache, token, place)
-                worst = max(worst, float((found - exact).abs().max() / exact.abs().max()))
-        return worst
-
-    def __call__(self) -> float:
-        import torch
-
-        with torch.inference_mode():
-            self.cache.reset()
-            out = self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            start = time.perf_counter()
-            for place in range(self.ids.shape[1], self.ids.shape[1] + self.tokens):
-                token = self.next(self.step, self.cache, token, place)[:, -1:].argmax(-1)
-            return (time.perf_counter() - start) / self.tokens
-
-
-def compiled_engines(models: dict[str, Any], known: dict[str, dict[str, Any]], ids: Any, tokens: int) -> dict[str, Any]:
-    """Return the compiled models by name, after a look at their logits."""
-    engines: dict[str, Any] = {}
-    for name, model in models.items():
-        engine = Compiled(model, ids, tokens)
-        off = engine.deviation()
-        exact = not any(kind in name for kind in ("int8", "int4", "bfloat16"))
-        if exact and off > 1e-4:
-            sys.exit(f"{name}, compiled: the logits deviate by {off:.2e} of the largest")
-        engines[f"{name}, compiled"] = engine
-        same = {key: known[name][key] for key in ("bytes_per_token", "perplexity") if key in known[name]}
-        known[f"{name}, compiled"] = same | {"compiled_logit_deviation": off}
-    return engines
 
 
 def bytes_of_a_token(model: Any) -> int:
@@ -323,6 +260,8 @@ def main() -> None:
             known[f"llama.cpp, {Path(file).name}"]["perplexity"] = math.exp(loss)
     engines: dict[str, Any] = {name: torch_engine(model, ids, options.tokens) for name, model in models.items()}
     if options.compile:
+        from compiled_steps import compiled_engines  # type: ignore[import-not-found]
+
         engines |= compiled_engines(models, known, ids, options.tokens)
     for file in files:
         engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(python, file, options.threads, options.tokens)
