@@ -105,14 +105,27 @@ def block_layers(model: nn.Module) -> dict[str, MatrixLayer]:
 
     Embeddings, poolers, projections between parts of the model and task heads are outside the blocks. A model of
     convolutions, without blocks and without attention, has all of them as default targets. Stacked experts and
-    convolutions beside linear layers are to be named, see `warn_of_missed`.
+    convolutions beside linear layers are to be named, see `warn_of_missed`. Routers of experts are left out: they are
+    small, and decide for every token.
     """
-    every, prefixes = prunable_layers(model), tuple(block_prefixes(model))
-    inside = {name: layer for name, layer in every.items() if name.startswith(prefixes)}
+    every, prefixes, routers = prunable_layers(model), tuple(block_prefixes(model)), _routers(model)
+    inside = {
+        name: layer for name, layer in every.items() if name.startswith(prefixes) and not f"{name}.".startswith(routers)
+    }
     linear = {name: layer for name, layer in inside.items() if is_linear(layer)}
     if linear or prefixes or has_part(model, "Attention", "Attn"):
         return linear or inside
     return {name: layer for name, layer in every.items() if not is_linear(layer)}
+
+
+def _routers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names, with a dot at the end, of what chooses experts or weighs a shared one."""
+    found = []
+    for path, module in model.named_modules():
+        children = module._modules
+        chosen = ("router", "gate", "shared_expert_gate") if "experts" in children else ("router",)
+        found += [f"{path}.{name}." if path else f"{name}." for name in chosen if name in children]
+    return tuple(found)
 
 
 def match_layers(

@@ -14,6 +14,8 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -21,7 +23,7 @@ from transformers import (
 from hf_sparse import PatternError, Pruner, RecipeError, SparsityConfig
 from hf_sparse.modeling.layer_kinds import matrix_shape
 from hf_sparse.modeling.layer_matching import block_layers, match_layers, prunable_layers
-from tests.helpers import tiny
+from tests.helpers import mixtures, tiny
 from tests.helpers.training import bert
 
 T5: dict[str, Any] = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8, "vocab_size": 50}
@@ -166,3 +168,15 @@ def test_pattern_that_does_not_divide_a_shape_is_an_error_and_leaves_the_model(p
     with pytest.raises(PatternError, match=message):
         Pruner(model, SparsityConfig(**config))
     assert type(model.bert.encoder.layer[0].output.dense) is torch.nn.Linear
+
+
+def test_routers_of_experts_are_no_default_targets() -> None:
+    found = block_layers(mixtures.build("qwen2-moe"))
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in found
+    assert not [name for name in found if name.endswith(("shared_expert_gate", "mlp.gate"))]
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+    switch = SwitchTransformersModel(SwitchTransformersConfig(**sizes))
+    routers = [name for name, module in switch.named_modules() if ".router" in name and isinstance(module, nn.Linear)]
+    assert routers
+    assert not set(routers) & set(block_layers(switch))
+    assert any(name.endswith(".SelfAttention.q") for name in block_layers(switch))
