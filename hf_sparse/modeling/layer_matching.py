@@ -200,7 +200,7 @@ def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
             f"the targeted layers have {coverage.share:.1%} of the weights in the blocks of {type(model).__name__}. "
             f"These are not among the default targets, and stay dense: {coverage.describe_missed()}. The requested "
             "sparsity is that of the targeted layers. Stacked experts and convolutions are pruned where `targets` "
-            "names them, as in targets: ['*.experts.*']"
+            "names them beside the other layers, as in targets: ['*_proj', '*.experts']"
         )
 
 

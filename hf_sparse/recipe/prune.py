@@ -27,6 +27,7 @@ from ..hf.hub.model_card import BEFORE_COMPACTION, CARD, MEASURED, forget, is_ou
 from ..hf.large.checkpoint import sparsify_checkpoint
 from ..hf.large.device_map import DeviceMap, check_device_map
 from ..hf.large.lazy_model import empty_model
+from ..hf.large.work_folder import NAME as WORK
 from ..pruning.compaction import compact
 from ..pruning.oneshot import sparsify
 from ..pruning.summary import Summary, summarize
@@ -128,9 +129,11 @@ def prune(
             scorers that look at the inputs of layers of any encoder.
 
     Raises:
-        RecipeError: if model or data cannot be loaded, or the model cannot be pruned as requested.
+        RecipeError: if model or data cannot be loaded, the model cannot be pruned as requested, or the folder holds an
+            interrupted run from file to file.
     """
     config = SparsityConfig(**group)
+    _refuse_interrupted(Path(output))
     model = load_whole(name, revision)
     by_blocks = looks_at_inputs(config.groups[0])
     by_loss = SCORERS.build(config.groups[0].scorer).source in ("gradients", "heads")
@@ -145,6 +148,15 @@ def prune(
         sparsify(model, config, batches)
     save_model(model, name, output, revision)
     return summarize(model)
+
+
+def _refuse_interrupted(output: Path) -> None:
+    """Refuse a folder with a run from file to file that is not finished, and would go on over what is written now."""
+    if (output / WORK).exists():
+        raise RecipeError(
+            f"{output} holds an interrupted run of `prune --device-map` or sparsify_checkpoint: repeat it to go on, or "
+            f"remove {output / WORK}, or choose another folder"
+        )
 
 
 def prune_files(

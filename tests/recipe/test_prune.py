@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file as load_plain
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_sparse import SparsityConfig, sparsify
+from hf_sparse import RecipeError, SparsityConfig, sparsify
 from hf_sparse.cli.main import main
 from hf_sparse.hf.auto import load_tokenizer
-from hf_sparse.recipe.prune import CalibrationText
+from hf_sparse.recipe.prune import CalibrationText, prune
 from hf_sparse.recipe.texts import TokenStream
 from tests.helpers import oneshot, tiny
 
@@ -128,3 +128,10 @@ def test_length_is_what_both_model_and_tokenizer_take(tmp_path: Path) -> None:
     for stated, expected in ((10**30, 64), (48, 48)):
         tokenizer.model_max_length = stated
         assert CalibrationText(str(data), samples=1).batches(llama, tokenizer)[0]["input_ids"].shape == (1, expected)
+
+
+def test_an_interrupted_run_from_file_to_file_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "out" / ".pruning").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="interrupted run"):
+        prune("no-such-model", {"sparsity": 0.5}, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".pruning"]
