@@ -26,7 +26,9 @@ typedef int32_t Ints __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 
 INLINE Ints round(Floats x, Floats inverse) {
-  return Ints(_mm256_cvtps_epi32(_mm256_fmadd_ps(x, inverse, _mm256_set1_ps(128.0f)))) - 128;
+  // Wraps around where a token is not finite, whose step is NaN.
+  const __m256i above = _mm256_cvtps_epi32(_mm256_fmadd_ps(x, inverse, _mm256_set1_ps(128.0f)));
+  return Ints(_mm256_sub_epi32(above, _mm256_set1_epi32(128)));
 }
 
 // Token 8 v + 4 l + k comes to 16 l + 4 v + k, so that unpacking within 128 bits leaves tokens in order.

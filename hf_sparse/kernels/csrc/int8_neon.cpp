@@ -19,7 +19,9 @@ typedef int32_t Ints __attribute__((vector_size(16)));
 typedef float Floats __attribute__((vector_size(16)));
 
 INLINE Ints round(Floats x, Floats inverse) {
-  return Ints(vcvtnq_s32_f32(vfmaq_f32(vdupq_n_f32(128.0f), float32x4_t(x), float32x4_t(inverse)))) - 128;
+  // Wraps around where a token is not finite, whose step is NaN.
+  const int32x4_t above = vcvtnq_s32_f32(vfmaq_f32(vdupq_n_f32(128.0f), float32x4_t(x), float32x4_t(inverse)));
+  return Ints(vsubq_s32(above, vdupq_n_s32(128)));
 }
 
 INLINE void pack(const Ints (&steps)[4], uint8_t* out) {
