@@ -2,7 +2,7 @@
 // saturates sums of two at 16 bits; here one factor is a size and the other has taken its sign, so that two products are at
 // most 2 * 127 * 127, which fits. Beside it inputs as int16, multiplied in pairs, were tried: the same multiplications, but
 // twice the bytes to load for each. Equal for 4 rows a block where the inputs are in the first cache, behind by up to two
-// fifths for 1 and 2 rows and where they are not. Whole layers are 1.05 to 1.25 times as fast as in fp32 (bench_int8.py).
+// fifths for 1 and 2 rows and where they are not. Whole layers gain less over fp32 (bench_int8.py).
 //
 // Google Highway, which has such products for every processor, was considered again: what is left to write without it are
 // the hundred lines below and fewer in int8_neon.cpp, and it would be the first dependency of the build.
