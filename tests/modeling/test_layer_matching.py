@@ -174,7 +174,15 @@ def test_routers_of_experts_are_no_default_targets() -> None:
     found = block_layers(mixtures.build("qwen2-moe"))
     assert "model.layers.0.mlp.shared_expert.gate_proj" in found
     assert not [name for name in found if name.endswith(("shared_expert_gate", "mlp.gate"))]
-    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 16,
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_experts": 2,
+    }
     switch = SwitchTransformersModel(SwitchTransformersConfig(**sizes))
     routers = [name for name, module in switch.named_modules() if ".router" in name and isinstance(module, nn.Linear)]
     assert routers
