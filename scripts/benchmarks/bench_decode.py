@@ -18,7 +18,8 @@ Bytes of a token are those of all weights that a matmul of one token reads, with
 those of the file. What memory can give is measured beside it: the sum of a tensor much larger than the caches.
 
 llama.cpp runs in an environment of its own (PYTHON with llama-cpp-python), with the model in its own format (GGUF).
-Results are kept in --json (recipes/reference/decode.json), by model, threads and --avx2 or ONEDNN_MAX_CPU_ISA.
+Results are kept in --json (recipes/reference/decode.json), by model, threads, --compile, and --avx2 or
+ONEDNN_MAX_CPU_ISA.
 """
 
 from __future__ import annotations
@@ -291,7 +292,8 @@ def main() -> None:
     results: dict[str, Any] = read_json(options.json) or {}
     case = f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"
     limit = os.environ.get(ONEDNN)
-    results[case + (", AVX2 code" if options.avx2 else f", {ONEDNN}={limit}" if limit else "")] = {
+    case += ", AVX2 code" if options.avx2 else f", {ONEDNN}={limit}" if limit else ""
+    results[case + (", compiled too" if options.compile else "")] = {
         "machine": machine(),
         "instruction_set": library_status().isa,
         "tokens": options.tokens,

@@ -13,6 +13,7 @@ import argparse
 import statistics
 
 import torch
+from bench_kernels import masked  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
 
 from hf_sparse.kernels import library_status, pack, pack_int8
@@ -23,12 +24,6 @@ from hf_sparse.profiling.timer import interleave, ratios
 
 SHAPES = ((384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768))
 """In and out: the layers of MiniLM-L6 and of BERT-base."""
-
-
-def masked(out: int, width: int, zeros: float, rows: int) -> Tensor:
-    """Make a random weight whose rows x 1 blocks are zero with this probability."""
-    kept = torch.rand(-(-out // rows), width) >= zeros
-    return torch.randn(out, width) * 0.05 * kept.repeat_interleave(rows, 0)[:out]
 
 
 def gain(native: Library, weight: Tensor, rows: int, tokens: int, rounds: int) -> float:

@@ -92,7 +92,7 @@ def rows_table(name: str, *columns: str) -> str:
 
 def _cell(found: Any) -> str:
     if isinstance(found, list):
-        return f"{statistics.mean(found):.3f}" + (f" [{min(found):.3f}, {max(found):.3f}]" if len(found) > 1 else "")
+        return spread(found)
     if isinstance(found, float):
         return f"{found:.3f}"
     return f"{found:,}" if isinstance(found, int) else str(found)
@@ -107,7 +107,12 @@ def mean(runs: Sequence[Result], metric: str | None = None) -> str:
 def value(runs: Sequence[Result], metric: str | None = None) -> str:
     """Return the mean of a metric over seeds, with [lowest, highest] of two or more."""
     values = _values(runs, metric)
-    return mean(runs, metric) + (f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else "")
+    return spread(values) if values else NOT_MEASURED
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean of values of one seed each, with [lowest, highest] of two or more."""
+    return f"{statistics.mean(values):.3f}" + (f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else "")
 
 
 def _values(runs: Sequence[Result], metric: str | None) -> list[float]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +18,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-import hf_sparse
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, sparsify, sparsify_checkpoint
 from hf_sparse.formats.inspection import inspect
 from tests.helpers import oneshot
+from tests.helpers.killed import sparsify_killed
 
 BATCHES = oneshot.token_batches()
 GROUPS: dict[str, dict[str, Any]] = {
@@ -173,22 +169,6 @@ def test_weights_keep_the_type_of_the_checkpoint(tmp_path: Path) -> None:
     assert float((loaded.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
 
 
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, {root!r})
-    import hf_sparse
-    from tests.helpers import oneshot
-    left = [{layers}]
-    def on_layer(update):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-    hf_sparse.sparsify_checkpoint(
-        {source!r}, {out!r}, {group!r}, oneshot.token_batches(), spill={spill}, on_layer=on_layer
-    )
-"""
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize(
     ("layers", "spill"),
@@ -201,11 +181,7 @@ KILLED = """
 )
 def test_killed_run_goes_on_to_the_same_bits(source: Path, tmp_path: Path, layers: int, spill: bool) -> None:
     group, out = GROUPS["owl"] if layers == 20 else GROUPS["sparsegpt"], tmp_path / "out"
-    root = str(Path(hf_sparse.__file__).parents[1])
-    program = KILLED.format(root=root, layers=layers, source=str(source), out=str(out), group=group, spill=spill)
-    alike = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=alike)
-    assert killed.returncode == -signal.SIGKILL
+    sparsify_killed(source, out, group, oneshot.token_batches, layers, spill)
     assert not list(out.glob("*.safetensors"))
     assert len(list((out / ".pruning" / "blocks").iterdir())) == (layers - 1) // 7  # at most one block is lost
     updates: list[str] = []

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import hf_sparse
 from hf_sparse import SparsityConfig, sparsify, sparsify_checkpoint
 from hf_sparse.formats.inspection import inspect
 from tests.helpers import mixtures
+from tests.helpers.killed import sparsify_killed
 
 TARGETS = ["*_proj", "*.experts"]
 GROUPS: dict[str, dict[str, Any]] = {
@@ -106,20 +102,6 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, {root!r})
-    import hf_sparse
-    from tests.helpers import mixtures
-    left = [{weights}]
-    def on_layer(update):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-    hf_sparse.sparsify_checkpoint({source!r}, {out!r}, {group!r}, mixtures.batches(), spill=True, on_layer=on_layer)
-"""
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize("weights", [9, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_run_goes_on_to_the_same_bits_and_names_the_same_experts(
@@ -130,11 +112,7 @@ def test_killed_run_goes_on_to_the_same_bits_and_names_the_same_experts(
     source, out = tmp_path / "source", tmp_path / "out"
     model.save_pretrained(source, max_shard_size="8KB")
     group = {"targets": TARGETS, **GROUPS["sparsegpt 2:4"]}
-    root = str(Path(hf_sparse.__file__).parents[1])
-    program = KILLED.format(root=root, weights=weights, source=str(source), out=str(out), group=group)
-    alike = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=alike)
-    assert killed.returncode == -signal.SIGKILL
+    sparsify_killed(source, out, group, mixtures.batches, weights, spill=True)
     assert len(list((out / ".pruning" / "blocks").iterdir())) == (weights - 1) // 6
     messages = []
     for folder in (out, tmp_path / "whole"):
