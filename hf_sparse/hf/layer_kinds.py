@@ -33,16 +33,18 @@ class StackedExperts(LayerKind):
     def attributes(self, module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in (*_UP, _DOWN) if _dimensions(module, name) == 3)
 
+    def transposed(self, module: nn.Module) -> bool:
+        """Return whether the inputs of an expert come before its outputs."""
+        return bool(vars(module)["is_transposed"])
+
     def view(self, module: nn.Module, attribute: str) -> MatrixView:
-        transposed = vars(module)["is_transposed"]
-        return MatrixView(self.shape(module, attribute), (0, 2, 1) if transposed else (0, 1, 2), rows=2)
+        return MatrixView(self.shape(module, attribute), (0, 2, 1) if self.transposed(module) else (0, 1, 2), rows=2)
 
     def parts(self, module: nn.Module, attribute: str) -> int | None:
         return self.shape(module, attribute)[0]
 
     def part_view(self, module: nn.Module, attribute: str) -> MatrixView:
-        transposed = vars(module)["is_transposed"]
-        return MatrixView(self.shape(module, attribute)[1:], (1, 0) if transposed else (0, 1))
+        return MatrixView(self.shape(module, attribute)[1:], (1, 0) if self.transposed(module) else (0, 1))
 
     def not_observable(self, module: Any) -> str | None:
         stated = all(isinstance(vars(module).get(name), bool) for name in ("has_gate", "has_bias"))
@@ -66,6 +68,40 @@ class StackedExperts(LayerKind):
                 rows = hidden[(chosen == expert).any(1)]
                 yield up, expert, rows
                 yield _DOWN, expert, _activated(module, up, expert, rows)
+
+
+class Llama4Experts(StackedExperts):
+    """Experts of Llama 4, `(experts, in, out)`: each is called with all tokens, one expert after the other.
+
+    The router has multiplied the tokens by its weights, which are 0 for an expert that a token does not go to.
+    """
+
+    title = "experts of Llama 4"
+
+    def matches(self, module: nn.Module) -> bool:
+        return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
+
+    def transposed(self, module: nn.Module) -> bool:
+        return True
+
+    def not_observable(self, module: Any) -> str | None:
+        return None
+
+    def part_inputs(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], parts: Collection[int], kept: KeptTokens
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield the tokens that the router gives to each expert, and what its gate makes of them for `down_proj`."""
+        (hidden,) = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+        of_experts = hidden.reshape(module.num_experts, -1, hidden.shape[-1])
+        counted = kept(of_experts[0])
+        for expert in parts:
+            rows = of_experts[expert] if counted is None else of_experts[expert][counted]
+            rows = rows[(rows != 0).any(1)]
+            if len(rows):
+                yield _UP[0], expert, rows
+                weight = module.gate_up_proj[expert]
+                gate, up = (rows.to(weight.dtype) @ weight).chunk(2, dim=1)
+                yield _DOWN, expert, up * module.act_fn(gate)
 
 
 def _tokens_and_experts(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -94,3 +130,4 @@ def _dimensions(module: nn.Module, name: str) -> int:
 
 register_layer_kind(TransposedLinear(), Conv1D)
 register_layer_kind(StackedExperts())
+register_layer_kind(Llama4Experts())

@@ -127,11 +127,13 @@ class Coverage:
         total: entries of all weights in the blocks: everything with two or more dimensions but embedding tables.
         missed: what is neither covered nor in linear layers, by kind, as in
             "model.layers.*.mlp.experts.gate_up_proj (parameter)" -> entries.
+        unsupported: those of them that no target can name.
     """
 
     covered: int
     total: int
     missed: dict[str, int]
+    unsupported: frozenset[str] = frozenset()
 
     @property
     def share(self) -> float:
@@ -154,30 +156,32 @@ def block_coverage(model: nn.Module, names: Collection[str]) -> Coverage:
     prefixes, wanted, owners = tuple(block_prefixes(model)), set(names), count_owners(model)
     covered = total = 0
     missed: dict[str, int] = {}
+    unsupported: set[str] = set()
     for name, module in model.named_modules():
         if not name.startswith(prefixes) or ".parametrizations" in name:
             continue
         if isinstance(module, (nn.Embedding, LowRankPart)):
             continue
-        for attribute, entries, known in _matrices(module, owners):
+        for attribute, entries, default, supported in _matrices(module, owners):
             path = name if attribute == "weight" else f"{name}.{attribute}"
             if path in wanted:
                 covered += entries
                 continue
             total += entries
-            if not known:
+            if not default:
                 what = type(module).__name__ if attribute == "weight" else "parameter"
                 kind = f"{kind_of_name(path)} ({what})"
                 missed[kind] = missed.get(kind, 0) + entries
-    return Coverage(covered, covered + total, missed)
+                unsupported.update(() if supported else (kind,))
+    return Coverage(covered, covered + total, missed, frozenset(unsupported))
 
 
-def _matrices(module: nn.Module, owners: Counter[int]) -> Iterator[tuple[str, int, bool]]:
-    """Yield name and entries of the weights that a module itself holds, and whether it is a default target."""
+def _matrices(module: nn.Module, owners: Counter[int]) -> Iterator[tuple[str, int, bool, bool]]:
+    """Yield name and entries of the weights that a module holds, whether it is a default target, and one at all."""
     slots = slots_of(module)
     for slot in slots:
-        default = is_linear(module) and owners.get(id(module._parameters.get(slot.attribute)), 1) == 1
-        yield slot.attribute, math.prod(slot.shape), default
+        own = owners.get(id(module._parameters.get(slot.attribute)), 1) == 1
+        yield slot.attribute, math.prod(slot.shape), own and is_linear(module), own
     for key, parameter in module.named_parameters(recurse=False):
         if parameter.ndim > 1 and all(slot.attribute != key for slot in slots):
-            yield key, parameter.numel(), False
+            yield key, parameter.numel(), False, False

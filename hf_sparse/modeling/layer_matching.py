@@ -196,11 +196,20 @@ def warn_of_missed(model: nn.Module, layers: Collection[str]) -> None:
     """
     coverage = block_coverage(model, layers)
     if sum(coverage.missed.values()) > NEGLIGIBLE * coverage.total:
+        remedies = []
+        if coverage.missed.keys() - coverage.unsupported:
+            remedies.append(
+                "Stacked experts and convolutions are pruned where `targets` names them beside the other layers, as in "
+                "targets: ['*_proj', '*.experts']"
+            )
+        large = [kind for kind in coverage.unsupported if coverage.missed[kind] > NEGLIGIBLE * coverage.total]
+        if large:
+            names = ", ".join(kind.rpartition(" (")[0] for kind in sorted(large)[:6])
+            remedies.append(f"No target can name {names}: only weights of {known_kinds()} are supported")
         logger.warning(
             f"the targeted layers have {coverage.share:.1%} of the weights in the blocks of {type(model).__name__}. "
             f"These are not among the default targets, and stay dense: {coverage.describe_missed()}. The requested "
-            "sparsity is that of the targeted layers. Stacked experts and convolutions are pruned where `targets` "
-            "names them beside the other layers, as in targets: ['*_proj', '*.experts']"
+            f"sparsity is that of the targeted layers. {'. '.join(remedies)}"
         )
 
 
@@ -227,7 +236,11 @@ def _why(model: nn.Module, layers: Mapping[str, Slot], glob: NamePattern) -> str
     if kinds:
         listed = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"It matches {listed} (first: '{next(iter(modules))}'), and only {known_kinds()} are supported"
-    parameters = [name for name, held in model.named_parameters() if held.ndim > 1 and fnmatchcase(name, str(glob))]
+    parameters = [
+        name
+        for name, held in model.named_parameters()
+        if held.ndim > 1 and (fnmatchcase(name, str(glob)) or name.rpartition(".")[0] in modules)
+    ]
     if parameters:
         return f"It matches the parameter '{parameters[0]}', and only weights of {known_kinds()} are supported"
     return _nearest(layers, glob) + (_could_match(layers) or _unsupported(model))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers import decoders, oneshot
 
-KINDS = ("mixtral", "qwen3-moe", "gpt-oss")
+KINDS = ("mixtral", "qwen3-moe", "gpt-oss", "llama4")
 EXPERTS, TOP_K = 5, 2
 
 
@@ -27,6 +27,9 @@ def build(kind: str, unreached: bool = False) -> Any:
     sizes = {**decoders.SIZES, "num_experts_per_tok": TOP_K}
     if kind == "gpt-oss":
         model: Any = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, num_local_experts=EXPERTS))
+    elif kind == "llama4":
+        sizes |= {"intermediate_size_mlp": 12, "num_local_experts": EXPERTS, "interleave_moe_layer_step": 1}
+        model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
     elif kind == "mixtral":
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=EXPERTS))
     else:
@@ -57,7 +60,8 @@ def batches() -> list[dict[str, Tensor]]:
 
 def mixture(model: Any, block: int) -> Any:
     """Return the module of a block with router and experts."""
-    return model.model.layers[block].mlp
+    layer = model.model.layers[block]
+    return layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
 
 
 def router(module: Any) -> Any:
@@ -65,9 +69,13 @@ def router(module: Any) -> Any:
     return module.router if hasattr(module, "router") else module.gate
 
 
+def _is_llama4(module: Any) -> bool:
+    return type(module).__name__.startswith("Llama4")
+
+
 def matrices(experts: Any) -> dict[str, Tensor]:
     """Return the weights of the experts as `(experts, out, in)`, views of what is stored."""
-    turned = type(experts).__name__.startswith("GptOss")
+    turned = type(experts).__name__.startswith(("GptOss", "Llama4"))
     return {
         name: getattr(experts, name).data.transpose(1, 2) if turned else getattr(experts, name).data
         for name in ("gate_up_proj", "down_proj")
@@ -87,9 +95,12 @@ def routed(model: Any, block: int, data: list[dict[str, Tensor]]) -> dict[int, d
     gate, experts = router(module), module.experts
     logits = x @ gate.weight.data.T + (gate.bias.data if getattr(gate, "bias", None) is not None else 0.0)
     chosen = [set(row.argsort(descending=True)[:TOP_K].tolist()) for row in logits]
+    # Llama 4 multiplies the tokens by the weights of the router, and the others what comes out of the experts.
+    scale = torch.sigmoid(logits.float()).to(x.dtype) if _is_llama4(module) else None
     found = {}
     for expert in range(EXPERTS):
-        rows = x[torch.tensor([expert in both for both in chosen])]
+        reached = torch.tensor([expert in both for both in chosen])
+        rows = x[reached] if scale is None else x[reached] * scale[reached, expert, None]
         out = rows @ matrices(experts)["gate_up_proj"][expert].T
         if hasattr(experts, "gate_up_proj_bias"):
             out = out + experts.gate_up_proj_bias.data[expert]

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_sparse import SparsityCallback, SparsityConfig, fill, sparsify, summarize
 from hf_sparse.modeling.layer_matching import match_weights
-from tests.helpers import decoders
+from tests.helpers import decoders, mixtures
 
 EXPERTS = ["*.experts"]
 
@@ -26,6 +26,8 @@ def gpt_oss() -> Any:
 
 
 def build(name: str) -> Any:
+    if name == "llama4":
+        return mixtures.build(name)
     return gpt_oss() if name == "gpt-oss" else decoders.build(name)
 
 
@@ -68,6 +70,7 @@ def same(a: Any, b: Any) -> None:
         ("mixtral", {"targets": ["*.experts", "*_proj"], "pattern": "2:4"}),
         ("mixtral", {"targets": EXPERTS, "sparsity": 0.5, "scorer": "movement"}),
         ("gpt-oss", {"targets": EXPERTS, "pattern": "2:4"}),
+        ("llama4", {"targets": EXPERTS, "pattern": "2:4"}),
         ("gpt2", {"pattern": "2:4"}),
         ("gpt2", {"sparsity": 0.5}),
     ],
@@ -85,13 +88,13 @@ def test_training_is_resumed_to_the_bit_and_the_model_loads(name: str, config: d
     assert set(loaded.hf_sparse_weights) == set(whole.hf_sparse_weights)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gpt-oss", "llama4"])
 def test_n_of_m_inputs_of_each_output_of_each_expert_stay(name: str) -> None:
     model = build(name)
     sparsify(model, SparsityConfig(targets=EXPERTS, pattern="2:4"))
-    experts = next(module for path, module in model.named_modules() if path.endswith("1.mlp.experts"))
+    experts = mixtures.mixture(model, 1).experts
     for tensor in (experts.gate_up_proj, experts.down_proj):
-        inputs_last = tensor.transpose(1, 2) if name == "gpt-oss" else tensor
+        inputs_last = tensor.transpose(1, 2) if name in ("gpt-oss", "llama4") else tensor
         assert (inputs_last.reshape(-1, 4) != 0).sum(1).eq(2).all()
 
 

@@ -175,6 +175,8 @@ def test_partial_pruning_is_named_once_with_its_share(name: str, caplog: pytest.
     (record,) = [record for record in caplog.records if record.name.startswith("hf_sparse")]
     assert f"have {share:.1%} of the weights in the blocks" in record.message
     assert re.search(kind, record.message), record.message
+    assert ("'*.experts'" in record.message) == (name == "Mixtral")  # only where there are some
+    assert ("No target can name" in record.message) == (name != "Mixtral")
     report = summarize(model)
     assert report.block_share == pytest.approx(share)
     assert f"targeted weights are {share:.1%} of the weights in the transformer blocks" in str(report)

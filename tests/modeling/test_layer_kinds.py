@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.modeling.layer_kinds import Slot, is_linear, kind_of, matrix_shape, slots_of
-from tests.helpers import decoders
+from tests.helpers import decoders, mixtures
 
 LAYERS: list[Any] = [
     lambda: nn.Linear(6, 4),
@@ -68,11 +68,12 @@ def test_row_of_a_transposed_convolution_is_what_one_output_channel_reads() -> N
 def test_experts_are_matrices_of_outputs_whichever_way_round_they_are_stored() -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
     gpt_oss = transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**decoders.SIZES, **sizes}))
-    for model, transposed in ((decoders.build("mixtral"), False), (gpt_oss, True)):
-        experts: Any = model.model.layers[0].mlp.experts
+    llama4 = mixtures.build("llama4")
+    for model, transposed in ((decoders.build("mixtral"), False), (gpt_oss, True), (llama4, True)):
+        experts: Any = mixtures.mixture(model, 0).experts
         up, down = slots_of(experts)
-        assert (up.attribute, up.view.matrix_shape) == ("gate_up_proj", (4 * 24, 16))
-        assert (down.attribute, down.view.matrix_shape) == ("down_proj", (4 * 16, 12))
+        assert (up.attribute, up.view.matrix_shape) == ("gate_up_proj", (len(experts.gate_up_proj) * 24, 16))
+        assert (down.attribute, down.view.matrix_shape) == ("down_proj", (len(experts.down_proj) * 16, 12))
         second = up.view.to_matrix(experts.gate_up_proj)[24 + 5]
         stored = experts.gate_up_proj[1, :, 5] if transposed else experts.gate_up_proj[1, 5]
         assert torch.equal(second, stored)

@@ -188,3 +188,11 @@ def test_routers_of_experts_are_no_default_targets() -> None:
     assert routers
     assert not set(routers) & set(block_layers(switch))
     assert any(name.endswith(".SelfAttention.q") for name in block_layers(switch))
+
+
+def test_experts_of_unknown_layout_are_named_where_a_target_matches_them() -> None:
+    model = mixtures.build("mixtral")
+    for block in model.model.layers:
+        del block.mlp.experts.is_transposed
+    with pytest.raises(RecipeError, match=r"the parameter 'model.layers.0.mlp.experts.gate_up_proj', and only weights"):
+        match_layers(model, ["*.experts"])
