@@ -46,6 +46,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, type[T]] = {}
         self._shorthands: list[tuple[re.Pattern[str], Callable[[re.Match[str]], dict[str, Any]]]] = []
+        self._examples: list[str] = []
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Return a class decorator that files the class under `name`, which is also set as its `name`."""
@@ -59,9 +60,14 @@ class Registry(Generic[T]):
 
         return file
 
-    def shorthand(self, regex: str, expand: Callable[[re.Match[str]], dict[str, Any]]) -> None:
-        """Let a bare name that matches `regex` in full stand for the options `expand` returns ("2:4" for n:m)."""
+    def shorthand(self, regex: str, expand: Callable[[re.Match[str]], dict[str, Any]], example: str = "") -> None:
+        """Let a bare name that matches `regex` in full stand for the options `expand` returns ("2:4" for n:m).
+
+        Args:
+            example: for the message about an unknown name.
+        """
         self._shorthands.append((re.compile(regex), expand))
+        self._examples += [example] if example else []
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -72,7 +78,8 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         if name not in self._entries:
             known = sorted(self._entries)
-            raise RecipeError(f"unknown {self.kind} '{name}'{nearest(name, known)} Known: {', '.join(known)}.")
+            short = f"; for short as in {' or '.join(self._examples)}" if self._examples else ""
+            raise RecipeError(f"unknown {self.kind} '{name}'{nearest(name, known)} Known: {', '.join(known)}{short}.")
         return self._entries[name]
 
     def resolve(self, spec: Spec) -> tuple[type[T], dict[str, Any]]:
@@ -107,7 +114,8 @@ class Registry(Generic[T]):
             return cls(**options)
         except RecipeError as error:
             if str(error).startswith("`"):  # an option alone, which does not say of what
-                raise type(error)(f"{self.kind} '{cls.name}': {error}") from None  # type: ignore[attr-defined]
+                stated = spec if isinstance(spec, str) else cls.name  # type: ignore[attr-defined]
+                raise type(error)(f"{self.kind} '{stated}': {error}") from None
             raise
         except TypeError as error:
             raise RecipeError(f"{self.kind} '{cls.name}': {error}") from error  # type: ignore[attr-defined]

@@ -58,8 +58,8 @@ class GroupConfig:
         exclude_modules: the same of what to leave dense, beside `exclude`.
         scorer: importance of a weight ("magnitude", "movement", "soft_movement", "gradient", "taylor", "random"; in
             one shot, with calibration data, "wanda" and "sparsegpt").
-        pattern: which weights are kept or removed together ("element", "2:4", "row", "column",
-            `{"name": "block", "rows": 32, "cols": 32}`, and across several weights "head", "neuron", "layer").
+        pattern: which weights are kept or removed together ("element", "2:4", "row", "column", "4x1" for
+            `{"name": "block", "rows": 4, "cols": 1}`, and across several weights "head", "neuron", "layer").
         selection: among which groups scores are compared ("uniform", "per_row", "global", "threshold", "owl"); None =
             the default of scorer and pattern.
         sparsity: fraction of the groups removed, in [0, 1); None where the pattern (n:m) or the selection (threshold

@@ -27,7 +27,9 @@ class Prune(Verb):
             "--sparsity", type=float, metavar="S", help="fraction of weights that are pruned, as in 0.5"
         )
         parser.add_argument("--scorer", type=spec, help="importance of a weight (magnitude)")
-        parser.add_argument("--pattern", type=spec, help='weights pruned together (element); "2:4" needs no --sparsity')
+        parser.add_argument(
+            "--pattern", type=spec, help='weights pruned together (element); "2:4" needs no --sparsity; "4x1": blocks'
+        )
         parser.add_argument("--selection", type=spec, help="which weights compete (uniform, per_row, global, owl, ...)")
         parser.add_argument("--reconstruction", type=spec, help="how the kept weights make up for the others (cg)")
         parser.add_argument(

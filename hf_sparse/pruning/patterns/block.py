@@ -14,7 +14,7 @@ from .base import Pattern, Reduce, Shape
 @PATTERNS.register("block")
 @dataclasses.dataclass(frozen=True)
 class Block(Pattern):
-    """Blocks of `rows` outputs x `cols` inputs, aligned to the corner of the weight.
+    """Blocks of `rows` outputs x `cols` inputs, aligned to the corner of the weight; written "4x1", "32x32" for short.
 
     Args:
         rows: outputs in a block.
@@ -65,3 +65,10 @@ class Block(Pattern):
     def expand(self, kept: Tensor, shape: Shape) -> Tensor:
         height, width = self.groups_shape(shape)
         return kept.view(height, 1, width, 1).expand(height, self.rows, width, self.cols).reshape(shape)
+
+
+PATTERNS.shorthand(
+    r"(\d{1,5})x(\d{1,5})",
+    lambda match: {"name": "block", "rows": int(match[1]), "cols": int(match[2])},
+    example="'4x1' (blocks of 4 outputs x 1 input)",
+)

@@ -71,4 +71,8 @@ class NM(Pattern):
         return kept
 
 
-PATTERNS.shorthand(r"(\d{1,4}):(\d{1,4})", lambda match: {"name": "n:m", "n": int(match[1]), "m": int(match[2])})
+PATTERNS.shorthand(
+    r"(\d{1,4}):(\d{1,4})",
+    lambda match: {"name": "n:m", "n": int(match[1]), "m": int(match[2])},
+    example="'2:4' (2 of every 4 inputs stay)",
+)

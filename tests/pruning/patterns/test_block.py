@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
-from hf_sparse import PatternError, RecipeError
+from hf_sparse import PatternError, RecipeError, SparsityConfig, sparsify
+from hf_sparse.config.resolve import resolved
+from hf_sparse.config.sparsity import PATTERNS
 from hf_sparse.pruning.patterns import Block
+from hf_sparse.utils.strict_yaml import dump_yaml, override, parse_yaml
 
 SCORES = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]])
 
@@ -57,3 +61,34 @@ def test_block_refuses_sizes_that_are_no_whole_numbers(size: Any) -> None:
         Block(rows=size)
     with pytest.raises(RecipeError, match="`cols` must be a positive integer, got "):
         Block(cols=size)
+
+
+@pytest.mark.parametrize(("text", "rows", "cols"), [("4x1", 4, 1), ("32x32", 32, 32), ("1x16", 1, 16)])
+def test_rows_x_columns_is_a_block_everywhere(text: str, rows: int, cols: int) -> None:
+    whole = {"name": "block", "rows": rows, "cols": cols}
+    assert PATTERNS.build(text) == PATTERNS.build({"name": text}) == Block(rows=rows, cols=cols)
+    recipe = override({"sparsity": {"sparsity": 0.5}}, f"sparsity.pattern={text}")
+    config = SparsityConfig.from_dict(parse_yaml(dump_yaml(recipe))["sparsity"])
+    assert config.groups[0].pattern == text
+    assert resolved(config) == resolved(SparsityConfig(sparsity=0.5, pattern=whole))
+    short = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    long = copy.deepcopy(short)
+    sparsify(short, SparsityConfig(sparsity=0.5, pattern=text, targets="*"))
+    sparsify(long, SparsityConfig(sparsity=0.5, pattern=whole, targets="*"))
+    assert torch.equal(short.state_dict()["0.weight"], long.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0x4", r"pattern '0x4': `rows` must be a positive integer, got 0"),
+        ("4x0", r"pattern '4x0': `cols` must be a positive integer, got 0"),
+        ("4x", r"unknown pattern '4x'.* for short as in .*'4x1' \(blocks of 4 outputs x 1 input\)"),
+        ("x4", r"unknown pattern 'x4'.* for short as in .*'4x1'"),
+        ("4x1x1", r"unknown pattern '4x1x1'.* for short as in .*'4x1'"),
+        ("-4x1", r"unknown pattern '-4x1'.* for short as in .*'4x1'"),
+    ],
+)
+def test_what_is_no_block_is_named(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        SparsityConfig(sparsity=0.5, pattern=text)
