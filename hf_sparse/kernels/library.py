@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..errors import BackendError
 from .fp32_layout import chunk_width
 from .types import ACTIVATIONS, AnyWeight, Int8Weight, Norm, Weight
+
+logger = logging.getLogger(__name__)
 
 TARGET = Path(__file__).with_name("_cpu.so")
 """The library. build.py has both names too: importing it here would make `python -m hf_sparse.kernels.build` warn."""
@@ -272,6 +275,8 @@ def _load() -> tuple[Library | None, str]:
     try:
         return Library(str(TARGET), isa), ""
     except BackendError as error:
+        if isa:
+            logger.warning("%s. Until then sparse matmuls run in plain torch, slower", error)
         return None, str(error)
 
 

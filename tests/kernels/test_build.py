@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import stat
 from pathlib import Path
@@ -33,3 +34,26 @@ exec g++ "$@"
     monkeypatch.setattr(ops, "library", lambda: made)
     x, weight = torch.randn(33, 20), torch.randn(9, 20)
     torch.testing.assert_close(ops.linear(x, pack(weight)), x @ weight.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not library_status().available, reason="the kernels are not built")
+def test_instruction_sets_by_their_variable(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """INFERENCE.md has their names."""
+    text = (Path(library.__file__).parents[1] / "runtime" / "INFERENCE.md").read_text(encoding="utf-8")
+    (documented,) = [line for line in text.replace("\n  ", " ").splitlines() if library.ISA_VARIABLE in line]
+    made = library.Library(str(library.TARGET))
+    names = {*build.X86_KERNELS, *made.isas, "neon", "portable", "none"}
+    assert [name for name in names if f"`{name}`" not in documented] == []
+    load = library._load.__wrapped__
+    for name in made.isas:
+        monkeypatch.setenv(library.ISA_VARIABLE, name)
+        found, _ = load()
+        assert found is not None
+        assert found.isa == name
+    with caplog.at_level(logging.WARNING):
+        for name in ("none", "avx5"):
+            monkeypatch.setenv(library.ISA_VARIABLE, name)
+            assert load()[0] is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    expected = f"HF_SPARSE_ISA must be one of {', '.join(made.isas)} on this processor, or 'none' for plain torch"
+    assert message.startswith(f"{expected}; got 'avx5'")
