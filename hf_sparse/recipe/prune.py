@@ -172,26 +172,28 @@ def prune_files(
     """Prune a model from file to file, of which one block is in memory at a time (`sparsify_checkpoint`).
 
     Args:
-        name, group, output, revision, section, batch, text: as of `prune`; data is shown to magnitude too.
+        name, group, output, revision, section, batch, text: as of `prune`; without data for scorers of weights alone.
         device_map: as of `sparsify_checkpoint`.
 
     Returns:
         What was written, as text.
 
     Raises:
-        RecipeError, CheckpointError: as `sparsify_checkpoint`, or if there is no data.
+        RecipeError, CheckpointError: as `sparsify_checkpoint`.
         HubError: if the model cannot be downloaded.
     """
     check_device_map(device_map)
     source = fetched(name, revision)
     model = empty_model(source)
-    if text is not None and _takes_text(model, text, by_blocks=True, by_loss=False):
-        batches: Any = text.batches(model, load_tokenizer(name, revision))
+    batches: Any = None
+    if not looks_at_inputs(SparsityConfig(**group).groups[0]):
+        if text is not None or section is not None:
+            logger.warning("--data is not read: no scorer, selection or reconstruction looks at inputs of layers")
+    elif text is not None and _takes_text(model, text, by_blocks=True, by_loss=False):
+        batches = text.batches(model, load_tokenizer(name, revision))
     elif section is not None:
-        batches = _examples(model, name, revision, section, batch, by_blocks=True)
-    else:
-        raise RecipeError("a model is pruned from file to file by running each block on data: give some (--data)")
-    manifest = sparsify_checkpoint(source, output, group, list(batches), device_map=device_map)
+        batches = list(_examples(model, name, revision, section, batch, by_blocks=True))
+    manifest = sparsify_checkpoint(source, output, group, batches, device_map=device_map)
     finish_model(model, name, output, revision)
     kept = [manifest.tensors[key] for key in manifest.targets]
     sizes = [math.prod(entry.shape) for entry in kept]

@@ -18,7 +18,7 @@ from ...pruning.calibrated.outliers import outlier_shares
 from ...pruning.calibrated.recording import Recording, encoded, record
 from ...pruning.calibrated.stacks import Unreached
 from ...pruning.calibrated.tasks import OnLayer, Task, tasks_of
-from ...pruning.calibrated.walk import Chain, ChainStep, Step
+from ...pruning.calibrated.walk import Chain, ChainStep, Step, StillStep
 from ...pruning.group import PruningGroup
 from ...pruning.selection import Owl
 from ...utils.atomic_io import read_json, write_text
@@ -35,7 +35,7 @@ class BlockRun:
     Args:
         lazy: with nothing loaded.
         stacks: names of blocks: of one stack, or of an encoder and the decoder behind it.
-        batches: keyword arguments of the model.
+        batches: keyword arguments of the model; None = no block is run.
         places: where what.
         work: what is kept of the run.
         spill: keep hidden states there too.
@@ -45,16 +45,17 @@ class BlockRun:
         self,
         lazy: LazyModel,
         stacks: Sequence[Sequence[str]],
-        batches: Sequence[Batch],
+        batches: Sequence[Batch] | None,
         places: Placement,
         work: WorkFolder,
         spill: bool,
     ) -> None:
         self.lazy, self.stacks, self.work, self.spill, self.places = lazy, stacks, work, spill, places
-        self.batches = [moved(dict(batch), places.rest) for batch in batches]
+        self.batches = None if batches is None else [moved(dict(batch), places.rest) for batch in batches]
         self.names = [name for stack in stacks for name in stack]
         self.model, self.layers = lazy.model, self.names
-        lazy.load_rest(self.names, places.rest)
+        if batches is not None:
+            lazy.load_rest(self.names, places.rest)
 
     def prune(self, groups: Sequence[PruningGroup], on_layer: OnLayer | None) -> None:
         """Prune the blocks that are not finished."""
@@ -77,15 +78,23 @@ class BlockRun:
         for _, step in self._walk(0, None):
             yield step
 
-    def _walk(self, done: int, spill: Path | None) -> Iterator[tuple[int, ChainStep]]:
+    def _walk(self, done: int, spill: Path | None) -> Iterator[tuple[int, Step]]:
         """Yield each block that is not finished, loaded; the one before must have been advanced over.
 
         Args:
             done: how many are finished, of all stacks.
         """
-        if done == len(self.names):
-            return
-        batches, start = self.batches, 0
+        if self.batches is None:
+            for index in range(done, len(self.names)):
+                self._load(self.names[index])
+                yield index, StillStep(self.names[index], self.model.get_submodule(self.names[index]))
+                self.lazy.unload(self.names[index])
+        elif done < len(self.names):
+            yield from self._run(self.batches, done, spill)
+
+    def _run(self, batches: Sequence[Batch], done: int, spill: Path | None) -> Iterator[tuple[int, Step]]:
+        """Yield each block that is not finished, with what the blocks before it give."""
+        start = 0
         ended: list[Chain] = []
         for number, names in enumerate(self.stacks):
             is_last = number + 1 == len(self.stacks)

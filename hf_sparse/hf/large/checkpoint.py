@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from .device_map import DeviceMap, check_device_map, place
 from .lazy_model import LazyModel, source_files
 from .work_folder import NAME, WorkFolder, run_facts
 
+logger = logging.getLogger(__name__)
+
 Batch = Mapping[str, Any]
 
 
@@ -38,7 +41,7 @@ def sparsify_checkpoint(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     config: SparsityConfig | Mapping[str, Any],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     *,
     device_map: DeviceMap = "cpu",
     dtype: torch.dtype | None = None,
@@ -61,7 +64,8 @@ def sparsify_checkpoint(
         output: folder that is written.
         config: `SparsityConfig`, or a mapping with its keys; scorers wanda, sparsegpt, magnitude and random, with
             selections that take weights one by one.
-        batches: keyword arguments of the model.
+        batches: keyword arguments of the model; None for scorers of weights alone (magnitude, random), with which no
+            block is run, and only the weights of one block are in memory.
         device_map: where blocks are calibrated and pruned: "auto" (an accelerator if there is one, else the CPU), one
             device as in "cpu", "cuda:1" or 1, or a mapping from names of modules to devices that covers the model, as
             of `from_pretrained`. What is outside of the blocks is computed where the embeddings are, and hidden states
@@ -90,17 +94,18 @@ def sparsify_checkpoint(
     if output.exists() and os.path.samefile(source, output):
         raise RecipeError(f"output {output} is the source itself, which would be lost; choose another")
     _refuse_finished(output)
-    check_batches(batches)
-    devices, batches = check_device_map(device_map), list(batches)
-    if not batches:
-        raise RecipeError("sparsify_checkpoint goes from block to block with data, and `batches` is empty")
+    if batches is not None:
+        check_batches(batches)
+        batches = list(batches)
+    devices = check_device_map(device_map)
     with opened(files) as shards, torch.no_grad():
         dtype = dtype or _compute_dtype(shards, devices)
         lazy = LazyModel(source, shards, dtype)
         pruner = Pruner(lazy.model, config)
+        batches = _needed(pruner, batches)
         blocks = _blocks(lazy, pruner)
         places = place(lazy.model, [name for stack in blocks for name in stack], devices)
-        facts = run_facts(config.to_dict(), files, batches, dtype, list(places.blocks.values()))
+        facts = run_facts(config.to_dict(), files, batches or (), dtype, list(places.blocks.values()))
         work = WorkFolder(output, facts)
         run = BlockRun(lazy, blocks, batches, places, work, spill)
         run.prune(pruner.groups, on_layer)
@@ -117,6 +122,27 @@ def _refuse_finished(output: Path) -> None:
             f"output {output} holds a model already ({held[0]}), finished or of something else: choose another folder, "
             "or remove that one"
         )
+
+
+def _needed(pruner: Pruner, batches: list[Batch] | None) -> list[Batch] | None:
+    """Return the batches; None where nothing looks at inputs of layers.
+
+    Raises:
+        RecipeError: if something does, and there are none.
+    """
+    looking = next((group for group in pruner.groups if group.by_blocks), None)
+    if looking is None:
+        if batches is not None:
+            logger.warning("`batches` are not used: no scorer, selection or reconstruction looks at inputs of layers")
+        return None
+    if not batches:
+        wants = looking.scorer.name if looking.scorer.source == "inputs" else "a selection or reconstruction"
+        found = "there are none" if batches is None else "`batches` is empty"
+        raise RecipeError(
+            f"{wants} looks at the inputs of layers, for which each block is run on data, and {found}: give some "
+            "(hf-sparse prune: --data), or use scorer 'magnitude' alone, which needs none"
+        )
+    return batches
 
 
 def _compute_dtype(shards: Shards, devices: Mapping[str, torch.device]) -> torch.dtype:

@@ -53,7 +53,9 @@ def _run(step: Step, observer: InputObserver, stacks: StackObserver) -> None:
 
 
 def prune_block(step: Step, tasks: Mapping[str, AnyTask], on_layer: OnLayer | None, unreached: Unreached) -> None:
-    """Observe the layers of one block, and prune them. It runs as often as the products of all experts need.
+    """Observe the layers of one block that need it, and prune all.
+
+    The block runs as often as the products of all experts need, and not at all where nothing needs inputs.
 
     Args:
         tasks: by name of the layer, or of the weight where a module has several.
@@ -66,9 +68,11 @@ def prune_block(step: Step, tasks: Mapping[str, AnyTask], on_layer: OnLayer | No
     plain = {name: task for name, task in found.items() if name not in stacks}
     # The layers beside stacks come before the experts, and are left as they are until all experts were observed.
     observer, tallies = _prune_stacks(step, plain, stacks, unreached)
+    # Of all layers before any is pruned: what is wrong with one leaves the others as they are.
+    inputs = {name: observer.of(name) if task.needs_inputs else None for name, task in plain.items()}
     for name, task in found.items():
         tally = tallies.get(name)
-        update = task.apply(observer.of(name)) if tally is None else tally.update(name, task.needs_products)
+        update = task.apply(inputs[name]) if tally is None else tally.update(name, task.needs_products)
         if on_layer is not None:
             on_layer(update)
 
@@ -82,9 +86,10 @@ def _prune_stacks(
     observed = {name: task.member.slot for name, task in stacks.items() if task.needs_inputs}
     products = [name for name, task in stacks.items() if task.needs_products]
     first: InputObserver | None = None
-    for parts in passes_over(observed, products) or [{}]:
+    needed = {name: task.layer for name, task in plain.items() if task.needs_inputs}
+    for parts in passes_over(observed, products) or ([{}] if needed else []):
         stacked = StackObserver(observed, products, parts)
-        layers = {name: task.layer for name, task in plain.items()} if first is None else {}
+        layers = needed if first is None else {}
         found = observe(step, layers, [name for name in layers if plain[name].needs_products], stacked)
         first = first or found
         unreached.add(stacked)
@@ -94,5 +99,4 @@ def _prune_stacks(
     for name, task in stacks.items():
         for part in range(task.member.slot.parts or 0) if name not in observed else ():
             task.apply_part(part, masks[name], None, tallies[name])
-    assert first is not None
-    return first, tallies
+    return first or InputObserver({}, ()), tallies

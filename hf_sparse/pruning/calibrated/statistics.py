@@ -104,15 +104,21 @@ def check_part(name: str, called: bool, tokens: int) -> None:
         tokens: that it was given, without padding.
     """
     if not called:
-        raise SparsityError(
-            f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its "
-            "inputs. Give batches that use it, or exclude it"
-        )
+        raise not_called(name)
     if not tokens:
         raise SparsityError(
             f"every token that '{name}' was given is padding: the attention_mask of the calibration batches is 0 "
             "everywhere. Give batches with text"
         )
+
+
+def not_called(name: str) -> SparsityError:
+    """Return the error about a layer that no batch has called."""
+    return SparsityError(
+        f"'{name}' took no part in the forward passes over the calibration batches, so nothing is known of its inputs: "
+        "no batch reaches it, or the model reads its weight without calling it (as `dt_proj` of Mamba layers). Give "
+        f"batches that use it, or leave it out: exclude: ['*.{name.rpartition('.')[2]}']"
+    )
 
 
 class UnsharedInputError(Exception):

@@ -112,8 +112,12 @@ class Task:
         """Whether anything depends on its inputs."""
         return self.needs_products or not (self.scorer is None or isinstance(self.scorer, EntryScores))
 
-    def apply(self, inputs: InputStatistics) -> LayerUpdate:
-        """Prune the weight in place."""
+    def apply(self, inputs: InputStatistics | None) -> LayerUpdate:
+        """Prune the weight in place.
+
+        Args:
+            inputs: None where it `needs_inputs` not.
+        """
         tally = Tally()
         self._apply(self.weight, self.member.slot.view, self.mask, inputs, tally)
         return tally.update(self.member.layer_name, self.needs_products)
@@ -162,6 +166,8 @@ class Task:
             return dense, mask
         assert self.scorer is not None
         assert self.choice is not None
+        if isinstance(self.scorer, EntryScores):
+            return dense, self.choice(self.scorer.element_scores(dense))
         if inputs is None:
             return dense, self.choice(dense.abs())
         return self.scorer.prune(dense, inputs, self.choice)
@@ -181,9 +187,11 @@ class FormTask:
     layer: MatrixLayer
     compression: Compression
     needs_products: bool = True
+    needs_inputs: bool = True
 
-    def apply(self, inputs: InputStatistics) -> LayerUpdate:
+    def apply(self, inputs: InputStatistics | None) -> LayerUpdate:
         """Replace the layer."""
+        assert inputs is not None
         weight = oriented(self.layer, self.layer.weight.data)
         dense = weight.to(compute_type(weight))
         new = self.compression.replace_fitted(self.model, self.name, self.layer, inputs.hessian())
@@ -201,9 +209,6 @@ class EntryScores(InputScorer):
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-
-    def prune(self, weight: Tensor, inputs: InputStatistics, choice: Choice) -> tuple[Tensor, Tensor]:
-        return weight, choice(self.element_scores(weight))
 
     def element_scores(self, weight: Tensor) -> Tensor:
         return self._scorer.element_scores(weight)

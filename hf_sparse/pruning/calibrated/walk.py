@@ -21,6 +21,7 @@ from ...modeling.blocks import block_prefixes
 from ...modeling.layer_kinds import KeptTokens
 from .activations import Activations
 from .recording import Batch, Recording, Stop, record, run_model
+from .statistics import not_called
 from .tokens import kept_tokens
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,19 @@ def _stop(*_: object) -> None:
     raise Stop
 
 
+class StillStep:
+    """A block that is not run: nothing that is done to it depends on its inputs."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+
+    def run(self, begin: Begin) -> None:
+        raise RuntimeError(f"'{self.name}' has no inputs to be observed")  # pragma: no cover
+
+    def advance(self) -> None:
+        return
+
+
 class Walk:
     """The blocks of a model in the order in which they run.
 
@@ -215,10 +229,7 @@ class Walk:
         for name in units:
             missed = [layer for layer in self.layers if layer == name or layer.startswith(f"{name}.")]
             if name not in order and missed:
-                raise SparsityError(
-                    f"'{missed[0]}' took no part in the forward passes over the calibration batches, so nothing is "
-                    "known of its inputs. Give batches that use it, or exclude it"
-                )
+                raise not_called(missed[0])
         return list(order)
 
     def _is_block(self, name: str) -> bool:

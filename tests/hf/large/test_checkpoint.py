@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,55 @@ def test_checkpoint_is_pruned_as_the_model_in_memory_is(source: Path, tmp_path: 
     assert loaded.config.quantization_config.intent == SparsityConfig(**GROUPS[group])
     sparse = [tensor for tensor in inspect(tmp_path / "out").tensors if tensor.nonzeros < 0.7 * tensor.parameters]
     assert len(sparse) == 21
+
+
+BLIND: dict[str, dict[str, Any]] = {
+    "elements": {"sparsity": 0.5},
+    "random 2:4": {"scorer": "random", "pattern": "2:4"},
+    "blocks of each row": {"sparsity": 0.5, "pattern": {"name": "block", "rows": 2, "cols": 4}, "selection": "per_row"},
+}
+
+
+@pytest.mark.parametrize("group", list(BLIND))
+def test_scorers_of_weights_need_no_batches_and_run_no_block(
+    source: Path, tmp_path: Path, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: Any = AutoModelForCausalLM.from_pretrained(source)
+    sparsify(expected, SparsityConfig(**BLIND[group]))
+    monkeypatch.setattr(type(expected), "forward", None)
+    manifest = sparsify_checkpoint(source, tmp_path / "out", BLIND[group])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for key, weight in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight), key
+    assert len(manifest.targets) == 21
+
+
+def test_interrupted_run_without_batches_goes_on_to_the_same_bits(source: Path, tmp_path: Path) -> None:
+    def interrupt_second(update: Any) -> None:
+        if ".1." in update.name:
+            raise StopRunError
+
+    with pytest.raises(StopRunError):
+        sparsify_checkpoint(source, tmp_path / "out", BLIND["elements"], on_layer=interrupt_second)
+    updates: list[str] = []
+    sparsify_checkpoint(source, tmp_path / "out", BLIND["elements"], on_layer=lambda each: updates.append(each.name))
+    assert len(updates) == 14
+    sparsify_checkpoint(source, tmp_path / "whole", BLIND["elements"])
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_batches_are_asked_for_where_they_are_needed_and_named_where_not(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for group, wants in (("sparsegpt", "sparsegpt"), ("magnitude", "a selection or reconstruction")):
+        with pytest.raises(RecipeError, match=rf"{wants} looks at the inputs of layers, .* and there are none"):
+            sparsify_checkpoint(source, tmp_path / "out", GROUPS[group])
+    with pytest.raises(RecipeError, match="`batches` is empty"):
+        sparsify_checkpoint(source, tmp_path / "out", GROUPS["sparsegpt"], [])
+    assert not (tmp_path / "out").exists()
+    with caplog.at_level(logging.WARNING, "hf_sparse"):
+        sparsify_checkpoint(source, tmp_path / "out", BLIND["elements"], BATCHES)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["`batches` are not used"]
 
 
 @pytest.mark.parametrize("build", [oneshot.gemma, oneshot.gpt2, oneshot.bert], ids=["gemma", "gpt2", "bert"])

@@ -159,11 +159,21 @@ def test_command_line(tmp_path: Path) -> None:
         assert (tmp_path / name / "tokenizer.json").is_file()
 
 
+def test_command_line_needs_no_data_for_magnitude(tmp_path: Path) -> None:
+    model = oneshot.save_llama(tmp_path / "model")
+    arguments = ["prune", str(model), "--sparsity", "0.5", "--scorer", "magnitude"]
+    assert main([*arguments, "--output", str(tmp_path / "memory")]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "files"), "--device-map", "cpu"]) == 0
+    memory, files = (AutoModelForCausalLM.from_pretrained(tmp_path / each) for each in ("memory", "files"))
+    for key, weight in memory.state_dict().items():
+        assert torch.equal(files.state_dict()[key], weight), key
+
+
 def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, text = oneshot.save_llama(tmp_path / "model"), oneshot.write_text(tmp_path / "text.txt")
     arguments = ["prune", str(model), "--output", str(tmp_path / "out"), "--sparsity", "0.5", "--scorer", "wanda"]
     for more, reason in (
-        (["--device-map", "cpu"], "give some (--data)"),
+        (["--device-map", "cpu"], "give some (hf-sparse prune: --data)"),
         (["--device-map", "disk", "--data", str(text)], "where nothing is computed"),
         (["--device-map", "7", "--data", str(text)], "no such"),
         (["--device-map", "{model: cpu}", "--data", str(text), "--length", "16", "--samples", "2"], "must cover"),

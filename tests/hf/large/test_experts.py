@@ -73,6 +73,16 @@ def test_checkpoint_is_pruned_as_the_model_in_memory_is(tmp_path: Path, kind: st
         same(after, before)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "llama4"])
+def test_magnitude_prunes_experts_without_data(tmp_path: Path, kind: str) -> None:
+    source = save(tmp_path / "source", kind)
+    group: dict[str, Any] = {"targets": TARGETS, "sparsity": 0.5}
+    expected = loaded_whole(source)
+    sparsify(expected, SparsityConfig(**group))
+    sparsify_checkpoint(source, tmp_path / "out", group)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
+
+
 def test_files_hold_the_experts_as_the_source_does(tmp_path: Path) -> None:
     source = save(tmp_path / "source", "mixtral", torch.bfloat16)
     group = {"scorer": "sparsegpt", "sparsity": 0.5, "targets": ["*.experts.down_proj"]}
