@@ -14,7 +14,7 @@ from ..kernels.types import Norm
 from ..modeling.architectures import Attention, AttentionFusion, SubBlock
 from ..modeling.class_swap import Swapped, plain_class_of, swap_class
 from .fused_parts import FusedParts, RuntimeBlock, child
-from .packed_linear import PackedLinear
+from .packed_linear import PackedLinear, is_short
 from .residual_norm import FusedEnd
 from .shared_input import SharedInput, SharedParts, share
 
@@ -35,6 +35,7 @@ class _CoreParts(SharedParts):
         first: Any = next(iter(block.inputs.values()))
         super().__init__(core, [_below(table.core, path) or "" for path in table.inputs], first.joint)
         self.first: PackedLinear = first
+        self.short = self.first.short
         self.fusion = table.fusion
         self.output_path = _below(table.core, table.output) or ""
         self.size = block.size
@@ -52,7 +53,7 @@ class FusedSelfAttention(SharedInput):
     ) -> Any:
         """Return what the plain module returns."""
         core: _CoreParts = self.shared_input
-        if core.first.is_short(hidden_states):  # each of the three layers computes for itself
+        if is_short(hidden_states, core.short):  # each of the three layers computes for itself
             return super(SharedInput, self).forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         if args or not takes(self, core, hidden_states, attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -70,6 +71,7 @@ class _BlockParts:
         self.core: Any = block.core
         self.output: Any = block.output
         self.end = end
+        self.short = max(self.core.shared_input.short, self.output.short)
         core = [block.table.core] if block.table.core else []
         self.parts = FusedParts(block.module, [*core, block.table.output, *end.paths])
 
@@ -85,11 +87,9 @@ class FusedAttentionBlock(RuntimeBlock):
     ) -> Any:
         """Return what the plain module returns."""
         block: _BlockParts = self.fused_block
-        module, output = block.core, block.output
-        core: _CoreParts = module.shared_input
-        short = core.first.is_short(hidden_states) or output.is_short(hidden_states)
-        if not args and not short and block.parts.intact():
-            norm = block.end.operand()
+        if not args and not is_short(hidden_states, block.short) and block.parts.intact():
+            module, norm = block.core, block.end.operand()
+            core: _CoreParts = module.shared_input
             if norm is not None and takes(module, core, hidden_states, attention_mask, kwargs):
                 assert core.fusion is not None
                 scale = float(getattr(module, core.fusion.scale))

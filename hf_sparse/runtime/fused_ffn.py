@@ -14,7 +14,7 @@ from ..kernels.types import Norm
 from ..modeling.architectures import FeedForward, FeedForwardFusion, SubBlock
 from ..modeling.class_swap import Swapped, swap_class
 from .fused_parts import FusedParts, RuntimeBlock, child
-from .packed_linear import PackedLinear
+from .packed_linear import PackedLinear, is_short
 from .packed_weight import Packed
 from .residual_norm import FusedEnd
 from .shared_input import SharedParts, share
@@ -81,6 +81,8 @@ class _Parts:
             None if path is None else module.get_submodule(path)
             for path in (fusion.inner_dropout, fusion.output_dropout)
         )
+        first = self.layers[0]
+        self.short = first.short if isinstance(first, PackedLinear) else 0
         self.end = None if fusion.residual is None else FusedEnd(block, fusion.residual)
         kernel = getattr(block.output, "kernel", None)
         self.takes_norm = len(self.layers) == 2 and kernel is not None and "ffn_norm" in KERNELS[kernel].fused
@@ -90,11 +92,6 @@ class _Parts:
         self.parts = FusedParts(
             module, [*paths, table.activation] if is_module else paths, () if is_module else [table.activation]
         )
-
-    def is_short(self, x: Tensor) -> bool:
-        """Return whether the layers compute with their dense weights, one by one."""
-        first = self.layers[0]
-        return isinstance(first, PackedLinear) and first.is_short(x)
 
 
 class FusedFeedForward(RuntimeBlock):
@@ -106,7 +103,7 @@ class FusedFeedForward(RuntimeBlock):
     def swapped_call(self: Any, hidden_states: Tensor) -> Tensor:
         """Return what the plain method returns."""
         fused: _Parts = self.fused_ffn
-        if fused.activation is not None and not fused.is_short(hidden_states) and fused.parts.intact():
+        if fused.activation is not None and not is_short(hidden_states, fused.short) and fused.parts.intact():
             if fused.end is not None:
                 if fused.takes_norm and (norm := fused.end.operand()) is not None:
                     return multiply(fused.layers, hidden_states, fused.activation, norm)

@@ -9,12 +9,26 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..errors import BackendError
 from ..modeling.layer_matching import BACK, InRuntimeForm
 from ..modeling.zero_preservation import resume_guards, suspend_guards
 from .joint import Joint
 from .packed_weight import Packed, operand_names
+
+_FP32 = torch.float32
+
+
+def is_short(x: Tensor, most: int) -> bool:
+    """Return whether an input has so few tokens that dense weights are faster.
+
+    Compiled and exported programs take the packed ones: they are made for any number of tokens.
+
+    Args:
+        most: elements of such an input, see `PackedLinear.short`.
+    """
+    return most > 0 and not is_compiling() and x.numel() <= most
 
 
 class PackedLinear(InRuntimeForm, nn.Module):
@@ -74,23 +88,30 @@ class PackedLinear(InRuntimeForm, nn.Module):
         Raises:
             BackendError: in training, with gradients through the layer, or for another dtype or device.
         """
+        own = self.__dict__  # a short call takes as long as a few look-ups of attributes of a module
+        if (limit := own["dense_up_to"]) and is_short(x, limit * own["in_features"]) and self.takes(x):
+            parameters = own["_parameters"]
+            bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  `self.bias` is slow
+            return F.linear(x, own["dense"][0], bias)
         self.check(x)
-        if self.is_short(x):
-            return F.linear(x, self.dense[0], self.bias)
         if self.joint is not None:
             return self.joint.product(self, x)
         return self.packed.multiply(x, self.bias)
 
-    def is_short(self, x: Tensor) -> bool:
-        """Return whether an input has so few tokens that the dense weight is faster.
+    @property
+    def short(self) -> int:
+        """Largest number of elements of an input for which the dense weight is faster, see `is_short`; 0 = none."""
+        return self.dense_up_to * self.in_features
 
-        Compiled and exported programs take the packed one: they are made for any number of tokens.
-        """
-        limit = self.dense_up_to  # nearly always 0
-        return limit > 0 and x.numel() <= limit * self.in_features and not torch.compiler.is_compiling()
+    def takes(self, x: Tensor) -> bool:
+        """Return whether `check` raises nothing."""
+        gradients = x.requires_grad and torch.is_grad_enabled()
+        return not self.training and x.dtype is _FP32 and x.is_cpu and not gradients
 
     def check(self, x: Tensor) -> None:
         """Raise `BackendError` for what only a dense layer can do."""
+        if self.takes(x):
+            return
         if self.training:
             raise BackendError(
                 "a layer in runtime form (hf_sparse.to_runtime) is in training mode, and cannot train. For inference, "
@@ -101,11 +122,10 @@ class PackedLinear(InRuntimeForm, nn.Module):
                 "a layer in runtime form (hf_sparse.to_runtime) computes no gradients, and its input requires them. "
                 "Use torch.no_grad(), or call hf_sparse.to_dense_runtime(model) before training"
             )
-        if x.dtype != torch.float32 or not x.is_cpu:
-            raise BackendError(
-                f"a layer in runtime form computes in float32 on the CPU, got an input in {x.dtype} on {x.device} "
-                f"(torch.autocast around the model may be the cause: remove it). To move or cast the model, {BACK}"
-            )
+        raise BackendError(
+            f"a layer in runtime form computes in float32 on the CPU, got an input in {x.dtype} on {x.device} "
+            f"(torch.autocast around the model may be the cause: remove it). To move or cast the model, {BACK}"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse import to_dense_runtime, to_runtime
+from hf_sparse.errors import BackendError
 from hf_sparse.kernels import LibraryStatus
 from hf_sparse.profiling.timer import Run
 from hf_sparse.runtime import SpeedTable
 from hf_sparse.runtime.autotune import Measurement, Trial
 from hf_sparse.runtime.memory import bytes_of
-from hf_sparse.runtime.packed_linear import PackedLinear
+from hf_sparse.runtime.packed_linear import PackedLinear, is_short
 from hf_sparse.runtime.planner import DECODING_TOKENS, SHORT_TOKENS, TOKENS, dense_up_to
 from tests.helpers.kernels import pretend
 from tests.helpers.runtime_models import answers, sparse, sparse_decoder
@@ -117,8 +118,24 @@ def test_short_inputs_are_bit_for_bit_those_of_dense(tmp_path: Path) -> None:
             for tokens in (1, 14):
                 x = layer_inputs(tokens, module)
                 assert torch.equal(module(x), plain(x))
-            assert module.is_short(layer_inputs(14, module))
-            assert not module.is_short(layer_inputs(15, module))
+            assert is_short(layer_inputs(14, module), module.short)
+            assert not is_short(layer_inputs(15, module), module.short)
+
+
+def test_short_inputs_are_refused_as_long_ones_are(tmp_path: Path) -> None:
+    model = sparse("bert")
+    converted(model, tmp_path, SlowWhereShort(8))
+    layer: Any = next(module for module in model.modules() if isinstance(module, PackedLinear))
+    for tokens in (1, 200):
+        x = layer_inputs(tokens, layer)
+        with pytest.raises(BackendError, match=r"in float32 on the CPU, got an input in torch\.float64"):
+            layer(x.double())
+        with pytest.raises(BackendError, match="computes no gradients"):
+            layer(x.clone().requires_grad_())
+        layer.train()
+        with pytest.raises(BackendError, match="is in training mode"):
+            layer(x)
+        layer.eval()
 
 
 def test_sub_blocks_that_gain_at_every_length_keep_no_dense_weight(tmp_path: Path) -> None:
