@@ -13,7 +13,10 @@ from .verb import VERBS, Verb
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status: 0, 2 for what the user can put right, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options, surplus = _parser().parse_known_args(given)
+    if surplus:
+        options.parser.error(_describe_surplus(options.parser, given, surplus))
     verb: Verb = options.verb
     try:
         program = verb.run(options)
@@ -51,5 +54,22 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: hf-sparse {name} {verb.example}".rstrip(),
         )
         verb.add_arguments(command)
-        command.set_defaults(verb=verb)
+        command.set_defaults(verb=verb, parser=command)
     return parser
+
+
+def _describe_surplus(parser: argparse.ArgumentParser, given: Sequence[str], surplus: Sequence[str]) -> str:
+    """Return what is wrong with arguments that no option takes: mostly a second value of one that takes one."""
+    message = f"unrecognized arguments: {' '.join(surplus)}"
+    index = len(given) - 1 - given[::-1].index(surplus[0])
+    before = next((place for place in range(index - 1, -1, -1) if given[place].startswith("--")), None)
+    if surplus[0].startswith("-") or before is None:
+        return message
+    name, equals, value = given[before].partition("=")
+    action = next((action for action in parser._actions if name in action.option_strings), None)
+    values = [value] * bool(equals) + list(given[before + 1 : index + 1])
+    if action is None or action.nargs is not None:
+        return message
+    if isinstance(action, argparse._AppendAction):
+        return f"{message}. {name} takes one value, and may be repeated: {' '.join(f'{name} {v!r}' for v in values)}"
+    return f"{message}. {name} takes one value, got {' and '.join(map(repr, values))}"

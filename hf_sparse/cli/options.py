@@ -56,12 +56,47 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def spec(text: str) -> Any:
     """Return a part of a recipe: a name, or a YAML mapping as in '{name: block, rows: 32, cols: 32}'."""
+    return name_or_mapping(text, "a name, or a mapping as in '{name: block, rows: 32, cols: 32}'")
+
+
+def name_or_mapping(text: str, wanted: str) -> Any:
+    """Return a text as it is, and a YAML mapping, which begins with a brace, as a dictionary.
+
+    Args:
+        wanted: what the option takes, for the message about anything else.
+
+    Raises:
+        argparse.ArgumentTypeError: for a mapping that is not valid YAML, or has a colon without a space.
+    """
     from ..utils.strict_yaml import parse_yaml
 
+    if not text.startswith("{"):
+        return text
     try:
-        return parse_yaml(text) if text.startswith("{") else text
+        found = parse_yaml(text)
+        wrong = None if isinstance(found, dict) else "it is not a mapping"
     except RecipeError as error:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is {error}") from None
+        wrong = " ".join(str(error).replace(' in "<unicode string>",', "").split())
+    if wrong is None:
+        empty = [key for key, value in found.items() if value is None and ":" in str(key)]
+        wrong = f"key {empty[0]!r} has no value (a colon is followed by a space)" if empty else None
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(f"it must be {wanted}, got {shorten(text)}: {wrong}")
+    return found
+
+
+def glob(text: str) -> str:
+    """Return a glob over names of layers.
+
+    Raises:
+        argparse.ArgumentTypeError: for several of them in one value.
+    """
+    several = text.replace(",", " ").split()
+    if len(several) != 1 or several[0] != text:
+        raise argparse.ArgumentTypeError(
+            f"it takes one glob, and may be repeated, got {text!r}: write the option once for each of {several}"
+        )
+    return text
 
 
 def given(options: argparse.Namespace, *keys: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class CalibrationText:
         length: tokens of a sequence; None = 2048, or what the model takes.
         seed: of the places.
         bos: see `TokenStream.of`.
+        unread: options that name what is not read where a text is, for a warning.
     """
 
     path: str
@@ -63,6 +64,7 @@ class CalibrationText:
     length: int | None = None
     seed: int = 0
     bos: Bos = "auto"
+    unread: Sequence[str] = ()
 
     @property
     def plain(self) -> bool:
@@ -75,6 +77,11 @@ class CalibrationText:
         Raises:
             RecipeError: if the text is too short, or a sequence too long for the model.
         """
+        if self.unread:
+            logger.warning(
+                f"{' and '.join(self.unread)} is not used: {type(model).__name__} is shown sequences of the text in "
+                f"column '{self.column}' of {self.path}, without labels"
+            )
         length = default_length(SEQUENCE_LENGTH, model, tokenizer) if self.length is None else self.length
         check_length(length, model, tokenizer, special=0)
         stream = TokenStream.of(read_text(self.path, self.column), tokenizer, self.bos, ends=not is_causal(model))

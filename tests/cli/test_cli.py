@@ -183,6 +183,30 @@ def test_train_says_which_override_is_unknown(tmp_path, capsys):
     assert "did you mean 'learning_rate'" in errors_of(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--targets", "*.query", "*.key"], "and may be repeated: --targets '*.query' --targets '*.key'"),
+        (["--targets=*.query", "*.key"], "and may be repeated: --targets '*.query' --targets '*.key'"),
+        (["--sparsity", "0.5", "0.6"], "--sparsity takes one value, got '0.5' and '0.6'"),
+        (["--targets", "*.query,*.key"], "it takes one glob, and may be repeated, got '*.query,*.key'"),
+        (["--exclude", "*.query *.key"], "write the option once for each of ['*.query', '*.key']"),
+        (["--pattern", "{name: block, rows: 4"], "as in '{name: block, rows: 32, cols: 32}', got '{name: block, rows"),
+    ],
+)
+def test_several_values_of_an_option_that_takes_one(capsys, arguments, reason):
+    with pytest.raises(SystemExit) as exit_:
+        main(["prune", "model", "--output", "out", *arguments])
+    assert exit_.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_column_without_data_is_an_error(capsys):
+    assert "--label names a column of the examples" in errors_of(
+        capsys, "prune", "model", "--output", "out", "--sparsity", "0.5", "--label", "l"
+    )
+
+
 def test_unknown_command_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["prone"])

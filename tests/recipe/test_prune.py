@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,14 @@ def test_an_interrupted_run_from_file_to_file_is_not_written_over(tmp_path: Path
     with pytest.raises(RecipeError, match="interrupted run"):
         prune("no-such-model", {"sparsity": 0.5}, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".pruning"]
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, data = oneshot.save_llama(tmp_path / "model"), tmp_path / "data.jsonl"
+    text = oneshot.write_text(tmp_path / "text.txt").read_text()
+    data.write_text(json.dumps({"text": text, "class": 1}) + "\n")
+    options = ["--scorer", "wanda", "--sparsity", "0.5", "--data", str(data), "--length", "16", "--samples", "2"]
+    with caplog.at_level("WARNING", "hf_sparse"):
+        assert main(["prune", str(model), *options, "--label", "class", "--output", str(tmp_path / "out")]) == 0
+    (message,) = [record.getMessage() for record in caplog.records if "--label" in record.getMessage()]
+    assert message.startswith("--label is not used: LlamaForCausalLM is shown sequences of the text in column 'text'")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ...errors import RecipeError
 from ..data_options import add_data, data_section
-from ..options import add_model, add_revision, given, separate_output, spec
+from ..options import add_model, add_revision, given, glob, name_or_mapping, separate_output, spec
 from ..verb import VERBS, Verb
 
 GROUP = ("sparsity", "scorer", "pattern", "selection", "targets", "exclude", "reconstruction", "compress")
@@ -37,8 +38,9 @@ class Prune(Verb):
             type=spec,
             help="another form of the layers: {name: low_rank, rank: 16} or {name: hashed, ratio: 1/8}",
         )
-        parser.add_argument("--targets", action="append", metavar="GLOB", help="names of layers; may be repeated")
-        parser.add_argument("--exclude", action="append", metavar="GLOB", help="layers kept dense; may be repeated")
+        names: dict[str, Any] = {"action": "append", "type": glob, "metavar": "GLOB"}
+        parser.add_argument("--targets", **names, help="names of layers; may be repeated")
+        parser.add_argument("--exclude", **names, help="layers kept dense; may be repeated")
         add_revision(parser)
         purpose = "examples for the scorers wanda, sparsegpt, gradient, taylor and head_importance"
         add_data(parser, purpose, required=False, samples=None, batch=True, plain=True)
@@ -61,6 +63,9 @@ class Prune(Verb):
         group = {key: value for key, value in given(options, *GROUP).items() if value is not None}
         output = separate_output(options.model, options.output)
         section = text = None
+        columns = [f"--{key}" for key in ("text", "label") if getattr(options, key) is not None]
+        if options.data is None and columns:
+            raise RecipeError(f"{columns[0]} names a column of the examples, and there are none: give --data FILE too")
         if options.data is not None:
             named: dict[str, Any] = {"column": options.text[0]} if options.text else {}
             text = CalibrationText(
@@ -68,7 +73,13 @@ class Prune(Verb):
                 samples=SEQUENCES if options.samples is None else options.samples,
                 **given(options, "length", "seed", "bos"),
                 **named,
+                unread=_unread_in_text(options),
             )
+            if text.plain and columns:
+                raise RecipeError(
+                    f"{' and '.join(columns)} would name columns of a file of examples, and {options.data} is plain "
+                    "text, which has none: leave out what names them"
+                )
             options.samples = EXAMPLES if options.samples is None else options.samples
             section = data_section(options)
         if options.device_map is not None:
@@ -80,6 +91,13 @@ class Prune(Verb):
         print(f"{summary}\n\nSaved in {output}")
 
 
+def _unread_in_text(options: argparse.Namespace) -> list[str]:
+    """Return the options for columns that are not read where one column is a text, without labels."""
+    second = ["the second --text"] if len(options.text or ()) > 1 else []
+    return second + (["--label"] if options.label is not None else [])
+
+
 def _devices(text: str) -> Any:
     """Return a device map: a number is that of an accelerator."""
-    return int(text) if text.isdecimal() else spec(text)
+    wanted = "auto, a device as in cpu or cuda:1, or a mapping as in '{model.layers: 0, \"\": cpu}'"
+    return int(text) if text.isdecimal() else name_or_mapping(text, wanted)

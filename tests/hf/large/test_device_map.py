@@ -180,4 +180,17 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert main([*arguments, *more]) == 2
         assert reason in capsys.readouterr().err
+    plain = ["--device-map", "cpu", "--data", str(text)]
+    for more, named in ((["--label", "l"], "--label"), (["--text", "t", "--label", "l"], "--text and --label")):
+        assert main([*arguments, *plain, *more]) == 2
+        assert f"{named} would name columns of a file of examples, and {text} is plain text" in capsys.readouterr().err
+    for given, found in (
+        ("{model: cpu", "not valid YAML: while parsing a flow mapping"),
+        ("{model:cpu}", "key 'model:cpu' has no value (a colon is followed by a space)"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--device-map", given])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert "argument --device-map: it must be auto, a device as in cpu or cuda:1, or a mapping as in" in line
+        assert f"got '{given}': {found}" in line
     assert not (tmp_path / "out").exists()
