@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ from _pytest.logging import LogCaptureHandler
 
 SLOW_TIMEOUT = 1200
 """Seconds that a slow test may take; the others have the limit of pyproject.toml."""
+
+TIME_OVER = float(os.environ.get("HF_SPARSE_TESTS_UNTIL", "inf"))
+"""Seconds since the epoch, set by .ci/run: tests that have not begun by then are skipped, and counted in the summary.
+
+On a slow machine the server would end the run otherwise, with no result of any test.
+"""
 
 # The same examples in every run, and no deadline: a shared machine is no stopwatch.
 hypothesis.settings.register_profile("hf_sparse", derandomize=True, deadline=None)
@@ -35,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > TIME_OVER:
+        pytest.skip("not run: the time for tests is over (HF_SPARSE_TESTS_UNTIL)")
 
 
 @pytest.fixture(autouse=True)
