@@ -24,8 +24,12 @@ DECODING_TOKENS = (1, 2, 5, 8)
 BETWEEN_TOKENS = (9, 16)
 """Token counts between those and the others, for the same: where a tile of 16 is filled least, and where it is full."""
 
-SHORT_TOKENS = (1, 2, 4, 8, 15)
-"""Token counts that are timed in addition for other models, to find up to which one they compute with dense weights."""
+SHORT_TOKENS = (1, 2, 3, 4, 7, 9, 15)
+"""Token counts that are timed in addition for other models, to find up to which one they compute with dense weights.
+
+With them where kernels gain least: 3 and 7 tokens are the most that blocks of 4 and more rows compute one by one, and 9
+leave most of the second register of 8 empty.
+"""
 
 Decisions = Mapping[str, LayerDecision]
 

@@ -72,7 +72,7 @@ def test_short_calls_compute_with_dense_weights_after_loading_too(tmp_path: Path
     dense = copy.deepcopy(model)
 
     def clock(trial: Trial, plain: Run, packed: Run) -> Measurement:
-        return Measurement(1.0, 2.0, 0.5) if trial.tokens <= 8 else Measurement(1.0, 0.5, 2.0)
+        return Measurement(1.0, 2.0, 0.5) if trial.tokens <= 9 else Measurement(1.0, 0.5, 2.0)
 
     to_runtime(model, "auto", table=SpeedTable(tmp_path / "times.json", clock))
     save_runtime(model, tmp_path / "saved")

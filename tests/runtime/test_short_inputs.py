@@ -53,7 +53,7 @@ def converted(model: nn.Module, folder: Path, clock: SlowWhereShort, **options: 
 
 @pytest.mark.parametrize(
     ("slow", "expected"),
-    [((), 0), ((1,), 1), ((1, 2, 4), 7), ((8,), 14), ((15,), 16), ((1, 15), 16), ((1, 2, 4, 8, 15), 16)],
+    [((), 0), ((1,), 1), ((1, 2, 4), 6), ((3,), 3), ((9,), 14), ((15,), 16), ((1, 15), 16), (SHORT_TOKENS, 16)],
 )
 def test_limit_reaches_to_the_next_count_that_gains(slow: tuple[int, ...], expected: int) -> None:
     measured = {n: Measurement(1.0, 1.2 if n in slow else 0.5, 1.0) for n in SHORT_TOKENS}
@@ -73,7 +73,7 @@ def test_short_inputs_take_the_dense_weight_and_others_the_packed(family: str, t
     long = {name: torch.cat([value] * 5) for name, value in inputs.items()}
     short = cut(inputs, 3)
     dense = copy.deepcopy(model)
-    report = converted(model, tmp_path, SlowWhereShort(8))
+    report = converted(model, tmp_path, SlowWhereShort(9))
     encoder = [one for one in report.sparse if "decoder" not in one.name]
     assert encoder
     assert {one.dense_up_to for one in encoder} == {14}
@@ -98,7 +98,7 @@ def layer_inputs(tokens: int, layer: PackedLinear) -> Tensor:
 def test_memory_counts_the_dense_weights_that_are_kept(tmp_path: Path) -> None:
     model, decoder = sparse("bert"), sparse_decoder("llama")
     before = bytes_of(model), bytes_of(decoder)
-    reports = converted(model, tmp_path, SlowWhereShort(8)), to_runtime(decoder, "bitmask-int8", keep_dense=True)
+    reports = converted(model, tmp_path, SlowWhereShort(9)), to_runtime(decoder, "bitmask-int8", keep_dense=True)
     for each, bytes_before, report in zip((model, decoder), before, reports, strict=True):
         more = report.bytes - report.dense_bytes  # shares of a joint weight are rounded
         assert more > 0
@@ -108,7 +108,7 @@ def test_memory_counts_the_dense_weights_that_are_kept(tmp_path: Path) -> None:
 def test_short_inputs_are_bit_for_bit_those_of_dense(tmp_path: Path) -> None:
     model = sparse("bert")
     dense = copy.deepcopy(model)
-    converted(model, tmp_path, SlowWhereShort(8))
+    converted(model, tmp_path, SlowWhereShort(9))
     short = cut(batch("bert"), 14)
     assert short["input_ids"].numel() <= 14
     assert torch.equal(answers(model, short), answers(dense, short)), "the very operations of the dense model"
@@ -124,7 +124,7 @@ def test_short_inputs_are_bit_for_bit_those_of_dense(tmp_path: Path) -> None:
 
 def test_short_inputs_are_refused_as_long_ones_are(tmp_path: Path) -> None:
     model = sparse("bert")
-    converted(model, tmp_path, SlowWhereShort(8))
+    converted(model, tmp_path, SlowWhereShort(9))
     layer: Any = next(module for module in model.modules() if isinstance(module, PackedLinear))
     for tokens in (1, 200):
         x = layer_inputs(tokens, layer)
@@ -139,7 +139,7 @@ def test_short_inputs_are_refused_as_long_ones_are(tmp_path: Path) -> None:
 
 
 def test_sub_blocks_that_gain_at_every_length_keep_no_dense_weight(tmp_path: Path) -> None:
-    clock = SlowWhereShort(8, "sparse_ffn")
+    clock = SlowWhereShort(9, "sparse_ffn")
     report = converted(sparse("bert"), tmp_path, clock)
     limits = {one.kernel: one.dense_up_to for one in report.sparse}
     assert limits["sparse_ffn"] == 14
@@ -148,7 +148,7 @@ def test_sub_blocks_that_gain_at_every_length_keep_no_dense_weight(tmp_path: Pat
 
 
 def test_requested_token_counts_are_all_that_is_timed(tmp_path: Path) -> None:
-    clock = SlowWhereShort(8)
+    clock = SlowWhereShort(9)
     report = converted(sparse("bert"), tmp_path, clock, tokens=(32, 64))
     assert {trial.tokens for trial in clock.timed} == {32, 64}
     assert {one.dense_up_to for one in report.sparse} == {0}
@@ -172,7 +172,7 @@ def test_decoder_is_timed_at_its_steps_as_before(tmp_path: Path) -> None:
 
 def test_gradients_and_training_are_refused_at_any_length(tmp_path: Path) -> None:
     model = sparse("bert")
-    converted(model, tmp_path, SlowWhereShort(8))
+    converted(model, tmp_path, SlowWhereShort(9))
     layer = next(module for module in model.modules() if isinstance(module, PackedLinear))
     x = layer_inputs(2, layer)
     assert not layer(x).requires_grad
