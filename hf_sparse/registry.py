@@ -88,12 +88,16 @@ class Registry(Generic[T]):
         Raises:
             RecipeError: for an unknown name or option, or a spec that is neither a name nor a mapping.
         """
-        if isinstance(spec, Mapping) and list(spec) == ["name"]:
-            spec = spec["name"]  # so that {"name": "2:4"} is what "2:4" is
+        name = spec.get("name") if isinstance(spec, Mapping) else spec
+        for regex, expand in self._shorthands:
+            if isinstance(name, str) and (match := regex.fullmatch(name)):
+                # {"name": "2:4"} is what "2:4" is; options beside it replace those that it stands for.
+                options = expand(match)
+                beside = (
+                    {key: value for key, value in spec.items() if key != "name"} if isinstance(spec, Mapping) else {}
+                )
+                return self.resolve({**options, **beside})
         if isinstance(spec, str):
-            for regex, expand in self._shorthands:
-                if match := regex.fullmatch(spec):
-                    return self.resolve(expand(match))
             return self[spec], {}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise RecipeError(f"a {self.kind} must be a name or {{'name': ..., options}}, got {spec!r}")

@@ -20,6 +20,11 @@ from .packed_weight import Packed, operand_names
 _FP32 = torch.float32
 
 
+def _casts() -> bool:
+    """Return whether autocast would compute a dense matmul in another type, which packed ones do not."""
+    return torch.is_autocast_enabled("cpu")
+
+
 def is_short(x: Tensor, most: int) -> bool:
     """Return whether an input has so few tokens that dense weights are faster.
 
@@ -89,7 +94,7 @@ class PackedLinear(InRuntimeForm, nn.Module):
             BackendError: in training, with gradients through the layer, or for another dtype or device.
         """
         own = self.__dict__  # a short call takes as long as a few look-ups of attributes of a module
-        if (limit := own["dense_up_to"]) and is_short(x, limit * own["in_features"]) and self.takes(x):
+        if (limit := own["dense_up_to"]) and is_short(x, limit * own["in_features"]) and self.takes(x) and not _casts():
             parameters = own["_parameters"]
             bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  `self.bias` is slow
             return F.linear(x, own["dense"][0], bias)

@@ -63,6 +63,12 @@ def test_registry_expands_a_shorthand(shapes: Registry[Any], spec: Any) -> None:
     assert shapes.build(spec) == Round(12)
 
 
+def test_options_beside_a_shorthand_replace_its_own(shapes: Registry[Any]) -> None:
+    assert shapes.build({"name": "r3", "size": 5}) == shapes.build({"name": "round", "size": 5})
+    with pytest.raises(RecipeError, match="height"):
+        shapes.build({"name": "r3", "height": 5})
+
+
 @pytest.mark.parametrize("name", ["r12x", "xr12", "r"])
 def test_registry_expands_a_shorthand_only_when_all_of_the_name_matches(shapes: Registry[Any], name: str) -> None:
     with pytest.raises(RecipeError, match="unknown shape"):

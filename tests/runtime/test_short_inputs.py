@@ -138,6 +138,14 @@ def test_short_inputs_are_refused_as_long_ones_are(tmp_path: Path) -> None:
         layer.eval()
 
 
+def test_short_inputs_have_the_type_of_long_ones_under_autocast(tmp_path: Path) -> None:
+    model = sparse("bert")
+    converted(model, tmp_path, SlowWhereShort(9))
+    layer: Any = next(module for module in model.modules() if isinstance(module, PackedLinear))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {layer(layer_inputs(tokens, layer)).dtype for tokens in (1, 200)} == {torch.float32}
+
+
 def test_sub_blocks_that_gain_at_every_length_keep_no_dense_weight(tmp_path: Path) -> None:
     clock = SlowWhereShort(9, "sparse_ffn")
     report = converted(sparse("bert"), tmp_path, clock)
