@@ -57,8 +57,8 @@ def test_runs_are_pruned_trained_measured_and_collected(place: Path, monkeypatch
     assert set(found["dense"]) == {"spearman", "pearson", "knn_accuracy"}
     blocks, heads, both, _, reranker = (found["runs"][name] for name in names)
     assert blocks["zeros"] == pytest.approx(0.8, abs=1e-3)
-    assert blocks["measured"]["fp32"]["pearson"] == pytest.approx(blocks["pearson"], abs=1e-3)
-    # Of so few pairs two may change places where kernels round otherwise, which moves a rank correlation by some 0.01.
+    # Training evaluates in bfloat16, which processors round differently, and of so few pairs two may change places.
+    assert blocks["measured"]["fp32"]["pearson"] == pytest.approx(blocks["pearson"], abs=0.01)
     assert blocks["measured"]["fp32"]["spearman"] == pytest.approx(blocks["spearman"], abs=0.02)
     assert blocks["one_shot"] != blocks["spearman"]
     assert heads["zeros"] == pytest.approx(0.5, abs=0.05)
