@@ -142,7 +142,7 @@ def test_race_takes_the_real_modules(tmp_path: Any) -> None:
 def test_real_times_are_measured_and_positive(tmp_path: Any) -> None:
     report = to_runtime(nn.Sequential(sparse_linear()).eval(), table=SpeedTable(tmp_path / "t.json"))
     (layer,) = report.layers
-    assert {17, 65, 200, 1024} <= set(layer.gains) <= {1, 2, 4, 8, 15, 17, 65, 200, 1024}
+    assert {17, 65, 200, 1024} <= set(layer.gains) <= {1, 2, 3, 4, 7, 9, 15, 17, 65, 200, 1024}
     assert all(gain > 0 for gain in layer.gains.values())
 
 
