@@ -92,11 +92,8 @@ class Registry(Generic[T]):
         for regex, expand in self._shorthands:
             if isinstance(name, str) and (match := regex.fullmatch(name)):
                 # {"name": "2:4"} is what "2:4" is; options beside it replace those that it stands for.
-                options = expand(match)
-                beside = (
-                    {key: value for key, value in spec.items() if key != "name"} if isinstance(spec, Mapping) else {}
-                )
-                return self.resolve({**options, **beside})
+                options, beside = expand(match), spec if isinstance(spec, Mapping) else {}
+                return self.resolve({**options, **beside, "name": options["name"]})
         if isinstance(spec, str):
             return self[spec], {}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
