@@ -89,28 +89,34 @@ Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def pack_rows(
-    weight: Tensor, dtype: torch.dtype, words: int, convert: Callable[[Tensor], Tensor], store: Store | None = None
+    weight: Tensor,
+    dtype: torch.dtype,
+    words: int,
+    convert: Callable[[Tensor], Tensor],
+    store: Store | None = None,
+    whole_above: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return values, bits and row pointers of a weight, a few rows at a time: indexes of all entries would fill memory.
-
-    Of a row whose zeros take fewer bytes than its bits, all entries are stored: the C++ kernels do not read its bits.
 
     Args:
         words: of each row of bits.
         convert: some rows of the weight -> their values, zero where nothing is stored.
         store: how the values of some rows are stored; None = one after the other.
+        whole_above: share of nonzeros from which on all entries of a row are stored: the C++ kernels do not read its
+            bits then. None = where its zeros take fewer bytes than its bits.
 
     Raises:
         BackendError: more nonzeros than int32 can count.
     """
     out, width = weight.shape
     values: list[Tensor] = []
+    whole_above = 1 - 1 / (8 * dtype.itemsize) if whole_above is None else whole_above
     counts, bits = torch.zeros(out, dtype=torch.int64), torch.zeros(out, words, dtype=torch.int64)
     for part in row_blocks(out, width):
         rows = convert(weight[part])
         kept = rows != 0
         if store is None:
-            kept[kept.sum(1) > width * (1 - 1 / (8 * dtype.itemsize)), :width] = True
+            kept[kept.sum(1) > width * whole_above, :width] = True
         bits[part] = to_words(kept, words)
         stored, counts[part] = (rows[kept], kept.sum(1)) if store is None else store(rows, kept)
         values.append(stored.to(dtype))

@@ -70,12 +70,14 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (grouped * inverse).round(), scales
 
 
-def pack_rounded(weight: Tensor, grid: ValueGrid, dtype: torch.dtype, store: Store | None = None) -> Parts:
+def pack_rounded(
+    weight: Tensor, grid: ValueGrid, dtype: torch.dtype, store: Store | None = None, whole_above: float | None = None
+) -> Parts:
     """Return the parts of a weight that is rounded to a grid; scales in float32.
 
     Args:
         dtype: of the values.
-        store: see `pack_rows`.
+        store, whole_above: see `pack_rows`.
     """
     words = words_of(weight.shape[1])
     scales = [torch.zeros(0, words * WORD // grid.group)]
@@ -86,7 +88,7 @@ def pack_rounded(weight: Tensor, grid: ValueGrid, dtype: torch.dtype, store: Sto
         scales.append(each.squeeze(-1))
         return grid.steps_of(grouped, each).flatten(1)  # what rounds to zero is not stored
 
-    values, bits, pointers = pack_rows(weight, dtype, words, convert, store)
+    values, bits, pointers = pack_rows(weight, dtype, words, convert, store, whole_above)
     return values, bits, pointers, torch.cat(scales)
 
 

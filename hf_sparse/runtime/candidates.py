@@ -14,6 +14,7 @@ from ..kernels import KERNELS
 from ..modeling.architectures import SubBlock, known_sub_blocks
 from . import fused_attention, fused_ffn
 from .fused_parts import any_observed
+from .huge_pages import HugePages
 from .lazy_weights import materialize
 from .packed_linear import become_packed
 from .packed_weight import Packed, RoundingErrors
@@ -57,6 +58,11 @@ class PackCandidate:
         if self.form != "qkv" or self.block is None or not KERNELS[self.kernel].fused:
             return None
         return None if fused_attention.fusion_of(self.block) is None else self.block.size
+
+    def moved(self, memory: HugePages) -> PackCandidate:
+        """Return the candidate with what its kernel reads in this memory."""
+        packed = tuple(each._replace(operands=memory.take(each.operands)) for each in self.packed)
+        return dataclasses.replace(self, packed=packed)
 
     def pack(self, layers: Sequence[nn.Linear], keep_dense: bool) -> None:
         """Turn layers with these weights into packed ones, in place."""

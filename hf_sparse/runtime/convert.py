@@ -14,11 +14,12 @@ from ..modeling.class_swap import restore
 from ..modeling.layer_matching import InRuntimeForm
 from ..modeling.model_state import check_model
 from ..profiling.machine import machine
-from . import fused_ffn, gpu, lm_head
+from . import fused_ffn, gpu, lm_head, rms_norm
 from .autotune import DECODING, SpeedTable
 from .candidates import Candidates, PackCandidate
 from .fused_parts import RuntimeBlock
 from .guards import freeze, guard, unfreeze, unguard
+from .huge_pages import HugePages
 from .lazy_weights import materialize, trim_memory
 from .packed_linear import PackedLinear, become_dense
 from .packed_weight import RoundingErrors
@@ -155,6 +156,7 @@ class _Conversion:
         self.packed: list[PackCandidate] = []
         self.errors: dict[str, RoundingErrors] = {}
         self.unfused = unfused_blocks(model)
+        self.memory = HugePages()
 
     def pack(self, kernel: Kernel, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Choose what is packed, and pack it."""
@@ -178,9 +180,10 @@ class _Conversion:
             for candidate in choice.packed:
                 if not kernel.exact:
                     self.errors |= candidate.errors()
-                candidate.pack(candidate.layers, self.keep_dense)
-                trim_memory()
-            self.packed += choice.packed
+                moved = candidate.moved(self.memory)
+                moved.pack(moved.layers, self.keep_dense)
+                self.packed.append(moved)
+            trim_memory()
 
     def read_lm_head(self, table: SpeedTable | None, tokens: Sequence[int] | None) -> None:
         """Let the LM head compute with the GEMV kernel, where that is faster."""
@@ -200,6 +203,7 @@ class _Conversion:
                 return
         if few is not None and not KERNELS[few[0]].exact:
             self.errors[name] = lm_head.errors_of(layer, few)
+        few = None if few is None else (few[0], self.memory.take(few[1]))
         lm_head.use_few_token_kernel(layer, few)
         self.decisions[name] = lm_head.decide(decision, speedups)
 
@@ -240,6 +244,8 @@ def fuse_all(model: nn.Module, packed: Sequence[PackCandidate], unfused: Sequenc
     for block in unfused:
         if isinstance(block.output, PackedLinear) and fused_ffn.is_fusible(block):
             fused_ffn.fuse(block, None)
+    if any(KERNELS[candidate.kernel].few_tokens for candidate in packed):
+        rms_norm.use_operator(model)
     freeze(model)
     guard(model)
 

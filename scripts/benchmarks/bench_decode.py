@@ -6,13 +6,14 @@
 
 DENSE is the folder of the model, SPARSE of the same model pruned (`hf-sparse prune DENSE --scorer sparsegpt ...`). A
 backend may have a folder of its own: for int8 and int4 the model that was pruned for it, with
-`--scorer "{name: sparsegpt, bits: 4}"`. Engines of torch: the dense model in float32 and in bfloat16, the sparse ones
-in runtime form. Before anything is timed, the logits of the exact forms are compared with those of the sparse model in
-torch. Each engine then generates as many tokens, greedily, from the same prompt. Figures are ratios over the fastest
-dense engine of torch, round by round: median and quartiles. With --data also the perplexity of each (windows of 512
-tokens, with BOS if the model has one; the same tokens in llama.cpp). With --compile each engine of torch is there a
-second time, dense ones too: its steps in torch.compile, with a static cache. Before those are timed, their logits are
-compared with those of the same model uncompiled, token by token of the prompt.
+`--scorer "{name: sparsegpt, bits: 4}"`. Engines of torch: the dense model in float32 and in bfloat16, each as it is
+loaded and with its weights in huge pages (where `to_runtime` puts packed ones), the sparse ones in runtime form. Before
+anything is timed, the logits of the exact forms are compared with those of the sparse model in torch. Each engine then
+generates as many tokens, greedily, from the same prompt. Figures are ratios over the fastest dense engine of torch,
+round by round: median and quartiles; in brackets over the fastest one as it is loaded. With --data also the perplexity
+of each (windows of 512 tokens, with BOS if the model has one; the same tokens in llama.cpp). With --compile each engine
+of torch is there a second time, dense ones too: its steps in torch.compile, with a static cache. Before those are
+timed, their logits are compared with those of the same model uncompiled, token by token of the prompt.
 
 Bytes of a token are those of all weights that a matmul of one token reads, without those of the cache; of a GGUF file,
 those of the file. What memory can give is measured beside it: the sum of a tensor much larger than the caches.
@@ -182,6 +183,16 @@ def load(folder: str, kind: str = "float32") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).eval()
 
 
+def in_huge_pages(model: Any) -> Any:
+    """Move the weights of a model to where `to_runtime` puts packed ones."""
+    from hf_sparse.runtime.huge_pages import HugePages
+
+    memory = HugePages()
+    for parameter in model.parameters():
+        parameter.data = memory.take([parameter.data])[0]
+    return model
+
+
 def runtime_forms(options: argparse.Namespace, ids: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return the sparse models in runtime form, and what is known of each."""
     import hf_sparse
@@ -242,6 +253,7 @@ def main() -> None:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     forms = runtime_forms(options, ids)
     models: dict[str, Any] = {f"dense, {kind}": load(options.dense, kind) for kind in ("float32", "bfloat16")}
+    models |= {f"{name}, huge pages": in_huge_pages(load(options.dense, name.split()[1])) for name in models}
     known: dict[str, dict[str, Any]] = {name: {} for name in models} | {
         name: facts for name, (_, facts) in forms.items()
     }
@@ -268,10 +280,11 @@ def main() -> None:
         engines[f"llama.cpp, {Path(file).name}"] = LlamaCpp(python, file, options.threads, options.tokens)
     memory = memory_rate()
     seconds = in_rounds(engines, options.rounds, warmup=1)
-    best = min((name for name in engines if name.startswith("dense")), key=lambda name: quartiles(seconds[name])[1])
+    dense = sorted((name for name in engines if name.startswith("dense")), key=lambda name: quartiles(seconds[name])[1])
+    best, loaded = dense[0], next(name for name in dense if "huge pages" not in name)
     print(
         f"{machine()}, {library_status().isa}, {options.threads} threads, {options.tokens} tokens, {options.rounds} "
-        f"rounds; over {best}; memory gives {memory / 1e9:.1f} GB/s"
+        f"rounds; over {best} (in brackets over {loaded}); memory gives {memory / 1e9:.1f} GB/s"
     )
     head = ("engine", "tokens/s", "speed-up", "quartiles", "MB/token", "GB/s", "perplexity")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
@@ -282,13 +295,13 @@ def main() -> None:
         facts |= {
             "tokens_per_second": rate,
             "speedup": [low, middle, high],
+            "speedup_over_loaded": quartiles(ratios(seconds, loaded, name)),
             "bytes_per_second": rate * facts["bytes_per_token"],
         }
         said = f"{facts['perplexity']:.2f}" if "perplexity" in facts else "-"
-        print(
-            f"| {name} | {rate:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} | {facts['bytes_per_token'] / 1e6:.0f} | "
-            f"{facts['bytes_per_second'] / 1e9:.1f} | {said} |"
-        )
+        speeds = f"{middle:.2f} ({facts['speedup_over_loaded'][1]:.2f}) | {low:.2f} - {high:.2f}"
+        moved = f"{facts['bytes_per_token'] / 1e6:.0f} | {facts['bytes_per_second'] / 1e9:.1f}"
+        print(f"| {name} | {rate:.1f} | {speeds} | {moved} | {said} |")
     results: dict[str, Any] = read_json(options.json) or {}
     case = f"{Path(options.dense).name}, {options.threads} thread{'s' if options.threads > 1 else ''}"
     limit = os.environ.get(ONEDNN)
@@ -300,6 +313,7 @@ def main() -> None:
         "rounds": options.rounds,
         "windows": options.windows if options.data else 0,
         "over": best,
+        "loaded": loaded,
         "memory_bytes_per_second": memory,
         "engines": known,
     }

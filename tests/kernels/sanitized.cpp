@@ -19,6 +19,7 @@ extern "C" int hf_sparse_ffn(int, const Weight*, const Weight*, const Weight*, c
 extern "C" int hf_sparse_attention(int, const Weight*, const Weight*, const Norm*, const float*, float*, const float*,
                                    int64_t, int64_t, int64_t, int32_t, float, int32_t);
 
+extern "C" int hf_sparse_rms_norm(int, const float*, const float*, float*, int64_t, int64_t, float, float);
 extern "C" int hf_sparse_dense(int, const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int32_t);
 
 extern "C" int hf_sparse_bitmask(int, const Bitmask*, const float*, float*, int64_t, int32_t);
@@ -163,6 +164,14 @@ int main() {
           for (float each : y)
             if (each != 0.5f * in) return std::printf("%s: %f is no sum of %d halves\n", name, each, in), 1;
         }
+    for (int in : sizes)
+      for (int count = 0; count < 4; count++) {
+        std::vector<float> w(in, 1.0f), x(size_t(count) * in, 3.0f), y(size_t(count) * in);
+        if (hf_sparse_rms_norm(isa, x.data(), w.data(), y.data(), count, in, 0.0f, 1.0f))
+          return std::printf("%s: a norm was refused\n", name), 1;
+        for (float each : y)
+          if (each < 1.999f || each > 2.001f) return std::printf("%s: %f is no norm\n", name, each), 1;
+      }
     for (int halves = 0; halves < 2; halves++)
       for (int out : sizes)
         for (int in : {1, 33, 64, 129, 2100})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from hf_sparse.kernels import LibraryStatus, bitmask_int8
 from hf_sparse.kernels.bitmask_int8 import pack, unpack
 from hf_sparse.kernels.bitmask_rounded import GROUP, rounded
 
@@ -29,7 +31,15 @@ def test_a_large_number_costs_only_its_group_its_digits():
     torch.testing.assert_close(values[GROUP:], x[GROUP:])
 
 
-def test_zeros_of_a_row_that_has_few_are_values():
+@pytest.fixture
+def spread(request, monkeypatch):
+    status = LibraryStatus(True, None, request.param, "as if it were there")
+    monkeypatch.setattr(bitmask_int8, "library_status", lambda: status)
+    return request.param
+
+
+@pytest.mark.parametrize("spread", ["avx512vbmi", "neon", "portable"], indirect=True)
+def test_zeros_of_a_row_that_has_few_are_values(spread):
     weight = torch.randn(2, 64).sign()
     weight[0, :7], weight[1, :8] = 0.0, 0.0  # an eighth is where the bits are as many bytes
     values, bits, pointers, scales = pack(weight)
@@ -37,3 +47,13 @@ def test_zeros_of_a_row_that_has_few_are_values():
     assert values[:7].tolist() == [0] * 7
     assert bits.tolist() == [[-1, 0], [-1 << 8, 0]]
     assert torch.equal(unpack(values, bits, pointers, scales, 2, 64) == 0, weight == 0)
+
+
+@pytest.mark.parametrize("spread", ["avx512", "avx2"], indirect=True)
+def test_rows_keep_their_zeros_where_spreading_takes_longer(spread):
+    weight = torch.zeros(3, 256)
+    weight[0, ::2], weight[1, :98], weight[2, :97] = 1.0, -1.0, 1.0
+    values, bits, pointers, scales = pack(weight)
+    assert pointers.tolist() == [0, 256, 512, 512 + 97]
+    assert bits[:2].tolist() == [[-1] * 4] * 2
+    assert torch.equal(unpack(values, bits, pointers, scales, 3, 256), weight)

@@ -221,6 +221,40 @@ INLINE const Value* in_place(const Value* values, float* out) {
   return values + kBits;
 }
 
+#ifdef __AVX2__
+INLINE __m256 eight_in_place(const uint16_t* values) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+INLINE __m256 eight_in_place(const float* values) { return _mm256_loadu_ps(values); }
+
+// One token: what is spread stays in registers.
+template <bool kWhole, typename Value>
+INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
+  __m256 sums[4] = {};
+  for (int64_t g = 0; g < words; g++, x += kBits) {
+    uint64_t word = kWhole ? 0 : bits[g];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++, word >>= 8) {
+      __m256 v;
+      if (kWhole) {
+        v = eight_in_place(values + 8 * i);
+      } else {
+        const int byte = int(word & 255);
+        v = _mm256_castsi256_ps(spread_byte(byte, values));
+        values += ones(uint64_t(byte));
+      }
+      sums[i % 4] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + 8 * i), sums[i % 4]);
+    }
+    if (kWhole) values += kBits;
+  }
+  const __m256 all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0.0f;
+  for (int i = 0; i < 8; i++) sum += all[i];
+  return sum;
+}
+#else
 template <bool kWhole, typename Value>
 INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
   constexpr int kVecs = kBits / kLanes;
@@ -236,6 +270,7 @@ INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, 
   for (int i = 1; i < kVecs; i++) all += sums[i];
   return horizontal_sum(all);
 }
+#endif
 #endif
 
 // Rows of x, padded with zeros to whole words, in the order in which values of this type are spread.

@@ -58,30 +58,23 @@ INLINE float added(Sums sums) { return horizontal_sum(sums); }
 constexpr bool kSplitSigns = false;
 
 #if defined(__AVX2__) || HF_SPARSE_NEON
-// For each byte of bits, which byte of the values each of its eight columns takes; 0x80: none, a zero.
+// For each byte of bits, which byte of the values each of its eight columns takes; 0x80: none, a zero. Once for the lower
+// and once for the upper half of 16 bytes.
 struct PlaceTable {
-  uint64_t of[256];
+  uint64_t of[2][256];
   constexpr PlaceTable() : of() {
     for (int bits = 0; bits < 256; bits++) {
       uint64_t next = 0;
       for (int i = 0; i < 8; i++) {
         const bool kept = bits >> i & 1;
-        of[bits] |= (kept ? next : uint64_t(0x80)) << 8 * i;
+        of[0][bits] |= (kept ? next : uint64_t(0x80)) << 8 * i;
+        of[1][bits] |= (kept ? next + 8 : uint64_t(0x80)) << 8 * i;
         next += kept;
       }
     }
   }
 };
 constexpr PlaceTable kPlaces;
-
-// The indexes of 16 columns: those of the second eight come after the values of the first.
-struct Places {
-  uint64_t low, high;
-};
-INLINE Places places(unsigned bits) {
-  const unsigned low = bits & 255, high = bits >> 8 & 255;
-  return {kPlaces.of[low], kPlaces.of[high] + 0x0101010101010101u * uint64_t(ones(low))};
-}
 #endif
 
 #ifdef __AVX2__
@@ -91,24 +84,28 @@ struct Columns {
 typedef __m256i Total;
 typedef __m256 Sums;
 
-INLINE __m128i spread_sixteen(unsigned bits, const int8_t* values) {
-  const Places at = places(bits);
-  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)),
-                          _mm_set_epi64x(int64_t(at.high), int64_t(at.low)));
+// Eight columns come from one place, the next eight from another: an index need not know how many the first eight took.
+INLINE __m128i two_eights(const void* first, const void* second) {
+  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(static_cast<const __m128i*>(first))),
+                                       static_cast<const __m64*>(second)));
+}
+
+INLINE __m256i spread_half(uint32_t bits, const int8_t* values) {
+  const unsigned byte[4] = {bits & 255, bits >> 8 & 255, bits >> 16 & 255, bits >> 24};
+  const int8_t* second = values + ones(byte[0]);
+  const int8_t* third = second + ones(byte[1]);
+  const int8_t* fourth = third + ones(byte[2]);
+  const __m256i found = _mm256_inserti128_si256(_mm256_castsi128_si256(two_eights(values, second)),
+                                                two_eights(third, fourth), 1);
+  const __m256i places = _mm256_inserti128_si256(
+      _mm256_castsi128_si256(two_eights(&kPlaces.of[0][byte[0]], &kPlaces.of[1][byte[1]])),
+      two_eights(&kPlaces.of[0][byte[2]], &kPlaces.of[1][byte[3]]), 1);
+  return _mm256_shuffle_epi8(found, places);
 }
 
 INLINE Columns spread(uint64_t bits, const int8_t* values) {
-  Columns out;
-#pragma GCC unroll 2
-  for (int h = 0; h < 2; h++, bits >>= 32) {
-    const unsigned first = bits & 0xffff, second = bits >> 16 & 0xffff;
-    const __m128i low = spread_sixteen(first, values);
-    values += ones(first);
-    const __m128i high = spread_sixteen(second, values);
-    values += ones(second);
-    out.half[h] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
-  return out;
+  const uint32_t low = uint32_t(bits), high = uint32_t(bits >> 32);
+  return {{spread_half(low, values), spread_half(high, values + ones(low))}};
 }
 
 INLINE Columns in_place(const int8_t* values) {
@@ -157,8 +154,10 @@ INLINE Columns spread(uint64_t bits, const int8_t* values) {
   Columns out;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++, bits >>= 16) {
-    const Places at = places(unsigned(bits & 0xffff));
-    out.part[i] = vqtbl1q_s8(vld1q_s8(values), vcombine_u8(vcreate_u8(at.low), vcreate_u8(at.high)));
+    const unsigned low = bits & 255, high = bits >> 8 & 255;
+    // The values of the second eight columns come after those of the first.
+    const uint64_t second = kPlaces.of[0][high] + 0x0101010101010101u * uint64_t(ones(low));
+    out.part[i] = vqtbl1q_s8(vld1q_s8(values), vcombine_u8(vcreate_u8(kPlaces.of[0][low]), vcreate_u8(second)));
     values += ones(bits & 0xffff);
   }
   return out;
@@ -300,7 +299,15 @@ struct WholeInt8Row {
 
   WholeInt8Row(const BitmaskInt8& w, const uint64_t*, int64_t, int64_t row) : at(w.values + w.pointers[row]) {}
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // From memory, 1.1 to 1.5 times as fast on a Zen 3.
+  void fetch_ahead() const {
+    __builtin_prefetch(at + 3072);
+    __builtin_prefetch(at + 3136);
+  }
+#else
   void fetch_ahead() const {}
+#endif
   INLINE_METHOD Columns next(uint64_t) {
     at += kBits;
     return in_place(at - kBits);

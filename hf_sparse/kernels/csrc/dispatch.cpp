@@ -280,6 +280,14 @@ EXPORT int hf_sparse_dense(int isa, const float* weight, const float* bias, cons
   return kOk;
 }
 
+// RMSNorm of each row; `offset` is added to the weight.
+EXPORT int hf_sparse_rms_norm(int isa, const float* x, const float* weight, float* y, int64_t rows, int64_t features,
+                              float eps, float offset) {
+  if (!is_usable(isa) || rows < 0 || features < 0) return kBadArgument;
+  kAll[isa]->rms_norm(x, weight, y, rows, features, eps, offset);
+  return kOk;
+}
+
 // y = x w^T + bias of a weight in bits; x is tokens x in_features, y tokens x out_features, both dense.
 EXPORT int hf_sparse_bitmask(int isa, const Bitmask* w, const float* x, float* y, int64_t tokens, int32_t threads) {
   if (!is_usable(isa) || tokens < 0) return kBadArgument;

@@ -320,6 +320,6 @@ void gemv(const Weight& w, const float* in, float* out, int64_t first, int64_t l
 extern const Kernels HF_SPARSE_KERNELS = {
     TEXT(HF_SPARSE_NAME), kLanes, widest,    gather, scatter,    matmul,         multiply,
     gemv,                 activate, normalize, attend, dense_gemv, bitmask_inputs, bitmask,
-    rounded_inputs,       bitmask_int8, bitmask_int4};
+    rounded_inputs,       bitmask_int8, bitmask_int4, rms_norm};
 
 }  // namespace hf_sparse

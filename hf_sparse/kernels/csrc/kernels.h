@@ -127,6 +127,8 @@ struct Kernels {
   void (*rounded_inputs)(const float* x, int64_t tokens, int64_t in, float* room);
   void (*bitmask_int8)(const BitmaskInt8& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last);
   void (*bitmask_int4)(const BitmaskInt4& w, float* room, float* y, int64_t tokens, int64_t first, int64_t last);
+  // y = x / sqrt(mean(x^2) + eps) * (weight + offset) of each row.
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t rows, int64_t features, float eps, float offset);
 };
 
 extern const Kernels kPortable;
