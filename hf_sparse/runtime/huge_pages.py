@@ -32,7 +32,7 @@ class HugePages:
         (tensor([1., 1.]), tensor([]))
     """
 
-    block: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    block: mmap.mmap | bytearray = dataclasses.field(default_factory=bytearray)
     used: int = 0
 
     def take(self, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
@@ -41,19 +41,20 @@ class HugePages:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         size = tensor.nbytes
-        if size > self.block.numel() - self.used:
+        if size > len(self.block) - self.used:
             self.block, self.used = _reserve(max(size, BLOCK)), 0
-        copied = self.block[self.used : self.used + size].view(tensor.dtype).view(tensor.shape)
+        # Each has a storage of its own: torch.save refuses one storage of several types, and saves all of it.
+        copied = torch.frombuffer(self.block, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
         self.used += -(-size // ALIGNMENT) * ALIGNMENT
-        return copied.copy_(tensor)
+        return copied.view(tensor.shape).copy_(tensor)
 
 
-def _reserve(size: int) -> Tensor:
+def _reserve(size: int) -> mmap.mmap | bytearray:
     """Return bytes that are zero, in huge pages if there are any."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
-        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+        return bytearray(size)
     # Private: a forked process must not write into the weights of this one.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return memory
