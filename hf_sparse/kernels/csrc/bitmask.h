@@ -49,8 +49,8 @@ INLINE __m512i load_halves(const void* from) {
 #endif
 
 #ifdef __AVX512VBMI2__
-// Of 32 columns the even ones come out first, the halves of 32-bit lanes: inputs are kept in that order.
-constexpr bool kEvenFirst = true;
+// Of so many columns the even ones come out first, the halves of 32-bit lanes: inputs are kept in that order.
+constexpr int kEvenFirst = 32;
 
 INLINE const uint16_t* spread(uint64_t bits, const uint16_t* values, __m512 (&out)[4]) {
 #pragma GCC unroll 2
@@ -114,9 +114,9 @@ INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, 
   return horizontal_sum(Vec((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 #else
-constexpr bool kEvenFirst = false;
-
 #ifdef __AVX2__
+constexpr int kEvenFirst = 16;
+
 // For each byte of bits, where its eight columns find their value: as bytes of 16-bit values (0x80: nowhere, a zero), and as
 // lanes of 32-bit values.
 struct SpreadTable {
@@ -135,10 +135,30 @@ struct SpreadTable {
 };
 constexpr SpreadTable kSpreadTable;
 
-INLINE __m256i spread_byte(int bits, const uint16_t* values) {
-  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kSpreadTable.bytes[bits]));
-  return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_shuffle_epi8(packed, places)), 16);
+INLINE float added(__m256 sums) {
+  __m128 part = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  part = _mm_add_ps(part, _mm_movehl_ps(part, part));
+  return _mm_cvtss_f32(_mm_add_ss(part, _mm_movehdup_ps(part)));
+}
+
+// Sixteen columns, the even ones first.
+INLINE const uint16_t* spread(unsigned bits, const uint16_t* values, __m256 (&out)[2]) {
+  const unsigned low = bits & 255, high = bits >> 8;
+  const auto two = [](const void* first, const void* second) {
+    return _mm256_loadu2_m128i(static_cast<const __m128i*>(second), static_cast<const __m128i*>(first));
+  };
+  const __m256i places = two(kSpreadTable.bytes[low], kSpreadTable.bytes[high]);
+  const __m256i all = _mm256_shuffle_epi8(two(values, values + ones(low)), places);
+  out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(all, 16));
+  out[1] = _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(int(0xffff0000))));
+  return values + ones(bits);
+}
+
+INLINE const uint16_t* in_place(const uint16_t* values, __m256 (&out)[2]) {
+  const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(all, 16));
+  out[1] = _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(int(0xffff0000))));
+  return values + 16;
 }
 
 INLINE __m256i spread_byte(int bits, const float* values) {
@@ -148,17 +168,53 @@ INLINE __m256i spread_byte(int bits, const float* values) {
   return _mm256_andnot_si256(_mm256_srai_epi32(_mm256_slli_epi32(lanes, 1), 31), found);
 }
 
+INLINE const float* spread(unsigned bits, const float* values, __m256 (&out)[2]) {
+  const unsigned low = bits & 255, high = bits >> 8;
+  out[0] = _mm256_castsi256_ps(spread_byte(int(low), values));
+  out[1] = _mm256_castsi256_ps(spread_byte(int(high), values + ones(low)));
+  return values + ones(bits);
+}
+
+INLINE const float* in_place(const float* values, __m256 (&out)[2]) {
+  out[0] = _mm256_loadu_ps(values);
+  out[1] = _mm256_loadu_ps(values + 8);
+  return values + 16;
+}
+
 template <typename Value>
 INLINE const Value* spread(uint64_t bits, const Value* values, float* out) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    const int byte = int(bits >> 8 * i & 255);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * i), spread_byte(byte, values));
-    values += ones(uint64_t(byte));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m256 v[2];
+    values = spread(unsigned(bits >> 16 * i & 0xffff), values, v);
+    _mm256_storeu_ps(out + 16 * i, v[0]);
+    _mm256_storeu_ps(out + 16 * i + 8, v[1]);
   }
   return values;
 }
-#elif HF_SPARSE_NEON
+
+// One token: what is spread stays in registers.
+template <bool kWhole, typename Value>
+INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
+  __m256 sums[4] = {};
+  for (int64_t g = 0; g < words; g++, x += kBits) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      __m256 v[2];
+      values = kWhole ? in_place(values, v) : spread(unsigned(bits[g] >> 16 * i & 0xffff), values, v);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const int to = i % 2 * 2 + h;
+        sums[to] = _mm256_fmadd_ps(v[h], _mm256_loadu_ps(x + 16 * i + 8 * h), sums[to]);
+      }
+    }
+  }
+  return added((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+#else
+constexpr int kEvenFirst = 0;
+
+#if HF_SPARSE_NEON
 // As above, in bytes: of eight 16-bit values for a byte of bits, of four 32-bit ones for half of one.
 struct SpreadTable {
   alignas(16) uint8_t eight[256][16];
@@ -221,40 +277,6 @@ INLINE const Value* in_place(const Value* values, float* out) {
   return values + kBits;
 }
 
-#ifdef __AVX2__
-INLINE __m256 eight_in_place(const uint16_t* values) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-INLINE __m256 eight_in_place(const float* values) { return _mm256_loadu_ps(values); }
-
-// One token: what is spread stays in registers.
-template <bool kWhole, typename Value>
-INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
-  __m256 sums[4] = {};
-  for (int64_t g = 0; g < words; g++, x += kBits) {
-    uint64_t word = kWhole ? 0 : bits[g];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++, word >>= 8) {
-      __m256 v;
-      if (kWhole) {
-        v = eight_in_place(values + 8 * i);
-      } else {
-        const int byte = int(word & 255);
-        v = _mm256_castsi256_ps(spread_byte(byte, values));
-        values += ones(uint64_t(byte));
-      }
-      sums[i % 4] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + 8 * i), sums[i % 4]);
-    }
-    if (kWhole) values += kBits;
-  }
-  const __m256 all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0.0f;
-  for (int i = 0; i < 8; i++) sum += all[i];
-  return sum;
-}
-#else
 template <bool kWhole, typename Value>
 INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, int64_t words) {
   constexpr int kVecs = kBits / kLanes;
@@ -276,10 +298,11 @@ INLINE float one_row(const uint64_t* bits, const Value* values, const float* x, 
 // Rows of x, padded with zeros to whole words, in the order in which values of this type are spread.
 void bitmask_inputs(const float* x, int64_t tokens, int64_t in, bool halves, float* out) {
   const int64_t padded = (in + kBits - 1) / kBits * kBits;
+  constexpr int64_t kRun = kEvenFirst ? kEvenFirst : 2;
   const bool even_first = kEvenFirst && halves;
   for (int64_t t = 0; t < tokens; t++, x += in, out += padded) {
     for (int64_t j = 0; j < padded; j++) {
-      const int64_t from = even_first ? j / 32 * 32 + j % 16 * 2 + j % 32 / 16 : j;
+      const int64_t from = even_first ? j / kRun * kRun + j % (kRun / 2) * 2 + j % kRun / (kRun / 2) : j;
       out[j] = from < in ? x[from] : 0.0f;
     }
   }

@@ -138,11 +138,6 @@ INLINE Sums add_scaled(Sums sums, Total total, float scale) {
   return _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(scale), sums);
 }
 
-INLINE float added(Sums sums) {
-  float all = 0.0f;
-  for (int i = 0; i < 8; i++) all += sums[i];
-  return all;
-}
 #elif HF_SPARSE_NEON
 struct Columns {
   int8x16_t part[4];
