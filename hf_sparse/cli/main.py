@@ -61,14 +61,15 @@ def _parser() -> argparse.ArgumentParser:
 def _describe_surplus(parser: argparse.ArgumentParser, given: Sequence[str], surplus: Sequence[str]) -> str:
     """Return what is wrong with arguments that no option takes: mostly a second value of one that takes one."""
     message = f"unrecognized arguments: {' '.join(surplus)}"
-    index = len(given) - 1 - given[::-1].index(surplus[0])
-    before = next((place for place in range(index - 1, -1, -1) if given[place].startswith("--")), None)
-    if surplus[0].startswith("-") or before is None:
-        return message
-    name, equals, value = given[before].partition("=")
-    action = next((action for action in parser._actions if name in action.option_strings), None)
-    values = [value] * bool(equals) + list(given[before + 1 : index + 1])
-    if action is None or action.nargs is not None:
+    options = [place for place, word in enumerate(given) if word.startswith("--")]
+    # The same word may stand elsewhere, where an option takes it: the one that follows a value is too much.
+    for before, end in zip(options, [*options[1:], len(given)], strict=True):
+        name, equals, value = given[before].partition("=")
+        values = [value] * bool(equals) + list(given[before + 1 : end])
+        action = next((action for action in parser._actions if name in action.option_strings), None)
+        if action is not None and action.nargs is None and surplus[0] in values[1:]:
+            break
+    else:
         return message
     if isinstance(action, argparse._AppendAction):
         return f"{message}. {name} takes one value, and may be repeated: {' '.join(f'{name} {v!r}' for v in values)}"

@@ -188,6 +188,8 @@ def test_train_says_which_override_is_unknown(tmp_path, capsys):
     [
         (["--targets", "*.query", "*.key"], "and may be repeated: --targets '*.query' --targets '*.key'"),
         (["--targets=*.query", "*.key"], "and may be repeated: --targets '*.query' --targets '*.key'"),
+        (["--targets", "a", "b", "c"], "and may be repeated: --targets 'a' --targets 'b' --targets 'c'"),
+        (["--targets", "a", "b", "--exclude", "b"], "and may be repeated: --targets 'a' --targets 'b'"),
         (["--sparsity", "0.5", "0.6"], "--sparsity takes one value, got '0.5' and '0.6'"),
         (["--targets", "*.query,*.key"], "it takes one glob, and may be repeated, got '*.query,*.key'"),
         (["--exclude", "*.query *.key"], "write the option once for each of ['*.query', '*.key']"),

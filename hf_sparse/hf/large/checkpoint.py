@@ -70,8 +70,9 @@ def sparsify_checkpoint(
             device as in "cpu", "cuda:1" or 1, or a mapping from names of modules to devices that covers the model, as
             of `from_pretrained`. What is outside of the blocks is computed where the embeddings are, and hidden states
             move between devices. The head is not computed.
-        dtype: of weights and hidden states while they are computed with; None = float32 if all is on the CPU, else that
-            of the checkpoint. Weights are written in the type in which the checkpoint has them.
+        dtype: of weights and hidden states while they are computed with; None = float64 for a checkpoint in float64,
+            else float32 if all is on the CPU, else that of the checkpoint. Weights are written in the type in which the
+            checkpoint has them.
         spill: keep hidden states in files.
         max_shard_size: of a file; a number of bytes or a text as in "2GB".
         on_layer: called with the `LayerUpdate` of each layer.
@@ -146,9 +147,11 @@ def _needed(pruner: Pruner, batches: list[Batch] | None) -> list[Batch] | None:
 
 
 def _compute_dtype(shards: Shards, devices: Mapping[str, torch.device]) -> torch.dtype:
+    stored = {entry.dtype for entry in shards.headers.values()}
+    if "F64" in stored:
+        return torch.float64
     if all(device.type == "cpu" for device in devices.values()):
         return torch.float32
-    stored = {entry.dtype for entry in shards.headers.values()}
     return torch.bfloat16 if "BF16" in stored else torch.float16 if "F16" in stored else torch.float32
 
 

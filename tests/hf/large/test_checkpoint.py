@@ -219,6 +219,23 @@ def test_weights_keep_the_type_of_the_checkpoint(tmp_path: Path) -> None:
     assert float((loaded.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
 
 
+@pytest.mark.parametrize("group", ["magnitude alone", "sparsegpt"])
+def test_weights_in_float64_are_pruned_in_float64(tmp_path: Path, group: str) -> None:
+    model = oneshot.llama()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.1)  # what float32 does not hold
+    shards(tmp_path / "source", model)
+    config, batches = {"magnitude alone": ({"sparsity": 0.5}, None), "sparsegpt": (GROUPS["sparsegpt"], BATCHES)}[group]
+    sparsify_checkpoint(tmp_path / "source", tmp_path / "out", config, batches)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    sparsify(model, SparsityConfig(**config), batches)
+    for key, weight in model.state_dict().items():
+        found = loaded.state_dict()[key]
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, weight, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.parametrize(
     ("layers", "spill"),
