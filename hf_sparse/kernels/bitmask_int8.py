@@ -1,7 +1,8 @@
 """The operator `hf_sparse::bitmask_int8_linear`: a bit for each entry of a weight, and its nonzero values in int8.
 
-For models that generate, and not exact: 5.25 bits an entry at 50 % of zeros. Weights and inputs are rounded to steps of
-the largest of each `GROUP` columns / 127, so that one large number costs its neighbors their digits and no others.
+For models that generate, and not exact: 5.25 bits an entry at 50 % of zeros, but with AVX2 alone (`WHOLE_ABOVE`).
+Weights and inputs are rounded to steps of the largest of each `GROUP` columns / 127, so that one large number costs its
+neighbors their digits and no others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .library import library_status
 GRID = GRIDS[8]
 
 WHOLE_ABOVE = dict.fromkeys(("avx512", "avx2"), 0.38)
-"""Share of nonzeros from which on rows are stored with their zeros, by instruction set.
+"""Share of nonzeros above which rows are stored with their zeros, by instruction set.
 
 Where no instruction spreads bytes over their places, the tables that do it take longer than memory takes for the zeros:
 with AVX2 a row of 50 % zeros takes 1.3 to 1.6 times as long in bits as with its zeros (a Zen 3, one thread).

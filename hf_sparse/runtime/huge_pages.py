@@ -7,7 +7,6 @@ weights of one layer often take less than one of 2 MiB.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
 from collections.abc import Iterable
@@ -32,29 +31,34 @@ class HugePages:
         (tensor([1., 1.]), tensor([]))
     """
 
-    block: mmap.mmap | bytearray = dataclasses.field(default_factory=bytearray)
+    block: mmap.mmap | None = None
     used: int = 0
 
     def take(self, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """Return copies; of tensors that are empty or not on the CPU, themselves."""
+        """Return copies; where there are no huge pages, and of tensors that are empty or not on the CPU, themselves."""
         return tuple(self._copy(each) if each.is_cpu and each.numel() else each for each in tensors)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         size = tensor.nbytes
-        if size > len(self.block) - self.used:
-            self.block, self.used = _reserve(max(size, BLOCK)), 0
+        if self.block is None or size > len(self.block) - self.used:
+            block = _reserve(max(size, BLOCK))
+            if block is None:
+                return tensor
+            self.block, self.used = block, 0
         # Each has a storage of its own: torch.save refuses one storage of several types, and saves all of it.
         copied = torch.frombuffer(self.block, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
         self.used += -(-size // ALIGNMENT) * ALIGNMENT
         return copied.view(tensor.shape).copy_(tensor)
 
 
-def _reserve(size: int) -> mmap.mmap | bytearray:
-    """Return bytes that are zero, in huge pages if there are any."""
+def _reserve(size: int) -> mmap.mmap | None:
+    """Return memory for which huge pages are asked; None where there are none, or no room to reserve so much."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # another system than Linux
-        return bytearray(size)
-    # Private: a forked process must not write into the weights of this one.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+        return None
+    try:
+        # Private: a forked process must not write into the weights of this one.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a limit of the address space; a kernel without huge pages
+        return None
     return memory

@@ -22,45 +22,53 @@ class FewTokenRMSNorm(RuntimeBlock):
     """An RMSNorm that is computed by one operator where a few tokens are given.
 
     Attributes:
-        rms_norm: its eps, and what is added to its weight.
+        few_token_norm: its eps, and what is added to its weight.
     """
 
-    instance_attributes = ("rms_norm",)
+    instance_attributes = ("few_token_norm",)
     weight: Tensor
-    rms_norm: tuple[float, float]
+    few_token_norm: tuple[float, float]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         """Return what the plain module returns, to rounding.
 
         Shapes: `(..., features)` -> `(..., features)`
+
+        Args:
+            named: the input by the name that the plain module has for it.
         """
+        # A compiler fuses the plain operators, and would take a look at the size for a limit of it.
+        if x is not None and not named and not torch.compiler.is_compiling() and self._takes(x):
+            return rms_norm(x, self.weight, *self.few_token_norm)
+        out: Tensor = super().forward(*(() if x is None else (x,)), **named)  # type: ignore[misc]
+        return out
+
+    def _takes(self, x: Tensor) -> bool:
         weight = self.weight
         few = 0 < x.numel() <= MOST and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        # A compiler fuses the plain operators.
-        if few and not gradients and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            return rms_norm(x, weight, *self.rms_norm)
-        out: Tensor = super().forward(x)  # type: ignore[misc]
-        return out
+        return few and x.shape[-1:] == weight.shape and not gradients and not torch.is_autocast_enabled("cpu")
 
 
 def use_operator(model: nn.Module) -> None:
     """Let the RMSNorm modules of a model compute with the operator, where the C++ kernels are there."""
     for module, parameters in _rms_norms(model) if library() is not None else ():
         swap_class(module, FewTokenRMSNorm)
-        vars(module)["rms_norm"] = parameters
+        vars(module)["few_token_norm"] = parameters
 
 
 def _rms_norms(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[float, float]]]:
     """Yield the RMSNorm modules, and their eps and offset.
 
-    Each family has a class of its own: what they compute counts.
+    Each family of transformers has a class of its own: what they compute counts. Classes from elsewhere may compute
+    something else for inputs that are not tried here, and are left alone.
     """
     known: dict[type[nn.Module], bool] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in known:
-            known[kind] = kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and _takes_one(kind)
+            named = kind.__name__.endswith(("RMSNorm", "T5LayerNorm"))
+            known[kind] = named and kind.__module__.startswith("transformers.models.") and _takes_one(kind)
         if known[kind] and (found := _parameters(module)) is not None:
             yield module, found
 
@@ -78,14 +86,18 @@ def _parameters(module: Any) -> tuple[float, float] | None:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     plain = weight.dtype == torch.float32 and weight.is_cpu and weight.dim() == 1
-    if not isinstance(eps, float) or not plain:
+    if not isinstance(eps, float) or eps <= 0 or not plain:
         return None
     # Rows of unlike sizes, of which the smallest shows the eps.
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(3, len(weight), generator=generator, dtype=torch.float32, device="cpu")
-    x *= torch.tensor([[1.0], [100.0], [eps**0.5]])
-    expected = module(x)
+    x = torch.randn(2, 4, len(weight), generator=generator, dtype=torch.float32, device="cpu")
+    x *= torch.tensor([[1.0], [100.0], [1e6], [eps**0.5]])
+    try:
+        expected = module(x)
+    except Exception:  # noqa: BLE001  whatever it is, it is not that formula
+        return None
     for offset in (0.0, 1.0):
-        if torch.allclose(reference(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-7):
+        same = expected.dtype == x.dtype and expected.shape == x.shape
+        if same and torch.allclose(reference(x, weight, eps, offset), expected, rtol=1e-5, atol=1e-7):
             return eps, offset
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import mmap
 import sys
 import weakref
 from pathlib import Path
@@ -37,6 +38,7 @@ def flags_at(address: int) -> list[str]:
     raise AssertionError("not mapped")
 
 
+@linux
 def test_copies_are_equal_aligned_and_side_by_side() -> None:
     memory = HugePages()
     given = [torch.randn(3, 5), torch.arange(7, dtype=torch.int32), torch.zeros(0, 4), torch.randn(9).bfloat16()]
@@ -50,6 +52,7 @@ def test_copies_are_equal_aligned_and_side_by_side() -> None:
     assert found[2] is given[2]
 
 
+@linux
 def test_a_tensor_larger_than_a_block_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "BLOCK", 4096)
     memory = HugePages()
@@ -84,6 +87,16 @@ def test_each_tensor_is_saved_alone() -> None:
     for one, other in zip(torch.load(kept, weights_only=True), given, strict=True):
         assert torch.equal(one, other)
     assert all(torch.equal(one, other) for one, other in zip(copy.deepcopy(found), given, strict=True))
+
+
+@linux
+def test_without_room_or_huge_pages_tensors_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.ones(4)
+    monkeypatch.setattr(huge_pages, "BLOCK", 1 << 62)
+    assert HugePages().take([tensor])[0] is tensor
+    monkeypatch.undo()
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    assert HugePages().take([tensor])[0] is tensor
 
 
 @linux

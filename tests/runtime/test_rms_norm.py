@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_sparse import SparsityConfig, sparsify, to_dense_runtime, to_runtime
 from hf_sparse.kernels.rms_norm import rms_norm as operator
@@ -99,33 +100,38 @@ def test_many_tokens_other_types_and_gradients_are_computed_by_the_plain_module(
 
 
 class OtherRMSNorm(nn.Module):
-    """What is called a norm, and is not that one."""
+    """What is called a norm, and may compute anything."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), 1e-6
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps) * self.weight
-
-
-class GatedRMSNorm(OtherRMSNorm):
-    """One with a second input."""
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class PlainRMSNorm(OtherRMSNorm):
-    """The one."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return LlamaRMSNorm.forward(self, hidden_states)  # type: ignore[arg-type]
 
 
 def test_only_what_computes_the_formula_alone_is_taken() -> None:
-    hooked = PlainRMSNorm()
+    hooked, broken, zero = (LlamaRMSNorm(8) for _ in range(3))
     hooked.register_forward_hook(lambda *given: None)
-    model = nn.ModuleList([PlainRMSNorm(), OtherRMSNorm(), GatedRMSNorm(), hooked, PlainRMSNorm().double()])
+    broken.variance_epsilon = 1  # a whole number
+    zero.variance_epsilon = 0.0
+    model = nn.ModuleList([LlamaRMSNorm(8), OtherRMSNorm(), hooked, broken, zero, LlamaRMSNorm(8).double()])
     use_operator(model)
-    assert [isinstance(each, FewTokenRMSNorm) for each in model] == [True, False, False, False, False]
+    assert [isinstance(each, FewTokenRMSNorm) for each in model] == [True, False, False, False, False, False]
+
+
+def test_a_norm_is_called_by_the_name_of_its_input_too() -> None:
+    model = pruned(llama)
+    to_runtime(model, "bitmask")
+    norm, x = normed(model)[0], torch.randn(2, 32)
+    torch.testing.assert_close(norm(hidden_states=x), norm(x))
+
+
+def test_exported_programs_take_any_number_of_tokens() -> None:
+    model = pruned(llama)
+    to_runtime(model, "bitmask")
+    norm, x = normed(model)[0], torch.randn(1, 5, 32)
+    with torch.no_grad():
+        program = torch.export.export(norm, (x,), dynamic_shapes=({1: torch.export.Dim("tokens", max=4096)},))
+        long = torch.randn(1, MOST // 32 + 100, 32)
+        torch.testing.assert_close(program.module()(long), norm(long))
