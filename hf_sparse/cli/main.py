@@ -67,7 +67,8 @@ def _describe_surplus(parser: argparse.ArgumentParser, given: Sequence[str], sur
         name, equals, value = given[before].partition("=")
         values = [value] * bool(equals) + list(given[before + 1 : end])
         action = next((action for action in parser._actions if name in action.option_strings), None)
-        if action is not None and action.nargs is None and surplus[0] in values[1:]:
+        single = action is not None and action.nargs is None and not surplus[0].startswith("-")
+        if single and surplus[0] in values[1:]:
             break
     else:
         return message

@@ -102,7 +102,7 @@ def pack_rows(
         words: of each row of bits.
         convert: some rows of the weight -> their values, zero where nothing is stored.
         store: how the values of some rows are stored; None = one after the other.
-        whole_above: share of nonzeros from which on all entries of a row are stored: the C++ kernels do not read its
+        whole_above: share of nonzeros above which all entries of a row are stored: the C++ kernels do not read its
             bits then. None = where its zeros take fewer bytes than its bits.
 
     Raises:

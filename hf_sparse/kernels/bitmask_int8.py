@@ -21,7 +21,7 @@ WHOLE_ABOVE = dict.fromkeys(("avx512", "avx2"), 0.38)
 """Share of nonzeros above which rows are stored with their zeros, by instruction set.
 
 Where no instruction spreads bytes over their places, the tables that do it take longer than memory takes for the zeros:
-with AVX2 a row of 50 % zeros takes 1.3 to 1.6 times as long in bits as with its zeros (a Zen 3, one thread).
+see the rows for `bitmask-int8` of `scripts/benchmarks/bench_one_token.py`.
 """
 
 

@@ -177,6 +177,7 @@ class Library:
         if c.hf_sparse_has_int8(index):
             self.int8 = NativeOps([partial(function, index) for function in self._declare_int8()], _int8_structure)
         self._dense = partial(c.hf_sparse_dense, index)
+        self._rms_norm = partial(c.hf_sparse_rms_norm, index)
 
     def _declare(self) -> None:
         # A name that is missing means that the library is of another version of the sources.
@@ -191,6 +192,12 @@ class Library:
             *[ctypes.c_void_p] * 4,
             *[ctypes.c_int64] * 3,
             ctypes.c_int32,
+        ]
+        self._c.hf_sparse_rms_norm.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            *[ctypes.c_int64] * 2,
+            *[ctypes.c_float] * 2,
         ]
 
     def _declare_int8(self) -> tuple[Callable[..., int], ...]:
@@ -225,6 +232,16 @@ class Library:
         result = self._dense(
             *(weight.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr()),
             *(y.data_ptr(), x.shape[:-1].numel(), width, out, torch.get_num_threads()),
+        )
+        return checked(result, y)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        """Compute the RMSNorm of each row; `offset` is added to the weight."""
+        x, weight = readable(x), weight.contiguous()
+        y = torch.empty_like(x)
+        result = self._rms_norm(
+            *(x.data_ptr(), weight.data_ptr(), y.data_ptr()),
+            *(x.shape[:-1].numel(), len(weight), eps, offset),
         )
         return checked(result, y)
 

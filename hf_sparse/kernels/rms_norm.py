@@ -5,18 +5,12 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equatio
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from .library import Library, checked, library, readable
+from .library import library
 from .operators import define
-
-_TYPES = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, *[ctypes.c_float] * 2]
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -44,22 +38,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return out
 
 
-@cache
-def _function(loaded: Library) -> Any:
-    return loaded.bound("hf_sparse_rms_norm", _TYPES)
-
-
 def _run(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     _check(x, weight)
-    loaded, width = library(), weight.numel()
+    native = library()
     plain = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-    if loaded is None or not plain:
-        return reference(x, weight, eps, offset)
-    x, weight = readable(x), weight.contiguous()
-    y = torch.empty_like(x)
-    rows = x.numel() // width if width else 0
-    result = _function(loaded)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, offset)
-    return checked(result, y)
+    return (
+        native.rms_norm(x, weight, eps, offset) if native is not None and plain else reference(x, weight, eps, offset)
+    )
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.library import library
 from ..kernels.rms_norm import reference, rms_norm
+from ..kernels.validation import needs_derivative
 from ..modeling.class_swap import swap_class
 from .fused_parts import RuntimeBlock, is_observed
 
@@ -46,8 +47,8 @@ class FewTokenRMSNorm(RuntimeBlock):
     def _takes(self, x: Tensor) -> bool:
         weight = self.weight
         few = 0 < x.numel() <= MOST and x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return few and x.shape[-1:] == weight.shape and not gradients and not torch.is_autocast_enabled("cpu")
+        fits = few and x.shape[-1:] == weight.shape
+        return fits and not needs_derivative(x, weight) and not torch.is_autocast_enabled("cpu")
 
 
 def use_operator(model: nn.Module) -> None:

@@ -203,6 +203,12 @@ def test_several_values_of_an_option_that_takes_one(capsys, arguments, reason):
     assert reason in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_no_second_value(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "model", "--output", "out", "--targets", "a", "-x"])
+    assert "takes one value" not in capsys.readouterr().err
+
+
 def test_column_without_data_is_an_error(capsys):
     assert "--label names a column of the examples" in errors_of(
         capsys, "prune", "model", "--output", "out", "--sparsity", "0.5", "--label", "l"

@@ -100,7 +100,7 @@ def test_many_tokens_other_types_and_gradients_are_computed_by_the_plain_module(
 
 
 class OtherRMSNorm(nn.Module):
-    """What is called a norm, and may compute anything."""
+    """What is called a norm, and is not of transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,6 +118,39 @@ def test_only_what_computes_the_formula_alone_is_taken() -> None:
     model = nn.ModuleList([LlamaRMSNorm(8), OtherRMSNorm(), hooked, broken, zero, LlamaRMSNorm(8).double()])
     use_operator(model)
     assert [isinstance(each, FewTokenRMSNorm) for each in model] == [True, False, False, False, False, False]
+
+
+class SummedRMSNorm(OtherRMSNorm):
+    """What is called a norm, and is not that one."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        squares = hidden_states.pow(2).sum(-1, keepdim=True)
+        return hidden_states * torch.rsqrt(squares + self.variance_epsilon) * self.weight
+
+
+class GatedRMSNorm(OtherRMSNorm):
+    """One with a second input."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
+class FlatRMSNorm(OtherRMSNorm):
+    """One that takes inputs of two dimensions alone."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, _ = hidden_states.shape
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [(OtherRMSNorm, True), (SummedRMSNorm, False), (GatedRMSNorm, False), (FlatRMSNorm, False)]
+)
+def test_classes_of_transformers_are_tried_too(monkeypatch: pytest.MonkeyPatch, kind: Any, taken: bool) -> None:
+    monkeypatch.setattr(kind, "__module__", "transformers.models.test")
+    model = nn.ModuleList([kind()])
+    use_operator(model)
+    assert isinstance(model[0], FewTokenRMSNorm) == taken
 
 
 def test_a_norm_is_called_by_the_name_of_its_input_too() -> None:

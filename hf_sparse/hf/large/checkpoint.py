@@ -148,7 +148,7 @@ def _needed(pruner: Pruner, batches: list[Batch] | None) -> list[Batch] | None:
 
 def _compute_dtype(shards: Shards, devices: Mapping[str, torch.device]) -> torch.dtype:
     stored = {entry.dtype for entry in shards.headers.values()}
-    if "F64" in stored:
+    if stored & {"F64", "F32", "BF16", "F16"} == {"F64"}:  # not for a table of angles beside weights in bfloat16
         return torch.float64
     if all(device.type == "cpu" for device in devices.values()):
         return torch.float32

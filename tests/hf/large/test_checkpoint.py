@@ -21,6 +21,9 @@ from transformers import (
 
 from hf_sparse import CheckpointError, RecipeError, SparsityConfig, sparsify, sparsify_checkpoint
 from hf_sparse.formats.inspection import inspect
+from hf_sparse.formats.sharding import opened
+from hf_sparse.hf.large import checkpoint
+from hf_sparse.hf.large.lazy_model import source_files
 from tests.helpers import oneshot
 from tests.helpers.killed import sparsify_killed
 
@@ -217,6 +220,16 @@ def test_weights_keep_the_type_of_the_checkpoint(tmp_path: Path) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {weight.dtype for weight in loaded.state_dict().values()} == {torch.bfloat16}
     assert float((loaded.model.layers[1].mlp.up_proj.weight == 0).float().mean()) == 0.5
+
+
+def test_one_tensor_in_float64_does_not_make_the_others_so(tmp_path: Path) -> None:
+    model = oneshot.llama(hidden_size=64).bfloat16()
+    model.model.norm.double()
+    devices = {"": torch.device("cpu")}
+    with opened(source_files(shards(tmp_path / "mixed", model))) as stored:
+        assert checkpoint._compute_dtype(stored, devices) == torch.float32
+    with opened(source_files(shards(tmp_path / "double", model.double()))) as stored:
+        assert checkpoint._compute_dtype(stored, devices) == torch.float64
 
 
 @pytest.mark.parametrize("group", ["magnitude alone", "sparsegpt"])
