@@ -36,9 +36,9 @@ def pack(weight: Tensor) -> Parts:
         BackendError: more nonzeros than int32 can count.
 
     Example:
-        >>> values, bits, pointers, scales = pack(torch.tensor([[0.0, 1.27, 0.01]]))
+        >>> values, bits, pointers, scales = pack(torch.tensor([[0.0, 1.27, 0.0, 0.0, 0.01, 0.0]]))
         >>> values[:2].tolist(), bits.tolist(), pointers.tolist(), round(scales.item(), 3)
-        ([127, 1], [[6, 0]], [0, 2], 0.01)
+        ([127, 1], [[18, 0]], [0, 2], 0.01)
     """
     return pack_rounded(weight, GRID, torch.int8, whole_above=WHOLE_ABOVE.get(library_status().isa or ""))
 

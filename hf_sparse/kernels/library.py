@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
-from .fp32_layout import chunk_width
-from .types import ACTIVATIONS, AnyWeight, Int8Weight, Norm, Weight
+from .c_structures import CInt8Weight, CWeight, Kept, argument_types, fp32_structure, int8_structure, norm_structure
+from .types import ACTIVATIONS, AnyWeight, Norm
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +40,6 @@ class LibraryStatus:
     path: str | None
     isa: str | None
     message: str
-
-
-class _Weight(ctypes.Structure):
-    """`Weight` of csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "columns", "pointers", "bias")),
-        ("blocks", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rows", "out_features", "in_features", "chunk")),
-    )
-
-
-class _Int8Weight(ctypes.Structure):
-    """`Int8Weight` of csrc/int8.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "columns", "pointers", "scales", "offsets", "bias")),
-        ("quads", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("rows", "out_features", "in_features")),
-    )
-
-
-class _Norm(ctypes.Structure):
-    """`Norm` of csrc/kernels.h."""
-
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
-
-
-_Structure = TypeVar("_Structure", _Weight, _Int8Weight)
-Kept = tuple[_Structure, Tensor | None]
-"""A C structure, and the bias that has to live as long."""
 
 
 class NativeOps:
@@ -97,7 +66,7 @@ class NativeOps:
         x = readable(x)
         y = x.new_empty((*x.shape[:-1], weights[-1].out_features))
         kept = [self._structure(weight) for weight in weights]
-        normed, _keep = _norm_structure(norm)
+        normed, _keep = norm_structure(norm)
         result = self._ffn(
             *(kept[0][0], kept[1][0] if len(kept) == 3 else None, kept[-1][0], normed),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
@@ -123,7 +92,7 @@ class NativeOps:
         y = x.new_empty((batch, length, first.out_features // 3 if output is None else output.out_features))
         structure, _keep = self._structure(first)
         after, _keep_too = (None, None) if output is None else self._structure(output)
-        normed, _keep_norm = _norm_structure(norm)
+        normed, _keep_norm = norm_structure(norm)
         mask = None if mask is None else mask.contiguous()
         step = length * length if mask is not None and mask.shape[0] > 1 else 0
         result = self._attention(
@@ -172,10 +141,10 @@ class Library:
             )
         index, c = self.isas[self.isa], self._c
         functions = (c.hf_sparse_linear, c.hf_sparse_ffn, c.hf_sparse_attention)
-        self.fp32 = NativeOps([partial(function, index) for function in functions], _fp32_structure)
+        self.fp32 = NativeOps([partial(function, index) for function in functions], fp32_structure)
         self.int8: NativeOps | None = None
         if c.hf_sparse_has_int8(index):
-            self.int8 = NativeOps([partial(function, index) for function in self._declare_int8()], _int8_structure)
+            self.int8 = NativeOps([partial(function, index) for function in self._declare_int8()], int8_structure)
         self._dense = partial(c.hf_sparse_dense, index)
         self._rms_norm = partial(c.hf_sparse_rms_norm, index)
 
@@ -185,7 +154,7 @@ class Library:
         self._c.hf_sparse_shares.argtypes = []
         self._c.hf_sparse_has_int8.argtypes = [ctypes.c_int]
         functions = (self._c.hf_sparse_linear, self._c.hf_sparse_ffn, self._c.hf_sparse_attention)
-        for function, types in zip(functions, _argument_types(_Weight), strict=True):
+        for function, types in zip(functions, argument_types(CWeight), strict=True):
             function.argtypes = [ctypes.c_int, *types]
         self._c.hf_sparse_dense.argtypes = [
             ctypes.c_int,
@@ -202,7 +171,7 @@ class Library:
 
     def _declare_int8(self) -> tuple[Callable[..., int], ...]:
         functions = (self._c.hf_sparse_int8_linear, self._c.hf_sparse_int8_ffn, self._c.hf_sparse_int8_attention)
-        for function, types in zip(functions, _argument_types(_Int8Weight), strict=True):
+        for function, types in zip(functions, argument_types(CInt8Weight), strict=True):
             function.argtypes = [ctypes.c_int, *types]
         return functions
 
@@ -246,18 +215,6 @@ class Library:
         return checked(result, y)
 
 
-def _argument_types(structure: type[ctypes.Structure]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the types of the arguments of linear, ffn and attention, after the instruction set."""
-    pointer, weight, norm = ctypes.c_void_p, ctypes.POINTER(structure), ctypes.POINTER(_Norm)
-    tail = [pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-    sizes = [ctypes.c_int64] * 3
-    return (
-        [weight, *tail],
-        [weight, weight, weight, norm, *tail],
-        [weight, weight, norm, *[pointer] * 3, *sizes, ctypes.c_int32, ctypes.c_float, ctypes.c_int32],
-    )
-
-
 def library_status() -> LibraryStatus:
     """Return whether the C++ kernels are available, and where; or why not, and how to build them."""
     library, why = _load()
@@ -295,37 +252,6 @@ def _load() -> tuple[Library | None, str]:
         if isa:
             logger.warning("%s. Until then sparse matmuls run in plain torch, slower", error)
         return None, str(error)
-
-
-def _fp32_structure(weight: Weight) -> Kept[_Weight]:
-    values, columns, pointers, bias, rows, out_features, in_features = weight
-    if bias is not None:
-        bias = bias.to(torch.float32).contiguous()
-    address = None if bias is None else bias.data_ptr()
-    return _Weight(
-        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), address, columns.numel()),
-        *(rows, out_features, in_features, chunk_width(in_features, pointers.shape[0])),
-    ), bias
-
-
-def _int8_structure(weight: Int8Weight) -> Kept[_Int8Weight]:
-    values, columns, pointers, scales, offsets, bias, rows, out_features, in_features = weight
-    if bias is not None:
-        bias = bias.to(torch.float32).contiguous()
-    address = None if bias is None else bias.data_ptr()
-    return _Int8Weight(
-        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), address),
-        *(values.shape[0], rows, out_features, in_features),
-    ), bias
-
-
-def _norm_structure(norm: Norm | None) -> tuple[_Norm | None, tuple[Tensor | None, ...]]:
-    """Return the C structure, and the tensors that have to live as long."""
-    if norm is None:
-        return None, ()
-    weight, bias, eps = norm
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    return _Norm(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps), (weight, bias)
 
 
 def readable(x: Tensor) -> Tensor:
