@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,24 @@ class CNorm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
-_Structure = TypeVar("_Structure", CWeight, CInt8Weight)
-Kept = tuple[_Structure, Tensor | None]
-"""A C structure, and the bias that has to live as long."""
+CStructure = CWeight | CInt8Weight
+
+
+class Described(NamedTuple):
+    """The weights of a call, as the C functions take them.
+
+    Attributes:
+        structures: of the weights.
+        in_features, out_features: of the first one; of each.
+        norm: of the layer norm.
+        kept: tensors that have to live as long.
+    """
+
+    structures: tuple[CStructure, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    norm: CNorm | None
+    kept: tuple[Tensor | None, ...]
 
 
 def argument_types(structure: type[ctypes.Structure]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -55,32 +70,38 @@ def argument_types(structure: type[ctypes.Structure]) -> tuple[list[Any], list[A
     )
 
 
-def fp32_structure(weight: Weight) -> Kept[CWeight]:
-    """Return the C structure of a weight in fp32, and its bias."""
-    values, columns, pointers, bias, rows, out_features, in_features = weight
-    if bias is not None:
-        bias = bias.to(torch.float32).contiguous()
-    address = None if bias is None else bias.data_ptr()
+def fp32_structure(weight: Weight) -> CWeight:
+    """Return the C structure of a weight in fp32, without its bias."""
+    values, columns, pointers, _, rows, out_features, in_features = weight
     return CWeight(
-        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), address, columns.numel()),
+        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), None, columns.numel()),
         *(rows, out_features, in_features, chunk_width(in_features, pointers.shape[0])),
-    ), bias
+    )
 
 
-def int8_structure(weight: Int8Weight) -> Kept[CInt8Weight]:
-    """Return the C structure of a weight in int8, and its bias."""
-    values, columns, pointers, scales, offsets, bias, rows, out_features, in_features = weight
+def int8_structure(weight: Int8Weight) -> CInt8Weight:
+    """Return the C structure of a weight in int8, without its bias."""
+    values, columns, pointers, scales, offsets, _, rows, out_features, in_features = weight
+    return CInt8Weight(
+        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), None),
+        *(values.shape[0], rows, out_features, in_features),
+    )
+
+
+def with_bias(structure: CStructure, bias: Tensor | None) -> tuple[CStructure, Tensor | None]:
+    """Return a copy of a structure with a bias, and the tensor that has to live as long.
+
+    A copy, since other threads may read the structure.
+    """
+    made = type(structure).from_buffer_copy(structure)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    address = None if bias is None else bias.data_ptr()
-    return CInt8Weight(
-        *(values.data_ptr(), columns.data_ptr(), pointers.data_ptr(), scales.data_ptr(), offsets.data_ptr(), address),
-        *(values.shape[0], rows, out_features, in_features),
-    ), bias
+    made.bias = None if bias is None else bias.data_ptr()
+    return made, bias
 
 
 def norm_structure(norm: Norm | None) -> tuple[CNorm | None, tuple[Tensor | None, ...]]:
-    """Return the C structure, and the tensors that have to live as long."""
+    """Return the C structure of a layer norm, and the tensors that have to live as long."""
     if norm is None:
         return None, ()
     weight, bias, eps = norm

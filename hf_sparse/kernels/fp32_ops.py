@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,8 +21,8 @@ from .types import Weight
 
 __all__ = ["FP32", "OPERATORS", "attention", "attention_norm", "ffn", "ffn_norm", "gated_ffn", "linear"]
 
-SHORTEST = 16
-"""Tokens from which the C++ attention and layer norm are used: they work on tiles of as many, one for each thread."""
+MANY, SHORT = 3, 32
+"""So many sequences of less than so many tokens share the tiles of one matmul; with blocks they gain nothing by it."""
 
 SPARSE_FROM = 0.85
 """Fraction of zeros from which the reference uses torch's CSR matmul on a CPU: it beats the dense one there."""
@@ -32,13 +30,7 @@ SPARSE_FROM = 0.85
 _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> version, weight; gone with the values
 
 
-def _native(x: Tensor, weights: Sequence[Weight]) -> NativeOps | None:
-    """Return the C++ kernels if they take these: fp32 on the CPU."""
-    if x.dtype != torch.float32 or not x.is_cpu:
-        return None
-    for values, columns, pointers, bias, _, _, _ in weights:
-        if not (values.is_cpu and columns.is_cpu and pointers.is_cpu and (bias is None or bias.is_cpu)):
-            return None
+def _loaded() -> NativeOps | None:
     loaded = library()
     return None if loaded is None else loaded.fp32
 
@@ -48,13 +40,8 @@ def _check(weight: Weight) -> None:
     check_layout(values, columns, pointers, rows, out_features, in_features, "the weight of a sparse operator")
 
 
-def _fuses_norm(tokens: int, threads: int) -> bool:
-    return tokens >= SHORTEST * threads
-
-
-def _fuses_heads(batch: int, length: int, weight: Weight) -> bool:
-    # Several short sequences fill the tiles of one matmul better than tiles of their own; taller blocks do not mind.
-    return length >= SHORTEST and not (batch > 2 and length < 2 * SHORTEST and weight.rows < 4)
+def _fuses_heads(batch: int, length: int, rows: int) -> bool:
+    return batch < MANY or length >= SHORT or rows >= 4
 
 
 def _matmul(x: Tensor, weight: Weight) -> Tensor:
@@ -97,9 +84,7 @@ def _unpack_parts(parts: tuple[Tensor, ...], rows: int, out_features: int, in_fe
     return unpack(_checked(parts, rows, out_features, in_features))
 
 
-FP32 = FusedFormat(
-    *("sparse", Weight, _matmul, _check), native=_native, fuses_norm=_fuses_norm, fuses_heads=_fuses_heads
-)
+FP32 = FusedFormat(*("sparse", Weight, _matmul, _check), loaded=_loaded, fuses_heads=_fuses_heads)
 OPERATORS = define_all(FP32)
 
 register(

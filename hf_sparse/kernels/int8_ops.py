@@ -9,8 +9,6 @@ on each; everything else is computed in plain torch, from the same rounded numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,14 +24,8 @@ from .types import Int8Weight
 NEEDED = "AVX2, or 64-bit ARM with the dot product"
 """Of a processor, for the C++."""
 
-SHORTEST = 16
-"""Tokens from which the C++ attention is used."""
-
 MANY, SHORT = 3, 20
 """So many sequences of less than so many tokens are faster as single matmuls, where they share tiles."""
-
-TILE = 64
-"""Tokens of the widest tile in the C++."""
 
 int8_linear, int8_attention = linear, attention
 int8_ffn_norm, int8_attention_norm = ffn_norm, attention_norm
@@ -71,15 +63,7 @@ def int8_matmul(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def _native(x: Tensor, weights: Sequence[Int8Weight]) -> NativeOps | None:
-    """Return the C++ kernels if they take these: fp32 on the CPU."""
-    if x.dtype != torch.float32 or not x.is_cpu:
-        return None
-    for values, columns, pointers, scales, offsets, bias, _, _, _ in weights:
-        if not (values.is_cpu and columns.is_cpu and pointers.is_cpu and scales.is_cpu and offsets.is_cpu):
-            return None
-        if not (bias is None or bias.is_cpu):
-            return None
+def _loaded() -> NativeOps | None:
     return native()
 
 
@@ -88,12 +72,8 @@ def _check(weight: Int8Weight) -> None:
     check_int8((values, columns, pointers, scales, offsets), rows, out_features, in_features)
 
 
-def _fuses_norm(tokens: int, threads: int) -> bool:
-    return -(-tokens // TILE) >= threads  # else the threads share each matmul by outputs
-
-
-def _fuses_heads(batch: int, length: int, weight: Int8Weight) -> bool:
-    return length >= (SHORT if batch >= MANY else SHORTEST)
+def _fuses_heads(batch: int, length: int, rows: int) -> bool:
+    return batch < MANY or length >= SHORT
 
 
 def _matmul(x: Tensor, weight: Int8Weight) -> Tensor:
@@ -111,9 +91,7 @@ def _unpack(parts: tuple[Tensor, ...], rows: int, out_features: int, in_features
     return dense_int8(values, columns, pointers, scales, rows, out_features, in_features)
 
 
-INT8 = FusedFormat(
-    *("int8", Int8Weight, _matmul, _check), native=_native, fuses_norm=_fuses_norm, fuses_heads=_fuses_heads
-)
+INT8 = FusedFormat(*("int8", Int8Weight, _matmul, _check), loaded=_loaded, fuses_heads=_fuses_heads)
 OPERATORS = define_all(INT8)
 
 register(

@@ -15,7 +15,17 @@ import torch  # before the library: both then share one OpenMP and its threads
 from torch import Tensor
 
 from ..errors import BackendError
-from .c_structures import CInt8Weight, CWeight, Kept, argument_types, fp32_structure, int8_structure, norm_structure
+from .c_structures import (
+    CInt8Weight,
+    CStructure,
+    CWeight,
+    Described,
+    argument_types,
+    fp32_structure,
+    int8_structure,
+    norm_structure,
+    with_bias,
+)
 from .types import ACTIVATIONS, AnyWeight, Norm
 
 logger = logging.getLogger(__name__)
@@ -47,56 +57,56 @@ class NativeOps:
 
     Args:
         functions: linear, ffn and attention.
-        structure: makes the C structure of a weight.
+        structure: makes the C structure of a weight, without its bias.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., int]], structure: Callable[[Any], Kept[Any]]) -> None:
+    def __init__(self, functions: Sequence[Callable[..., int]], structure: Callable[[Any], CStructure]) -> None:
         self._linear, self._ffn, self._attention = functions
         self._structure = structure
 
-    def linear(self, x: Tensor, weight: AnyWeight, activation: str) -> Tensor:
-        """Compute one linear layer and its activation."""
-        x = readable(x)
-        y = x.new_empty((*x.shape[:-1], weight.out_features))
-        structure, _keep = self._structure(weight)
-        return checked(self._linear(structure, x.data_ptr(), y.data_ptr(), *_tail(x, activation)), y)
+    def describe(self, weights: Sequence[AnyWeight], norm: Norm | None = None) -> Described:
+        """Return weights, and a layer norm, as the functions take them."""
+        made = [with_bias(self._structure(weight), weight.bias) for weight in weights]
+        normed, kept = norm_structure(norm)
+        return Described(
+            structures=tuple(each for each, _ in made),
+            in_features=weights[0].in_features,
+            out_features=tuple(weight.out_features for weight in weights),
+            norm=normed,
+            kept=(*(bias for _, bias in made), *kept),
+        )
 
-    def ffn(self, x: Tensor, weights: Sequence[AnyWeight], activation: str, norm: Norm | None) -> Tensor:
+    def linear(self, x: Tensor, described: Described, activation: str) -> Tensor:
+        """Compute one linear layer, the first one, and its activation."""
+        x = readable(x)
+        y = x.new_empty((*x.shape[:-1], described.out_features[0]))
+        return checked(self._linear(described.structures[0], x.data_ptr(), y.data_ptr(), *_tail(x, activation)), y)
+
+    def ffn(self, x: Tensor, described: Described, activation: str) -> Tensor:
         """Compute (gate,) up and down, tile by tile; with a norm, that of the sum of x and the output."""
         x = readable(x)
-        y = x.new_empty((*x.shape[:-1], weights[-1].out_features))
-        kept = [self._structure(weight) for weight in weights]
-        normed, _keep = norm_structure(norm)
+        y = x.new_empty((*x.shape[:-1], described.out_features[-1]))
+        first, *between, last = described.structures
         result = self._ffn(
-            *(kept[0][0], kept[1][0] if len(kept) == 3 else None, kept[-1][0], normed),
+            *(first, between[0] if between else None, last, described.norm),
             *(x.data_ptr(), y.data_ptr(), *_tail(x, activation)),
         )
         return checked(result, y)
 
-    def attention(
-        self,
-        x: Tensor,
-        weights: Sequence[AnyWeight],
-        norm: Norm | None,
-        mask: Tensor | None,
-        heads: int,
-        scale: float,
-    ) -> Tensor:
+    def attention(self, x: Tensor, described: Described, mask: Tensor | None, heads: int, scale: float) -> Tensor:
         """Compute self-attention; x (batch, length, in), mask (1 or batch, length, length) to be added, or None.
 
         With a second weight, that of the output layer, its output; with a norm, that of the sum of x and the output.
         """
         x = readable(x)
         batch, length = x.shape[:2]
-        first, output = weights[0], weights[1] if len(weights) > 1 else None
-        y = x.new_empty((batch, length, first.out_features // 3 if output is None else output.out_features))
-        structure, _keep = self._structure(first)
-        after, _keep_too = (None, None) if output is None else self._structure(output)
-        normed, _keep_norm = norm_structure(norm)
+        first, output = (*described.structures, None)[:2]
+        out_features = described.out_features[0] // 3 if output is None else described.out_features[1]
+        y = x.new_empty((batch, length, out_features))
         mask = None if mask is None else mask.contiguous()
         step = length * length if mask is not None and mask.shape[0] > 1 else 0
         result = self._attention(
-            *(structure, after, normed, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
+            *(first, output, described.norm, x.data_ptr(), y.data_ptr(), None if mask is None else mask.data_ptr()),
             *(step, batch, length, heads, scale, torch.get_num_threads()),
         )
         return checked(result, y)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .c_structures import Described
 from .library import NativeOps
 from .types import AnyWeight, LinearWeight, Norm
 from .validation import additive
@@ -144,43 +145,63 @@ class FusedFormat(WeightFormat[FusedW]):
 
     Attributes:
         matmul: the reference, where the C++ kernels cannot compute.
-        native: the C++ kernels, if they take an input and these weights; else None.
-        fuses_norm: (tokens, threads) -> whether C++ computes the layer norm with the feed-forward part.
-        fuses_heads: (batch, length, weight) -> whether C++ computes heads, on tiles of each sequence.
+        loaded: returns the C++ kernels, None where there are none.
+        fuses_heads: (batch, length, rows of a block) -> whether C++ computes heads, on tiles of each sequence.
     """
 
-    native: Callable[[Tensor, Sequence[FusedW]], NativeOps | None]
-    fuses_norm: Callable[[int, int], bool]
-    fuses_heads: Callable[[int, int, FusedW], bool]
+    loaded: Callable[[], NativeOps | None]
+    fuses_heads: Callable[[int, int, int], bool]
 
     ops: ClassVar[tuple[OpSpec, ...]] = OPS
     size_type: ClassVar[str] = "int"
     has_activation: ClassVar[bool] = True
 
-    def forward(self, x: Tensor, weights: Sequence[FusedW], activation: str, norm: Norm | None) -> Tensor:
-        """Compute one layer, or (gate,) up and down; with a norm, that of the sum of x and the output."""
-        native = self.native(x, weights)
-        if native is None:
-            out = reference.forward(x, weights, activation, self.matmul)
-            return out if norm is None else reference.normalize(out, x, norm)
-        if len(weights) == 1:
-            return native.linear(x, weights[0], activation)
-        if norm is None or self.fuses_norm(x.shape[:-1].numel(), torch.get_num_threads()):
-            return native.ffn(x, weights, activation, norm)
-        return reference.normalize(native.ffn(x, weights, activation, None), x, norm)
+    def native_for(self, x: Tensor) -> NativeOps | None:
+        """Return the C++ kernels if they take this input: fp32 on the CPU."""
+        return self.loaded() if x.dtype == torch.float32 and x.is_cpu else None
 
-    def attention(
+    def on_cpu(self, weights: Sequence[FusedW]) -> bool:
+        """Return whether weights are where the C++ kernels read them."""
+        return all(part.is_cpu for weight in weights for part in weight if isinstance(part, Tensor))
+
+    def reference_forward(self, x: Tensor, weights: Sequence[FusedW], activation: str, norm: Norm | None) -> Tensor:
+        """Compute one layer, or (gate,) up and down; with a norm, that of the sum of x and the output."""
+        out = reference.forward(x, weights, activation, self.matmul)
+        return out if norm is None else reference.normalize(out, x, norm)
+
+    def native_forward(
+        self, native: NativeOps, x: Tensor, described: Described, activation: str, norm: Norm | None
+    ) -> Tensor:
+        """Compute the same in C++."""
+        if len(described.structures) == 1:
+            return native.linear(x, described, activation)
+        return native.ffn(x, described, activation)
+
+    def reference_attention(
         self, x: Tensor, weights: Sequence[FusedW], norm: Norm | None, mask: Tensor | None, heads: int, scale: float
     ) -> Tensor:
         """Compute all heads; with a second weight and a norm, the output layer and the norm of the sum with x."""
-        native = self.native(x, weights) if mask is None or mask.is_cpu else None
-        first, batch, length = weights[0], x.shape[0], x.shape[1]
-        if native is not None and first.out_features and self.fuses_heads(batch, length, first):
-            return native.attention(x, weights, norm, additive(mask, x), heads, scale)
-        linear = self.reference_linear if native is None else native.linear
-        out = reference.attention(linear(x, first, "none"), heads, mask, scale)
-        return out if norm is None else reference.normalize(linear(out, weights[1], "none"), x, norm)
+        out = reference.attention(reference.forward(x, weights[:1], "none", self.matmul), heads, mask, scale)
+        if norm is None:
+            return out
+        return reference.normalize(reference.forward(out, weights[1:], "none", self.matmul), x, norm)
 
-    def reference_linear(self, x: Tensor, weight: FusedW, activation: str) -> Tensor:
-        """Compute one layer by the reference."""
-        return reference.forward(x, (weight,), activation, self.matmul)
+    def native_attention(
+        self,
+        native: NativeOps,
+        x: Tensor,
+        described: Described,
+        norm: Norm | None,
+        mask: Tensor | None,
+        heads: int,
+        scale: float,
+    ) -> Tensor:
+        """Compute the same in C++, where it takes these lengths; else its matmuls alone."""
+        batch, length = x.shape[:2]
+        if described.out_features[0] and self.fuses_heads(batch, length, described.structures[0].rows):
+            return native.attention(x, described, additive(mask, x), heads, scale)
+        out = reference.attention(native.linear(x, described, "none"), heads, mask, scale)
+        if norm is None:
+            return out
+        output = described._replace(structures=described.structures[1:], out_features=described.out_features[1:])
+        return reference.normalize(native.linear(out, output, "none"), x, norm)

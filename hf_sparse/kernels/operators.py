@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .functional_transforms import KEY, refuse_derivatives
+from .known_weights import KnownWeights
 from .op_table import FusedFormat, FusedW, OpSpec, W, WeightFormat
 from .types import Norm
 from .validation import check_bias, check_heads, check_input, check_no_derivative, check_norm
@@ -70,7 +71,9 @@ def define_all(form: WeightFormat[Any]) -> dict[str, Any]:
         read = _reader(spec, form)
         if spec.has_mask:
             assert isinstance(form, FusedFormat)
-            run, fake = _attention_run(form, read), _attention_fake(form, read)
+            run, fake = _attention_run(spec, form, read), _attention_fake(form, read)
+        elif isinstance(form, FusedFormat):
+            run, fake = _fused_run(spec, form, read), _forward_fake(form, read)
         else:
             run, fake = _forward_run(form, read), _forward_fake(form, read)
         operators[spec.name] = define(spec.schema(form), run, fake)
@@ -86,13 +89,41 @@ def without_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return op
 
 
+class _Places(NamedTuple):
+    """Where among the arguments after x, the tensors of the weights, norm, mask and integers begin.
+
+    Attributes:
+        end: of the integers that describe the weights.
+    """
+
+    norm: int
+    mask: int
+    rows: int
+    end: int
+
+
+def _places(spec: OpSpec, form: WeightFormat[Any]) -> _Places:
+    norm = len(spec.weights) * len(form.tensors)
+    mask = norm + 3 * spec.has_norm
+    rows = mask + spec.has_mask
+    return _Places(norm, mask, rows, rows + len(spec.all_sizes(form)))
+
+
+def _known_weights(spec: OpSpec, form: FusedFormat[Any]) -> KnownWeights:
+    width, (norm, mask, rows, _) = len(form.tensors), _places(spec, form)
+    biases = range(width - 1, norm, width)
+    tensors = [place for place in range(norm) if place not in biases]
+
+    def constants(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return arguments[norm + 2 : mask] + arguments[rows:]
+
+    return KnownWeights([*tensors, norm, norm + 1] if spec.has_norm else tensors, biases, constants)
+
+
 def _reader(spec: OpSpec, form: WeightFormat[Any]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Return what sorts the arguments after x: (weights, norm, activation) or (weights, norm, mask, heads, scale)."""
     count, width = len(spec.weights), len(form.tensors)
-    norm_at = count * width
-    mask_at = norm_at + 3 * spec.has_norm
-    rows_at = mask_at + spec.has_mask
-    end = rows_at + len(spec.all_sizes(form))
+    norm_at, mask_at, rows_at, end = _places(spec, form)
     # Not the constructors: at few tokens, each Python call counts.
     make: Callable[[tuple[Any, ...]], Any] = partial(tuple.__new__, form.weight)
     make_norm: Callable[[tuple[Any, ...]], Norm] = partial(tuple.__new__, Norm)
@@ -136,12 +167,47 @@ def _forward_fake(form: WeightFormat[W], read: Callable[..., Any]) -> Callable[.
     return fake
 
 
-def _attention_run(form: FusedFormat[FusedW], read: Callable[..., Any]) -> Callable[..., Tensor]:
+def _fused_run(spec: OpSpec, form: FusedFormat[FusedW], read: Callable[..., Any]) -> Callable[..., Tensor]:
+    known, (norm_at, mask_at, _, end), default = _known_weights(spec, form), _places(spec, form), spec.default
+
     def run(x: Tensor, *arguments: Any) -> Tensor:
+        native = form.native_for(x)
+        if native is not None and (described := known.find(arguments)) is not None:
+            activation: Any = arguments[end] if len(arguments) > end else default
+            check_input(x, activation, described.in_features)
+            norm = Norm(*arguments[norm_at:mask_at]) if spec.has_norm else None
+            return form.native_forward(native, x, described, activation, norm)
+        weights, norm, activation = read(arguments)
+        _check(form, x, weights, norm, activation)
+        if native is None or not form.on_cpu(weights):
+            return form.reference_forward(x, weights, activation, norm)
+        described = native.describe(weights, norm)
+        known.add(arguments, described)
+        return form.native_forward(native, x, described, activation, norm)
+
+    return run
+
+
+def _attention_run(spec: OpSpec, form: FusedFormat[FusedW], read: Callable[..., Any]) -> Callable[..., Tensor]:
+    known, (norm_at, mask_at, _, end) = _known_weights(spec, form), _places(spec, form)
+
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        mask = arguments[mask_at]
+        native = form.native_for(x) if mask is None or mask.is_cpu else None
+        if native is not None and (described := known.find(arguments)) is not None:
+            heads, scale = arguments[end : end + 2]
+            check_input(x, "none", described.in_features)
+            check_heads(x, described.out_features[0], mask, heads)
+            norm = Norm(*arguments[norm_at:mask_at]) if spec.has_norm else None
+            return form.native_attention(native, x, described, norm, mask, heads, scale)
         weights, norm, mask, heads, scale = read(arguments)
         _check(form, x, weights, norm, "none")
         check_heads(x, weights[0].out_features, mask, heads)
-        return form.attention(x, weights, norm, mask, heads, scale)
+        if native is None or not form.on_cpu(weights):
+            return form.reference_attention(x, weights, norm, mask, heads, scale)
+        described = native.describe(weights, norm)
+        known.add(arguments, described)
+        return form.native_attention(native, x, described, norm, mask, heads, scale)
 
     return run
 

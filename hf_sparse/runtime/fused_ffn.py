@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,6 +118,55 @@ class FusedFeedForward(RuntimeBlock):
         return plain
 
 
+class UnchunkedFeedForward(FusedFeedForward):
+    """Its forward calls the method itself: `apply_chunking_to_forward` reads its signature at each call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Return what the plain module returns."""
+        if self.chunk_size_feed_forward:
+            chunked: Tensor = super().forward(x)  # type: ignore[misc]
+            return chunked
+        out: Tensor = getattr(self, self.method)(x)
+        return out
+
+
+class UnchunkedLayer(FusedFeedForward):
+    """The same of a layer with an attention."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return what the plain module returns."""
+        if self.chunk_size_feed_forward or encoder_hidden_states is not None:
+            plain: Tensor = super().forward(  # type: ignore[misc]
+                *(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values),
+                **kwargs,
+            )
+            return plain
+        attention = child(self, self.fused_ffn.fusion.attention)
+        attended = attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)[0]
+        out: Tensor = getattr(self, self.method)(attended)
+        return out
+
+
+def _mixin(block: SubBlock, fusion: FeedForwardFusion) -> type[FusedFeedForward]:
+    """Return what a sub-block becomes, by what its forward takes: another one may do more."""
+    if not fusion.chunks:
+        return FusedFeedForward
+    mixin = UnchunkedFeedForward if fusion.attention is None else UnchunkedLayer
+    known, plain = (inspect.signature(each.forward).parameters.values() for each in (mixin, type(block.module)))
+    if [each.kind for each in known] != [each.kind for each in plain]:
+        return FusedFeedForward
+    same = mixin is UnchunkedFeedForward or [each.name for each in known] == [each.name for each in plain]
+    return mixin if same else FusedFeedForward
+
+
 def is_fusible(block: SubBlock) -> bool:
     """Return whether `fuse` knows what the feed-forward sub-block computes."""
     table = block.table
@@ -189,7 +239,7 @@ def fuse(block: SubBlock, activation: str | None) -> None:
     fusion = block.table.fusion
     assert fusion is not None
     parts = _Parts(block, fusion, activation)
-    swap_class(block.module, FusedFeedForward, fusion.method)
+    swap_class(block.module, _mixin(block, fusion), fusion.method)
     module: Any = block.module
     module.fused_ffn = parts
 

@@ -31,8 +31,9 @@ def gain(native: Library, weight: Tensor, rows: int, tokens: int, rounds: int) -
     out, width = weight.shape
     assert native.int8 is not None
     exact, rounded = pack(weight, rows), pack_int8(weight, rows)
-    fp32, int8 = Weight(*exact.parts, None, rows, out, width), Int8Weight(*rounded.parts, None, rows, out, width)
     x, plain, quantized = torch.randn(tokens, width), native.fp32, native.int8
+    fp32 = plain.describe([Weight(*exact.parts, None, rows, out, width)])
+    int8 = quantized.describe([Int8Weight(*rounded.parts, None, rows, out, width)])
     expected, found = plain.linear(x, fp32, "none"), quantized.linear(x, int8, "none")
     error = float((expected - found).norm() / expected.norm())
     if not error < 0.03:

@@ -335,7 +335,7 @@ def test_library_refuses_what_it_would_read_past_its_end():
     assert NATIVE is not None
     for x in (torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 16, device="meta")):
         with pytest.raises(BackendError, match="float32 on the CPU"):
-            NATIVE.fp32.linear(x, parts, "none")
+            NATIVE.fp32.linear(x, NATIVE.fp32.describe([parts]), "none")
 
 
 @pytest.mark.parametrize(

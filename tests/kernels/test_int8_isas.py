@@ -141,4 +141,4 @@ def test_the_switch_of_instruction_sets_chooses_the_int8_kernels_too() -> None:
     for native in WAYS.values():
         packed = pack_int8(weight, 4)
         arguments = (*packed.parts, None, packed.rows, 8, 30)
-        assert torch.equal(native.linear(x, Int8Weight(*arguments), "none"), exact)
+        assert torch.equal(native.linear(x, native.describe([Int8Weight(*arguments)]), "none"), exact)

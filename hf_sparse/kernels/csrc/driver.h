@@ -65,13 +65,29 @@ int linear(const Matmuls& m, const typename Matmuls::Weight& w, const float* x, 
   return result.get();
 }
 
+// Adds rows of inputs to rows of outputs, and computes their layer norm; false without memory.
+inline bool normalize_rows(const Kernels& k, const float* x, float* y, int64_t tokens, int64_t features,
+                           const Norm& norm, int threads) {
+  SharedResult result;
+  parallel_for(ceil_div(tokens, k.lanes), threads, [&](int64_t i) {
+    const int64_t start = i * k.lanes;
+    const int count = int(min(tokens - start, k.lanes));
+    float *const residual = inputs.take(features * k.lanes), *const sum = outputs.take(features * k.lanes);
+    if (!residual || !sum) return result.set(kNoMemory);
+    k.gather(x + start * features, features, count, features, k.lanes, residual);
+    k.gather(y + start * features, features, count, features, k.lanes, sum);
+    k.normalize(sum, residual, features, k.lanes, norm);
+    k.scatter(sum, k.lanes, features, count, y + start * features, features);
+  });
+  return result.get() == kOk;
+}
+
 template <typename Matmuls>
 int ffn(const Matmuls& m, const typename Matmuls::Weight& first, const typename Matmuls::Weight* second,
         const typename Matmuls::Weight& down, const Norm* norm, const float* x, float* y, int64_t tokens, Activation act,
         int threads) {
   const int64_t hidden = first.out_features;
   if (m.by_outputs(tokens, threads)) {
-    if (norm) return kBadArgument;
     const int64_t room = round_up(tokens * hidden, m.kernels.lanes);
     float* h = hiddens.take(2 * room);
     if (!h) return kNoMemory;
@@ -80,7 +96,9 @@ int ffn(const Matmuls& m, const typename Matmuls::Weight& first, const typename 
       result = linear(m, *second, x, h + room, tokens, kNone, threads);
       if (result == kOk) m.kernels.multiply(h, h + room, room);
     }
-    return result == kOk ? linear(m, down, h, y, tokens, kNone, threads) : result;
+    if (result == kOk) result = linear(m, down, h, y, tokens, kNone, threads);
+    if (!norm || result != kOk) return result;
+    return normalize_rows(m.kernels, x, y, tokens, down.out_features, *norm, threads) ? kOk : kNoMemory;
   }
   const int tile = m.ffn_tile_width(first, second, down, tokens, threads);
   SharedResult result;

@@ -61,7 +61,7 @@ BERT = Family(
             output="output.dense",
             activation="intermediate.intermediate_act_fn",
             name="intermediate",
-            fusion=FeedForwardFusion(method="feed_forward_chunk", residual=_END),
+            fusion=FeedForwardFusion(method="feed_forward_chunk", residual=_END, chunks=True, attention="attention"),
         ),
     ),
 )

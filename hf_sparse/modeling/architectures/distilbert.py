@@ -50,7 +50,7 @@ DISTILBERT = Family(
             output="lin2",
             activation="activation",
             marks=("activation", "ff_chunk", "chunk_size_feed_forward"),
-            fusion=FeedForwardFusion(method="ff_chunk", output_dropout="dropout"),
+            fusion=FeedForwardFusion(method="ff_chunk", output_dropout="dropout", chunks=True),
         ),
     ),
 )
