@@ -48,7 +48,7 @@ class Described(NamedTuple):
         structures: of the weights.
         in_features, out_features: of the first one; of each.
         norm: of the layer norm.
-        kept: tensors that have to live as long.
+        kept: tensors that have to live as long, of a call that made them.
     """
 
     structures: tuple[CStructure, ...]

@@ -22,7 +22,7 @@ from .types import Weight
 __all__ = ["FP32", "OPERATORS", "attention", "attention_norm", "ffn", "ffn_norm", "gated_ffn", "linear"]
 
 MANY, SHORT = 3, 32
-"""So many sequences of less than so many tokens share the tiles of one matmul; with blocks they gain nothing by it."""
+"""So many sequences of less than so many tokens share the tiles of one matmul, in blocks of less than 4 rows."""
 
 SPARSE_FROM = 0.85
 """Fraction of zeros from which the reference uses torch's CSR matmul on a CPU: it beats the dense one there."""

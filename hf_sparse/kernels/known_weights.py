@@ -18,45 +18,37 @@ from .c_structures import Described, with_bias
 from .validation import check_bias
 
 _Tensors = Sequence[Tensor | None]
-_Identity = tuple[list[int], list[int]]
 
 
-def _identity(tensors: _Tensors) -> _Identity:
-    """Return the ids of tensors, and their addresses in memory."""
-    return [*map(id, tensors)], [0 if each is None else each.data_ptr() for each in tensors]
-
-
-def _differs(bias: Tensor, reference: weakref.ref[Tensor] | None, address: int) -> bool:
-    return reference is None or reference() is not bias or bias.data_ptr() != address
+def _seen(tensors: _Tensors) -> list[Any]:
+    """Return what the checks and C++ know of tensors: where they lie, and as what they are read."""
+    return [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_contiguous(), t.is_cpu) for t in tensors]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """Weights and a norm that were checked.
+class Seen:
+    """The arguments of a call, as far as its checks depend on them.
 
     Attributes:
-        tensors: which they are.
-        biases: those that were described, and their addresses.
-        constants: the other arguments of the call.
-        described: all of them.
-        references: forget this as soon as one of `tensors` dies, so that an id is never that of another one.
+        tensors: of weights and norm.
+        biases: of the weights.
+        constants: the other arguments.
     """
 
-    tensors: _Identity
-    biases: tuple[tuple[weakref.ref[Tensor] | None, int], ...]
+    tensors: list[Any]
+    biases: list[Any]
     constants: tuple[Any, ...]
-    described: Described
-    references: tuple[weakref.ref[Tensor], ...]
 
 
 class KnownWeights:
-    """The weights of the calls of one operator.
+    """The weights that one operator was called with, by their first tensor, for as long as that lives.
 
-    They are known by their very tensors: those that were replaced, or lie elsewhere in memory (`tensor.data = ...`),
-    are checked and described anew. What tensors hold is read at each call.
+    A call finds them again if its tensors lie at the same places in memory, in the same types and shapes; others are
+    checked and described anew. What the tensors hold is read at each call.
 
     Args:
-        tensors: places of the tensors of weights and norm among the arguments, two at least, without biases.
+        tensors: places of the tensors of weights and norm among the arguments, without biases: the first argument, and
+            one more at least.
         biases: places of the biases, in the order of the weights.
         constants: returns what else the weights were checked with.
     """
@@ -68,48 +60,44 @@ class KnownWeights:
         constants: Callable[[tuple[Any, ...]], tuple[Any, ...]],
     ) -> None:
         self._tensors, self._biases, self._constants = itemgetter(*tensors), tuple(biases), constants
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, tuple[Seen, Described, weakref.ref[Tensor]]] = {}
 
     def find(self, arguments: tuple[Any, ...]) -> Described | None:
         """Return the weights of a call for C++, if they are known.
 
         Raises:
-            BackendError: a bias has another shape or type.
+            BackendError: a bias is another than before, and has a wrong shape or type.
         """
         known = self._known.get(id(arguments[0]))
-        if known is None or known.constants != self._constants(arguments):
+        if known is None:
             return None
-        if known.tensors != _identity(self._tensors(arguments)):
+        seen, described, _ = known
+        if seen.constants != self._constants(arguments) or seen.tensors != _seen(self._tensors(arguments)):
             return None
         biases = [arguments[place] for place in self._biases]
         # Layers that are computed together have a new one at each call, see `runtime.joint`.
-        for (reference, address), bias in zip(known.biases, biases, strict=True):
-            if (bias is None and reference is not None) or (bias is not None and _differs(bias, reference, address)):
-                return _with_biases(known.described, biases)
-        return known.described
+        return described if seen.biases == _seen(biases) else _with_biases(described, biases)
 
-    def add(self, arguments: tuple[Any, ...], described: Described) -> None:
-        """Remember the weights of a call, which were checked."""
-        tensors: _Tensors = self._tensors(arguments)
-        biases: _Tensors = [arguments[place] for place in self._biases]
-        present = [each for each in (*tensors, *biases) if each is not None]
-        # Of others, copies were described, which are gone after the call.
-        if not all(each.is_contiguous() for each in present) or any(
-            bias is not None and bias.dtype != torch.float32 for bias in biases
-        ):
-            return
+    def see(self, arguments: tuple[Any, ...]) -> Seen:
+        """Return what `add` takes: before a call is checked, so that a change meanwhile is noticed."""
+        biases = [arguments[place] for place in self._biases]
+        return Seen(_seen(self._tensors(arguments)), _seen(biases), self._constants(arguments))
+
+    def add(self, arguments: tuple[Any, ...], seen: Seen, described: Described) -> None:
+        """Remember the weights of a call, which were checked and described after `see`."""
+        biases = [arguments[place] for place in self._biases]
+        copied = [
+            each for each in (*self._tensors(arguments), *biases) if each is not None and not each.is_contiguous()
+        ]
+        copied += [bias for bias in biases if bias is not None and bias.dtype != torch.float32]
+        if copied or seen != self.see(arguments):
+            return  # the copies that were described are gone after the call
         key, known = id(arguments[0]), self._known
 
         def forget(_: object) -> None:
             known.pop(key, None)
 
-        known[key] = _Known(
-            _identity(tensors),
-            tuple((None, 0) if bias is None else (weakref.ref(bias), bias.data_ptr()) for bias in biases),
-            self._constants(arguments),
-            described._replace(kept=()),
-            tuple(weakref.ref(each, forget) for each in tensors if each is not None),
-        )
+        known[key] = seen, described._replace(kept=()), weakref.ref(arguments[0], forget)
 
 
 def _with_biases(described: Described, biases: _Tensors) -> Described | None:

@@ -134,10 +134,6 @@ class WeightFormat(Generic[W]):
         """The integers of a weight."""
         return tuple(name for name, kind in get_type_hints(self.weight).items() if kind is int)
 
-    def forward(self, x: Tensor, weights: Sequence[W], activation: str, norm: Norm | None) -> Tensor:
-        """Compute one layer."""
-        return self.matmul(x, weights[0])
-
 
 @dataclass(frozen=True, kw_only=True)
 class FusedFormat(WeightFormat[FusedW]):
@@ -169,9 +165,7 @@ class FusedFormat(WeightFormat[FusedW]):
         out = reference.forward(x, weights, activation, self.matmul)
         return out if norm is None else reference.normalize(out, x, norm)
 
-    def native_forward(
-        self, native: NativeOps, x: Tensor, described: Described, activation: str, norm: Norm | None
-    ) -> Tensor:
+    def native_forward(self, native: NativeOps, x: Tensor, described: Described, activation: str) -> Tensor:
         """Compute the same in C++."""
         if len(described.structures) == 1:
             return native.linear(x, described, activation)

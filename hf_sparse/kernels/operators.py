@@ -153,7 +153,7 @@ def _forward_run(form: WeightFormat[W], read: Callable[..., Any]) -> Callable[..
             return found
         weights, norm, activation = read(arguments)
         _check(form, x, weights, norm, activation)
-        return form.forward(x, weights, activation, norm)
+        return form.matmul(x, weights[0])
 
     return run
 
@@ -168,22 +168,22 @@ def _forward_fake(form: WeightFormat[W], read: Callable[..., Any]) -> Callable[.
 
 
 def _fused_run(spec: OpSpec, form: FusedFormat[FusedW], read: Callable[..., Any]) -> Callable[..., Tensor]:
-    known, (norm_at, mask_at, _, end), default = _known_weights(spec, form), _places(spec, form), spec.default
+    known, end, default = _known_weights(spec, form), _places(spec, form).end, spec.default
 
     def run(x: Tensor, *arguments: Any) -> Tensor:
         native = form.native_for(x)
         if native is not None and (described := known.find(arguments)) is not None:
             activation: Any = arguments[end] if len(arguments) > end else default
             check_input(x, activation, described.in_features)
-            norm = Norm(*arguments[norm_at:mask_at]) if spec.has_norm else None
-            return form.native_forward(native, x, described, activation, norm)
+            return form.native_forward(native, x, described, activation)
+        seen = known.see(arguments)
         weights, norm, activation = read(arguments)
         _check(form, x, weights, norm, activation)
         if native is None or not form.on_cpu(weights):
             return form.reference_forward(x, weights, activation, norm)
         described = native.describe(weights, norm)
-        known.add(arguments, described)
-        return form.native_forward(native, x, described, activation, norm)
+        known.add(arguments, seen, described)
+        return form.native_forward(native, x, described, activation)
 
     return run
 
@@ -200,13 +200,14 @@ def _attention_run(spec: OpSpec, form: FusedFormat[FusedW], read: Callable[..., 
             check_heads(x, described.out_features[0], mask, heads)
             norm = Norm(*arguments[norm_at:mask_at]) if spec.has_norm else None
             return form.native_attention(native, x, described, norm, mask, heads, scale)
+        seen = known.see(arguments)
         weights, norm, mask, heads, scale = read(arguments)
         _check(form, x, weights, norm, "none")
         check_heads(x, weights[0].out_features, mask, heads)
         if native is None or not form.on_cpu(weights):
             return form.reference_attention(x, weights, norm, mask, heads, scale)
         described = native.describe(weights, norm)
-        known.add(arguments, described)
+        known.add(arguments, seen, described)
         return form.native_attention(native, x, described, norm, mask, heads, scale)
 
     return run
@@ -222,6 +223,7 @@ def _attention_fake(form: FusedFormat[FusedW], read: Callable[..., Any]) -> Call
     return fake
 
 
+# What depends on the input alone is checked for known weights too, in `_fused_run` and `_attention_run`.
 def _check(form: WeightFormat[W], x: Tensor, weights: Sequence[W], norm: Norm | None, activation: str) -> None:
     if (in_features := weights[0].in_features) is not None:
         check_input(x, activation, in_features)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers import modeling_layers
 
 from ..kernels import KERNELS
 from ..kernels.types import Norm
 from ..modeling.architectures import FeedForward, FeedForwardFusion, SubBlock
-from ..modeling.class_swap import Swapped, swap_class
+from ..modeling.class_swap import Swapped, plain_class_of, swap_class
 from .fused_parts import FusedParts, RuntimeBlock, child
 from .packed_linear import PackedLinear, is_short
 from .packed_weight import Packed
@@ -119,52 +121,64 @@ class FusedFeedForward(RuntimeBlock):
 
 
 class UnchunkedFeedForward(FusedFeedForward):
-    """Its forward calls the method itself: `apply_chunking_to_forward` reads its signature at each call."""
+    """A feed-forward module that calls its method itself, without `apply_chunking_to_forward`."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the plain module returns."""
-        if self.chunk_size_feed_forward:
-            chunked: Tensor = super().forward(x)  # type: ignore[misc]
-            return chunked
-        out: Tensor = getattr(self, self.method)(x)
+        if self.chunk_size_feed_forward or len(args) != 1 or kwargs or not _is_known(self, ("self", "input")):
+            plain: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            return plain
+        out: Tensor = getattr(self, self.method)(*args)
         return out
 
 
 class UnchunkedLayer(FusedFeedForward):
     """The same of a layer with an attention."""
 
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the plain module returns."""
-        if self.chunk_size_feed_forward or encoder_hidden_states is not None:
-            plain: Tensor = super().forward(  # type: ignore[misc]
-                *(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values),
-                **kwargs,
-            )
+        crossed = kwargs.get("encoder_hidden_states") if len(args) < 3 else args[2]
+        simple = len(args) <= 3 and crossed is None and not self.chunk_size_feed_forward
+        if not simple or not _is_known(self, _LAYER_ARGUMENTS):
+            plain: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return plain
-        attention = child(self, self.fused_ffn.fusion.attention)
-        attended = attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)[0]
-        out: Tensor = getattr(self, self.method)(attended)
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            kwargs.pop(name, None)
+        out: Tensor = getattr(self, self.method)(child(self, self.fused_ffn.fusion.attention)(*args[:2], **kwargs)[0])
         return out
 
 
-def _mixin(block: SubBlock, fusion: FeedForwardFusion) -> type[FusedFeedForward]:
-    """Return what a sub-block becomes, by what its forward takes: another one may do more."""
+_LAYER_ARGUMENTS = (
+    *("self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+    *("past_key_values", "kwargs"),
+)
+"""Of the forward method of `BertLayer`."""
+
+_KNOWN: dict[tuple[Any, tuple[str, ...]], bool] = {}
+"""Whether a forward method has these arguments, and is that of transformers."""
+
+
+def _is_known(module: Any, arguments: tuple[str, ...]) -> bool:
+    """Return whether the forward method of the plain class has these arguments, and is not patched."""
+    if is_compiling():
+        return False  # a compiler pays for the plain one once
+    cls: Any = plain_class_of(module)
+    key = cls.forward, arguments
+    if key not in _KNOWN:
+        functions = [cls.forward]
+        while hasattr(functions[-1], "__wrapped__"):
+            functions.append(functions[-1].__wrapped__)
+        # Layers wrap their own one, for gradient checkpointing.
+        places = {getattr(each, "__globals__", {}).get("__name__") for each in functions}
+        own = places <= {cls.__module__, modeling_layers.__name__}
+        _KNOWN[key] = own and tuple(inspect.signature(cls.forward).parameters) == arguments
+    return _KNOWN[key]
+
+
+def _mixin(fusion: FeedForwardFusion) -> type[FusedFeedForward]:
     if not fusion.chunks:
         return FusedFeedForward
-    mixin = UnchunkedFeedForward if fusion.attention is None else UnchunkedLayer
-    known, plain = (inspect.signature(each.forward).parameters.values() for each in (mixin, type(block.module)))
-    if [each.kind for each in known] != [each.kind for each in plain]:
-        return FusedFeedForward
-    same = mixin is UnchunkedFeedForward or [each.name for each in known] == [each.name for each in plain]
-    return mixin if same else FusedFeedForward
+    return UnchunkedFeedForward if fusion.attention is None else UnchunkedLayer
 
 
 def is_fusible(block: SubBlock) -> bool:
@@ -239,7 +253,7 @@ def fuse(block: SubBlock, activation: str | None) -> None:
     fusion = block.table.fusion
     assert fusion is not None
     parts = _Parts(block, fusion, activation)
-    swap_class(block.module, _mixin(block, fusion), fusion.method)
+    swap_class(block.module, _mixin(fusion), fusion.method)
     module: Any = block.module
     module.fused_ffn = parts
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse.errors import BackendError
 from hf_sparse.kernels import KERNELS
 from hf_sparse.kernels.known_weights import KnownWeights
+from hf_sparse.kernels.library import NativeOps
 from tests.helpers.kernels import NATIVE, sparse
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels are not built")
@@ -152,6 +153,38 @@ def test_tensors_that_are_replaced_are_described_anew(call: Call) -> None:
         call(x)
 
 
+def test_tensors_at_the_same_place_that_are_read_otherwise_are_described_anew(call: Call) -> None:
+    """As a cast away and back may leave them: the same object and address, in another type, stride or shape."""
+    x, size = x_of(), SHAPES[call.name][0][0]
+    wide = torch.randn(4 * size).bfloat16().view(torch.float32)  # finite in both types
+    bias = wide[:size]
+    call.biases[0] = bias
+    call(x)
+    bias.data = wide[::2]
+    assert torch.equal(call(x), call.anew()(x))
+    bias.data = wide[:size].view(torch.bfloat16)[:size]
+    assert torch.equal(call(x), call.anew()(x))
+    bias.data = wide[: size - 1]
+    with pytest.raises(BackendError, match="`bias` must be"):
+        call(x)
+    bias.data = wide[:size]
+    if call.norm:
+        wide = torch.randn(2 * WIDTH)
+        call.norm[0] = wide[:WIDTH]
+        call(x)
+        call.norm[0].data = wide[::2]
+        assert torch.equal(call(x), call.anew()(x))
+        call.norm[0].data = wide[: WIDTH - 1]
+        with pytest.raises(BackendError, match="layer norm must have"):
+            call(x)
+        call.norm[0].data = wide[:WIDTH]
+    call(x)
+    values = call.weights[0][0]
+    values.data = values.data[:1]
+    with pytest.raises(BackendError, match="make it with"):
+        call(x)
+
+
 def test_known_weights_refuse_what_others_refuse(call: Call) -> None:
     call(x_of())
     for wrong in (torch.randn(2, 5, WIDTH + 1), torch.ones(2, 5, WIDTH, dtype=torch.int64)):
@@ -208,14 +241,30 @@ def test_weights_that_are_gone_are_forgotten(call: Call, monkeypatch: pytest.Mon
     monkeypatch.setattr(KnownWeights, "add", recorded)
     twin = call.anew()
     twin(x_of())
-    kept, key = twin.weights[0][0], id(twin.weights[0][0])
+    key = id(twin.weights[0][0])
     assert key in known[-1]
-    del twin.weights[0][1:]  # the columns and the pointers die, the values do not
+    del twin.weights[0][0]
     gc.collect()
     assert key not in known[-1]
-    del kept
     for _ in range(30):  # tensors that take the place of others
         assert torch.equal(call.anew()(torch.ones(1, 3, WIDTH)), call(torch.ones(1, 3, WIDTH)))
+
+
+def test_a_change_while_weights_are_described_is_not_remembered(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = x_of()
+    describe = NativeOps.describe
+
+    def changed(self: NativeOps, *arguments: Any) -> Any:
+        described = describe(self, *arguments)
+        for bias in call.biases:
+            assert bias is not None
+            bias.data = bias.data + 1.0
+        return described
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeOps, "describe", changed)
+        call(x)
+    assert torch.equal(call(x), call.anew()(x))
 
 
 def test_threads_with_biases_of_their_own_do_not_mix_them(call: Call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -111,17 +112,50 @@ def test_states_and_attentions_are_recorded() -> None:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_forward_with_other_arguments_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("kind", ["other arguments", "wrapped"])
+def test_forward_that_is_patched_is_called(kind: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = BertLayer.forward
 
-    def forward(self: Any, hidden_states: Any, attention_mask: Any = None, scale: float = 2.0, **kwargs: Any) -> Any:
+    def scaled(self: Any, hidden_states: Any, attention_mask: Any = None, scale: float = 2.0, **kwargs: Any) -> Any:
         return scale * plain(self, hidden_states, attention_mask, **kwargs)
 
+    @functools.wraps(plain)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return 2.0 * plain(self, *args, **kwargs)
+
+    def patch() -> None:
+        monkeypatch.setattr(BertLayer, "forward", scaled if kind == "other arguments" else wrapped)
+
     model = sparse("bert")
-    monkeypatch.setattr(BertLayer, "forward", forward)
     layer, x = model.bert.encoder.layer[0], torch.randn(1, 20, model.config.hidden_size)
-    with torch.no_grad():
-        expected = layer(x)
-        to_runtime(model, "cpu")
-        assert mixins(model) == {FusedFeedForward}
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    expected = 2.0 * layer(x)
+    if before:
+        patch()
+    to_runtime(model, "cpu")
+    patch()
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_arguments_by_name() -> None:
+    model = sparse("distilbert")
+    module: Any = model.distilbert.transformer.layer[0].ffn
+    x = torch.randn(1, 20, model.config.dim)
+    expected = module(input=x)
+    to_runtime(model, "cpu")
+    torch.testing.assert_close(module(input=x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_parameters_can_be_swapped_after_a_call(family: str) -> None:
+    model, inputs = sparse(family), batch(family)
+    to_runtime(model, "cpu")
+    expected = answers(model, inputs)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(answers(model, inputs), expected)

@@ -65,9 +65,9 @@ int linear(const Matmuls& m, const typename Matmuls::Weight& w, const float* x, 
   return result.get();
 }
 
-// Adds rows of inputs to rows of outputs, and computes their layer norm; false without memory.
-inline bool normalize_rows(const Kernels& k, const float* x, float* y, int64_t tokens, int64_t features,
-                           const Norm& norm, int threads) {
+// Adds rows of inputs to rows of outputs, and computes their layer norm.
+inline int normalize_rows(const Kernels& k, const float* x, float* y, int64_t tokens, int64_t features,
+                          const Norm& norm, int threads) {
   SharedResult result;
   parallel_for(ceil_div(tokens, k.lanes), threads, [&](int64_t i) {
     const int64_t start = i * k.lanes;
@@ -79,7 +79,7 @@ inline bool normalize_rows(const Kernels& k, const float* x, float* y, int64_t t
     k.normalize(sum, residual, features, k.lanes, norm);
     k.scatter(sum, k.lanes, features, count, y + start * features, features);
   });
-  return result.get() == kOk;
+  return result.get();
 }
 
 template <typename Matmuls>
@@ -98,7 +98,7 @@ int ffn(const Matmuls& m, const typename Matmuls::Weight& first, const typename 
     }
     if (result == kOk) result = linear(m, down, h, y, tokens, kNone, threads);
     if (!norm || result != kOk) return result;
-    return normalize_rows(m.kernels, x, y, tokens, down.out_features, *norm, threads) ? kOk : kNoMemory;
+    return normalize_rows(m.kernels, x, y, tokens, down.out_features, *norm, threads);
   }
   const int tile = m.ffn_tile_width(first, second, down, tokens, threads);
   SharedResult result;

@@ -60,9 +60,8 @@ class FeedForwardFusion:
         residual: layer norm and residual at the end of `method`.
         reads_output_weight: whether `method` reads `output.weight` (T5 looks at its dtype), which would unpack it in
             every call; then the runtime computes the sub-block itself, also where only some of its layers are packed.
-        chunks: whether `forward` calls `method` by `apply_chunking_to_forward`, and else does nothing but to call
-            `attention` first.
-        attention: path of that attention, of a forward with the arguments of `BertLayer`; None for `forward(x)`.
+        chunks: whether `forward` calls `method` by `apply_chunking_to_forward`, which reads its signature at each call.
+        attention: path of the attention before it, where `forward` is that of `BertLayer`; None for `forward(input)`.
     """
 
     method: str
