@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import modeling_layers
 
 from ..kernels import KERNELS
 from ..kernels.types import Norm
@@ -154,6 +153,9 @@ _LAYER_ARGUMENTS = (
 )
 """Of the forward method of `BertLayer`."""
 
+_LAYER_BASE = "transformers.modeling_layers"
+"""Where the base class of layers is, which wraps their forward methods for gradient checkpointing."""
+
 _KNOWN: dict[tuple[Any, tuple[str, ...]], bool] = {}
 """Whether a forward method has these arguments, and is that of transformers."""
 
@@ -168,9 +170,8 @@ def _is_known(module: Any, arguments: tuple[str, ...]) -> bool:
         functions = [cls.forward]
         while hasattr(functions[-1], "__wrapped__"):
             functions.append(functions[-1].__wrapped__)
-        # Layers wrap their own one, for gradient checkpointing.
         places = {getattr(each, "__globals__", {}).get("__name__") for each in functions}
-        own = places <= {cls.__module__, modeling_layers.__name__}
+        own = places <= {cls.__module__, _LAYER_BASE}
         _KNOWN[key] = own and tuple(inspect.signature(cls.forward).parameters) == arguments
     return _KNOWN[key]
 
