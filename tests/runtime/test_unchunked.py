@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.pytorch_utils import apply_chunking_to_forward
 
 from hf_sparse import SparsityConfig, sparsify, to_dense_runtime, to_runtime
 from hf_sparse.kernels import library_status
@@ -41,6 +43,26 @@ def test_families_with_chunks_compute_as_before(family: str, mixin: type) -> Non
     to_dense_runtime(model)
     assert mixins(model) == set()
     assert torch.equal(answers(model, inputs), answers(dense, inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+def test_chunking_is_not_called_where_the_forward_method_is_known(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse(family), batch(family)
+    calls: list[int] = []
+
+    def counted(function: Any, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return apply_chunking_to_forward(function, *args)
+
+    for place in {type(module).__module__ for module in model.modules()}:
+        if hasattr(sys.modules[place], "apply_chunking_to_forward"):
+            monkeypatch.setattr(sys.modules[place], "apply_chunking_to_forward", counted)
+    answers(model, inputs)
+    assert calls  # the plain forward methods call it
+    calls.clear()
+    to_runtime(model, "cpu")
+    answers(model, inputs)
+    assert not calls
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
